@@ -1,0 +1,1 @@
+// Keeps a layer that has no source file yet a valid target.

@@ -1,0 +1,88 @@
+// ModelConfig: the hyper-parameters of a DeepSeek-V4 model, under the names of the official inference config
+// (ModelArgs); config.json's Hugging Face spelling is mapped on reading (docs/notation.md has the table).
+//
+// Architectures are facts: the released ones are functions in model/presets.h, anything else is read from a
+// checkpoint's config.json. Values that follow from others are functions, not fields.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace hadal::model {
+
+/// What a layer's compression ratio makes of it (model.md section 0): 0 window only, 4 CSA, anything else HCA.
+enum class LayerKind { kWindow, kCsa, kHca };
+
+/// Storage of the routed experts' matrices.
+enum class ExpertDtype { kFp4, kFp8, kBf16 };
+
+struct ModelConfig {
+  int64_t vocab_size = 0;
+  int64_t dim = 0;
+  int64_t n_layers = 0;      ///< main layers, MTP not counted
+  int64_t n_mtp_layers = 1;  ///< 0 or 1
+  int64_t n_hash_layers = 0;
+  int64_t n_heads = 0;
+  int64_t head_dim = 0;
+  int64_t rope_head_dim = 0;
+  int64_t q_lora_rank = 0;
+  int64_t o_groups = 0;
+  int64_t o_lora_rank = 0;
+  int64_t window_size = 0;
+  std::vector<int64_t> compress_ratios;  ///< [n_layers + n_mtp_layers]; the last belongs to the MTP block
+  double rope_theta = 10000.0;           ///< layers with ratio 0
+  double compress_rope_theta = 0.0;      ///< layers with ratio > 0
+  double rope_factor = 16.0;             ///< YaRN, layers with ratio > 0 only
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  int64_t original_seq_len = 0;
+  int64_t index_n_heads = 0;
+  int64_t index_head_dim = 0;
+  int64_t index_topk = 0;
+  int64_t n_routed_experts = 0;
+  int64_t n_shared_experts = 1;
+  int64_t n_activated_experts = 0;
+  int64_t moe_inter_dim = 0;
+  double route_scale = 1.0;
+  double swiglu_limit = 10.0;
+  int64_t hc_mult = 4;
+  int64_t hc_sinkhorn_iters = 20;
+  double hc_eps = 1e-6;
+  double norm_eps = 1e-6;
+  int64_t max_position_embeddings = 0;
+  int64_t bos_token_id = 0;
+  int64_t eos_token_id = 1;
+  /// False for a checkpoint without quantization_config: every matrix is stored in BF16 (or F32) without scales.
+  bool quantized = false;
+  ExpertDtype expert_dtype = ExpertDtype::kBf16;
+
+  /// Layers and MTP blocks together; index n_layers is the MTP block.
+  int64_t n_blocks() const { return n_layers + n_mtp_layers; }
+  int64_t ratio(int64_t block) const { return compress_ratios.at(static_cast<size_t>(block)); }
+  LayerKind kind(int64_t block) const {
+    return ratio(block) == 0 ? LayerKind::kWindow : ratio(block) == 4 ? LayerKind::kCsa : LayerKind::kHca;
+  }
+  /// Blocks that a pooled entry draws from: CSA overlaps with the previous block.
+  static int64_t overlap(int64_t ratio) { return ratio == 4 ? 2 : 1; }
+  bool is_hashed(int64_t block) const { return block < n_hash_layers; }
+  int64_t nope_head_dim() const { return head_dim - rope_head_dim; }
+  int64_t heads_per_group() const { return n_heads / o_groups; }
+  /// Rows of hc_attn_fn and hc_ffn_fn: n collapse, n expand and n x n combination weights.
+  int64_t hc_rows() const { return (2 + hc_mult) * hc_mult; }
+
+  bool operator==(const ModelConfig&) const = default;
+
+  /// Throws InputError naming the keys when values contradict each other or a kernel cannot serve them.
+  void validate() const;
+};
+
+/// Reads an official config.json. Missing required keys, contradictions and unimplemented variants are InputErrors
+/// that name the keys; unknown keys are listed once as a warning. `origin` names the source in messages.
+ModelConfig parse_config(const std::string& json_text, const std::string& origin);
+/// The same for a file or for the config.json of a directory.
+ModelConfig load_config(const std::string& path);
+/// An official config.json with the same content: parse_config(to_config_json(c)) == c.
+std::string to_config_json(const ModelConfig& config);
+
+}  // namespace hadal::model
