@@ -1,0 +1,59 @@
+#include "ops/batch.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace hadal::ops {
+namespace {
+
+at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
+  at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
+  std::copy(values.begin(), values.end(), host.data_ptr<int64_t>());
+  return host.to(device);
+}
+
+}  // namespace
+
+Batch::Batch(std::vector<int64_t> lengths, std::vector<int64_t> starts, at::Device device)
+    : starts_(std::move(starts)) {
+  HADAL_CHECK(!lengths.empty() && lengths.size() == starts_.size(), "batch: ", lengths.size(),
+              " lengths for ", starts_.size(), " starts");
+  cu_seqlens_.push_back(0);
+  std::vector<int64_t> seq;
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    HADAL_CHECK(lengths[s] >= 1 && starts_[s] >= 0, "batch: sequence ", s, " has length ", lengths[s],
+                " from position ", starts_[s]);
+    cu_seqlens_.push_back(cu_seqlens_.back() + lengths[s]);
+    max_end_pos_ = std::max(max_end_pos_, starts_[s] + lengths[s]);
+    for (int64_t t = 0; t < lengths[s]; ++t) {
+      host_pos_.push_back(starts_[s] + t);
+      seq.push_back(static_cast<int64_t>(s));
+    }
+  }
+  pos_ = upload(host_pos_, device);
+  seq_ = upload(seq, device);
+}
+
+const BlockPlan& Batch::blocks(int64_t ratio) const {
+  HADAL_CHECK(ratio > 0, "batch: blocks of ratio ", ratio);
+  auto found = plans_.find(ratio);
+  if (found != plans_.end()) return found->second;
+  BlockPlan plan;
+  plan.ratio = ratio;
+  plan.cu_blocks.push_back(0);
+  std::vector<int64_t> block_pos;
+  for (int64_t s = 0; s < num_seqs(); ++s) {
+    const int64_t first = start(s) / ratio, last = (start(s) + length(s)) / ratio;
+    plan.first_block.push_back(first);
+    plan.cu_blocks.push_back(plan.cu_blocks.back() + last - first);
+    for (int64_t block = first; block < last; ++block) block_pos.push_back(block * ratio);
+    if (last > first) plan.max_pos = std::max(plan.max_pos, (last - 1) * ratio);
+  }
+  plan.pos = upload(block_pos, pos_.device());
+  return plans_.emplace(ratio, std::move(plan)).first->second;
+}
+
+}  // namespace hadal::ops
