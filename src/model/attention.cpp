@@ -1,0 +1,166 @@
+#include "model/attention.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "base/check.h"
+#include "ops/attention/compress.h"
+#include "ops/attention/index_scores.h"
+#include "ops/attention/sparse_attn.h"
+#include "ops/norm/rms_norm.h"
+#include "ops/quant/hadamard.h"
+#include "ops/quant/round_trip.h"
+
+namespace hadal::model {
+namespace {
+
+using ops::GemmRole;
+using ops::Numerics;
+
+/// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 2.7).
+at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Numerics numerics) {
+  if (numerics != Numerics::kReleased) return latent;
+  const int64_t nope = latent.size(-1) - rope_head_dim;
+  return at::cat({ops::fp8_round_trip(latent.narrow(-1, 0, nope), 64),
+                  latent.narrow(-1, nope, rope_head_dim)},
+                 -1);
+}
+
+/// Rotation and FP4 round trip of indexer queries and keys; the orthonormal rotation stays in every numerics.
+at::Tensor quantise_index(const at::Tensor& x, Numerics numerics) {
+  const at::Tensor rotated = ops::hadamard(x);
+  return numerics == Numerics::kReleased ? ops::fp4_round_trip(rotated, 32) : rotated;
+}
+
+/// Rows of a training batch as a view by block: each sequence's blocks are contiguous and start at its block 0.
+ops::BlockView blocks_of_step(const at::Tensor& rows, const ops::BlockPlan& plan) {
+  ops::BlockView view{.rows = rows, .page_start = {}};
+  for (size_t seq = 0; seq + 1 < plan.cu_blocks.size(); ++seq) {
+    HADAL_CHECK(plan.first_block[seq] == 0, "attention: sequence ", seq,
+                " continues an earlier step but no cache was given");
+    view.page_start.push_back({plan.cu_blocks[seq]});
+  }
+  return view;
+}
+
+struct CompressorRings {
+  RingKind kv, score;
+  BlockKind blocks;
+};
+constexpr CompressorRings kMainRings{RingKind::kKv, RingKind::kScore, BlockKind::kCompressed};
+constexpr CompressorRings kIndexRings{RingKind::kIndexKv, RingKind::kIndexScore, BlockKind::kIndexKeys};
+
+/// Compresses this step's tokens and returns every visible block of the batch.
+ops::BlockView compress_step(const Compressor& compressor,
+                             const CompressorRings& rings,
+                             const ModelConfig& config,
+                             int64_t block,
+                             const at::Tensor& x,
+                             const ops::RopeTable& rope_table,
+                             ForwardContext& context) {
+  const ops::Batch& batch = *context.batch;
+  const int64_t ratio = config.ratio(block);
+  const at::Tensor kv = apply_linear(compressor.wkv, x, context.numerics);
+  const at::Tensor gate = apply_linear(compressor.wgate, x, context.numerics);
+  ops::RingView kv_history, score_history;
+  if (context.kv != nullptr) {
+    kv_history = context.kv->ring(block, rings.kv);
+    score_history = context.kv->ring(block, rings.score);
+  }
+  const ops::Compressed result =
+      ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio);
+  const ops::BlockPlan& plan = batch.blocks(ratio);
+  at::Tensor rows = ops::rms_norm(result.pooled.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
+  rows = ops::rope(rows, rope_table.cos_sin(plan.pos, plan.max_pos));
+  rows = rings.blocks == BlockKind::kIndexKeys
+             ? quantise_index(rows, context.numerics)
+             : quantise_latent(rows, config.rope_head_dim, context.numerics);
+  if (context.kv == nullptr) return blocks_of_step(rows, plan);
+  const ops::BlockView view = context.kv->append_blocks(block, rings.blocks, rows);
+  context.kv->commit(block, rings.kv, kv);
+  context.kv->commit(block, rings.score, result.score);
+  return view;
+}
+
+/// The indexer's choice [tokens, k]; undefined when every query takes every visible block anyway.
+at::Tensor choose_blocks(const Indexer& indexer,
+                         const ModelConfig& config,
+                         int64_t block,
+                         const at::Tensor& x,
+                         const at::Tensor& q_rank_rounded,
+                         const ops::RopeTable& rope_table,
+                         ForwardContext& context) {
+  const ops::Batch& batch = *context.batch;
+  const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
+  const ops::BlockView keys =
+      compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
+  const bool observed = static_cast<bool>(context.on_selection);
+  if (batch.max_end_pos() / ratio <= config.index_topk && !observed) return at::Tensor();
+  at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
+                     .reshape({tokens, config.index_n_heads, config.index_head_dim});
+  q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
+  const double factor = std::pow(static_cast<double>(config.index_head_dim), -0.5) *
+                        std::pow(static_cast<double>(config.index_n_heads), -0.5);
+  const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
+  const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
+  const at::Tensor selection =
+      ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
+  if (observed) context.on_selection(block, selection);
+  return selection;
+}
+
+}  // namespace
+
+at::Tensor attention_forward(const Attention& attn,
+                             const ModelConfig& config,
+                             int64_t block,
+                             const at::Tensor& x,
+                             const ops::RopeTable& compressed_rope,
+                             ForwardContext& context) {
+  const ops::Batch& batch = *context.batch;
+  const Numerics numerics = context.numerics;
+  const int64_t tokens = batch.num_tokens();
+  const int64_t ratio = config.ratio(block);
+  const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
+
+  const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp8, numerics);
+  const at::Tensor q_rank =
+      ops::rms_norm(apply_linear(attn.wq_a, x_rounded, numerics), attn.q_norm.value, config.norm_eps);
+  const at::Tensor q_rank_rounded = ops::quantise_input(q_rank, GemmRole::kFp8, numerics);
+  at::Tensor q = apply_linear(attn.wq_b, q_rank_rounded, numerics)
+                     .reshape({tokens, config.n_heads, config.head_dim});
+  q = ops::rope(ops::head_norm(q, config.norm_eps, numerics), cos_sin);
+  at::Tensor kv =
+      ops::rms_norm(apply_linear(attn.wkv, x_rounded, numerics), attn.kv_norm.value, config.norm_eps);
+  kv = quantise_latent(ops::rope(kv, cos_sin), config.rope_head_dim, numerics);  // [tokens, head_dim]
+
+  ops::BlockView blocks;
+  at::Tensor selection;
+  if (attn.compressor) {
+    blocks = compress_step(*attn.compressor, kMainRings, config, block, x, compressed_rope, context);
+  }
+  if (attn.indexer && context.mode == AttentionMode::kSparse) {
+    selection = choose_blocks(*attn.indexer, config, block, x.detach(), q_rank_rounded.detach(),
+                              compressed_rope, context);
+  }
+  const ops::RingView history =
+      context.kv != nullptr ? context.kv->ring(block, RingKind::kWindow) : ops::RingView{};
+  const ops::AttentionResult result = ops::sparse_attn(
+      q, kv, history, blocks, selection, attn.attn_sink.value, batch,
+      {.window = config.window_size,
+       .scale = std::pow(static_cast<double>(config.head_dim), -0.5),
+       .ratio = ratio,
+       .numerics = numerics});
+  if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
+
+  const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
+  const int64_t group_width = config.heads_per_group() * config.head_dim;
+  const at::Tensor grouped = ops::group_linear(
+      out.reshape({tokens, config.o_groups, group_width}),
+      attn.wo_a.operand(numerics).reshape({config.o_groups, config.o_lora_rank, group_width}));
+  return apply_linear(attn.wo_b,
+                      ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics), numerics);
+}
+
+}  // namespace hadal::model

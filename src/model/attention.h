@@ -1,0 +1,41 @@
+// Attention of one block: low-rank queries, one latent for keys and values, window, compressed blocks, indexer, grouped
+// output projection (model.md 2.7 to 2.11).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "model/config.h"
+#include "model/context.h"
+#include "model/parameter.h"
+#include "ops/attention/rope.h"
+
+namespace hadal::model {
+
+/// Pools ratio tokens into one entry of width `d`; the indexer has a second, smaller one.
+struct Compressor {
+  Parameter wkv, wgate, ape, norm;
+};
+
+struct Indexer {
+  Parameter wq_b, weights_proj;
+  Compressor compressor;
+};
+
+struct Attention {
+  Parameter attn_sink, wq_a, q_norm, wq_b, wkv, kv_norm, wo_a, wo_b;
+  std::optional<Compressor> compressor;  ///< ratio > 0
+  std::optional<Indexer> indexer;        ///< CSA
+};
+
+/// x [tokens, dim] after attn_norm -> [tokens, dim]. `block` is the index of the block, n_layers for the MTP block.
+/// `compressed_rope` is the table of layers with ratio > 0, for the blocks' own positions.
+at::Tensor attention_forward(const Attention& attn,
+                             const ModelConfig& config,
+                             int64_t block,
+                             const at::Tensor& x,
+                             const ops::RopeTable& compressed_rope,
+                             ForwardContext& context);
+
+}  // namespace hadal::model

@@ -1,0 +1,39 @@
+// What one forward pass is told and what it reports besides hidden states.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "model/kv_access.h"
+#include "ops/batch.h"
+#include "ops/moe/gate.h"
+#include "ops/op.h"
+
+namespace hadal::model {
+
+/// How CSA layers attend (training.md 1.6): to every visible block, ignoring the indexer; the same while the indexer
+/// learns from the attention; or to the indexer's choice.
+enum class AttentionMode { kDense, kIndexerWarmup, kSparse };
+
+struct ForwardContext {
+  const ops::Batch* batch = nullptr;
+  ops::Numerics numerics = ops::Numerics::kReleased;
+  AttentionMode mode = AttentionMode::kSparse;
+  KvAccess* kv = nullptr;  ///< null: training or a one-shot pass, every sequence from position 0
+
+  /// cos and sin of every token: window layers and compressed layers.
+  at::Tensor rope_window, rope_compressed;
+
+  /// Observers, all optional.
+  std::function<void(int64_t block, const at::Tensor& streams)> on_block;
+  std::function<void(int64_t block, const at::Tensor& selection)> on_selection;
+  std::function<void(int64_t block, const ops::Routing& routing)> on_routing;
+  /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a visible block;
+  /// asked for in training only.
+  std::function<void(int64_t block, const at::Tensor& kl_sum, int64_t num_queries)> on_index_loss;
+};
+
+}  // namespace hadal::model

@@ -1,0 +1,32 @@
+// What attention asks of a cache: rows from before this step, room for the blocks it completes, and a commit.
+//
+// The model calls, per layer and in this order: state() and append_blocks() of the compressors, window(), and last
+// commit() of everything it computed, when no query of the step needs older rows any more (model.md 3.4).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "ops/batch.h"
+
+namespace hadal::model {
+
+/// Position-addressed rings of one layer.
+enum class RingKind { kWindow, kKv, kScore, kIndexKv, kIndexScore };
+/// Append-only rows of one layer, by block number.
+enum class BlockKind { kCompressed, kIndexKeys };
+
+class KvAccess {
+ public:
+  virtual ~KvAccess() = default;
+
+  /// Rows before this step's positions, for every sequence of the batch.
+  virtual ops::RingView ring(int64_t block, RingKind kind) = 0;
+  /// Stores the rows of batch.blocks(ratio) and returns the view of all blocks of every sequence.
+  virtual ops::BlockView append_blocks(int64_t block, BlockKind kind, const at::Tensor& rows) = 0;
+  /// Stores this step's rows [tokens, width] into the ring.
+  virtual void commit(int64_t block, RingKind kind, const at::Tensor& rows) = 0;
+};
+
+}  // namespace hadal::model

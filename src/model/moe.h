@@ -1,0 +1,30 @@
+// Mixture of experts of one block: hash or learned routing, routed experts, one shared expert (model.md 2.12).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "model/config.h"
+#include "model/context.h"
+#include "model/parameter.h"
+
+namespace hadal::model {
+
+struct Moe {
+  Parameter gate;                      ///< [experts, dim]
+  std::optional<Parameter> gate_bias;  ///< learned routing only
+  std::optional<Parameter> tid2eid;    ///< hashed routing only
+  Parameter w1, w3, w2;                ///< routed experts, stacked
+  Parameter shared_w1, shared_w3, shared_w2;
+};
+
+/// x [tokens, dim] after ffn_norm, token_ids [tokens] I64 of the tokens whose states are routed -> [tokens, dim].
+at::Tensor moe_forward(const Moe& moe,
+                       const ModelConfig& config,
+                       int64_t block,
+                       const at::Tensor& x,
+                       const at::Tensor& token_ids,
+                       ForwardContext& context);
+
+}  // namespace hadal::model

@@ -1,0 +1,63 @@
+// A named weight of the model and the arithmetic that its role asks for.
+//
+// The same Parameter serves an official checkpoint (values dequantised exactly to BF16, or left FP32), training (FP32
+// master, a leaf of autograd) and tests (FP64). Names are the official ones; the stacked matrices of a layer's routed
+// experts carry `*` for the expert number.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ops/gemm/linear.h"
+
+namespace hadal::model {
+
+enum class ParamKind {
+  kMatrix,     ///< [out, in]
+  kGroups,     ///< wo_a: [groups * out, in], applied per group
+  kExperts,    ///< [experts, out, in]
+  kEmbedding,  ///< [vocab, dim]
+  kHead,       ///< [vocab, dim]
+  kNorm,       ///< RMSNorm weight
+  kHcFn,       ///< mHC mixing matrix, FP32
+  kHcBase,     ///< mHC static biases, FP32
+  kHcScale,    ///< mHC gating factors, FP32
+  kSink,       ///< [heads] FP32
+  kApe,        ///< [ratio, width] FP32
+  kGateBias,   ///< [experts] FP32; moved by the load balancer, not by gradients
+  kHashTable,  ///< [vocab, topk] I64
+};
+
+/// How the official checkpoint stores a parameter.
+enum class Storage { kFp8, kFp4, kBf16, kF32, kI64 };
+
+struct Parameter {
+  std::string name;  ///< official name, ".weight" included where the checkpoint has it
+  ParamKind kind = ParamKind::kMatrix;
+  ops::GemmRole role = ops::GemmRole::kBf16;  ///< of matrices; unused for the rest
+  Storage storage = Storage::kBf16;
+  std::vector<int64_t> shape;
+  at::Tensor value;  ///< dense values; undefined until initialised or loaded
+
+  bool is_matrix() const {
+    return kind == ParamKind::kMatrix || kind == ParamKind::kGroups || kind == ParamKind::kExperts;
+  }
+  /// Moved by gradients of a language or indexer loss.
+  bool trainable() const { return kind != ParamKind::kGateBias && kind != ParamKind::kHashTable; }
+
+  /// What the matrix products use: the values themselves in `ideal`; BF16 in `bf16`; in `released` the values that
+  /// the official storage would hold, with a straight-through gradient, when the values are FP32 masters.
+  at::Tensor operand(ops::Numerics numerics) const;
+};
+
+/// y = x w^T with the parameter's role; x already through ops::quantise_input.
+at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
+
+/// The values that official FP8 (128x128 blocks) or FP4 (1x32 blocks) storage would hold, in BF16.
+///   w  [..., out, in]
+at::Tensor official_rounding(const at::Tensor& w, Storage storage);
+
+}  // namespace hadal::model

@@ -1,0 +1,79 @@
+// The DeepSeek-V4 model: weights and the one forward pass that training, prefill, decode and resumption share.
+//
+// The model owns weights; the caller owns state (ForwardContext::kv). Hidden states are residual streams
+// [tokens, hc_mult, dim].
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "model/attention.h"
+#include "model/config.h"
+#include "model/context.h"
+#include "model/moe.h"
+#include "model/parameter.h"
+#include "ops/attention/rope.h"
+
+namespace hadal::model {
+
+struct HyperConnection {
+  Parameter fn, base, scale;
+};
+
+struct Block {
+  Parameter attn_norm, ffn_norm;
+  HyperConnection hc_attn, hc_ffn;
+  Attention attn;
+  Moe moe;
+};
+
+struct Mtp {
+  Parameter e_proj, h_proj, enorm, hnorm, norm;
+  HyperConnection hc_head;
+  Block block;
+};
+
+class Transformer {
+ public:
+  /// Every parameter with name, role and shape but no value: fill them from a checkpoint or with init_weights().
+  explicit Transformer(ModelConfig config);
+
+  const ModelConfig& config() const { return config_; }
+
+  /// Fills context.rope_* and runs embedding and main blocks: ids [tokens] I64 -> streams [tokens, hc_mult, dim].
+  at::Tensor forward(const at::Tensor& ids, ForwardContext& context) const;
+  /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
+  at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
+  /// [tokens, dim] -> [tokens, vocab] FP32.
+  at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
+
+  /// The MTP block: streams of the last main block at p and the ids of the tokens at p + 1 -> its head input
+  /// [tokens, dim], which predicts the token at p + 2. `context` is the one forward() was given.
+  at::Tensor mtp_head_input(const at::Tensor& streams,
+                            const at::Tensor& next_ids,
+                            ForwardContext& context) const;
+
+  /// Every parameter, in checkpoint order.
+  void visit(const std::function<void(Parameter&)>& visitor);
+  void visit(const std::function<void(const Parameter&)>& visitor) const;
+
+ private:
+  at::Tensor run_block(const Block& block,
+                       int64_t index,
+                       at::Tensor streams,
+                       const at::Tensor& ids,
+                       ForwardContext& context) const;
+
+  ModelConfig config_;
+  Parameter embed_, head_, norm_;
+  HyperConnection hc_head_;
+  std::vector<Block> blocks_;
+  std::optional<Mtp> mtp_;
+  ops::RopeTable rope_window_, rope_compressed_;
+};
+
+}  // namespace hadal::model

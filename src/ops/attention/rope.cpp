@@ -1,0 +1,110 @@
+#include "ops/attention/rope.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "base/check.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+
+RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
+  HADAL_CHECK(rope_dim > 0 && rope_dim % 2 == 0, "rope: rope_dim ", rope_dim, " is not even");
+  const int64_t half = rope_dim / 2;
+  const auto correction_dim = [&](double rotations) {
+    return static_cast<double>(rope_dim) *
+           std::log(static_cast<double>(yarn->original_seq_len) / (rotations * 2.0 * std::numbers::pi)) /
+           (2.0 * std::log(base));
+  };
+  float low = 0.0f, high = 0.0f;
+  if (yarn != nullptr) {
+    low = static_cast<float>(std::max(std::floor(correction_dim(yarn->beta_fast)), 0.0));
+    high = static_cast<float>(
+        std::min(std::ceil(correction_dim(yarn->beta_slow)), static_cast<double>(rope_dim - 1)));
+    if (low == high) high += 0.001f;
+  }
+  for (int64_t i = 0; i < half; ++i) {
+    // The power is rounded to FP32 before the reciprocal, as the official table does.
+    const float power = static_cast<float>(
+        std::pow(base, static_cast<double>(2 * i) / static_cast<double>(rope_dim)));
+    float frequency = 1.0f / power;
+    if (yarn != nullptr) {
+      const float ramp = std::clamp((static_cast<float>(i) - low) / (high - low), 0.0f, 1.0f);
+      frequency = (frequency / static_cast<float>(yarn->factor)) * ramp + frequency * (1.0f - ramp);
+    }
+    frequencies_.push_back(frequency);
+  }
+}
+
+at::Tensor RopeTable::compute(const at::Tensor& pos) const {
+  const at::Tensor host_pos = pos.to(at::kCPU).contiguous();
+  const int64_t count = host_pos.size(0), half = static_cast<int64_t>(frequencies_.size());
+  at::Tensor table = at::empty({count, half, 2}, at::kFloat);
+  const int64_t* p = host_pos.const_data_ptr<int64_t>();
+  float* out = table.data_ptr<float>();
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(p[row]) * frequencies_[static_cast<size_t>(i)];
+      *out++ = static_cast<float>(std::cos(static_cast<double>(angle)));
+      *out++ = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
+  return table;
+}
+
+at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
+  check_shape(pos, {-1}, "rope: pos");
+  // Tables of up to 64K positions are kept; a decode step far out computes its few rows directly.
+  constexpr int64_t kMaxCached = 65536;
+  if (max_pos >= kMaxCached || (pos.is_cpu() && pos.size(0) <= 16)) {
+    return compute(pos).to(pos.device());
+  }
+  at::Tensor table;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const at::Tensor& cached : cached_) {
+      if (cached.device() == pos.device() && cached.size(0) > max_pos) table = cached;
+    }
+    if (!table.defined()) {
+      int64_t rows = 1024;
+      while (rows <= max_pos) rows *= 2;
+      table = compute(at::arange(rows, at::kLong)).to(pos.device());
+      std::erase_if(cached_, [&](const at::Tensor& t) { return t.device() == pos.device(); });
+      cached_.push_back(table);
+    }
+  }
+  return table.index_select(0, pos);
+}
+
+namespace reference {
+
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
+  const int64_t rope_dim = cos_sin.size(1) * 2, dim = x.size(-1);
+  std::vector<int64_t> shape(static_cast<size_t>(x.dim()), 1);
+  shape.front() = x.size(0);
+  shape.back() = rope_dim / 2;
+  const at::ScalarType type = compute_type(x);
+  const at::Tensor cos = cos_sin.select(-1, 0).to(type).reshape(shape);
+  at::Tensor sin = cos_sin.select(-1, 1).to(type).reshape(shape);
+  if (inverse) sin = -sin;
+  const at::Tensor pairs =
+      x.narrow(-1, dim - rope_dim, rope_dim).to(type).unflatten(-1, {rope_dim / 2, 2});
+  const at::Tensor even = pairs.select(-1, 0), odd = pairs.select(-1, 1);
+  const at::Tensor rotated =
+      at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1).flatten(-2).to(x.scalar_type());
+  return at::cat({x.narrow(-1, 0, dim - rope_dim), rotated}, -1);
+}
+
+}  // namespace reference
+
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
+  check_shape(cos_sin, {x.size(0), -1, 2}, "rope: cos_sin");
+  HADAL_CHECK(cos_sin.size(1) * 2 <= x.size(-1), "rope: rotates ", cos_sin.size(1) * 2,
+              " channels of ", x.size(-1));
+  return reference::rope(x, cos_sin, inverse);
+}
+
+}  // namespace hadal::ops

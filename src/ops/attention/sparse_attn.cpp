@@ -1,0 +1,201 @@
+#include "ops/attention/sparse_attn.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "base/check.h"
+#include "base/math.h"
+
+namespace hadal::ops {
+namespace {
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+/// The running state of the fold over key chunks for some queries.
+struct Fold {
+  at::Tensor max;  // [tokens, heads, 1]
+  at::Tensor sum;  // [tokens, heads, 1]
+  at::Tensor acc;  // [tokens, heads, dim]
+};
+
+/// Adds one chunk of keys. keys [tokens or 1, chunk, dim]; hidden [tokens, chunk] true where there is no key.
+void fold_chunk(Fold& fold,
+                const at::Tensor& q,
+                const at::Tensor& keys,
+                const at::Tensor& hidden,
+                const AttentionParams& params) {
+  const at::Tensor logits =
+      (at::matmul(q, keys.transpose(-1, -2)) * params.scale)
+          .masked_fill(hidden.unsqueeze(1), kMinusInfinity);  // [tokens, heads, chunk]
+  const at::Tensor seen = at::maximum(fold.max, logits.detach().amax(-1, /*keepdim=*/true));
+  // A query that has met no key yet keeps -inf as its maximum; 0 in its place keeps the exponentials at 0.
+  const at::Tensor base = seen.masked_fill(seen == kMinusInfinity, 0.0);
+  const at::Tensor rescale = at::exp(fold.max - base);
+  const at::Tensor p = at::exp(logits - base);
+  const at::Tensor weights =
+      params.numerics == Numerics::kReleased ? p.to(at::kBFloat16).to(p.scalar_type()) : p;
+  fold.sum = fold.sum * rescale + p.sum(-1, /*keepdim=*/true);
+  fold.acc = fold.acc * rescale + at::matmul(weights, keys);
+  fold.max = seen;
+}
+
+/// Latents of positions [from, to) of a sequence in the fold's type; positions before 0 are zero rows.
+at::Tensor window_rows(const at::Tensor& kv,
+                       const RingView& history,
+                       const Batch& batch,
+                       int64_t seq,
+                       int64_t from,
+                       int64_t to) {
+  const at::ScalarType type = compute_type(kv);
+  const int64_t start = batch.start(seq), begin = batch.begin(seq);
+  std::vector<at::Tensor> parts;
+  if (from < 0) parts.push_back(at::zeros({-from, kv.size(1)}, kv.options().dtype(type)));
+  if (std::max<int64_t>(from, 0) < start) {
+    HADAL_CHECK(history.rows.defined(), "sparse_attn: sequence ", seq, " starts at ", start,
+                " without a history");
+    std::vector<int64_t> rows;
+    for (int64_t pos = std::max<int64_t>(from, 0); pos < std::min(start, to); ++pos) {
+      rows.push_back(history.first_row[static_cast<size_t>(seq)] + pos % history.ring);
+    }
+    parts.push_back(
+        history.rows.index_select(0, at::tensor(rows, at::kLong).to(kv.device())).to(type));
+  }
+  const int64_t end = start + batch.length(seq);
+  if (std::min(to, end) > std::max(from, start)) {
+    const int64_t first = std::max(from, start);
+    parts.push_back(kv.narrow(0, begin + first - start, std::min(to, end) - first).to(type));
+  }
+  if (to > end) parts.push_back(at::zeros({to - end, kv.size(1)}, kv.options().dtype(type)));
+  return at::cat(parts);
+}
+
+/// Folds the window chunks of one block of queries whose positions lie in one chunk of 64.
+void fold_window(Fold& fold,
+                 const at::Tensor& q,
+                 const at::Tensor& pos,
+                 int64_t first_pos,
+                 int64_t last_pos,
+                 const at::Tensor& kv,
+                 const RingView& history,
+                 const Batch& batch,
+                 int64_t seq,
+                 const AttentionParams& params) {
+  const int64_t oldest = std::max<int64_t>(first_pos - params.window + 1, 0);
+  for (int64_t chunk = oldest / kFoldChunk; chunk <= last_pos / kFoldChunk; ++chunk) {
+    // Rows older than the window of the first query have left the ring: they are masked for every query.
+    const int64_t from = std::max(chunk * kFoldChunk, oldest), to = (chunk + 1) * kFoldChunk;
+    const at::Tensor keys = window_rows(kv, history, batch, seq, from, to);
+    const at::Tensor key_pos = at::arange(from, to, pos.options()).unsqueeze(0);
+    const at::Tensor hidden =
+        (key_pos > pos.unsqueeze(1)).logical_or(key_pos <= pos.unsqueeze(1) - params.window);
+    fold_chunk(fold, q, keys.unsqueeze(0), hidden, params);
+  }
+}
+
+void fold_blocks(Fold& fold,
+                 const at::Tensor& q,
+                 const at::Tensor& pos,
+                 int64_t last_pos,
+                 const BlockView& blocks,
+                 int64_t seq,
+                 const AttentionParams& params) {
+  const at::ScalarType type = q.scalar_type();
+  const int64_t visible = (last_pos + 1) / params.ratio;
+  const at::Tensor limit = (pos + 1).div(params.ratio, "floor").unsqueeze(1);
+  for (int64_t from = 0; from < visible; from += kFoldChunk) {
+    const int64_t to = std::min(from + kFoldChunk, visible);
+    std::vector<int64_t> rows;
+    for (int64_t block = from; block < to; ++block) rows.push_back(blocks.row(seq, block));
+    const at::Tensor keys =
+        blocks.rows.index_select(0, at::tensor(rows, at::kLong).to(q.device())).to(type);
+    const at::Tensor hidden = at::arange(from, to, pos.options()).unsqueeze(0) >= limit;
+    fold_chunk(fold, q, keys.unsqueeze(0), hidden, params);
+  }
+}
+
+void fold_selection(Fold& fold,
+                    const at::Tensor& q,
+                    const at::Tensor& selection,
+                    const BlockView& blocks,
+                    int64_t seq,
+                    int64_t num_blocks,
+                    const AttentionParams& params) {
+  std::vector<int64_t> rows{0};  // a stand-in for -1, never used unmasked
+  if (num_blocks > 0) rows[0] = blocks.row(seq, 0);
+  for (int64_t block = 1; block < num_blocks; ++block) rows.push_back(blocks.row(seq, block));
+  const at::Tensor row_of = at::tensor(rows, at::kLong).to(q.device());
+  for (int64_t from = 0; from < selection.size(1); from += kFoldChunk) {
+    const at::Tensor chosen =
+        selection.narrow(1, from, std::min(kFoldChunk, selection.size(1) - from)).to(at::kLong);
+    const at::Tensor flat = row_of.index_select(0, chosen.clamp_min(0).flatten());
+    const at::Tensor keys = blocks.rows.index_select(0, flat)
+                                .to(q.scalar_type())
+                                .reshape({chosen.size(0), chosen.size(1), -1});
+    fold_chunk(fold, q, keys, chosen < 0, params);
+  }
+}
+
+}  // namespace
+
+namespace reference {
+
+AttentionResult sparse_attn(const at::Tensor& q,
+                            const at::Tensor& kv,
+                            const RingView& history,
+                            const BlockView& blocks,
+                            const at::Tensor& selection,
+                            const at::Tensor& sink,
+                            const Batch& batch,
+                            const AttentionParams& params) {
+  const at::ScalarType type = compute_type(q);
+  const int64_t heads = q.size(1);
+  const at::Tensor sink_logit = sink.to(type).reshape({1, heads, 1});
+  std::vector<at::Tensor> outs, lses;
+  for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
+    const int64_t end = batch.start(seq) + batch.length(seq);
+    for (int64_t first = batch.start(seq); first < end;) {
+      // Queries of one chunk of 64 positions share their window chunks.
+      const int64_t next = std::min(end, (first / kFoldChunk + 1) * kFoldChunk), count = next - first;
+      const int64_t row = batch.begin(seq) + first - batch.start(seq);
+      const at::Tensor queries = q.narrow(0, row, count).to(type), pos = batch.pos().narrow(0, row, count);
+      Fold fold{.max = at::full({count, heads, 1}, kMinusInfinity, queries.options()),
+                .sum = at::zeros({count, heads, 1}, queries.options()),
+                .acc = at::zeros_like(queries)};
+      fold_window(fold, queries, pos, first, next - 1, kv, history, batch, seq, params);
+      if (params.ratio > 0 && next / params.ratio > 0) {
+        if (selection.defined()) {
+          fold_selection(fold, queries, selection.narrow(0, row, count), blocks, seq,
+                         next / params.ratio, params);
+        } else {
+          fold_blocks(fold, queries, pos, next - 1, blocks, seq, params);
+        }
+      }
+      const at::Tensor denominator = fold.sum + at::exp(sink_logit - fold.max);
+      outs.push_back((fold.acc / denominator).to(q.scalar_type()));
+      lses.push_back((fold.max + at::log(denominator)).squeeze(-1));
+      first = next;
+    }
+  }
+  return {.out = at::cat(outs), .lse = at::cat(lses)};
+}
+
+}  // namespace reference
+
+AttentionResult sparse_attn(const at::Tensor& q,
+                            const at::Tensor& kv,
+                            const RingView& history,
+                            const BlockView& blocks,
+                            const at::Tensor& selection,
+                            const at::Tensor& sink,
+                            const Batch& batch,
+                            const AttentionParams& params) {
+  check_shape(q, {batch.num_tokens(), -1, -1}, "sparse_attn: q");
+  check_shape(kv, {batch.num_tokens(), q.size(2)}, "sparse_attn: kv");
+  check_shape(sink, {q.size(1)}, "sparse_attn: sink");
+  if (selection.defined()) check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
+  return reference::sparse_attn(q, kv, history, blocks, selection, sink, batch, params);
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,64 @@
+#include "ops/gemm/embedding.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "base/check.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// sum over i with rows[i] == r of grad[i], into [num_rows, ...]: a stable sort by row, then segment sums.
+at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t num_rows) {
+  const at::Tensor flat = grad.reshape({grad.size(0), -1});
+  const auto [sorted, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor lengths =
+      at::diff(at::searchsorted(sorted, at::arange(num_rows + 1, rows.options())));
+  // segment_reduce walks each segment in order on one thread: deterministic, unlike index_add on CUDA.
+  const at::Tensor sums = at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
+                                             /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
+                                             /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
+  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
+  shape[0] = num_rows;
+  return sums.to(grad.scalar_type()).reshape(shape);
+}
+
+struct GatherRows : torch::autograd::Function<GatherRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
+    context->save_for_backward({rows});
+    context->saved_data["num_rows"] = x.size(0);
+    return x.index_select(0, rows);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor rows = context->get_saved_variables()[0];
+    return {scatter_sum(grad_outputs[0], rows, context->saved_data["num_rows"].toInt()),
+            at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& rows) {
+  check_shape(rows, {-1}, "gather_rows: rows");
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return x.index_select(0, rows);
+  return GatherRows::apply(x, rows);
+}
+
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table) {
+  check_shape(ids, {-1}, "embedding: ids");
+  check_shape(table, {-1, -1}, "embedding: table");
+  if (ids.is_cpu()) {
+    const int64_t* id = ids.const_data_ptr<int64_t>();
+    for (int64_t token = 0; token < ids.size(0); ++token) {
+      HADAL_CHECK(id[token] >= 0 && id[token] < table.size(0), "embedding: token ", token, " has id ",
+                  id[token], ", the vocabulary ", table.size(0), " entries");
+    }
+  }
+  return gather_rows(table, ids);
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,111 @@
+#include "ops/mhc/hyper_connection.h"
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+namespace {
+
+/// z = (fn v) * rho with v the concatenated streams and rho their reciprocal RMS: [tokens, rows].
+at::Tensor mixing_logits(const at::Tensor& flat, const at::Tensor& fn, double norm_eps) {
+  const at::Tensor rho = at::rsqrt(flat.square().mean(-1, /*keepdim=*/true) + norm_eps);
+  return at::linear(flat, fn.to(flat.scalar_type())) * rho;
+}
+
+at::Tensor weighted_sum(const at::Tensor& weights, const at::Tensor& streams) {
+  return (weights.unsqueeze(-1) * to_compute(streams)).sum(1).to(streams.scalar_type());
+}
+
+}  // namespace
+
+namespace reference {
+
+at::Tensor sinkhorn(const at::Tensor& logits, int64_t iters, double eps) {
+  at::Tensor p = at::softmax(logits, -1) + eps;
+  p = p / (p.sum(-2, /*keepdim=*/true) + eps);
+  for (int64_t i = 1; i < iters; ++i) {
+    p = p / (p.sum(-1, /*keepdim=*/true) + eps);
+    p = p / (p.sum(-2, /*keepdim=*/true) + eps);
+  }
+  return p;
+}
+
+HcPre hc_pre(const at::Tensor& streams,
+             const at::Tensor& fn,
+             const at::Tensor& base,
+             const at::Tensor& scale,
+             const HcParams& params) {
+  const int64_t n = streams.size(1);
+  const at::Tensor flat = to_compute(streams).flatten(1);                    // [tokens, n dim]
+  const at::Tensor z = mixing_logits(flat, fn, params.norm_eps);             // [tokens, (2 + n) n]
+  const at::Tensor s = scale.to(z.scalar_type()), b = base.to(z.scalar_type());
+  const at::Tensor pre = at::sigmoid(z.narrow(1, 0, n) * s[0] + b.narrow(0, 0, n)) + params.hc_eps;
+  const at::Tensor post = 2 * at::sigmoid(z.narrow(1, n, n) * s[1] + b.narrow(0, n, n));
+  const at::Tensor logits = z.narrow(1, 2 * n, n * n) * s[2] + b.narrow(0, 2 * n, n * n);
+  return {.mixed = weighted_sum(pre, streams),
+          .post = post,
+          .comb = sinkhorn(logits.unflatten(1, {n, n}), params.sinkhorn_iters, params.hc_eps)};
+}
+
+at::Tensor hc_post(const at::Tensor& out,
+                   const at::Tensor& streams,
+                   const at::Tensor& post,
+                   const at::Tensor& comb) {
+  const at::Tensor carried = at::bmm(comb.transpose(1, 2), to_compute(streams));
+  return (post.unsqueeze(-1) * to_compute(out).unsqueeze(1) + carried).to(streams.scalar_type());
+}
+
+at::Tensor hc_head(const at::Tensor& streams,
+                   const at::Tensor& fn,
+                   const at::Tensor& base,
+                   const at::Tensor& scale,
+                   const HcParams& params) {
+  const at::Tensor z = mixing_logits(to_compute(streams).flatten(1), fn, params.norm_eps);
+  const at::Tensor weights =
+      at::sigmoid(z * scale.to(z.scalar_type()) + base.to(z.scalar_type())) + params.hc_eps;
+  return weighted_sum(weights, streams);
+}
+
+}  // namespace reference
+
+HcPre hc_pre(const at::Tensor& streams,
+             const at::Tensor& fn,
+             const at::Tensor& base,
+             const at::Tensor& scale,
+             const HcParams& params) {
+  check_shape(streams, {-1, -1, -1}, "hc_pre: streams");
+  const int64_t n = streams.size(1), dim = streams.size(2);
+  check_shape(fn, {(2 + n) * n, n * dim}, "hc_pre: fn");
+  check_shape(base, {(2 + n) * n}, "hc_pre: base");
+  check_shape(scale, {3}, "hc_pre: scale");
+  return reference::hc_pre(streams, fn, base, scale, params);
+}
+
+at::Tensor hc_post(const at::Tensor& out,
+                   const at::Tensor& streams,
+                   const at::Tensor& post,
+                   const at::Tensor& comb) {
+  check_shape(streams, {-1, -1, -1}, "hc_post: streams");
+  const int64_t tokens = streams.size(0), n = streams.size(1);
+  check_shape(out, {tokens, streams.size(2)}, "hc_post: out");
+  check_shape(post, {tokens, n}, "hc_post: post");
+  check_shape(comb, {tokens, n, n}, "hc_post: comb");
+  return reference::hc_post(out, streams, post, comb);
+}
+
+at::Tensor hc_head(const at::Tensor& streams,
+                   const at::Tensor& fn,
+                   const at::Tensor& base,
+                   const at::Tensor& scale,
+                   const HcParams& params) {
+  check_shape(streams, {-1, -1, -1}, "hc_head: streams");
+  const int64_t n = streams.size(1);
+  check_shape(fn, {n, n * streams.size(2)}, "hc_head: fn");
+  check_shape(base, {n}, "hc_head: base");
+  check_shape(scale, {1}, "hc_head: scale");
+  return reference::hc_head(streams, fn, base, scale, params);
+}
+
+}  // namespace hadal::ops

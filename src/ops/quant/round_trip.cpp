@@ -1,0 +1,78 @@
+#include "ops/quant/round_trip.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "base/check.h"
+
+namespace hadal::ops {
+namespace {
+
+/// 2^ceil(log2 r) for positive normal FP32 r, read off the bits.
+at::Tensor power_of_two_above(const at::Tensor& r) {
+  const at::Tensor bits = r.contiguous().view(at::kInt);
+  const at::Tensor exponent =
+      bits.bitwise_right_shift(23) + bits.bitwise_and(0x7fffff).ne(0).to(at::kInt);
+  return exponent.bitwise_left_shift(23).view(at::kFloat);
+}
+
+struct Groups {
+  at::Tensor values;  // [..., dim / group, group] FP32
+  at::Tensor scale;   // [..., dim / group, 1] FP32
+};
+
+Groups scale_groups(const at::Tensor& x, int64_t group, float largest, float floor) {
+  HADAL_CHECK(x.dim() >= 1 && x.size(-1) % group == 0, "round_trip: dim ", x.sizes(),
+              " is no multiple of the group ", group);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() /= group;
+  shape.push_back(group);
+  Groups result;
+  result.values = x.detach().to(at::kFloat).reshape(shape);
+  const at::Tensor amax = result.values.abs().amax(-1, /*keepdim=*/true).clamp_min(floor);
+  result.scale = power_of_two_above(amax * (1.0f / largest));
+  return result;
+}
+
+}  // namespace
+
+namespace reference {
+
+at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group) {
+  const Groups groups = scale_groups(x, group, 448.0f, 1e-4f);
+  const at::Tensor codes =
+      (groups.values / groups.scale).clamp(-448.0, 448.0).to(at::kFloat8_e4m3fn);
+  const at::Tensor rounded = codes.to(at::kFloat) * groups.scale;
+  return straight_through(rounded.reshape(x.sizes()).to(x.scalar_type()), x);
+}
+
+at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group) {
+  const Groups groups = scale_groups(x, group, 6.0f, 6.0f * std::ldexp(1.0f, -126));
+  const at::Tensor rounded = round_to_e2m1(groups.values / groups.scale) * groups.scale;
+  return straight_through(rounded.reshape(x.sizes()).to(x.scalar_type()), x);
+}
+
+}  // namespace reference
+
+at::Tensor round_to_e2m1(const at::Tensor& x) {
+  const at::Tensor magnitude = x.abs().clamp_max(6.0);
+  // Steps of 1/2 below 2, of 1 below 4, of 2 above; at::round takes ties to even, which within each range is the even
+  // code (2.5 -> 2 and 5 -> 4 included: their codes 4 and 6 are even).
+  const at::Tensor fine = at::round(magnitude * 2.0) * 0.5;
+  const at::Tensor middle = at::round(magnitude);
+  const at::Tensor coarse = at::round(magnitude * 0.5) * 2.0;
+  const at::Tensor rounded =
+      at::where(magnitude < 2.0, fine, at::where(magnitude < 4.0, middle, coarse));
+  return at::copysign(rounded, x);
+}
+
+at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group) {
+  return reference::fp8_round_trip(x, group);
+}
+
+at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group) {
+  return reference::fp4_round_trip(x, group);
+}
+
+}  // namespace hadal::ops
