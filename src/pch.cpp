@@ -1,1 +1,2 @@
-// Carries the precompiled header (ATen.h, custom_function.h, autograd.h) that the layers on LibTorch share.
+// Carries the precompiled header (ATen.h, custom_function.h, autograd.h) that the layers on
+// LibTorch share.

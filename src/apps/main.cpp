@@ -1,8 +1,9 @@
 // The hadal binary: picks the subcommand, owns the exit code.
-#include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
 #include <functional>
+
+#include <CLI/CLI.hpp>
 
 #include "apps/command.h"
 #include "base/check.h"

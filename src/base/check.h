@@ -1,8 +1,8 @@
 // Errors: what a broken contract or a bad input throws, and the checks that throw it.
 //
-// HADAL_CHECK guards contracts between pieces of code and is always on; its message starts with the op or unit and
-// ends with the values. InputError is for what people and files bring (flags, JSON, weights): it names what, where,
-// expected and found, and carries no source location.
+// HADAL_CHECK guards contracts between pieces of code and is always on; its message starts with the
+// op or unit and ends with the values. InputError is for what people and files bring (flags, JSON,
+// weights): it names what, where, expected and found, and carries no source location.
 #pragma once
 
 #include <source_location>
@@ -39,16 +39,16 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace hadal
 
-#define HADAL_CHECK(condition, ...)                                \
-  do {                                                             \
-    if (!(condition)) [[unlikely]]                                 \
-      throw ::hadal::Error(::hadal::concat(__VA_ARGS__));          \
+#define HADAL_CHECK(condition, ...)                       \
+  do {                                                    \
+    if (!(condition)) [[unlikely]]                        \
+      throw ::hadal::Error(::hadal::concat(__VA_ARGS__)); \
   } while (false)
 
-#define HADAL_INPUT_CHECK(condition, ...)                          \
-  do {                                                             \
-    if (!(condition)) [[unlikely]]                                 \
-      throw ::hadal::InputError(::hadal::concat(__VA_ARGS__));     \
+#define HADAL_INPUT_CHECK(condition, ...)                      \
+  do {                                                         \
+    if (!(condition)) [[unlikely]]                             \
+      throw ::hadal::InputError(::hadal::concat(__VA_ARGS__)); \
   } while (false)
 
 #ifdef NDEBUG

@@ -1,8 +1,9 @@
 // Which instruction set the CPU kernels use.
 //
-// Every *_cpu.cpp is compiled once per instruction set and fills CpuSlot::kernels[isa]. The choice is made once, from
-// what the processor has; tests and `--isa` force a lower one. All sets walk the same reduction tree (numerics
-// contract, rule 2), so with fused multiply-add the results are the same bits.
+// Every *_cpu.cpp is compiled once per instruction set and fills CpuSlot::kernels[isa]. The choice
+// is made once, from what the processor has; tests and `--isa` force a lower one. All sets walk the
+// same reduction tree (numerics contract, rule 2), so with fused multiply-add the results are the
+// same bits.
 #pragma once
 
 #include <string_view>

@@ -1,7 +1,8 @@
 // A kernel that may be absent from this build.
 //
-// The slot is declared beside the op and constant-initialised empty; the translation unit of the kernel fills it
-// while the program starts. A build without that unit leaves it empty and the op takes its reference.
+// The slot is declared beside the op and constant-initialised empty; the translation unit of the
+// kernel fills it while the program starts. A build without that unit leaves it empty and the op
+// takes its reference.
 #pragma once
 
 #include <string_view>

@@ -10,8 +10,8 @@ namespace {
 spdlog::logger& logger() {
   static spdlog::logger instance = [] {
     spdlog::logger made("hadal", std::make_shared<spdlog::sinks::stderr_sink_mt>());
-    made.set_formatter(std::make_unique<spdlog::pattern_formatter>(
-        "%Y-%m-%dT%H:%M:%S.%eZ %L %v", spdlog::pattern_time_type::utc));
+    made.set_formatter(std::make_unique<spdlog::pattern_formatter>("%Y-%m-%dT%H:%M:%S.%eZ %L %v",
+                                                                   spdlog::pattern_time_type::utc));
     return made;
   }();
   return instance;

@@ -1,11 +1,10 @@
 #include "base/parallel.h"
 
-#include <sched.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <sched.h>
 #include <thread>
 #include <utility>
 #include <vector>

@@ -1,8 +1,8 @@
 // A pool of threads for the CPU kernels.
 //
-// Work is cut into numbered tasks whose results do not depend on who runs them: a kernel gives each output to one
-// task as a whole, so the number of threads never changes a bit. Idle workers spin for a moment before they sleep,
-// because a decode step starts hundreds of short regions.
+// Work is cut into numbered tasks whose results do not depend on who runs them: a kernel gives each
+// output to one task as a whole, so the number of threads never changes a bit. Idle workers spin
+// for a moment before they sleep, because a decode step starts hundreds of short regions.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace hadal {
 
-/// Threads that parallel_for uses, the caller included. Default: the processors this process may use.
+/// Threads that parallel_for uses, the caller included. Default: the processors this process may
+/// use.
 int num_threads();
 /// Changes it; 1 <= count <= 1024. Not while a parallel_for is running.
 void set_num_threads(int count);
@@ -21,9 +22,9 @@ namespace detail {
 void parallel_run(int64_t num_tasks, void (*task)(void*, int64_t), void* context);
 }  // namespace detail
 
-/// Runs body(begin, end) over [0, count) cut into contiguous ranges of at least `grain` items; blocks until all are
-/// done. Runs inline when one range is enough or when called from inside another parallel_for. The first exception
-/// thrown by a body is rethrown here.
+/// Runs body(begin, end) over [0, count) cut into contiguous ranges of at least `grain` items;
+/// blocks until all are done. Runs inline when one range is enough or when called from inside
+/// another parallel_for. The first exception thrown by a body is rethrown here.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, Body&& body) {
   if (count <= 0) return;

@@ -1,8 +1,8 @@
 #include "model/attention.h"
 
-#include <ATen/ATen.h>
-
 #include <cmath>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "ops/attention/compress.h"
@@ -22,18 +22,20 @@ using ops::Numerics;
 at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Numerics numerics) {
   if (numerics != Numerics::kReleased) return latent;
   const int64_t nope = latent.size(-1) - rope_head_dim;
-  return at::cat({ops::fp8_round_trip(latent.narrow(-1, 0, nope), 64),
-                  latent.narrow(-1, nope, rope_head_dim)},
-                 -1);
+  return at::cat(
+      {ops::fp8_round_trip(latent.narrow(-1, 0, nope), 64), latent.narrow(-1, nope, rope_head_dim)},
+      -1);
 }
 
-/// Rotation and FP4 round trip of indexer queries and keys; the orthonormal rotation stays in every numerics.
+/// Rotation and FP4 round trip of indexer queries and keys; the orthonormal rotation stays in every
+/// numerics.
 at::Tensor quantise_index(const at::Tensor& x, Numerics numerics) {
   const at::Tensor rotated = ops::hadamard(x);
   return numerics == Numerics::kReleased ? ops::fp4_round_trip(rotated, 32) : rotated;
 }
 
-/// Rows of a training batch as a view by block: each sequence's blocks are contiguous and start at its block 0.
+/// Rows of a training batch as a view by block: each sequence's blocks are contiguous and start at
+/// its block 0.
 ops::BlockView blocks_of_step(const at::Tensor& rows, const ops::BlockPlan& plan) {
   ops::BlockView view{.rows = rows, .page_start = {}};
   for (size_t seq = 0; seq + 1 < plan.cu_blocks.size(); ++seq) {
@@ -49,7 +51,8 @@ struct CompressorRings {
   BlockKind blocks;
 };
 constexpr CompressorRings kMainRings{RingKind::kKv, RingKind::kScore, BlockKind::kCompressed};
-constexpr CompressorRings kIndexRings{RingKind::kIndexKv, RingKind::kIndexScore, BlockKind::kIndexKeys};
+constexpr CompressorRings kIndexRings{RingKind::kIndexKv, RingKind::kIndexScore,
+                                      BlockKind::kIndexKeys};
 
 /// Compresses this step's tokens and returns every visible block of the batch.
 ops::BlockView compress_step(const Compressor& compressor,
@@ -71,7 +74,8 @@ ops::BlockView compress_step(const Compressor& compressor,
   const ops::Compressed result =
       ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio);
   const ops::BlockPlan& plan = batch.blocks(ratio);
-  at::Tensor rows = ops::rms_norm(result.pooled.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
+  at::Tensor rows =
+      ops::rms_norm(result.pooled.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
   rows = ops::rope(rows, rope_table.cos_sin(plan.pos, plan.max_pos));
   rows = rings.blocks == BlockKind::kIndexKeys
              ? quantise_index(rows, context.numerics)
@@ -125,20 +129,22 @@ at::Tensor attention_forward(const Attention& attn,
   const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
 
   const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp8, numerics);
-  const at::Tensor q_rank =
-      ops::rms_norm(apply_linear(attn.wq_a, x_rounded, numerics), attn.q_norm.value, config.norm_eps);
+  const at::Tensor q_rank = ops::rms_norm(apply_linear(attn.wq_a, x_rounded, numerics),
+                                          attn.q_norm.value, config.norm_eps);
   const at::Tensor q_rank_rounded = ops::quantise_input(q_rank, GemmRole::kFp8, numerics);
   at::Tensor q = apply_linear(attn.wq_b, q_rank_rounded, numerics)
                      .reshape({tokens, config.n_heads, config.head_dim});
   q = ops::rope(ops::head_norm(q, config.norm_eps, numerics), cos_sin);
-  at::Tensor kv =
-      ops::rms_norm(apply_linear(attn.wkv, x_rounded, numerics), attn.kv_norm.value, config.norm_eps);
-  kv = quantise_latent(ops::rope(kv, cos_sin), config.rope_head_dim, numerics);  // [tokens, head_dim]
+  at::Tensor kv = ops::rms_norm(apply_linear(attn.wkv, x_rounded, numerics), attn.kv_norm.value,
+                                config.norm_eps);
+  kv = quantise_latent(ops::rope(kv, cos_sin), config.rope_head_dim,
+                       numerics);  // [tokens, head_dim]
 
   ops::BlockView blocks;
   at::Tensor selection;
   if (attn.compressor) {
-    blocks = compress_step(*attn.compressor, kMainRings, config, block, x, compressed_rope, context);
+    blocks =
+        compress_step(*attn.compressor, kMainRings, config, block, x, compressed_rope, context);
   }
   if (attn.indexer && context.mode == AttentionMode::kSparse) {
     selection = choose_blocks(*attn.indexer, config, block, x.detach(), q_rank_rounded.detach(),
@@ -146,12 +152,12 @@ at::Tensor attention_forward(const Attention& attn,
   }
   const ops::RingView history =
       context.kv != nullptr ? context.kv->ring(block, RingKind::kWindow) : ops::RingView{};
-  const ops::AttentionResult result = ops::sparse_attn(
-      q, kv, history, blocks, selection, attn.attn_sink.value, batch,
-      {.window = config.window_size,
-       .scale = std::pow(static_cast<double>(config.head_dim), -0.5),
-       .ratio = ratio,
-       .numerics = numerics});
+  const ops::AttentionResult result =
+      ops::sparse_attn(q, kv, history, blocks, selection, attn.attn_sink.value, batch,
+                       {.window = config.window_size,
+                        .scale = std::pow(static_cast<double>(config.head_dim), -0.5),
+                        .ratio = ratio,
+                        .numerics = numerics});
   if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
@@ -159,8 +165,8 @@ at::Tensor attention_forward(const Attention& attn,
   const at::Tensor grouped = ops::group_linear(
       out.reshape({tokens, config.o_groups, group_width}),
       attn.wo_a.operand(numerics).reshape({config.o_groups, config.o_lora_rank, group_width}));
-  return apply_linear(attn.wo_b,
-                      ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics), numerics);
+  return apply_linear(attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics),
+                      numerics);
 }
 
 }  // namespace hadal::model

@@ -1,10 +1,10 @@
-// Attention of one block: low-rank queries, one latent for keys and values, window, compressed blocks, indexer, grouped
-// output projection (model.md 2.7 to 2.11).
+// Attention of one block: low-rank queries, one latent for keys and values, window, compressed
+// blocks, indexer, grouped output projection (model.md 2.7 to 2.11).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <optional>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/config.h"
 #include "model/context.h"
@@ -29,8 +29,9 @@ struct Attention {
   std::optional<Indexer> indexer;        ///< CSA
 };
 
-/// x [tokens, dim] after attn_norm -> [tokens, dim]. `block` is the index of the block, n_layers for the MTP block.
-/// `compressed_rope` is the table of layers with ratio > 0, for the blocks' own positions.
+/// x [tokens, dim] after attn_norm -> [tokens, dim]. `block` is the index of the block, n_layers
+/// for the MTP block. `compressed_rope` is the table of layers with ratio > 0, for the blocks' own
+/// positions.
 at::Tensor attention_forward(const Attention& attn,
                              const ModelConfig& config,
                              int64_t block,

@@ -1,11 +1,11 @@
 // What one forward pass is told and what it reports besides hidden states.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <functional>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/kv_access.h"
 #include "ops/batch.h"
@@ -14,8 +14,8 @@
 
 namespace hadal::model {
 
-/// How CSA layers attend (training.md 1.6): to every visible block, ignoring the indexer; the same while the indexer
-/// learns from the attention; or to the indexer's choice.
+/// How CSA layers attend (training.md 1.6): to every visible block, ignoring the indexer; the same
+/// while the indexer learns from the attention; or to the indexer's choice.
 enum class AttentionMode { kDense, kIndexerWarmup, kSparse };
 
 struct ForwardContext {
@@ -31,8 +31,8 @@ struct ForwardContext {
   std::function<void(int64_t block, const at::Tensor& streams)> on_block;
   std::function<void(int64_t block, const at::Tensor& selection)> on_selection;
   std::function<void(int64_t block, const ops::Routing& routing)> on_routing;
-  /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a visible block;
-  /// asked for in training only.
+  /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a
+  /// visible block; asked for in training only.
   std::function<void(int64_t block, const at::Tensor& kl_sum, int64_t num_queries)> on_index_loss;
 };
 

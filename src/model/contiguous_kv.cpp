@@ -1,8 +1,8 @@
 #include "model/contiguous_kv.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 
@@ -15,8 +15,12 @@ at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
 
 }  // namespace
 
-ContiguousKv::ContiguousKv(const ModelConfig& config, int64_t slots, int64_t max_tokens,
-                           at::ScalarType dtype, at::Device device, int64_t slack)
+ContiguousKv::ContiguousKv(const ModelConfig& config,
+                           int64_t slots,
+                           int64_t max_tokens,
+                           at::ScalarType dtype,
+                           at::Device device,
+                           int64_t slack)
     : config_(config),
       num_slots_(slots),
       max_tokens_(max_tokens),
@@ -29,11 +33,13 @@ ContiguousKv::ContiguousKv(const ModelConfig& config, int64_t slots, int64_t max
   const auto add_ring = [&](int64_t block, RingKind kind, int64_t size, int64_t width,
                             at::ScalarType type) {
     rings_[{block, kind}] = {
-        .rows = at::zeros({slots * size, width}, at::TensorOptions(type).device(device)), .size = size};
+        .rows = at::zeros({slots * size, width}, at::TensorOptions(type).device(device)),
+        .size = size};
   };
   const auto add_blocks = [&](int64_t block, BlockKind kind, int64_t width) {
     blocks_[{block, kind}] = {
-        .rows = at::zeros({slots, 0, width}, at::TensorOptions(dtype).device(device)), .capacity = 0};
+        .rows = at::zeros({slots, 0, width}, at::TensorOptions(dtype).device(device)),
+        .capacity = 0};
   };
   for (int64_t block = 0; block < config.n_blocks(); ++block) {
     add_ring(block, RingKind::kWindow, config.window_size + slack, config.head_dim, dtype);
@@ -60,14 +66,15 @@ void ContiguousKv::rollback(int64_t slot, int64_t length) {
   current = length;
 }
 
-ops::Batch ContiguousKv::begin(const std::vector<int64_t>& slots, const std::vector<int64_t>& lengths) {
+ops::Batch ContiguousKv::begin(const std::vector<int64_t>& slots,
+                               const std::vector<int64_t>& lengths) {
   std::vector<int64_t> starts;
   for (size_t i = 0; i < slots.size(); ++i) {
     starts.push_back(length(slots[i]));
-    HADAL_CHECK(starts.back() + lengths[i] <= max_tokens_, "contiguous_kv: slot ", slots[i], " holds ",
-                starts.back(), " tokens, ", lengths[i], " more exceed ", max_tokens_);
-    HADAL_CHECK(std::count(slots.begin(), slots.end(), slots[i]) == 1, "contiguous_kv: slot ", slots[i],
-                " appears twice");
+    HADAL_CHECK(starts.back() + lengths[i] <= max_tokens_, "contiguous_kv: slot ", slots[i],
+                " holds ", starts.back(), " tokens, ", lengths[i], " more exceed ", max_tokens_);
+    HADAL_CHECK(std::count(slots.begin(), slots.end(), slots[i]) == 1, "contiguous_kv: slot ",
+                slots[i], " appears twice");
   }
   active_ = slots;
   active_lengths_ = lengths;

@@ -1,16 +1,18 @@
-// The reference cache: plain tensors for a fixed number of sequences, no paging, values as the model computes them.
+// The reference cache: plain tensors for a fixed number of sequences, no paging, values as the
+// model computes them.
 //
-// A slot holds one sequence: rings of every layer and all its compressed rows. begin() says which slots the next
-// forward pass works on; the pass appends and commits; advance() accounts for it. Rollback to any position not older
-// than `slack` tokens is exact, because rings are addressed by position and that much longer than the model needs.
+// A slot holds one sequence: rings of every layer and all its compressed rows. begin() says which
+// slots the next forward pass works on; the pass appends and commits; advance() accounts for it.
+// Rollback to any position not older than `slack` tokens is exact, because rings are addressed by
+// position and that much longer than the model needs.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <map>
 #include <utility>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/config.h"
 #include "model/kv_access.h"
@@ -19,16 +21,22 @@ namespace hadal::model {
 
 class ContiguousKv : public KvAccess {
  public:
-  /// Room for `slots` sequences of at most max_tokens tokens; storage grows as positions do. Activations have `dtype`
-  /// (BF16, or FP32/FP64 in `ideal`). slack: tokens that a rollback may take back (at least the longest draft).
-  ContiguousKv(const ModelConfig& config, int64_t slots, int64_t max_tokens, at::ScalarType dtype,
-               at::Device device, int64_t slack = 8);
+  /// Room for `slots` sequences of at most max_tokens tokens; storage grows as positions do.
+  /// Activations have `dtype` (BF16, or FP32/FP64 in `ideal`). slack: tokens that a rollback may
+  /// take back (at least the longest draft).
+  ContiguousKv(const ModelConfig& config,
+               int64_t slots,
+               int64_t max_tokens,
+               at::ScalarType dtype,
+               at::Device device,
+               int64_t slack = 8);
 
   /// Tokens stored of a slot.
   int64_t length(int64_t slot) const { return lengths_.at(static_cast<size_t>(slot)); }
   /// Empties a slot for another sequence.
   void reset(int64_t slot);
-  /// Forgets all tokens from position `length` on. Throws Error when more than `slack` would be taken back.
+  /// Forgets all tokens from position `length` on. Throws Error when more than `slack` would be
+  /// taken back.
   void rollback(int64_t slot, int64_t length);
 
   /// The next pass runs `lengths[i]` tokens of slot slots[i]; returns the batch for it.

@@ -1,12 +1,14 @@
-// What attention asks of a cache: rows from before this step, room for the blocks it completes, and a commit.
+// What attention asks of a cache: rows from before this step, room for the blocks it completes, and
+// a commit.
 //
-// The model calls, per layer and in this order: state() and append_blocks() of the compressors, window(), and last
-// commit() of everything it computed, when no query of the step needs older rows any more (model.md 3.4).
+// The model calls, per layer and in this order: state() and append_blocks() of the compressors,
+// window(), and last commit() of everything it computed, when no query of the step needs older rows
+// any more (model.md 3.4).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+
+#include <ATen/core/Tensor.h>
 
 #include "ops/batch.h"
 

@@ -19,25 +19,27 @@ at::Tensor moe_forward(const Moe& moe,
   const ops::Numerics numerics = context.numerics;
   const at::Tensor logits = apply_linear(moe.gate, x, numerics);  // [tokens, experts]
   const ops::Routing routing =
-      moe.tid2eid ? ops::gate_fixed(logits, moe.tid2eid->value.index_select(0, token_ids), config.route_scale)
-                  : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
+      moe.tid2eid
+          ? ops::gate_fixed(logits, moe.tid2eid->value.index_select(0, token_ids),
+                            config.route_scale)
+          : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
   if (context.on_routing) context.on_routing(block, routing);
 
   const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp4, numerics);
   const ops::Permutation order = ops::permute_by_expert(routing.experts, config.n_routed_experts);
-  const at::Tensor rows = ops::gather_rows(x_rounded, order.token);                   // [pairs, dim]
+  const at::Tensor rows = ops::gather_rows(x_rounded, order.token);  // [pairs, dim]
   const at::Tensor weights = ops::gather_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
     return ops::grouped_linear(input, w.operand(numerics), order.offsets, w.role);
   };
-  const at::Tensor hidden = ops::swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights,
-                                        config.swiglu_limit);
+  const at::Tensor hidden = ops::swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows),
+                                        weights, config.swiglu_limit);
   const at::Tensor routed =
       expert_linear(moe.w2, ops::quantise_input(hidden, GemmRole::kFp4, numerics));
 
-  const at::Tensor shared_hidden =
-      ops::swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
-                  apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor(), config.swiglu_limit);
+  const at::Tensor shared_hidden = ops::swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
+                                               apply_linear(moe.shared_w3, x_rounded, numerics),
+                                               at::Tensor(), config.swiglu_limit);
   const at::Tensor shared = apply_linear(
       moe.shared_w2, ops::quantise_input(shared_hidden, GemmRole::kFp8, numerics), numerics);
   return ops::combine(routed, order, shared);

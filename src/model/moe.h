@@ -1,9 +1,10 @@
-// Mixture of experts of one block: hash or learned routing, routed experts, one shared expert (model.md 2.12).
+// Mixture of experts of one block: hash or learned routing, routed experts, one shared expert
+// (model.md 2.12).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <optional>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/config.h"
 #include "model/context.h"
@@ -19,7 +20,8 @@ struct Moe {
   Parameter shared_w1, shared_w3, shared_w2;
 };
 
-/// x [tokens, dim] after ffn_norm, token_ids [tokens] I64 of the tokens whose states are routed -> [tokens, dim].
+/// x [tokens, dim] after ffn_norm, token_ids [tokens] I64 of the tokens whose states are routed ->
+/// [tokens, dim].
 at::Tensor moe_forward(const Moe& moe,
                        const ModelConfig& config,
                        int64_t block,

@@ -8,14 +8,16 @@
 namespace hadal::model {
 namespace {
 
-/// Rounds each 128x128 block of [rows, in] to E4M3 with one power-of-two scale: the blocks' rows are laid out as one
-/// group of 16384 for the round trip that activations use.
+/// Rounds each 128x128 block of [rows, in] to E4M3 with one power-of-two scale: the blocks' rows
+/// are laid out as one group of 16384 for the round trip that activations use.
 at::Tensor fp8_blocks(const at::Tensor& w) {
   const int64_t out = w.size(0), in = w.size(1);
   const int64_t out_blocks = (out + 127) / 128, in_blocks = (in + 127) / 128;
-  const at::Tensor padded = at::constant_pad_nd(w, {0, in_blocks * 128 - in, 0, out_blocks * 128 - out});
-  const at::Tensor blocks =
-      padded.reshape({out_blocks, 128, in_blocks, 128}).permute({0, 2, 1, 3}).reshape({-1, 128 * 128});
+  const at::Tensor padded =
+      at::constant_pad_nd(w, {0, in_blocks * 128 - in, 0, out_blocks * 128 - out});
+  const at::Tensor blocks = padded.reshape({out_blocks, 128, in_blocks, 128})
+                                .permute({0, 2, 1, 3})
+                                .reshape({-1, 128 * 128});
   return ops::fp8_round_trip(blocks, 128 * 128)
       .reshape({out_blocks, in_blocks, 128, 128})
       .permute({0, 2, 1, 3})

@@ -1,15 +1,15 @@
 // A named weight of the model and the arithmetic that its role asks for.
 //
-// The same Parameter serves an official checkpoint (values dequantised exactly to BF16, or left FP32), training (FP32
-// master, a leaf of autograd) and tests (FP64). Names are the official ones; the stacked matrices of a layer's routed
-// experts carry `*` for the expert number.
+// The same Parameter serves an official checkpoint (values dequantised exactly to BF16, or left
+// FP32), training (FP32 master, a leaf of autograd) and tests (FP64). Names are the official ones;
+// the stacked matrices of a layer's routed experts carry `*` for the expert number.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include "ops/gemm/linear.h"
 
@@ -48,8 +48,9 @@ struct Parameter {
   /// Moved by gradients of a language or indexer loss.
   bool trainable() const { return kind != ParamKind::kGateBias && kind != ParamKind::kHashTable; }
 
-  /// What the matrix products use: the values themselves in `ideal`; BF16 in `bf16`; in `released` the values that
-  /// the official storage would hold, with a straight-through gradient, when the values are FP32 masters.
+  /// What the matrix products use: the values themselves in `ideal`; BF16 in `bf16`; in `released`
+  /// the values that the official storage would hold, with a straight-through gradient, when the
+  /// values are FP32 masters.
   at::Tensor operand(ops::Numerics numerics) const;
 };
 

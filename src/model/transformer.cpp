@@ -20,7 +20,9 @@ ops::YarnParams yarn_params(const ModelConfig& config) {
 }
 
 ops::HcParams hc_params(const ModelConfig& config) {
-  return {.sinkhorn_iters = config.hc_sinkhorn_iters, .norm_eps = config.norm_eps, .hc_eps = config.hc_eps};
+  return {.sinkhorn_iters = config.hc_sinkhorn_iters,
+          .norm_eps = config.norm_eps,
+          .hc_eps = config.hc_eps};
 }
 
 /// Declares parameters under one name prefix.
@@ -28,15 +30,25 @@ class Declare {
  public:
   Declare(const ModelConfig& config, std::string prefix) : c_(config), prefix_(std::move(prefix)) {}
 
-  Parameter make(const std::string& name, ParamKind kind, Storage storage, std::vector<int64_t> shape,
+  Parameter make(const std::string& name,
+                 ParamKind kind,
+                 Storage storage,
+                 std::vector<int64_t> shape,
                  GemmRole role = GemmRole::kBf16) const {
-    return {.name = prefix_ + name, .kind = kind, .role = role, .storage = storage,
-            .shape = std::move(shape), .value = {}};
+    return {.name = prefix_ + name,
+            .kind = kind,
+            .role = role,
+            .storage = storage,
+            .shape = std::move(shape),
+            .value = {}};
   }
   Parameter norm(const std::string& name, int64_t width) const {
     return make(name, ParamKind::kNorm, Storage::kBf16, {width});
   }
-  Parameter fp8(const std::string& name, int64_t out, int64_t in, ParamKind kind = ParamKind::kMatrix,
+  Parameter fp8(const std::string& name,
+                int64_t out,
+                int64_t in,
+                ParamKind kind = ParamKind::kMatrix,
                 GemmRole role = GemmRole::kFp8) const {
     return make(name, kind, Storage::kFp8, {out, in}, role);
   }
@@ -64,16 +76,18 @@ class Declare {
         .wq_b = fp8("attn.wq_b.weight", q_width, c_.q_lora_rank),
         .wkv = fp8("attn.wkv.weight", c_.head_dim, c_.dim),
         .kv_norm = norm("attn.kv_norm.weight", c_.head_dim),
-        .wo_a = fp8("attn.wo_a.weight", c_.o_groups * c_.o_lora_rank, c_.heads_per_group() * c_.head_dim,
-                    ParamKind::kGroups, GemmRole::kBf16),
+        .wo_a = fp8("attn.wo_a.weight", c_.o_groups * c_.o_lora_rank,
+                    c_.heads_per_group() * c_.head_dim, ParamKind::kGroups, GemmRole::kBf16),
         .wo_b = fp8("attn.wo_b.weight", c_.dim, c_.o_groups * c_.o_lora_rank),
         .compressor = std::nullopt,
         .indexer = std::nullopt};
     if (ratio > 0) a.compressor = compressor("attn.compressor.", ratio, c_.head_dim);
     if (c_.kind(block) == LayerKind::kCsa) {
       a.indexer = Indexer{
-          .wq_b = fp8("attn.indexer.wq_b.weight", c_.index_n_heads * c_.index_head_dim, c_.q_lora_rank),
-          .weights_proj = bf16("attn.indexer.weights_proj.weight", c_.index_n_heads, c_.dim, GemmRole::kBf16),
+          .wq_b =
+              fp8("attn.indexer.wq_b.weight", c_.index_n_heads * c_.index_head_dim, c_.q_lora_rank),
+          .weights_proj =
+              bf16("attn.indexer.weights_proj.weight", c_.index_n_heads, c_.dim, GemmRole::kBf16),
           .compressor = compressor("attn.indexer.compressor.", ratio, c_.index_head_dim)};
     }
     return a;
@@ -82,8 +96,8 @@ class Declare {
     const int64_t experts = c_.n_routed_experts, inter = c_.moe_inter_dim;
     const auto routed = [&](const std::string& name, int64_t out, int64_t in) {
       const Storage storage = c_.expert_dtype == ExpertDtype::kFp4 ? Storage::kFp4 : Storage::kFp8;
-      return make("ffn.experts.*." + name + ".weight", ParamKind::kExperts, storage, {experts, out, in},
-                  GemmRole::kFp4);
+      return make("ffn.experts.*." + name + ".weight", ParamKind::kExperts, storage,
+                  {experts, out, in}, GemmRole::kFp4);
     };
     Moe m{.gate = bf16("ffn.gate.weight", experts, c_.dim, GemmRole::kFp32),
           .gate_bias = std::nullopt,
@@ -132,7 +146,8 @@ void visit_block(Block& block, const std::function<void(Parameter&)>& visitor) {
   visit_hc(block.hc_attn, visitor);
   visit_hc(block.hc_ffn, visitor);
   Attention& a = block.attn;
-  for (Parameter* p : {&a.attn_sink, &a.wq_a, &a.q_norm, &a.wq_b, &a.wkv, &a.kv_norm, &a.wo_a, &a.wo_b}) {
+  for (Parameter* p :
+       {&a.attn_sink, &a.wq_a, &a.q_norm, &a.wq_b, &a.wkv, &a.kv_norm, &a.wo_a, &a.wo_b}) {
     visitor(*p);
   }
   if (a.compressor) visit_compressor(*a.compressor, visitor);
@@ -205,16 +220,17 @@ at::Tensor Transformer::run_block(const Block& block,
   const ops::HcParams params = hc_params(config_);
   const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
                                           block.hc_attn.scale.value, params);
-  const at::Tensor attn_out = attention_forward(
-      block.attn, config_, index, ops::rms_norm(attn_mix.mixed, block.attn_norm.value, config_.norm_eps),
-      rope_compressed_, context);
+  const at::Tensor attn_out =
+      attention_forward(block.attn, config_, index,
+                        ops::rms_norm(attn_mix.mixed, block.attn_norm.value, config_.norm_eps),
+                        rope_compressed_, context);
   streams = ops::hc_post(attn_out, streams, attn_mix.post, attn_mix.comb);
 
   const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
                                          block.hc_ffn.scale.value, params);
-  const at::Tensor ffn_out =
-      moe_forward(block.moe, config_, index,
-                  ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config_.norm_eps), ids, context);
+  const at::Tensor ffn_out = moe_forward(
+      block.moe, config_, index,
+      ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config_.norm_eps), ids, context);
   streams = ops::hc_post(ffn_out, streams, ffn_mix.post, ffn_mix.comb);
   if (context.on_block) context.on_block(index, streams);
   return streams;
@@ -251,9 +267,10 @@ at::Tensor Transformer::mtp_head_input(const at::Tensor& streams,
   HADAL_CHECK(mtp_.has_value(), "transformer: this model has no MTP block");
   const ops::Numerics numerics = context.numerics;
   const int64_t tokens = streams.size(0), n = config_.hc_mult, dim = config_.dim;
-  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed_.operand(numerics)), mtp_->enorm.value,
-                                     config_.norm_eps);
-  const at::Tensor h = ops::rms_norm(streams, mtp_->hnorm.value, config_.norm_eps).reshape({tokens * n, dim});
+  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed_.operand(numerics)),
+                                     mtp_->enorm.value, config_.norm_eps);
+  const at::Tensor h =
+      ops::rms_norm(streams, mtp_->hnorm.value, config_.norm_eps).reshape({tokens * n, dim});
   const at::Tensor projected_e =
       apply_linear(mtp_->e_proj, ops::quantise_input(e, GemmRole::kFp8, numerics), numerics);
   const at::Tensor projected_h =

@@ -1,15 +1,16 @@
-// The DeepSeek-V4 model: weights and the one forward pass that training, prefill, decode and resumption share.
+// The DeepSeek-V4 model: weights and the one forward pass that training, prefill, decode and
+// resumption share.
 //
-// The model owns weights; the caller owns state (ForwardContext::kv). Hidden states are residual streams
-// [tokens, hc_mult, dim].
+// The model owns weights; the caller owns state (ForwardContext::kv). Hidden states are residual
+// streams [tokens, hc_mult, dim].
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 #include "model/attention.h"
 #include "model/config.h"
@@ -39,20 +40,23 @@ struct Mtp {
 
 class Transformer {
  public:
-  /// Every parameter with name, role and shape but no value: fill them from a checkpoint or with init_weights().
+  /// Every parameter with name, role and shape but no value: fill them from a checkpoint or with
+  /// init_weights().
   explicit Transformer(ModelConfig config);
 
   const ModelConfig& config() const { return config_; }
 
-  /// Fills context.rope_* and runs embedding and main blocks: ids [tokens] I64 -> streams [tokens, hc_mult, dim].
+  /// Fills context.rope_* and runs embedding and main blocks: ids [tokens] I64 -> streams [tokens,
+  /// hc_mult, dim].
   at::Tensor forward(const at::Tensor& ids, ForwardContext& context) const;
   /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
   at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
   /// [tokens, dim] -> [tokens, vocab] FP32.
   at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
 
-  /// The MTP block: streams of the last main block at p and the ids of the tokens at p + 1 -> its head input
-  /// [tokens, dim], which predicts the token at p + 2. `context` is the one forward() was given.
+  /// The MTP block: streams of the last main block at p and the ids of the tokens at p + 1 -> its
+  /// head input [tokens, dim], which predicts the token at p + 2. `context` is the one forward()
+  /// was given.
   at::Tensor mtp_head_input(const at::Tensor& streams,
                             const at::Tensor& next_ids,
                             ForwardContext& context) const;

@@ -1,8 +1,8 @@
 #include "ops/batch.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 
@@ -24,8 +24,8 @@ Batch::Batch(std::vector<int64_t> lengths, std::vector<int64_t> starts, at::Devi
   cu_seqlens_.push_back(0);
   std::vector<int64_t> seq;
   for (size_t s = 0; s < lengths.size(); ++s) {
-    HADAL_CHECK(lengths[s] >= 1 && starts_[s] >= 0, "batch: sequence ", s, " has length ", lengths[s],
-                " from position ", starts_[s]);
+    HADAL_CHECK(lengths[s] >= 1 && starts_[s] >= 0, "batch: sequence ", s, " has length ",
+                lengths[s], " from position ", starts_[s]);
     cu_seqlens_.push_back(cu_seqlens_.back() + lengths[s]);
     max_end_pos_ = std::max(max_end_pos_, starts_[s] + lengths[s]);
     for (int64_t t = 0; t < lengths[s]; ++t) {

@@ -1,15 +1,17 @@
-// Where the tokens of one step sit: packed rows of several sequences, each a run of consecutive positions.
+// Where the tokens of one step sit: packed rows of several sequences, each a run of consecutive
+// positions.
 //
-// Training passes whole samples (start 0); a service passes any run at any position (model.md 3.4). The compressed
-// blocks that a step completes follow from it alone, so they are planned here once for every layer.
+// Training passes whole samples (start 0); a service passes any run at any position (model.md 3.4).
+// The compressed blocks that a step completes follow from it alone, so they are planned here once
+// for every layer.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 namespace hadal::ops {
 
@@ -19,14 +21,15 @@ struct BlockPlan {
   int64_t ratio = 0;
   std::vector<int64_t> cu_blocks;    ///< [num_seqs + 1] running count of new blocks
   std::vector<int64_t> first_block;  ///< [num_seqs] number of each sequence's first new block
-  at::Tensor pos;                    ///< [num_blocks] I64, position m * c of each block's first token
-  int64_t max_pos = 0;               ///< largest entry of pos, 0 when there is none
+  at::Tensor pos;       ///< [num_blocks] I64, position m * c of each block's first token
+  int64_t max_pos = 0;  ///< largest entry of pos, 0 when there is none
   int64_t num_blocks() const { return cu_blocks.back(); }
 };
 
 class Batch {
  public:
-  /// `lengths[s]` >= 1 tokens of sequence s, the first at position `starts[s]` >= 0. Index tensors go to `device`.
+  /// `lengths[s]` >= 1 tokens of sequence s, the first at position `starts[s]` >= 0. Index tensors
+  /// go to `device`.
   Batch(std::vector<int64_t> lengths, std::vector<int64_t> starts, at::Device device);
 
   int64_t num_seqs() const { return static_cast<int64_t>(starts_.size()); }
@@ -54,16 +57,16 @@ class Batch {
   mutable std::map<int64_t, BlockPlan> plans_;
 };
 
-/// Rows that belong to positions before this step, addressed by position: row(seq, pos) = first_row[seq] + pos mod
-/// ring. An undefined tensor means no history (every start is 0).
+/// Rows that belong to positions before this step, addressed by position: row(seq, pos) =
+/// first_row[seq] + pos mod ring. An undefined tensor means no history (every start is 0).
 struct RingView {
   at::Tensor rows;                 ///< [num_rows, width]
   std::vector<int64_t> first_row;  ///< [num_seqs]
   int64_t ring = 1;
 };
 
-/// Compressed rows addressed by block number: row(seq, c) = page_start[seq][c / page_blocks] + c mod page_blocks.
-/// Contiguous storage is the case of one page a sequence.
+/// Compressed rows addressed by block number: row(seq, c) = page_start[seq][c / page_blocks] + c
+/// mod page_blocks. Contiguous storage is the case of one page a sequence.
 struct BlockView {
   at::Tensor rows;  ///< [num_rows, width]
   std::vector<std::vector<int64_t>> page_start;

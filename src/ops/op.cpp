@@ -41,8 +41,8 @@ struct ReferenceGradient : torch::autograd::Function<ReferenceGradient> {
   }
 
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
-    auto holder = c10::static_intrusive_pointer_cast<Holder>(
-        context->saved_data["reference"].toCapsule());
+    auto holder =
+        c10::static_intrusive_pointer_cast<Holder>(context->saved_data["reference"].toCapsule());
     const variable_list saved = context->get_saved_variables();
     at::AutoGradMode enable_grad(true);
     variable_list inputs, differentiable;
@@ -57,7 +57,8 @@ struct ReferenceGradient : torch::autograd::Function<ReferenceGradient> {
     const variable_list outputs = holder->function(inputs);
     variable_list roots, root_grads;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (!grad_outputs[i].defined() || !outputs[i].defined() || !outputs[i].requires_grad()) continue;
+      if (!grad_outputs[i].defined() || !outputs[i].defined() || !outputs[i].requires_grad())
+        continue;
       roots.push_back(outputs[i]);
       root_grads.push_back(grad_outputs[i]);
     }

@@ -1,20 +1,23 @@
-// What every op shares: the three numerics, shape checks, dispatch to references, and the two autograd idioms.
+// What every op shares: the three numerics, shape checks, dispatch to references, and the two
+// autograd idioms.
 //
-// An op is one public function. On a device and dtype for which a kernel is filled it runs the kernel; otherwise its
-// reference in plain ATen, which is the definition (numerics contract, docs/numerics.md).
+// An op is one public function. On a device and dtype for which a kernel is filled it runs the
+// kernel; otherwise its reference in plain ATen, which is the definition (numerics contract,
+// docs/numerics.md).
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
 #include <vector>
 
+#include <ATen/core/Tensor.h>
+
 namespace hadal::ops {
 
-/// ideal: FP32 (FP64 in tests) throughout, no round trips. bf16: BF16 weights and activations, no round trips.
-/// released: what the official checkpoints were trained for, with FP8/FP4 activation round trips.
+/// ideal: FP32 (FP64 in tests) throughout, no round trips. bf16: BF16 weights and activations, no
+/// round trips. released: what the official checkpoints were trained for, with FP8/FP4 activation
+/// round trips.
 enum class Numerics { kIdeal, kBf16, kReleased };
 
 const char* numerics_name(Numerics numerics);
@@ -44,13 +47,14 @@ bool reference_forced();
 /// True when the CPU kernels serve these tensors: on the CPU, FP32 or BF16, no ReferenceGuard.
 bool use_cpu_kernel(const at::Tensor& x);
 
-/// `value` in the forward pass; its gradient goes to `source` unchanged (straight-through estimator).
+/// `value` in the forward pass; its gradient goes to `source` unchanged (straight-through
+/// estimator).
 at::Tensor straight_through(const at::Tensor& value, const at::Tensor& source);
 
 using TensorFunction = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
 
-/// Runs `kernel` forward; differentiates `reference` (recomputed in the backward pass) for the gradients.
-/// Undefined inputs are passed through; outputs of integral type get no gradient.
+/// Runs `kernel` forward; differentiates `reference` (recomputed in the backward pass) for the
+/// gradients. Undefined inputs are passed through; outputs of integral type get no gradient.
 std::vector<at::Tensor> with_reference_gradient(const TensorFunction& kernel,
                                                 const TensorFunction& reference,
                                                 const std::vector<at::Tensor>& inputs);

@@ -1,8 +1,8 @@
 #include "ops/attention/compress.h"
 
-#include <ATen/ATen.h>
-
 #include <limits>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "ops/op.h"
@@ -10,8 +10,8 @@
 namespace hadal::ops {
 namespace {
 
-/// Rows of the positions [from, to) of a sequence, from the chunk or its history; `from` may lie before position 0,
-/// where rows are `absent`.
+/// Rows of the positions [from, to) of a sequence, from the chunk or its history; `from` may lie
+/// before position 0, where rows are `absent`.
 at::Tensor rows_of(const at::Tensor& chunk,
                    const RingView& history,
                    const Batch& batch,

@@ -1,8 +1,8 @@
 #include "ops/attention/index_scores.h"
 
-#include <ATen/ATen.h>
-
 #include <limits>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 
@@ -58,7 +58,8 @@ at::Tensor select_topk(const at::Tensor& scores, const Batch& batch, int64_t rat
   at::Tensor result = at::full({tokens, k}, -1, scores.options().dtype(at::kInt));
   if (taken == 0) return result;
   const at::Tensor ordered = at::where(scores.isnan(), kMinusInfinity, scores.detach());
-  const at::Tensor order = std::get<1>(at::sort(ordered, /*stable=*/true, /*dim=*/1, /*descending=*/true));
+  const at::Tensor order =
+      std::get<1>(at::sort(ordered, /*stable=*/true, /*dim=*/1, /*descending=*/true));
   const at::Tensor limit = (batch.pos() + 1).div(ratio, "floor").unsqueeze(1);
   at::Tensor chosen = order.narrow(1, 0, taken);
   // Blocks beyond the visible ones sort last, so that -1 fills the tail of the ascending list.

@@ -8,8 +8,9 @@
 
 namespace hadal::ops {
 
-/// I[t, c] = sum_h relu(q[t, h] . key[c]) * w[t, h] for the blocks c < floor((p + 1) / ratio) of token t's sequence,
-/// -inf beyond. In `released` the dot products, the products with w and the sum are rounded to BF16.
+/// I[t, c] = sum_h relu(q[t, h] . key[c]) * w[t, h] for the blocks c < floor((p + 1) / ratio) of
+/// token t's sequence, -inf beyond. In `released` the dot products, the products with w and the sum
+/// are rounded to BF16.
 ///   q     [tokens, heads, dim]   rotated and quantised
 ///   w     [tokens, heads]        scaled by dim^-1/2 heads^-1/2
 ///   keys  rows [*, dim]

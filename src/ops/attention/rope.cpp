@@ -1,10 +1,10 @@
 #include "ops/attention/rope.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "ops/op.h"
@@ -16,7 +16,8 @@ RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
   const int64_t half = rope_dim / 2;
   const auto correction_dim = [&](double rotations) {
     return static_cast<double>(rope_dim) *
-           std::log(static_cast<double>(yarn->original_seq_len) / (rotations * 2.0 * std::numbers::pi)) /
+           std::log(static_cast<double>(yarn->original_seq_len) /
+                    (rotations * 2.0 * std::numbers::pi)) /
            (2.0 * std::log(base));
   };
   float low = 0.0f, high = 0.0f;
@@ -93,8 +94,9 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
   const at::Tensor pairs =
       x.narrow(-1, dim - rope_dim, rope_dim).to(type).unflatten(-1, {rope_dim / 2, 2});
   const at::Tensor even = pairs.select(-1, 0), odd = pairs.select(-1, 1);
-  const at::Tensor rotated =
-      at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1).flatten(-2).to(x.scalar_type());
+  const at::Tensor rotated = at::stack({even * cos - odd * sin, even * sin + odd * cos}, -1)
+                                 .flatten(-2)
+                                 .to(x.scalar_type());
   return at::cat({x.narrow(-1, 0, dim - rope_dim), rotated}, -1);
 }
 

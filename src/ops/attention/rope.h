@@ -1,11 +1,11 @@
 // Partial interleaved rotary embedding and its tables (model.md 2.6).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <mutex>
 #include <vector>
+
+#include <ATen/core/Tensor.h>
 
 namespace hadal::ops {
 
@@ -17,8 +17,9 @@ struct YarnParams {
   int64_t original_seq_len = 65536;
 };
 
-/// cos and sin of fl32(fl32(p) * f_i), one table per rotary base; shared by queries, keys and the inverse rotation.
-/// Angles are rounded to FP32 before cos and sin, which are then correct to the last FP32 bit on every machine.
+/// cos and sin of fl32(fl32(p) * f_i), one table per rotary base; shared by queries, keys and the
+/// inverse rotation. Angles are rounded to FP32 before cos and sin, which are then correct to the
+/// last FP32 bit on every machine.
 class RopeTable {
  public:
   /// rope_dim even; `yarn` null for layers with ratio 0.
@@ -27,7 +28,8 @@ class RopeTable {
   /// f_i, [rope_dim / 2] FP32.
   const std::vector<float>& frequencies() const { return frequencies_; }
 
-  /// [n, rope_dim / 2, 2] FP32 (cos, sin) for the positions `pos` ([n] I64, all <= max_pos), on pos's device.
+  /// [n, rope_dim / 2, 2] FP32 (cos, sin) for the positions `pos` ([n] I64, all <= max_pos), on
+  /// pos's device.
   at::Tensor cos_sin(const at::Tensor& pos, int64_t max_pos) const;
 
  private:

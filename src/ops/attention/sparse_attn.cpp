@@ -1,9 +1,9 @@
 #include "ops/attention/sparse_attn.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <limits>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "base/math.h"
@@ -20,7 +20,8 @@ struct Fold {
   at::Tensor acc;  // [tokens, heads, dim]
 };
 
-/// Adds one chunk of keys. keys [tokens or 1, chunk, dim]; hidden [tokens, chunk] true where there is no key.
+/// Adds one chunk of keys. keys [tokens or 1, chunk, dim]; hidden [tokens, chunk] true where there
+/// is no key.
 void fold_chunk(Fold& fold,
                 const at::Tensor& q,
                 const at::Tensor& keys,
@@ -30,7 +31,8 @@ void fold_chunk(Fold& fold,
       (at::matmul(q, keys.transpose(-1, -2)) * params.scale)
           .masked_fill(hidden.unsqueeze(1), kMinusInfinity);  // [tokens, heads, chunk]
   const at::Tensor seen = at::maximum(fold.max, logits.detach().amax(-1, /*keepdim=*/true));
-  // A query that has met no key yet keeps -inf as its maximum; 0 in its place keeps the exponentials at 0.
+  // A query that has met no key yet keeps -inf as its maximum; 0 in its place keeps the
+  // exponentials at 0.
   const at::Tensor base = seen.masked_fill(seen == kMinusInfinity, 0.0);
   const at::Tensor rescale = at::exp(fold.max - base);
   const at::Tensor p = at::exp(logits - base);
@@ -41,7 +43,8 @@ void fold_chunk(Fold& fold,
   fold.max = seen;
 }
 
-/// Latents of positions [from, to) of a sequence in the fold's type; positions before 0 are zero rows.
+/// Latents of positions [from, to) of a sequence in the fold's type; positions before 0 are zero
+/// rows.
 at::Tensor window_rows(const at::Tensor& kv,
                        const RingView& history,
                        const Batch& batch,
@@ -84,7 +87,8 @@ void fold_window(Fold& fold,
                  const AttentionParams& params) {
   const int64_t oldest = std::max<int64_t>(first_pos - params.window + 1, 0);
   for (int64_t chunk = oldest / kFoldChunk; chunk <= last_pos / kFoldChunk; ++chunk) {
-    // Rows older than the window of the first query have left the ring: they are masked for every query.
+    // Rows older than the window of the first query have left the ring: they are masked for every
+    // query.
     const int64_t from = std::max(chunk * kFoldChunk, oldest), to = (chunk + 1) * kFoldChunk;
     const at::Tensor keys = window_rows(kv, history, batch, seq, from, to);
     const at::Tensor key_pos = at::arange(from, to, pos.options()).unsqueeze(0);
@@ -157,9 +161,11 @@ AttentionResult sparse_attn(const at::Tensor& q,
     const int64_t end = batch.start(seq) + batch.length(seq);
     for (int64_t first = batch.start(seq); first < end;) {
       // Queries of one chunk of 64 positions share their window chunks.
-      const int64_t next = std::min(end, (first / kFoldChunk + 1) * kFoldChunk), count = next - first;
+      const int64_t next = std::min(end, (first / kFoldChunk + 1) * kFoldChunk),
+                    count = next - first;
       const int64_t row = batch.begin(seq) + first - batch.start(seq);
-      const at::Tensor queries = q.narrow(0, row, count).to(type), pos = batch.pos().narrow(0, row, count);
+      const at::Tensor queries = q.narrow(0, row, count).to(type),
+                       pos = batch.pos().narrow(0, row, count);
       Fold fold{.max = at::full({count, heads, 1}, kMinusInfinity, queries.options()),
                 .sum = at::zeros({count, heads, 1}, queries.options()),
                 .acc = at::zeros_like(queries)};
@@ -194,7 +200,8 @@ AttentionResult sparse_attn(const at::Tensor& q,
   check_shape(q, {batch.num_tokens(), -1, -1}, "sparse_attn: q");
   check_shape(kv, {batch.num_tokens(), q.size(2)}, "sparse_attn: kv");
   check_shape(sink, {q.size(1)}, "sparse_attn: sink");
-  if (selection.defined()) check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
+  if (selection.defined())
+    check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
   return reference::sparse_attn(q, kv, history, blocks, selection, sink, batch, params);
 }
 

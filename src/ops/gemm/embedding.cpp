@@ -12,16 +12,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// sum over i with rows[i] == r of grad[i], into [num_rows, ...]: a stable sort by row, then segment sums.
+/// sum over i with rows[i] == r of grad[i], into [num_rows, ...]: a stable sort by row, then
+/// segment sums.
 at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t num_rows) {
   const at::Tensor flat = grad.reshape({grad.size(0), -1});
   const auto [sorted, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const at::Tensor lengths =
       at::diff(at::searchsorted(sorted, at::arange(num_rows + 1, rows.options())));
-  // segment_reduce walks each segment in order on one thread: deterministic, unlike index_add on CUDA.
-  const at::Tensor sums = at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
-                                             /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
-                                             /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
+  // segment_reduce walks each segment in order on one thread: deterministic, unlike index_add on
+  // CUDA.
+  const at::Tensor sums =
+      at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
+                         /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
+                         /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
   std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
   shape[0] = num_rows;
   return sums.to(grad.scalar_type()).reshape(shape);
@@ -54,8 +57,8 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table) {
   if (ids.is_cpu()) {
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t token = 0; token < ids.size(0); ++token) {
-      HADAL_CHECK(id[token] >= 0 && id[token] < table.size(0), "embedding: token ", token, " has id ",
-                  id[token], ", the vocabulary ", table.size(0), " entries");
+      HADAL_CHECK(id[token] >= 0 && id[token] < table.size(0), "embedding: token ", token,
+                  " has id ", id[token], ", the vocabulary ", table.size(0), " entries");
     }
   }
   return gather_rows(table, ids);

@@ -5,11 +5,12 @@
 
 namespace hadal::ops {
 
-/// Rows of the table: ids [tokens] I64 (checked against the table on the CPU), table [vocab, dim] -> [tokens, dim].
+/// Rows of the table: ids [tokens] I64 (checked against the table on the CPU), table [vocab, dim]
+/// -> [tokens, dim].
 at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table);
 
-/// x.index_select(0, rows) for any x [n, ...]; rows [m] I64 may repeat. The gradient sums the contributions of a row
-/// in ascending order of m.
+/// x.index_select(0, rows) for any x [n, ...]; rows [m] I64 may repeat. The gradient sums the
+/// contributions of a row in ascending order of m.
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& rows);
 
 }  // namespace hadal::ops

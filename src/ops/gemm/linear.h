@@ -6,7 +6,8 @@
 
 namespace hadal::ops {
 
-/// What a matrix is for decides its arithmetic in `released`, whatever its storage (numerics contract, rule 4).
+/// What a matrix is for decides its arithmetic in `released`, whatever its storage (numerics
+/// contract, rule 4).
 enum class GemmRole {
   kFp32,  ///< lin32: FP32 result (router, compressor, head); no activation round trip
   kBf16,  ///< linbf: no activation round trip
@@ -20,8 +21,8 @@ bool quantises_input(GemmRole role, Numerics numerics);
 /// Input channels between roundings of the accumulator into the output accumulator.
 int64_t slab_length(GemmRole role);
 
-/// The activation rounding of a role: Q8_128 where `released` asks for it, x itself otherwise. Callers that feed one x
-/// to several matrices round once.
+/// The activation rounding of a role: Q8_128 where `released` asks for it, x itself otherwise.
+/// Callers that feed one x to several matrices round once.
 at::Tensor quantise_input(const at::Tensor& x, GemmRole role, Numerics numerics);
 
 /// y[t, o] = sum_i x[t, i] w[o, i], FP32 accumulation (FP64 for FP64 input), one rounding.

@@ -1,14 +1,15 @@
-// Next-token cross-entropy out of hidden states, chunked over tokens: the logits of all tokens never exist at once.
+// Next-token cross-entropy out of hidden states, chunked over tokens: the logits of all tokens
+// never exist at once.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
+#include <ATen/core/Tensor.h>
+
 namespace hadal::ops {
 
-/// sum over tokens with target >= 0 of -log softmax(hidden head^T)[target]. The gradients of both inputs are computed
-/// with the value and only scaled in the backward pass.
+/// sum over tokens with target >= 0 of -log softmax(hidden head^T)[target]. The gradients of both
+/// inputs are computed with the value and only scaled in the backward pass.
 ///   hidden   [tokens, dim]
 ///   head     [vocab, dim]
 ///   targets  [tokens] I64, -1 = not scored

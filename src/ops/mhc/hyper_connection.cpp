@@ -38,8 +38,8 @@ HcPre hc_pre(const at::Tensor& streams,
              const at::Tensor& scale,
              const HcParams& params) {
   const int64_t n = streams.size(1);
-  const at::Tensor flat = to_compute(streams).flatten(1);                    // [tokens, n dim]
-  const at::Tensor z = mixing_logits(flat, fn, params.norm_eps);             // [tokens, (2 + n) n]
+  const at::Tensor flat = to_compute(streams).flatten(1);         // [tokens, n dim]
+  const at::Tensor z = mixing_logits(flat, fn, params.norm_eps);  // [tokens, (2 + n) n]
   const at::Tensor s = scale.to(z.scalar_type()), b = base.to(z.scalar_type());
   const at::Tensor pre = at::sigmoid(z.narrow(1, 0, n) * s[0] + b.narrow(0, 0, n)) + params.hc_eps;
   const at::Tensor post = 2 * at::sigmoid(z.narrow(1, n, n) * s[1] + b.narrow(0, n, n));

@@ -1,10 +1,10 @@
-// Manifold-constrained hyper-connections (model.md 2.2 to 2.4): mixing n residual streams into a sub-layer's input,
-// its output back into the streams, and the collapse before the head.
+// Manifold-constrained hyper-connections (model.md 2.2 to 2.4): mixing n residual streams into a
+// sub-layer's input, its output back into the streams, and the collapse before the head.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+
+#include <ATen/core/Tensor.h>
 
 namespace hadal::ops {
 
@@ -31,7 +31,8 @@ HcPre hc_pre(const at::Tensor& streams,
              const at::Tensor& scale,
              const HcParams& params);
 
-/// Mix-out: new[k] = post[k] * out + sum_j comb[j, k] * streams[j], one rounding to the streams' dtype.
+/// Mix-out: new[k] = post[k] * out + sum_j comb[j, k] * streams[j], one rounding to the streams'
+/// dtype.
 ///   out  [tokens, dim]
 at::Tensor hc_post(const at::Tensor& out,
                    const at::Tensor& streams,
@@ -60,8 +61,8 @@ at::Tensor hc_head(const at::Tensor& streams,
                    const at::Tensor& base,
                    const at::Tensor& scale,
                    const HcParams& params);
-/// logits [tokens, n, n] -> doubly stochastic P: softmax over destinations, then alternating column and row
-/// normalisation, `iters` of each, ending on columns.
+/// logits [tokens, n, n] -> doubly stochastic P: softmax over destinations, then alternating column
+/// and row normalisation, `iters` of each, ending on columns.
 at::Tensor sinkhorn(const at::Tensor& logits, int64_t iters, double eps);
 }  // namespace reference
 

@@ -1,8 +1,8 @@
 #include "ops/moe/gate.h"
 
-#include <ATen/ATen.h>
-
 #include <limits>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "ops/op.h"

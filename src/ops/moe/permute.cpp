@@ -23,7 +23,8 @@ Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
 at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::Tensor& shared) {
   const int64_t tokens = shared.size(0), topk = order.place.size(0) / tokens;
   check_shape(rows, {tokens * topk, shared.size(1)}, "combine: rows");
-  const at::Tensor by_token = gather_rows(to_compute(rows), order.place).reshape({tokens, topk, -1});
+  const at::Tensor by_token =
+      gather_rows(to_compute(rows), order.place).reshape({tokens, topk, -1});
   at::Tensor sum = by_token.select(1, 0);
   for (int64_t k = 1; k < topk; ++k) sum = sum + by_token.select(1, k);
   return (sum + to_compute(shared)).to(shared.scalar_type());

@@ -1,13 +1,14 @@
 // Tokens to expert order and back.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+
+#include <ATen/core/Tensor.h>
 
 namespace hadal::ops {
 
-/// The token-expert pairs of a step sorted by expert, within an expert by token. All on the device of `experts`.
+/// The token-expert pairs of a step sorted by expert, within an expert by token. All on the device
+/// of `experts`.
 struct Permutation {
   at::Tensor token;    ///< [pairs] I64 token of each sorted pair
   at::Tensor slot;     ///< [pairs] I64 index token * topk + k of each sorted pair
@@ -18,7 +19,8 @@ struct Permutation {
 ///   experts  [tokens, topk] I64
 Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts);
 
-/// sum over a token's experts, in ascending expert id, of its rows, then plus `shared`; FP32 inside, one rounding.
+/// sum over a token's experts, in ascending expert id, of its rows, then plus `shared`; FP32
+/// inside, one rounding.
 ///   rows    [pairs, dim] in sorted order (experts ascending within each token's slots)
 ///   shared  [tokens, dim]
 at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::Tensor& shared);

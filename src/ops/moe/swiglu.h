@@ -5,8 +5,8 @@
 
 namespace hadal::ops {
 
-/// h = weight * (g sigmoid(g) u) with g = min(gate, limit), u = clamp(up, -limit, limit); FP32 inside, one rounding.
-/// The gradient is zero where a clamp acts.
+/// h = weight * (g sigmoid(g) u) with g = min(gate, limit), u = clamp(up, -limit, limit); FP32
+/// inside, one rounding. The gradient is zero where a clamp acts.
 ///   gate, up  [rows, inter]
 ///   weight    [rows] FP32 routing weights; undefined for the shared expert
 at::Tensor swiglu(const at::Tensor& gate,

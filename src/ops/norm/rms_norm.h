@@ -11,8 +11,9 @@ namespace hadal::ops {
 ///   weight  [dim]       any float type
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 
-/// Per-head norm without weight. In `released` every intermediate is rounded to BF16 as the official expression does
-/// (q2 = bf16(q*q), s = bf16(mean q2), r = bf16(rsqrt(bf16(s + eps))), y = bf16(q*r)); otherwise FP32 inside.
+/// Per-head norm without weight. In `released` every intermediate is rounded to BF16 as the
+/// official expression does (q2 = bf16(q*q), s = bf16(mean q2), r = bf16(rsqrt(bf16(s + eps))), y =
+/// bf16(q*r)); otherwise FP32 inside.
 ///   x  [tokens, heads, head_dim]
 at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics);
 

@@ -1,8 +1,8 @@
 #include "ops/quant/hadamard.h"
 
-#include <ATen/ATen.h>
-
 #include <cmath>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "ops/op.h"
@@ -19,9 +19,10 @@ at::Tensor hadamard(const at::Tensor& x) {
     y = at::stack({a + b, a - b}, 2).reshape({-1, dim});
   }
   // The factor is rounded to FP32 first, as the official kernel's scale argument is.
-  const double factor = y.scalar_type() == at::kDouble
-                            ? 1.0 / std::sqrt(static_cast<double>(dim))
-                            : static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim))));
+  const double factor =
+      y.scalar_type() == at::kDouble
+          ? 1.0 / std::sqrt(static_cast<double>(dim))
+          : static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim))));
   return (y * factor).reshape(x.sizes()).to(x.scalar_type());
 }
 

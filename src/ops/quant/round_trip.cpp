@@ -1,8 +1,8 @@
 #include "ops/quant/round_trip.h"
 
-#include <ATen/ATen.h>
-
 #include <cmath>
+
+#include <ATen/ATen.h>
 
 #include "base/check.h"
 
@@ -57,8 +57,8 @@ at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group) {
 
 at::Tensor round_to_e2m1(const at::Tensor& x) {
   const at::Tensor magnitude = x.abs().clamp_max(6.0);
-  // Steps of 1/2 below 2, of 1 below 4, of 2 above; at::round takes ties to even, which within each range is the even
-  // code (2.5 -> 2 and 5 -> 4 included: their codes 4 and 6 are even).
+  // Steps of 1/2 below 2, of 1 below 4, of 2 above; at::round takes ties to even, which within each
+  // range is the even code (2.5 -> 2 and 5 -> 4 included: their codes 4 and 6 are even).
   const at::Tensor fine = at::round(magnitude * 2.0) * 0.5;
   const at::Tensor middle = at::round(magnitude);
   const at::Tensor coarse = at::round(magnitude * 0.5) * 2.0;

@@ -1,7 +1,8 @@
-// Quantise-dequantise round trips of activations (model.md 4.1 to 4.3), with straight-through gradients.
+// Quantise-dequantise round trips of activations (model.md 4.1 to 4.3), with straight-through
+// gradients.
 //
-// Scales are powers of two (UE8M0) and the element formats have at most four significant bits, so the result is exact
-// in BF16: these functions return the rounded values, not codes.
+// Scales are powers of two (UE8M0) and the element formats have at most four significant bits, so
+// the result is exact in BF16: these functions return the rounded values, not codes.
 #pragma once
 
 #include "base/fwd.h"
@@ -13,7 +14,8 @@ namespace hadal::ops {
 ///   x  [..., dim], dim divisible by group; result has x's dtype
 at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group);
 
-/// Q4_g: E2M1 with one scale 2^ceil(log2(amax / 6)) per `group` channels, amax floored at 6 * 2^-126.
+/// Q4_g: E2M1 with one scale 2^ceil(log2(amax / 6)) per `group` channels, amax floored at 6 *
+/// 2^-126.
 at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group);
 
 /// Nearest E2M1 value of each entry, ties to the even code, saturating at 6; any float type.

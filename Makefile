@@ -1,0 +1,26 @@
+# Two commands: `make run` and `make test`. Both install what is missing, build, and can be repeated at will.
+SHELL := /bin/bash
+PRESET ?= cpu
+JOBS ?= $(shell nproc)
+
+.PHONY: all deps build run test check clean
+
+all: build
+
+deps:
+	@tools/install_deps.sh
+
+build: deps
+	@test -f build/$(PRESET)/build.ninja || cmake --preset $(PRESET) >/dev/null
+	@cmake --build --preset $(PRESET) -j $(JOBS)
+	@ln -sf build/$(PRESET)/hadal hadal
+
+test: build
+	@ctest --preset $(PRESET) -j $(JOBS)
+
+check:
+	@tools/check_layers.sh
+	@tools/check_style.sh
+
+clean:
+	rm -rf build hadal
