@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "ops/attention/compress.h"
+#include "ops/attention/index_kl.h"
 #include "ops/attention/index_scores.h"
 #include "ops/attention/sparse_attn.h"
 #include "ops/norm/rms_norm.h"
@@ -87,20 +88,28 @@ ops::BlockView compress_step(const Compressor& compressor,
   return view;
 }
 
-/// The indexer's choice [tokens, k]; undefined when every query takes every visible block anyway.
-at::Tensor choose_blocks(const Indexer& indexer,
-                         const ModelConfig& config,
-                         int64_t block,
-                         const at::Tensor& x,
-                         const at::Tensor& q_rank_rounded,
-                         const ops::RopeTable& rope_table,
-                         ForwardContext& context) {
+/// What the indexer says about a step.
+struct IndexerStep {
+  at::Tensor scores;     ///< [tokens, columns]; undefined when nobody needs them
+  at::Tensor selection;  ///< [tokens, k]; undefined when every query takes every visible block
+};
+
+/// Inputs are detached: the indexer learns from its own loss alone, the rest of the model never
+/// from it.
+IndexerStep run_indexer(const Indexer& indexer,
+                        const ModelConfig& config,
+                        int64_t block,
+                        const at::Tensor& x,
+                        const at::Tensor& q_rank_rounded,
+                        const ops::RopeTable& rope_table,
+                        ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
   const ops::BlockView keys =
       compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
-  const bool observed = static_cast<bool>(context.on_selection);
-  if (batch.max_end_pos() / ratio <= config.index_topk && !observed) return at::Tensor();
+  const bool selects = context.mode == AttentionMode::kSparse &&
+                       (batch.max_end_pos() / ratio > config.index_topk || context.on_selection);
+  if (!selects && !context.on_index_loss) return {};
   at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
                      .reshape({tokens, config.index_n_heads, config.index_head_dim});
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
@@ -108,10 +117,17 @@ at::Tensor choose_blocks(const Indexer& indexer,
                         std::pow(static_cast<double>(config.index_n_heads), -0.5);
   const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
-  const at::Tensor selection =
-      ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
-  if (observed) context.on_selection(block, selection);
-  return selection;
+  IndexerStep step;
+  if (context.on_index_loss) {
+    step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
+    if (selects)
+      step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
+  } else {
+    step.selection =
+        ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
+  }
+  if (context.on_selection && step.selection.defined()) context.on_selection(block, step.selection);
+  return step;
 }
 
 }  // namespace
@@ -141,23 +157,28 @@ at::Tensor attention_forward(const Attention& attn,
                        numerics);  // [tokens, head_dim]
 
   ops::BlockView blocks;
-  at::Tensor selection;
+  IndexerStep indexed;
   if (attn.compressor) {
     blocks =
         compress_step(*attn.compressor, kMainRings, config, block, x, compressed_rope, context);
   }
-  if (attn.indexer && context.mode == AttentionMode::kSparse) {
-    selection = choose_blocks(*attn.indexer, config, block, x.detach(), q_rank_rounded.detach(),
-                              compressed_rope, context);
+  // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
+  if (attn.indexer && (context.mode != AttentionMode::kDense || context.kv != nullptr)) {
+    indexed = run_indexer(*attn.indexer, config, block, x.detach(), q_rank_rounded.detach(),
+                          compressed_rope, context);
   }
+  const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
   const ops::RingView history =
       context.kv != nullptr ? context.kv->ring(block, RingKind::kWindow) : ops::RingView{};
-  const ops::AttentionResult result =
-      ops::sparse_attn(q, kv, history, blocks, selection, attn.attn_sink.value, batch,
-                       {.window = config.window_size,
-                        .scale = std::pow(static_cast<double>(config.head_dim), -0.5),
-                        .ratio = ratio,
-                        .numerics = numerics});
+  const ops::AttentionResult result = ops::sparse_attn(
+      q, kv, history, blocks, indexed.selection, attn.attn_sink.value, batch,
+      {.window = config.window_size, .scale = scale, .ratio = ratio, .numerics = numerics});
+  if (context.on_index_loss && indexed.scores.defined()) {
+    const ops::IndexKl kl = ops::index_kl(indexed.scores, indexed.selection, q.detach(), blocks,
+                                          result.lse.detach(), batch, ratio, scale);
+    context.on_index_loss(block, kl.sum, kl.num_queries);
+  }
+  if (context.on_attention) context.on_attention(block, q, blocks, result.lse, indexed.selection);
   if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);

@@ -34,6 +34,14 @@ struct ForwardContext {
   /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a
   /// visible block; asked for in training only.
   std::function<void(int64_t block, const at::Tensor& kl_sum, int64_t num_queries)> on_index_loss;
+  /// Gets what measures of an attention need (ops::selected_mass): queries, blocks, log-sum-exp,
+  /// selection.
+  std::function<void(int64_t block,
+                     const at::Tensor& q,
+                     const ops::BlockView& blocks,
+                     const at::Tensor& lse,
+                     const at::Tensor& selection)>
+      on_attention;
 };
 
 }  // namespace hadal::model

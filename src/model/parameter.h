@@ -40,6 +40,9 @@ struct Parameter {
   ops::GemmRole role = ops::GemmRole::kBf16;  ///< of matrices; unused for the rest
   Storage storage = Storage::kBf16;
   std::vector<int64_t> shape;
+  /// Logically independent matrices stacked along the first dimension: groups of wo_a, the two
+  /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (training.md 1.2).
+  int64_t units = 1;
   at::Tensor value;  ///< dense values; undefined until initialised or loaded
 
   bool is_matrix() const {

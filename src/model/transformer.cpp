@@ -35,11 +35,15 @@ class Declare {
                  Storage storage,
                  std::vector<int64_t> shape,
                  GemmRole role = GemmRole::kBf16) const {
+    const int64_t units = kind == ParamKind::kExperts  ? shape.front()
+                          : kind == ParamKind::kGroups ? c_.o_groups
+                                                       : 1;
     return {.name = prefix_ + name,
             .kind = kind,
             .role = role,
             .storage = storage,
             .shape = std::move(shape),
+            .units = units,
             .value = {}};
   }
   Parameter norm(const std::string& name, int64_t width) const {
@@ -62,10 +66,12 @@ class Declare {
   }
   Compressor compressor(const std::string& name, int64_t ratio, int64_t width) const {
     const int64_t columns = ModelConfig::overlap(ratio) * width;
-    return {.wkv = bf16(name + "wkv.weight", columns, c_.dim, GemmRole::kFp32),
-            .wgate = bf16(name + "wgate.weight", columns, c_.dim, GemmRole::kFp32),
-            .ape = make(name + "ape", ParamKind::kApe, Storage::kF32, {ratio, columns}),
-            .norm = norm(name + "norm.weight", width)};
+    Compressor c{.wkv = bf16(name + "wkv.weight", columns, c_.dim, GemmRole::kFp32),
+                 .wgate = bf16(name + "wgate.weight", columns, c_.dim, GemmRole::kFp32),
+                 .ape = make(name + "ape", ParamKind::kApe, Storage::kF32, {ratio, columns}),
+                 .norm = norm(name + "norm.weight", width)};
+    c.wkv.units = c.wgate.units = ModelConfig::overlap(ratio);
+    return c;
   }
   Attention attention(int64_t block) const {
     const int64_t ratio = c_.ratio(block), q_width = c_.n_heads * c_.head_dim;

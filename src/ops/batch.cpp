@@ -56,4 +56,12 @@ const BlockPlan& Batch::blocks(int64_t ratio) const {
   return plans_.emplace(ratio, std::move(plan)).first->second;
 }
 
+at::Tensor BlockView::gather(int64_t seq, int64_t from, int64_t to) const {
+  if (from / page_blocks == (to - 1) / page_blocks)
+    return rows.narrow(0, row(seq, from), to - from);
+  std::vector<int64_t> numbers;
+  for (int64_t block = from; block < to; ++block) numbers.push_back(row(seq, block));
+  return rows.index_select(0, upload(numbers, rows.device()));
+}
+
 }  // namespace hadal::ops

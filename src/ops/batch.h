@@ -75,6 +75,8 @@ struct BlockView {
     return page_start[static_cast<size_t>(seq)][static_cast<size_t>(block / page_blocks)] +
            block % page_blocks;
   }
+  /// Rows of the blocks [from, to) of a sequence, [to - from, width]; differentiable.
+  at::Tensor gather(int64_t seq, int64_t from, int64_t to) const;
 };
 
 }  // namespace hadal::ops

@@ -36,10 +36,11 @@ at::Tensor index_scores(const at::Tensor& q,
   for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
     const int64_t begin = batch.begin(seq), length = batch.length(seq);
     const int64_t visible = visible_blocks(batch, seq, ratio);
-    std::vector<int64_t> rows;
-    for (int64_t block = 0; block < visible; ++block) rows.push_back(keys.row(seq, block));
-    const at::Tensor key =
-        keys.rows.index_select(0, at::tensor(rows, at::kLong).to(q.device())).to(type);
+    if (visible == 0) {
+      per_seq.push_back(at::full({length, columns}, kMinusInfinity, q.options().dtype(type)));
+      continue;
+    }
+    const at::Tensor key = keys.gather(seq, 0, visible).to(type);
     const at::Tensor queries = q.narrow(0, begin, length).to(type);  // [length, heads, dim]
     const at::Tensor dots = round(at::matmul(queries, key.t()));     // [length, heads, visible]
     const at::Tensor weights = w.narrow(0, begin, length).to(type).unsqueeze(-1);

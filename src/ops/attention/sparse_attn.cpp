@@ -6,7 +6,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "base/math.h"
+#include "ops/gemm/embedding.h"
 
 namespace hadal::ops {
 namespace {
@@ -110,10 +110,7 @@ void fold_blocks(Fold& fold,
   const at::Tensor limit = (pos + 1).div(params.ratio, "floor").unsqueeze(1);
   for (int64_t from = 0; from < visible; from += kFoldChunk) {
     const int64_t to = std::min(from + kFoldChunk, visible);
-    std::vector<int64_t> rows;
-    for (int64_t block = from; block < to; ++block) rows.push_back(blocks.row(seq, block));
-    const at::Tensor keys =
-        blocks.rows.index_select(0, at::tensor(rows, at::kLong).to(q.device())).to(type);
+    const at::Tensor keys = blocks.gather(seq, from, to).to(type);
     const at::Tensor hidden = at::arange(from, to, pos.options()).unsqueeze(0) >= limit;
     fold_chunk(fold, q, keys.unsqueeze(0), hidden, params);
   }
@@ -126,15 +123,12 @@ void fold_selection(Fold& fold,
                     int64_t seq,
                     int64_t num_blocks,
                     const AttentionParams& params) {
-  std::vector<int64_t> rows{0};  // a stand-in for -1, never used unmasked
-  if (num_blocks > 0) rows[0] = blocks.row(seq, 0);
-  for (int64_t block = 1; block < num_blocks; ++block) rows.push_back(blocks.row(seq, block));
-  const at::Tensor row_of = at::tensor(rows, at::kLong).to(q.device());
+  const at::Tensor all = blocks.gather(seq, 0, num_blocks);
   for (int64_t from = 0; from < selection.size(1); from += kFoldChunk) {
     const at::Tensor chosen =
         selection.narrow(1, from, std::min(kFoldChunk, selection.size(1) - from)).to(at::kLong);
-    const at::Tensor flat = row_of.index_select(0, chosen.clamp_min(0).flatten());
-    const at::Tensor keys = blocks.rows.index_select(0, flat)
+    // -1 stands on block 0 and is masked.
+    const at::Tensor keys = gather_rows(all, chosen.clamp_min(0).flatten())
                                 .to(q.scalar_type())
                                 .reshape({chosen.size(0), chosen.size(1), -1});
     fold_chunk(fold, q, keys, chosen < 0, params);

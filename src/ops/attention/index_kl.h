@@ -1,0 +1,43 @@
+// The indexer's own objective (training.md 1.6): its scores against the attention that the heads
+// pay to the blocks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/batch.h"
+
+namespace hadal::ops {
+
+struct IndexKl {
+  at::Tensor sum;           ///< [] FP32: KL summed over the queries with a visible block
+  int64_t num_queries = 0;  ///< how many those are
+};
+
+/// KL(target || softmax(scores)) over the blocks a query sees, where target(s) is proportional to
+/// sum_h exp(q_h . block_s scale - lse_h): the joint softmax over window, blocks and sink,
+/// restricted to blocks. Only `scores` is differentiated.
+///   scores     [tokens, columns]         as index_scores gives them, -inf where not visible
+///   selection  [tokens, k] I32           the sparse stage: only these blocks count; undefined:
+///   every visible one q          [tokens, heads, head_dim] of the attention blocks     compressed
+///   rows [*, head_dim] lse        [tokens, heads]
+IndexKl index_kl(const at::Tensor& scores,
+                 const at::Tensor& selection,
+                 const at::Tensor& q,
+                 const BlockView& blocks,
+                 const at::Tensor& lse,
+                 const Batch& batch,
+                 int64_t ratio,
+                 double scale);
+
+/// The share of the attention mass over a query's visible blocks that its selection keeps, averaged
+/// over the queries with a visible block; the mass as in index_kl. [] FP32, and the number of
+/// queries.
+IndexKl selected_mass(const at::Tensor& selection,
+                      const at::Tensor& q,
+                      const BlockView& blocks,
+                      const at::Tensor& lse,
+                      const Batch& batch,
+                      int64_t ratio,
+                      double scale);
+
+}  // namespace hadal::ops
