@@ -51,6 +51,8 @@ class Transformer {
   at::Tensor forward(const at::Tensor& ids, ForwardContext& context) const;
   /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
   at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
+  /// The head's matrix [vocab, dim] as the numerics uses it, for losses that never hold all logits.
+  at::Tensor head_operand(ops::Numerics numerics) const { return head_.operand(numerics); }
   /// [tokens, dim] -> [tokens, vocab] FP32.
   at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
 

@@ -1,0 +1,40 @@
+// Initial values of a model to be trained (training.md 1.9, 1.10).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "model/transformer.h"
+
+namespace hadal::model {
+
+struct InitParams {
+  uint64_t seed = 1;
+  double std = 0.006;  ///< of every matrix
+  /// Unigram counts of the training text by token id, for balanced hash routing; empty: every id
+  /// counts alike.
+  std::vector<int64_t> token_counts;
+};
+
+/// Fills every parameter: matrices normal, norms 1, sinks, ape and biases 0, mHC near a plain
+/// residual, balanced hash tables. Values are FP32 (`dtype` may be FP64) on the CPU and depend on
+/// seed and name alone.
+void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype);
+
+/// Makes every floating parameter but the router bias a leaf that requires a gradient.
+void require_gradients(Transformer& model);
+
+/// Copies all parameters to a device, keeping requires_grad.
+void move_to(Transformer& model, at::Device device);
+
+/// Hash routing: a row of topk distinct experts per token id, so that the load weighted by the
+/// counts is even. [vocab, topk] I64.
+at::Tensor balanced_hash_table(int64_t vocab,
+                               int64_t experts,
+                               int64_t topk,
+                               uint64_t seed,
+                               const std::vector<int64_t>& token_counts);
+
+}  // namespace hadal::model

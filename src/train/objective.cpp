@@ -1,0 +1,168 @@
+#include "train/objective.h"
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "ops/loss/cross_entropy.h"
+
+namespace hadal::train {
+namespace {
+
+at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
+  return at::tensor(values, at::kLong).to(device);
+}
+
+void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined() ? sum + value : value; }
+
+/// sum_i f_i P_i of each row, averaged over rows: f counts choices, P averages normalised
+/// affinities.
+at::Tensor balance_loss(const ops::Routing& routing, int64_t rows, int64_t topk) {
+  const int64_t experts = routing.affinity.size(1);
+  const at::Tensor share =
+      (routing.affinity / routing.affinity.sum(1, /*keepdim=*/true)).reshape({rows, -1, experts});
+  const int64_t row_length = share.size(1);
+  const at::Tensor chosen = (routing.experts.reshape({rows, row_length * topk, 1}) ==
+                             at::arange(experts, routing.experts.options()))
+                                .sum(1)
+                                .to(share.scalar_type());
+  const at::Tensor f =
+      chosen * (static_cast<double>(experts) / static_cast<double>(topk * row_length));
+  return (f * share.mean(1)).sum(1).mean();
+}
+
+}  // namespace
+
+struct MicroBatch::Labels {
+  std::vector<int64_t> ids, targets, next_ids, mtp_targets;
+  int64_t num_targets = 0, num_mtp_targets = 0;
+
+  explicit Labels(const PackedRows& rows) {
+    HADAL_CHECK(rows.rows >= 1 && rows.row_length >= 1 &&
+                    static_cast<int64_t>(rows.tokens.size()) == rows.rows * rows.row_length &&
+                    rows.scored.size() == rows.tokens.size(),
+                "micro_batch: ", rows.tokens.size(), " tokens and ", rows.scored.size(),
+                " marks for ", rows.rows, " rows of ", rows.row_length);
+    ids.assign(rows.tokens.begin(), rows.tokens.end());
+    targets.assign(ids.size(), -1);
+    next_ids.assign(ids.size(), 0);
+    mtp_targets.assign(ids.size(), -1);
+    size_t begin = 0;
+    for (const int64_t length : rows.sample_lengths) {
+      const size_t end = begin + static_cast<size_t>(length);
+      HADAL_CHECK(length >= 1 && end <= ids.size() &&
+                      begin / static_cast<size_t>(rows.row_length) ==
+                          (end - 1) / static_cast<size_t>(rows.row_length),
+                  "micro_batch: a sample of ", length, " tokens at ", begin, " crosses its row");
+      for (size_t t = begin; t + 1 < end; ++t) {
+        next_ids[t] = ids[t + 1];
+        if (rows.scored[t + 1] != 0) {
+          targets[t] = ids[t + 1];
+          ++num_targets;
+        }
+        if (t + 2 < end && rows.scored[t + 2] != 0) {
+          mtp_targets[t] = ids[t + 2];
+          ++num_mtp_targets;
+        }
+      }
+      begin = end;
+    }
+    HADAL_CHECK(begin == ids.size(), "micro_batch: samples cover ", begin, " of ", ids.size(),
+                " tokens");
+  }
+};
+
+MicroBatch::MicroBatch(const PackedRows& rows, at::Device device)
+    : MicroBatch(rows, Labels(rows), device) {}
+
+MicroBatch::MicroBatch(const PackedRows& packed, Labels labels, at::Device device)
+    : batch(packed.sample_lengths, std::vector<int64_t>(packed.sample_lengths.size(), 0), device),
+      rows(packed.rows),
+      ids(upload(labels.ids, device)),
+      targets(upload(labels.targets, device)),
+      next_ids(upload(labels.next_ids, device)),
+      mtp_targets(upload(labels.mtp_targets, device)),
+      num_targets(labels.num_targets),
+      num_mtp_targets(labels.num_mtp_targets) {}
+
+void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) {
+  targets += micro.num_targets;
+  mtp_targets += micro.num_mtp_targets;
+  rows += micro.rows;
+  index_queries.resize(static_cast<size_t>(config.n_blocks()), 0);
+  for (int64_t block = 0; block < config.n_blocks(); ++block) {
+    if (config.kind(block) != model::LayerKind::kCsa) continue;
+    for (int64_t seq = 0; seq < micro.batch.num_seqs(); ++seq) {
+      const int64_t seen = micro.batch.length(seq) - (config.ratio(block) - 1);
+      if (seen > 0) index_queries[static_cast<size_t>(block)] += seen;
+    }
+  }
+}
+
+void accumulate(const model::Transformer& model,
+                const MicroBatch& micro,
+                const StepCounts& counts,
+                const ObjectiveParams& params,
+                StepMeasures& measures) {
+  const model::ModelConfig& config = model.config();
+  const double row_share = static_cast<double>(micro.rows) / static_cast<double>(counts.rows);
+  measures.expert_load.resize(static_cast<size_t>(config.n_blocks()));
+  at::Tensor balance, index;
+  model::ForwardContext context;
+  context.batch = &micro.batch;
+  context.numerics = params.numerics;
+  context.mode = params.mode;
+  context.on_routing = [&](int64_t block, const ops::Routing& routing) {
+    if (config.is_hashed(block)) return;
+    const at::Tensor all = at::arange(config.n_routed_experts, routing.experts.options());
+    add_to(measures.expert_load[static_cast<size_t>(block)],
+           (routing.experts.flatten().unsqueeze(1) == all).sum(0));
+    add_to(balance, balance_loss(routing, micro.rows, config.n_activated_experts));
+  };
+  if (params.index_loss()) {
+    context.on_index_loss = [&](int64_t block, const at::Tensor& kl_sum, int64_t) {
+      const int64_t queries = counts.index_queries[static_cast<size_t>(block)];
+      if (queries > 0) add_to(index, kl_sum / static_cast<double>(queries));
+    };
+  }
+
+  const at::Tensor streams = model.forward(micro.ids, context);
+  const at::Tensor head = model.head_operand(params.numerics);
+  const at::Tensor main_loss =
+      ops::linear_cross_entropy(model.head_input(streams, params.numerics), head, micro.targets) /
+      static_cast<double>(std::max<int64_t>(counts.targets, 1));
+  at::Tensor total = main_loss;
+  add_to(measures.main_loss, main_loss.detach());
+  if (config.n_mtp_layers > 0 && params.mtp_weight != 0.0) {
+    const at::Tensor mtp_input = model.mtp_head_input(streams, micro.next_ids, context);
+    const at::Tensor mtp_loss = ops::linear_cross_entropy(mtp_input, head, micro.mtp_targets) /
+                                static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
+    total = total + mtp_loss * params.mtp_weight;
+    add_to(measures.mtp_loss, mtp_loss.detach());
+  }
+  if (balance.defined() && params.balance_weight != 0.0) {
+    total = total + balance * (params.balance_weight * row_share);
+    add_to(measures.balance_loss, balance.detach() * row_share);
+  }
+  if (!params.language_loss()) total = total.detach();
+  if (index.defined()) {
+    total = total + index * params.index_weight;
+    add_to(measures.index_loss, index.detach());
+  }
+  if (total.requires_grad()) total.backward();
+}
+
+void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed) {
+  const at::NoGradGuard no_grad;
+  int64_t block = 0;
+  model.visit([&](model::Parameter& parameter) {
+    if (parameter.kind != model::ParamKind::kGateBias) return;
+    // Biases are visited in block order; hashed blocks have none.
+    while (model.config().is_hashed(block)) ++block;
+    const at::Tensor& load = measures.expert_load[static_cast<size_t>(block++)];
+    if (!load.defined()) return;
+    const at::Tensor counts = load.to(parameter.value.scalar_type());
+    parameter.value.add_(at::sign(counts.mean() - counts) * speed);
+  });
+}
+
+}  // namespace hadal::train

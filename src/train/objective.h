@@ -1,0 +1,80 @@
+// The training loss over packed rows: next token, MTP, router balance and the indexer's own loss
+// (training.md 1.6 to 1.8, 1.13), and what a step measures on the way.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "model/transformer.h"
+#include "ops/batch.h"
+
+namespace hadal::train {
+
+/// Packed rows of equal length: tokens of several samples, none of which sees another.
+struct PackedRows {
+  int64_t rows = 0;
+  int64_t row_length = 0;
+  std::vector<int32_t> tokens;  ///< [rows * row_length]
+  std::vector<uint8_t> scored;  ///< [rows * row_length] 1: this token counts as a target
+  std::vector<int64_t>
+      sample_lengths;  ///< in order; no sample crosses a row; they sum to rows * row_length
+};
+
+/// Rows ready for the model, with targets; everything on one device.
+struct MicroBatch {
+  MicroBatch(const PackedRows& rows, at::Device device);
+
+  ops::Batch batch;
+  int64_t rows = 0;
+  at::Tensor ids;  ///< [tokens]
+  at::Tensor
+      targets;  ///< [tokens] the next token, -1 where the sample ends or the token is not scored
+  at::Tensor next_ids;     ///< [tokens] input of the MTP block; 0 at the end of a sample
+  at::Tensor mtp_targets;  ///< [tokens] the token after the next, -1 likewise
+  int64_t num_targets = 0, num_mtp_targets = 0;
+
+ private:
+  struct Labels;
+  MicroBatch(const PackedRows& rows, Labels labels, at::Device device);
+};
+
+struct ObjectiveParams {
+  double mtp_weight = 0.3;
+  double balance_weight = 1e-4;
+  double index_weight = 0.01;
+  model::AttentionMode mode = model::AttentionMode::kDense;
+  ops::Numerics numerics = ops::Numerics::kBf16;
+  /// Indexer warm-up trains nothing but the indexer: the language losses are measured, not
+  /// differentiated.
+  bool language_loss() const { return mode != model::AttentionMode::kIndexerWarmup; }
+  bool index_loss() const { return mode != model::AttentionMode::kDense; }
+};
+
+/// Totals over the micro-batches of one step; the losses are divided by them.
+struct StepCounts {
+  int64_t targets = 0, mtp_targets = 0, rows = 0;
+  std::vector<int64_t> index_queries;  ///< per block; 0 for blocks without an indexer
+  void add(const MicroBatch& micro, const model::ModelConfig& config);
+};
+
+/// Sums over a step, kept on the device until somebody logs them.
+struct StepMeasures {
+  at::Tensor main_loss, mtp_loss, balance_loss, index_loss;  ///< [] each, already divided
+  std::vector<at::Tensor> expert_load;  ///< per block [experts] I64; undefined where hashed
+  at::Tensor clamped;  ///< [3] I64: gate high, up high, up low; undefined when not asked for
+};
+
+/// Forward and backward of one micro-batch; gradients add up in the parameters, measures in
+/// `measures`.
+void accumulate(const model::Transformer& model,
+                const MicroBatch& micro,
+                const StepCounts& counts,
+                const ObjectiveParams& params,
+                StepMeasures& measures);
+
+/// Router biases after a step: bias += speed * sign(mean load - load) (training.md 1.8).
+void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed);
+
+}  // namespace hadal::train

@@ -1,0 +1,67 @@
+// The optimizer of training.md 1.2 to 1.4: Muon for matrices, AdamW for the rest, one learning rate
+// for both.
+//
+// State lives beside each parameter and is exposed for checkpoints. A step is a fixed sequence of
+// tensor operations, so that equal gradients give equal bits.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "model/transformer.h"
+
+namespace hadal::train {
+
+struct OptimizerParams {
+  double weight_decay = 0.1;
+  double muon_momentum = 0.95;
+  double muon_update_rms = 0.18;  ///< gamma: RMS of a full-rank update before the learning rate
+  double adam_beta1 = 0.9;
+  double adam_beta2 = 0.95;
+  double adam_eps = 1e-20;
+  bool low_precision_muon = false;  ///< Newton-Schulz products in BF16
+};
+
+/// Which rule moves a parameter.
+enum class UpdateRule { kMuon, kAdamDecay, kAdam, kNone };
+UpdateRule update_rule(const model::Parameter& parameter);
+
+class Optimizer {
+ public:
+  /// Takes every trainable parameter of the model; their values must be FP32 or FP64 leaves with
+  /// requires_grad.
+  Optimizer(model::Transformer& model, OptimizerParams params);
+
+  void zero_grad();
+  /// Euclidean norm over all gradients [], computed in a fixed order.
+  at::Tensor grad_norm() const;
+  /// Multiplies every gradient by min(1, max_norm / norm) on the device; returns the norm before.
+  at::Tensor clip_gradients(double max_norm);
+  /// One update with learning rate lr > 0; parameters without gradient stay as they are.
+  void step(double lr);
+
+  /// Named state tensors, in a fixed order; assigning to them restores a checkpoint.
+  std::vector<std::pair<std::string, at::Tensor>> state();
+  int64_t num_steps() const { return num_steps_; }
+  void set_num_steps(int64_t steps) { num_steps_ = steps; }
+
+ private:
+  struct Slot {
+    model::Parameter* parameter;
+    UpdateRule rule;
+    at::Tensor momentum;  // Muon: momentum; AdamW: first moment
+    at::Tensor variance;  // AdamW only
+  };
+  void muon_step(double lr);
+  void adam_step(Slot& slot, double lr);
+
+  OptimizerParams params_;
+  std::vector<Slot> slots_;
+  int64_t num_steps_ = 0;
+};
+
+}  // namespace hadal::train
