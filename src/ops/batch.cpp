@@ -44,15 +44,26 @@ const BlockPlan& Batch::blocks(int64_t ratio) const {
   BlockPlan plan;
   plan.ratio = ratio;
   plan.cu_blocks.push_back(0);
-  std::vector<int64_t> block_pos;
+  std::vector<int64_t> block_pos, previous;
+  bool inside = true;
   for (int64_t s = 0; s < num_seqs(); ++s) {
     const int64_t first = start(s) / ratio, last = (start(s) + length(s)) / ratio;
     plan.first_block.push_back(first);
     plan.cu_blocks.push_back(plan.cu_blocks.back() + last - first);
-    for (int64_t block = first; block < last; ++block) block_pos.push_back(block * ratio);
+    for (int64_t block = first; block < last; ++block) {
+      previous.push_back(block == first ? s
+                                        : num_seqs() + static_cast<int64_t>(block_pos.size()) - 1);
+      block_pos.push_back(block * ratio);
+      for (int64_t pos = block * ratio; pos < (block + 1) * ratio; ++pos) {
+        plan.rows.push_back(pos >= start(s) ? begin(s) + pos - start(s) : -1 - pos);
+        inside &= pos >= start(s);
+      }
+    }
     if (last > first) plan.max_pos = std::max(plan.max_pos, (last - 1) * ratio);
   }
   plan.pos = upload(block_pos, pos_.device());
+  plan.previous = upload(previous, pos_.device());
+  if (inside) plan.device_rows = upload(plan.rows, pos_.device());
   return plans_.emplace(ratio, std::move(plan)).first->second;
 }
 

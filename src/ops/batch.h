@@ -21,7 +21,15 @@ struct BlockPlan {
   int64_t ratio = 0;
   std::vector<int64_t> cu_blocks;    ///< [num_seqs + 1] running count of new blocks
   std::vector<int64_t> first_block;  ///< [num_seqs] number of each sequence's first new block
-  at::Tensor pos;       ///< [num_blocks] I64, position m * c of each block's first token
+  at::Tensor pos;  ///< [num_blocks] I64, position m * c of each block's first token
+  /// [num_blocks * ratio]: row in the packed step of each position of each block; for a position
+  /// from before the step -1 - position.
+  std::vector<int64_t> rows;
+  at::Tensor
+      device_rows;  ///< the same on the batch's device; undefined unless every row lies in the step
+  /// [num_blocks] I64: num_seqs + the number of the preceding new block of the same sequence, or
+  /// for a sequence's first new block the number of the sequence.
+  at::Tensor previous;
   int64_t max_pos = 0;  ///< largest entry of pos, 0 when there is none
   int64_t num_blocks() const { return cu_blocks.back(); }
 };
