@@ -13,6 +13,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "base/fwd.h"
+
 namespace hadal::ops {
 
 /// ideal: FP32 (FP64 in tests) throughout, no round trips. bf16: BF16 weights and activations, no
@@ -46,6 +48,9 @@ bool reference_forced();
 
 /// True when the CPU kernels serve these tensors: on the CPU, FP32 or BF16, no ReferenceGuard.
 bool use_cpu_kernel(const at::Tensor& x);
+
+/// The stream that CUDA kernels on x's device are to use; null on the CPU.
+Stream current_stream(const at::Tensor& x);
 
 /// `value` in the forward pass; its gradient goes to `source` unchanged (straight-through
 /// estimator).

@@ -4,8 +4,11 @@
 #include <limits>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
+#include "base/math.h"
+#include "ops/attention/sparse_attn_kernels.h"
 #include "ops/gemm/embedding.h"
 
 namespace hadal::ops {
@@ -135,7 +138,122 @@ void fold_selection(Fold& fold,
   }
 }
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// The CUDA kernels behind autograd. Everything but the differentiable tensors travels by value.
+struct CudaInputs {
+  const Batch* batch;  // outlives the backward pass: the step owns it
+  AttentionParams params;
+  at::Tensor selection;
+};
+
+SparseAttnParams kernel_params(const at::Tensor& q,
+                               const at::Tensor& kv,
+                               const at::Tensor& blocks,
+                               const at::Tensor& sink,
+                               const at::Tensor& selection,
+                               const at::Tensor& out,
+                               const at::Tensor& lse,
+                               const Batch& batch,
+                               const AttentionParams& params) {
+  const int64_t heads = q.size(1);
+  const at::Tensor& tiles =
+      batch.token_tiles(selection.defined() ? 1 : kSparseAttnMaxHeads / heads);
+  return {.q = q.const_data_ptr(),
+          .kv = kv.const_data_ptr(),
+          .blocks = params.ratio > 0 ? blocks.const_data_ptr() : nullptr,
+          .sink = sink.const_data_ptr<float>(),
+          .selection = selection.defined() ? selection.const_data_ptr<int32_t>() : nullptr,
+          .tiles = reinterpret_cast<const TokenTile*>(tiles.const_data_ptr<int32_t>()),
+          .cu_seqlens = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+          .cu_blocks = params.ratio > 0
+                           ? batch.blocks(params.ratio).device_cu_blocks.const_data_ptr<int32_t>()
+                           : nullptr,
+          .out = out.mutable_data_ptr(),
+          .lse = lse.mutable_data_ptr<float>(),
+          .num_tiles = narrow<int32_t>(tiles.size(0)),
+          .tokens = narrow<int32_t>(q.size(0)),
+          .heads = narrow<int32_t>(heads),
+          .window = narrow<int32_t>(params.window),
+          .ratio = narrow<int32_t>(params.ratio),
+          .topk = selection.defined() ? narrow<int32_t>(selection.size(1)) : 0,
+          .scale = static_cast<float>(params.scale)};
+}
+
+struct SparseAttnCuda : torch::autograd::Function<SparseAttnCuda> {
+  static variable_list forward(AutogradContext* context,
+                               const at::Tensor& q,
+                               const at::Tensor& kv,
+                               const at::Tensor& blocks,
+                               const at::Tensor& sink,
+                               const CudaInputs& inputs) {
+    const at::Tensor out = at::empty_like(q);
+    const at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+    sparse_attn_cuda(kernel_params(q, kv, blocks, sink, inputs.selection, out, lse, *inputs.batch,
+                                   inputs.params),
+                     current_stream(q));
+    context->save_for_backward({q, kv, blocks, sink, inputs.selection, out, lse});
+    context->saved_data["batch"] = reinterpret_cast<int64_t>(inputs.batch);
+    context->saved_data["window"] = inputs.params.window;
+    context->saved_data["scale"] = inputs.params.scale;
+    context->saved_data["ratio"] = inputs.params.ratio;
+    context->mark_non_differentiable({lse});
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &q = saved[0], &kv = saved[1], &blocks = saved[2], &sink = saved[3],
+                     &selection = saved[4], &out = saved[5], &lse = saved[6];
+    const Batch& batch = *reinterpret_cast<const Batch*>(context->saved_data["batch"].toInt());
+    const AttentionParams params{.window = context->saved_data["window"].toInt(),
+                                 .scale = context->saved_data["scale"].toDouble(),
+                                 .ratio = context->saved_data["ratio"].toInt()};
+    const at::Tensor grad_out = grad_outputs[0].contiguous();
+    const at::Tensor delta = at::empty_like(lse);
+    const at::Tensor grad_q = at::empty_like(q), grad_kv = at::empty_like(kv);
+    const at::Tensor grad_blocks = params.ratio > 0 ? at::empty_like(blocks) : at::Tensor();
+    const at::Tensor& tiles = batch.key_tiles(kFoldChunk, params.ratio);
+    at::Tensor selected;
+    if (selection.defined()) {
+      const int64_t words = ceil_div(std::max<int64_t>(batch.max_end_pos() / params.ratio, 1), 32);
+      selected = at::empty({q.size(0), words}, selection.options());
+    }
+    sparse_attn_backward_cuda(
+        {.forward = kernel_params(q, kv, blocks, sink, selection, out, lse, batch, params),
+         .grad_out = grad_out.const_data_ptr(),
+         .key_tiles = reinterpret_cast<const KeyTile*>(tiles.const_data_ptr<int32_t>()),
+         .selected = selected.defined()
+                         ? reinterpret_cast<const uint32_t*>(selected.mutable_data_ptr<int32_t>())
+                         : nullptr,
+         .delta = delta.mutable_data_ptr<float>(),
+         .grad_q = grad_q.mutable_data_ptr(),
+         .grad_kv = grad_kv.mutable_data_ptr(),
+         .grad_blocks = grad_blocks.defined() ? grad_blocks.mutable_data_ptr() : nullptr,
+         .num_key_tiles = narrow<int32_t>(tiles.size(0)),
+         .mask_words = selected.defined() ? narrow<int32_t>(selected.size(1)) : 0},
+        current_stream(q));
+    const at::Tensor grad_sink = -(at::exp(sink.unsqueeze(0) - lse) * delta).sum(0);
+    return {grad_q, grad_kv, grad_blocks, grad_sink, at::Tensor()};
+  }
+};
+
+bool use_cuda_kernel(const at::Tensor& q,
+                     const RingView& history,
+                     const at::Tensor& selection,
+                     const Batch& batch,
+                     const AttentionParams& params) {
+  return q.is_cuda() && sparse_attn_cuda && !reference_forced() &&
+         q.scalar_type() == at::kBFloat16 && q.size(2) == kSparseAttnDim &&
+         q.size(1) <= (selection.defined() ? kSparseAttnMaxSelectedHeads : kSparseAttnMaxHeads) &&
+         !history.rows.defined() && batch.whole() && params.numerics != Numerics::kIdeal;
+}
+
 }  // namespace
+
+constinit KernelSlot<void(const SparseAttnParams&, Stream)> sparse_attn_cuda;
+constinit KernelSlot<void(const SparseAttnBackwardParams&, Stream)> sparse_attn_backward_cuda;
 
 namespace reference {
 
@@ -196,6 +314,13 @@ AttentionResult sparse_attn(const at::Tensor& q,
   check_shape(sink, {q.size(1)}, "sparse_attn: sink");
   if (selection.defined())
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
+  if (use_cuda_kernel(q, history, selection, batch, params)) {
+    const variable_list results =
+        SparseAttnCuda::apply(q.contiguous(), kv.contiguous(),
+                              blocks.rows.defined() ? blocks.rows.contiguous() : at::Tensor(), sink,
+                              CudaInputs{&batch, params, selection});
+    return {.out = results[0], .lse = results[1]};
+  }
   return reference::sparse_attn(q, kv, history, blocks, selection, sink, batch, params);
 }
 
