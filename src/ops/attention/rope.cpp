@@ -65,16 +65,17 @@ at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
   }
   at::Tensor table;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (const at::Tensor& cached : cached_) {
+    std::lock_guard<std::mutex> lock(cache_->mutex);
+    for (const at::Tensor& cached : cache_->tables) {
       if (cached.device() == pos.device() && cached.size(0) > max_pos) table = cached;
     }
     if (!table.defined()) {
       int64_t rows = 1024;
       while (rows <= max_pos) rows *= 2;
       table = compute(at::arange(rows, at::kLong)).to(pos.device());
-      std::erase_if(cached_, [&](const at::Tensor& t) { return t.device() == pos.device(); });
-      cached_.push_back(table);
+      std::erase_if(cache_->tables,
+                    [&](const at::Tensor& t) { return t.device() == pos.device(); });
+      cache_->tables.push_back(table);
     }
   }
   return table.index_select(0, pos);
