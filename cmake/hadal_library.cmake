@@ -28,7 +28,9 @@ function(hadal_library name)
       add_library(${target}_${isa} OBJECT ${cpu_sources})
       hadal_compile_settings(${target}_${isa})
       target_compile_definitions(${target}_${isa} PRIVATE HADAL_ISA=${isa} HADAL_ISA_${isa})
-      target_compile_options(${target}_${isa} PRIVATE ${HADAL_ISA_FLAGS_${isa}} -ffp-contract=off -fno-math-errno -O3)
+      target_compile_options(${target}_${isa} PRIVATE ${HADAL_ISA_FLAGS_${isa}} -ffp-contract=off -fno-math-errno -O3
+        # g++ 12 warns about its own AVX-512 headers.
+        -Wno-maybe-uninitialized)
       list(APPEND objects $<TARGET_OBJECTS:${target}_${isa}>)
     endforeach()
   endif()

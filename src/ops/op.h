@@ -14,6 +14,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "base/fwd.h"
+#include "ops/cpu/dtype.h"
 
 namespace hadal::ops {
 
@@ -48,6 +49,9 @@ bool reference_forced();
 
 /// True when the CPU kernels serve these tensors: on the CPU, FP32 or BF16, no ReferenceGuard.
 bool use_cpu_kernel(const at::Tensor& x);
+
+/// The kernels' name of a tensor's type; FP32 or BF16.
+Dtype dtype_of(const at::Tensor& x);
 
 /// The stream that CUDA kernels on x's device are to use; null on the CPU.
 Stream current_stream(const at::Tensor& x);

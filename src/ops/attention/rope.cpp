@@ -7,6 +7,8 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
+#include "ops/attention/rope_cpu.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
@@ -103,10 +105,38 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
 
 }  // namespace reference
 
+constinit CpuSlot<void(const RopeCpuParams&, int64_t, int64_t)> rope_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
+  const at::Tensor input = x.contiguous(), table = cos_sin.contiguous();
+  at::Tensor out = at::empty_like(input);
+  const int64_t tokens = x.size(0), dim = x.size(-1);
+  const RopeCpuParams params{.x = input.const_data_ptr(),
+                             .out = out.mutable_data_ptr(),
+                             .cos_sin = table.const_data_ptr<float>(),
+                             .heads = tokens == 0 ? 0 : input.numel() / (tokens * dim),
+                             .dim = dim,
+                             .rope_dim = cos_sin.size(1) * 2,
+                             .dtype = dtype_of(x),
+                             .inverse = inverse};
+  parallel_for(tokens, 8, [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
+  return out;
+}
+
+}  // namespace
+
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
   check_shape(cos_sin, {x.size(0), -1, 2}, "rope: cos_sin");
   HADAL_CHECK(cos_sin.size(1) * 2 <= x.size(-1), "rope: rotates ", cos_sin.size(1) * 2,
               " channels of ", x.size(-1));
+  if (use_cpu_kernel(x)) {
+    return with_reference_gradient(
+        [inverse](const auto& in) { return std::vector{run_cpu(in[0], in[1], inverse)}; },
+        [inverse](const auto& in) { return std::vector{reference::rope(in[0], in[1], inverse)}; },
+        {x, cos_sin})[0];
+  }
   return reference::rope(x, cos_sin, inverse);
 }
 

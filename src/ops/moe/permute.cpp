@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "base/parallel.h"
+#include "ops/moe/moe_cpu.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
@@ -36,6 +38,20 @@ struct PermuteRows : torch::autograd::Function<PermuteRows> {
   }
 };
 
+at::Tensor run_cpu(const at::Tensor& rows, const at::Tensor& place, const at::Tensor& shared) {
+  const at::Tensor r = rows.contiguous(), s = shared.contiguous(), slots = place.contiguous();
+  at::Tensor out = at::empty_like(s);
+  const CombineCpuParams params{.rows = r.const_data_ptr(),
+                                .place = slots.const_data_ptr<int64_t>(),
+                                .shared = s.const_data_ptr(),
+                                .out = out.mutable_data_ptr(),
+                                .topk = slots.size(0) / s.size(0),
+                                .dim = s.size(1),
+                                .dtype = dtype_of(s)};
+  parallel_for(s.size(0), 8, [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
+  return out;
+}
+
 struct Combine : torch::autograd::Function<Combine> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& rows,
@@ -44,6 +60,9 @@ struct Combine : torch::autograd::Function<Combine> {
                             const at::Tensor& token) {
     context->save_for_backward({token});
     context->saved_data["type"] = static_cast<int64_t>(rows.scalar_type());
+    if (use_cpu_kernel(shared) && rows.scalar_type() == shared.scalar_type()) {
+      return run_cpu(rows, place, shared);
+    }
     return (sum_by_token(rows, place, shared.size(0)) + to_compute(shared))
         .to(shared.scalar_type());
   }
@@ -56,6 +75,8 @@ struct Combine : torch::autograd::Function<Combine> {
 };
 
 }  // namespace
+
+constinit CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
 
 Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
   check_shape(experts, {-1, -1}, "permute: experts");
