@@ -21,6 +21,8 @@ const std::array<std::string_view, 8>& text_markers() {
   return markers;
 }
 
+constexpr size_t kSlice = 4096;
+
 enum class Fit : uint8_t { kWhole, kPartial, kNot };
 
 /// How `literal` fits the beginning of `text`.
@@ -36,19 +38,22 @@ CompletionParser::CompletionParser(ThinkingMode mode)
 
 std::vector<CompletionEvent> CompletionParser::push(std::string_view bytes) {
   std::vector<CompletionEvent> events;
-  if (malformed()) return events;
-  buffer_ += utf8_.push(bytes);
-  while (step(events)) {
+  const std::string text = utf8_.push(bytes);
+  // In slices, since every step moves what is left of the buffer.
+  for (size_t pos = 0; pos < text.size() && !malformed(); pos += kSlice) {
+    take(std::string_view(text).substr(pos, kSlice), events);
   }
   return events;
 }
 
-Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
-  if (!malformed()) {
-    buffer_ += utf8_.flush();
-    while (step(events)) {
-    }
+void CompletionParser::take(std::string_view text, std::vector<CompletionEvent>& events) {
+  buffer_ += text;
+  while (step(events)) {
   }
+}
+
+Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
+  if (!malformed()) take(utf8_.flush(), events);
   switch (state_) {
     case State::kReasoning:
     case State::kContent:

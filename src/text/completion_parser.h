@@ -53,6 +53,7 @@ class CompletionParser {
   /// Index of the literal the buffer begins with; kNone of them, or kOpen while more bytes could decide.
   enum Literal : int { kNone = -1, kOpen = -2 };
 
+  void take(std::string_view text, std::vector<CompletionEvent>& events);
   bool step(std::vector<CompletionEvent>& events);
   bool step_text(std::vector<CompletionEvent>& events);
   void end_text(std::string_view marker);
