@@ -1,6 +1,7 @@
 // hadal chat-encode, hadal chat-parse: messages to the prompt, a completion to the message it is.
-#include <CLI/CLI.hpp>
 #include <memory>
+
+#include <CLI/CLI.hpp>
 
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
@@ -57,7 +58,8 @@ std::function<int()> define_chat_encode(CLI::App& app) {
   auto options = define_common(app);
   app.add_option("--effort", options->effort, "reasoning effort: high (the default) or max")
       ->check(CLI::IsMember({"none", "high", "max"}));
-  app.add_option("--drop-thinking", options->drop_thinking, "yes or no: leave out the reasoning of earlier turns")
+  app.add_option("--drop-thinking", options->drop_thinking,
+                 "yes or no: leave out the reasoning of earlier turns")
       ->check(CLI::IsMember({"yes", "no"}))
       ->capture_default_str();
   return [options] { return encode(*options); };

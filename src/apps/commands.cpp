@@ -10,10 +10,11 @@ const std::vector<Command>& commands() {
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",
        define_tokenize},
-      {"detokenize", "token ids to text", "  echo 19923 3 | hadal detokenize --tokenizer DIR/tokenizer.json",
-       define_detokenize},
+      {"detokenize", "token ids to text",
+       "  echo 19923 3 | hadal detokenize --tokenizer DIR/tokenizer.json", define_detokenize},
       {"chat-encode", "messages (JSON) to the prompt of the chat encoding",
-       "  echo '[{\"role\": \"user\", \"content\": \"Hello\"}]' | hadal chat-encode --thinking-mode chat",
+       "  echo '[{\"role\": \"user\", \"content\": \"Hello\"}]' | hadal chat-encode "
+       "--thinking-mode chat",
        define_chat_encode},
       {"chat-parse", "a completion to a message (JSON); exit code 1 if it is malformed",
        "  hadal chat-parse --thinking-mode thinking completion.txt", define_chat_parse},

@@ -25,7 +25,8 @@ std::string read_input(const std::string& path) {
   if (!is_standard_input(path)) file = open(path);
   std::istream& in = is_standard_input(path) ? std::cin : file;
   std::string text{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
-  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path, ": cannot be read");
+  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path,
+                    ": cannot be read");
   return text;
 }
 
@@ -38,12 +39,14 @@ void for_each_line(const std::string& path,
   for (long number = 1; std::getline(in, text); ++number) {
     if (text.find_first_not_of(" \t\r") != std::string::npos) line(text, number);
   }
-  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path, ": cannot be read");
+  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path,
+                    ": cannot be read");
 }
 
 void write_output(std::string_view text) {
   const size_t written = std::fwrite(text.data(), 1, text.size(), stdout);
-  HADAL_INPUT_CHECK(written == text.size() && std::fflush(stdout) == 0, "standard output: cannot be written");
+  HADAL_INPUT_CHECK(written == text.size() && std::fflush(stdout) == 0,
+                    "standard output: cannot be written");
 }
 
 }  // namespace hadal::apps

@@ -7,7 +7,8 @@
 
 namespace hadal::apps {
 
-/// All of a file; of standard input if the path is empty or "-". Errors: InputError if it cannot be read.
+/// All of a file; of standard input if the path is empty or "-". Errors: InputError if it cannot be
+/// read.
 std::string read_input(const std::string& path);
 
 /// Calls line(text, number from 1) for every line that is not blank, as it is read (same sources).

@@ -1,10 +1,11 @@
 // hadal tokenize, hadal detokenize: text to ids and back, plain or one JSON object a line.
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <memory>
+
+#include <CLI/CLI.hpp>
 
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
@@ -63,10 +64,12 @@ std::string join(const std::vector<int32_t>& ids, std::string_view separator) {
 /// Sums up what encoding took, for --speed.
 class Meter {
  public:
-  std::vector<int32_t> encode(const text::Tokenizer& tokenizer, std::string_view text, bool as_text) {
+  std::vector<int32_t> encode(const text::Tokenizer& tokenizer,
+                              std::string_view text,
+                              bool as_text) {
     const auto start = std::chrono::steady_clock::now();
-    std::vector<int32_t> ids =
-        tokenizer.encode(text, as_text ? text::SpecialTokens::kAsText : text::SpecialTokens::kRecognise);
+    std::vector<int32_t> ids = tokenizer.encode(
+        text, as_text ? text::SpecialTokens::kAsText : text::SpecialTokens::kRecognise);
     seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     bytes_ += text.size();
     tokens_ += ids.size();
@@ -89,12 +92,14 @@ int tokenize(const Options& options) {
   if (options.jsonl) {
     for_each_line(options.input, [&](const std::string& line, long number) {
       const PyJson text = member_of_line(line, number, "text");
-      HADAL_INPUT_CHECK(text.is_string(), "line ", number, ": 'text' is ", text.kind_name(), ", expected a string");
+      HADAL_INPUT_CHECK(text.is_string(), "line ", number, ": 'text' is ", text.kind_name(),
+                        ", expected a string");
       const std::vector<int32_t> ids = meter.encode(tokenizer, text.text(), options.as_text);
       write_output(concat("{\"ids\": [", join(ids, ", "), "]}\n"));
     });
   } else {
-    write_output(join(meter.encode(tokenizer, read_input(options.input), options.as_text), " ") + "\n");
+    write_output(join(meter.encode(tokenizer, read_input(options.input), options.as_text), " ") +
+                 "\n");
   }
   if (options.speed) meter.report();
   return 0;
@@ -105,7 +110,8 @@ int detokenize(const Options& options) {
   if (options.jsonl) {
     for_each_line(options.input, [&](const std::string& line, long number) {
       const PyJson list = member_of_line(line, number, "ids");
-      HADAL_INPUT_CHECK(list.is_array(), "line ", number, ": 'ids' is ", list.kind_name(), ", expected a list");
+      HADAL_INPUT_CHECK(list.is_array(), "line ", number, ": 'ids' is ", list.kind_name(),
+                        ", expected a list");
       std::vector<int32_t> ids;
       try {
         for (const PyJson& item : list.items()) ids.push_back(parse_id(item.dump()));
@@ -133,7 +139,8 @@ int detokenize(const Options& options) {
 std::function<int()> define_tokenize(CLI::App& app) {
   auto options = define_common(app);
   app.add_flag("--as-text", options->as_text, "special tokens in the text are ordinary text");
-  app.add_flag("--speed", options->speed, "print bytes, tokens and MB/s of encoding on standard error");
+  app.add_flag("--speed", options->speed,
+               "print bytes, tokens and MB/s of encoding on standard error");
   return [options] { return tokenize(*options); };
 }
 

@@ -1,13 +1,15 @@
 // hadal tokenizer-cut: a small tokenizer.json out of a large one and the texts it is meant for.
-#include <CLI/CLI.hpp>
+#include "text/tokenizer_cut.h"
+
 #include <filesystem>
 #include <fstream>
 #include <memory>
 
+#include <CLI/CLI.hpp>
+
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
 #include "base/check.h"
-#include "text/tokenizer_cut.h"
 
 namespace hadal::apps {
 namespace {
@@ -22,14 +24,15 @@ struct Options {
 
 int cut(const Options& options) {
   size_t next = 0;
-  const std::string result = text::cut_tokenizer(
-      read_input(options.tokenizer), options.tokenizer,
-      {.vocab_size = options.vocab_size, .min_count = options.min_count, .added_tokens = text::chat_token_names()},
-      [&](std::string& text) {
-        if (next == options.texts.size()) return false;
-        text = read_input(options.texts[next++]);
-        return true;
-      });
+  const std::string result = text::cut_tokenizer(read_input(options.tokenizer), options.tokenizer,
+                                                 {.vocab_size = options.vocab_size,
+                                                  .min_count = options.min_count,
+                                                  .added_tokens = text::chat_token_names()},
+                                                 [&](std::string& text) {
+                                                   if (next == options.texts.size()) return false;
+                                                   text = read_input(options.texts[next++]);
+                                                   return true;
+                                                 });
   // Whole or not at all: a reader never sees half a file.
   const std::string temporary = options.out + ".tmp";
   std::ofstream file(temporary, std::ios::binary);

@@ -34,7 +34,8 @@ Bpe::Bpe(const std::array<int32_t, 256>& byte_ids, std::span<const Merge> merges
 Bpe::Slot Bpe::find(int32_t left, int32_t right) const {
   const uint64_t pair = pair_of(left, right);
   size_t slot = slot_of(pair);
-  while (slots_[slot].pair != pair && slots_[slot].pair != kEmpty) slot = (slot + 1) & (slots_.size() - 1);
+  while (slots_[slot].pair != pair && slots_[slot].pair != kEmpty)
+    slot = (slot + 1) & (slots_.size() - 1);
   return slots_[slot];
 }
 

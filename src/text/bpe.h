@@ -1,8 +1,9 @@
 // Byte-pair merging of one piece, and the cache that makes repeated pieces cheap.
 //
-// A piece starts as the ids of its bytes; the adjacent pair with the lowest merge rank (the leftmost of equals) is
-// replaced by its result until no pair is in the table. Short pieces are scanned, long ones use a heap over a linked
-// list, so n bytes cost O(n log n). Bpe is immutable and shared by threads; a PieceCache belongs to one at a time.
+// A piece starts as the ids of its bytes; the adjacent pair with the lowest merge rank (the
+// leftmost of equals) is replaced by its result until no pair is in the table. Short pieces are
+// scanned, long ones use a heap over a linked list, so n bytes cost O(n log n). Bpe is immutable
+// and shared by threads; a PieceCache belongs to one at a time.
 #pragma once
 
 #include <array>
@@ -24,10 +25,12 @@ struct Merge {
 
 class Bpe {
  public:
-  /// byte_ids[b] is the id of the token that is the single byte b. Errors: InputError if a pair has two merges.
+  /// byte_ids[b] is the id of the token that is the single byte b. Errors: InputError if a pair has
+  /// two merges.
   Bpe(const std::array<int32_t, 256>& byte_ids, std::span<const Merge> merges);
 
-  /// Appends the ids of one piece. With `applied`, also appends the rank of every merge in the order of application.
+  /// Appends the ids of one piece. With `applied`, also appends the rank of every merge in the
+  /// order of application.
   void encode(std::string_view piece,
               std::vector<int32_t>& ids,
               std::vector<int32_t>* applied = nullptr) const;
@@ -77,7 +80,8 @@ class PieceCache {
 
   PieceCache() : entries_(size_t{1} << kBits) {}
 
-  /// The entry where the piece is, or where it would go; piece is not empty and at most kMaxBytes long.
+  /// The entry where the piece is, or where it would go; piece is not empty and at most kMaxBytes
+  /// long.
   Entry& at(std::string_view piece) { return entries_[hash(piece) >> (64 - kBits)]; }
 
  private:

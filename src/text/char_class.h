@@ -1,7 +1,9 @@
-// The Unicode classes the official pre-tokeniser distinguishes, as one byte of flags per code point.
+// The Unicode classes the official pre-tokeniser distinguishes, as one byte of flags per code
+// point.
 //
-// General categories come from Unicode 16, the version of the library that defines the official token ids; kSpace is
-// the property White_Space (what `\s` means there). The table is built once, on first use, and then only read.
+// General categories come from Unicode 16, the version of the library that defines the official
+// token ids; kSpace is the property White_Space (what `\s` means there). The table is built once,
+// on first use, and then only read.
 #pragma once
 
 #include <array>

@@ -15,14 +15,19 @@ namespace {
 
 constexpr std::string_view kEffortPrefix =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
-    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
-    "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n";
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, "
+    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial "
+    "scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered "
+    "alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n";
 
 constexpr std::string_view kToolsBefore =
     "## Tools\n\n"
-    "You have access to a set of tools to help answer the user's question. You can invoke tools by writing a "
+    "You have access to a set of tools to help answer the user's question. You can invoke tools by "
+    "writing a "
     "\"<\uff5cDSML\uff5ctool_calls>\" block like the following:\n\n"
     "<\uff5cDSML\uff5ctool_calls>\n"
     "<\uff5cDSML\uff5cinvoke name=\"$TOOL_NAME\">\n"
@@ -34,14 +39,17 @@ constexpr std::string_view kToolsBefore =
     "...\n"
     "</\uff5cDSML\uff5cinvoke>\n"
     "</\uff5cDSML\uff5ctool_calls>\n\n"
-    "String parameters should be specified as is and set `string=\"true\"`. For all other types (numbers, booleans, "
+    "String parameters should be specified as is and set `string=\"true\"`. For all other types "
+    "(numbers, booleans, "
     "arrays, objects), pass the value in JSON format and set `string=\"false\"`.\n\n"
-    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside "
+    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning "
+    "inside "
     "<think>...</think> BEFORE any tool calls or final response.\n\n"
     "Otherwise, output directly after </think> with tool calls or final response.\n\n"
     "### Available Tool Schemas\n\n";
 constexpr std::string_view kToolsAfter =
-    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n";
+    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool "
+    "calls.\n";
 constexpr std::string_view kFormatBefore =
     "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
 
@@ -64,22 +72,26 @@ bool truthy(const PyJson& message, std::string_view key) {
 std::string text_member(const PyJson& object, std::string_view key, const std::string& where) {
   const PyJson* value = object.find_set(key);
   if (value == nullptr) return {};
-  HADAL_INPUT_CHECK(value->is_string(), where, ": ", key, " is ", value->kind_name(), ", expected a string");
+  HADAL_INPUT_CHECK(value->is_string(), where, ": ", key, " is ", value->kind_name(),
+                    ", expected a string");
   return value->text();
 }
 
 const PyJson* list_member(const PyJson& object, std::string_view key, const std::string& where) {
   const PyJson* value = object.find_set(key);
-  HADAL_INPUT_CHECK(value == nullptr || value->is_array(), where, ": ", key, " is ", value->kind_name(),
-                    ", expected a list");
+  HADAL_INPUT_CHECK(value == nullptr || value->is_array(), where, ": ", key, " is ",
+                    value->kind_name(), ", expected a list");
   return value;
 }
 
-// --- pre-processing (model.md 6.3) -------------------------------------------------------------------
+// --- pre-processing (model.md 6.3)
+// -------------------------------------------------------------------
 
-/// Adds a block to the last message if that is a user message with blocks, else to a new user message, returned.
+/// Adds a block to the last message if that is a user message with blocks, else to a new user
+/// message, returned.
 PyJson* add_block(std::vector<PyJson>& merged, PyJson block, bool respect_task) {
-  if (!merged.empty() && role_of(merged.back()) == "user" && merged.back().find(kBlocks) != nullptr &&
+  if (!merged.empty() && role_of(merged.back()) == "user" &&
+      merged.back().find(kBlocks) != nullptr &&
       !(respect_task && merged.back().find_set("task") != nullptr)) {
     PyJson blocks = *merged.back().find(kBlocks);
     blocks.items().push_back(std::move(block));
@@ -97,7 +109,8 @@ std::vector<PyJson> merge_messages(const PyJson& messages, const char* list) {
   for (size_t i = 0; i < messages.items().size(); ++i) {
     const PyJson& message = messages.items()[i];
     const std::string where = concat(list, "[", i, "]");
-    HADAL_INPUT_CHECK(message.is_object(), where, " is ", message.kind_name(), ", expected an object");
+    HADAL_INPUT_CHECK(message.is_object(), where, " is ", message.kind_name(),
+                      ", expected an object");
     const PyJson* role = message.find("role");
     HADAL_INPUT_CHECK(role != nullptr && role->is_string(), where, " has no role");
     if (role->text() == "tool") {
@@ -112,11 +125,13 @@ std::vector<PyJson> merge_messages(const PyJson& messages, const char* list) {
     } else if (role->text() == "user") {
       const PyJson* content = message.find("content");
       HADAL_INPUT_CHECK(content != nullptr && content->is_string(), where, ": content is ",
-                        content == nullptr ? "absent" : content->kind_name(), ", expected a string");
+                        content == nullptr ? "absent" : content->kind_name(),
+                        ", expected a string");
       PyJson block = PyJson::object({{"type", PyJson::string("text")}, {"text", *content}});
       PyJson* opened = add_block(merged, std::move(block), /*respect_task=*/true);
       for (const char* key : {"task", "wo_eos", "mask"}) {
-        if (const PyJson* value = message.find(key); value != nullptr && opened != nullptr) opened->set(key, *value);
+        if (const PyJson* value = message.find(key); value != nullptr && opened != nullptr)
+          opened->set(key, *value);
       }
     } else {
       merged.push_back(message);
@@ -192,7 +207,8 @@ std::vector<PyJson> drop_reasoning(const std::vector<PyJson>& messages) {
   return kept;
 }
 
-// --- rendering (model.md 6.4) ------------------------------------------------------------------------
+// --- rendering (model.md 6.4)
+// ------------------------------------------------------------------------
 
 std::string render_tools(const PyJson& tools, const std::string& where) {
   std::string schemas;
@@ -229,7 +245,8 @@ std::string render_tool_result(const PyJson& block, const std::string& where) {
     for (const PyJson& part : content->items()) {
       const std::string type = type_name(part);
       body += separator;
-      body += type == "text" ? text_member(part, "text", where) : concat("[Unsupported ", type, "]");
+      body +=
+          type == "text" ? text_member(part, "text", where) : concat("[Unsupported ", type, "]");
       separator = "\n\n";
     }
   }
@@ -241,7 +258,8 @@ std::string render_user(const PyJson& message, const std::string& where) {
   const char* separator = "";
   for (const PyJson& block : message.find(kBlocks)->items()) {
     out += separator;
-    out += type_name(block) == "text" ? block.find("text")->text() : render_tool_result(block, where);
+    out +=
+        type_name(block) == "text" ? block.find("text")->text() : render_tool_result(block, where);
     separator = "\n\n";
   }
   return out;
@@ -255,9 +273,10 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
     const PyJson* function = call.find("function");
     const PyJson* name = function == nullptr ? nullptr : function->find("name");
     const PyJson* arguments = function == nullptr ? nullptr : function->find("arguments");
-    HADAL_INPUT_CHECK(name != nullptr && name->is_string(), where, ": a tool call has no function name");
-    HADAL_INPUT_CHECK(arguments != nullptr && arguments->is_string(), where, ": tool call '", name->text(),
-                      "' has no arguments string");
+    HADAL_INPUT_CHECK(name != nullptr && name->is_string(), where,
+                      ": a tool call has no function name");
+    HADAL_INPUT_CHECK(arguments != nullptr && arguments->is_string(), where, ": tool call '",
+                      name->text(), "' has no arguments string");
     calls.push_back({name->text(), arguments->text()});
   }
   return calls;
@@ -294,12 +313,15 @@ class Renderer {
       HADAL_INPUT_CHECK(message.find_set("content") != nullptr, where, ": content is absent");
       return concat(kLatestReminder, text_member(message, "content", where));
     }
-    HADAL_INPUT_CHECK(role == "assistant", where,
-                      ": unknown role; expected system, developer, user, assistant, tool or latest_reminder");
+    HADAL_INPUT_CHECK(
+        role == "assistant", where,
+        ": unknown role; expected system, developer, user, assistant, tool or latest_reminder");
     return render_assistant(message, index, where);
   }
 
-  std::string render_assistant(const PyJson& message, size_t index, const std::string& where) const {
+  std::string render_assistant(const PyJson& message,
+                               size_t index,
+                               const std::string& where) const {
     std::string out;
     const bool after_task = index > 0 && messages_[index - 1].find_set("task") != nullptr;
     if (thinking_ && !after_task && (!dropping_ || static_cast<ptrdiff_t>(index) > last_user_)) {
@@ -312,16 +334,17 @@ class Renderer {
     return out;
   }
 
-  /// What opens the next turn: nothing inside a history, else a task token or the assistant's opener.
+  /// What opens the next turn: nothing inside a history, else a task token or the assistant's
+  /// opener.
   std::string transition(const PyJson& message, size_t index) const {
     if (index + 1 < messages_.size()) {
       const std::string_view next = role_of(messages_[index + 1]);
       if (next != "assistant" && next != "latest_reminder") return {};
     }
     if (const PyJson* task = message.find_set("task")) {
-      const auto known = std::find_if(kTaskTokens.begin(), kTaskTokens.end(), [&](const TaskToken& t) {
-        return task->is_string() && t.task == task->text();
-      });
+      const auto known = std::find_if(
+          kTaskTokens.begin(), kTaskTokens.end(),
+          [&](const TaskToken& t) { return task->is_string() && t.task == task->text(); });
       HADAL_INPUT_CHECK(known != kTaskTokens.end(), "message ", index, ": task is ", task->dump(),
                         ", expected action, query, authority, domain, title or read_url");
       if (known->task != "action") return std::string(known->token);
@@ -341,13 +364,15 @@ class Renderer {
 }  // namespace
 
 ThinkingMode parse_thinking_mode(std::string_view name) {
-  HADAL_INPUT_CHECK(name == "chat" || name == "thinking", "thinking mode is '", name, "', expected chat or thinking");
+  HADAL_INPUT_CHECK(name == "chat" || name == "thinking", "thinking mode is '", name,
+                    "', expected chat or thinking");
   return name == "chat" ? ThinkingMode::kChat : ThinkingMode::kThinking;
 }
 
 ReasoningEffort parse_reasoning_effort(std::string_view name) {
   if (name.empty() || name == "none") return ReasoningEffort::kNone;
-  HADAL_INPUT_CHECK(name == "high" || name == "max", "reasoning effort is '", name, "', expected high or max");
+  HADAL_INPUT_CHECK(name == "high" || name == "max", "reasoning effort is '", name,
+                    "', expected high or max");
   return name == "high" ? ReasoningEffort::kHigh : ReasoningEffort::kMax;
 }
 
@@ -356,15 +381,18 @@ std::string encode_chat(const PyJson& messages, const ChatOptions& options, cons
   size_t context_size = full.size();
   for (PyJson& message : merge_messages(messages, "messages")) full.push_back(std::move(message));
   sort_tool_results(full);
-  const bool has_tools = std::any_of(full.begin(), full.end(), [](const PyJson& m) { return truthy(m, "tools"); });
+  const bool has_tools =
+      std::any_of(full.begin(), full.end(), [](const PyJson& m) { return truthy(m, "tools"); });
   const bool thinking = options.thinking_mode == ThinkingMode::kThinking;
   const bool dropping = options.drop_thinking && !has_tools;
   std::string prompt(options.add_bos && context_size == 0 ? kBos : std::string_view());
   size_t count = full.size() - context_size;
   if (thinking && dropping) {
-    const std::vector<PyJson> earlier(full.begin(), full.begin() + static_cast<ptrdiff_t>(context_size));
+    const std::vector<PyJson> earlier(full.begin(),
+                                      full.begin() + static_cast<ptrdiff_t>(context_size));
     full = drop_reasoning(full);
-    // The context may lose messages only now that a later user follows: what it was rendered as decides.
+    // The context may lose messages only now that a later user follows: what it was rendered as
+    // decides.
     const size_t earlier_kept = drop_reasoning(earlier).size();
     count = full.size() > earlier_kept ? full.size() - earlier_kept : 0;
   }

@@ -1,9 +1,11 @@
-// Chat encoding: OpenAI-style messages to the prompt string, byte for byte as the official encoder (model.md 6.1-6.5).
+// Chat encoding: OpenAI-style messages to the prompt string, byte for byte as the official encoder
+// (model.md 6.1-6.5).
 //
-// Messages are JSON objects with `role` (system, developer, user, assistant, tool, latest_reminder) and, by role,
-// `content`, `reasoning_content`, `tool_calls`, `tools`, `response_format`, `task`, `wo_eos`, `tool_call_id`. The prompt
-// is meant for Tokenizer::encode with SpecialTokens::kRecognise; text from users that may hold special strings has to be
-// neutralised before. All functions are pure; bad messages are InputErrors that name the message.
+// Messages are JSON objects with `role` (system, developer, user, assistant, tool, latest_reminder)
+// and, by role, `content`, `reasoning_content`, `tool_calls`, `tools`, `response_format`, `task`,
+// `wo_eos`, `tool_call_id`. The prompt is meant for Tokenizer::encode with
+// SpecialTokens::kRecognise; text from users that may hold special strings has to be neutralised
+// before. All functions are pure; bad messages are InputErrors that name the message.
 #pragma once
 
 #include <cstdint>
@@ -31,12 +33,14 @@ ThinkingMode parse_thinking_mode(std::string_view name);
 ReasoningEffort parse_reasoning_effort(std::string_view name);
 
 /// The prompt of a list of messages.
-///   context  earlier messages whose prompt exists already: only `messages` are rendered, without BOS, but knowing them
+///   context  earlier messages whose prompt exists already: only `messages` are rendered, without
+///   BOS, but knowing them
 std::string encode_chat(const PyJson& messages,
                         const ChatOptions& options,
                         const PyJson& context = PyJson::array());
 
-/// The messages of a request: a list as it is, or {messages, tools} with the tools attached to the first message.
+/// The messages of a request: a list as it is, or {messages, tools} with the tools attached to the
+/// first message.
 PyJson messages_of_request(PyJson request);
 
 }  // namespace hadal::text

@@ -31,28 +31,34 @@ TEST(ChatFormat, ReproducesTheOfficialPrompts) {
   for (int i = 1; i <= 4; ++i) {
     const std::string stem = concat(folder, "test_input_", i, ".json");
     const PyJson messages = messages_of_request(PyJson::parse(read_file(stem), stem));
-    const ChatOptions options{.thinking_mode = i == 4 ? ThinkingMode::kChat : ThinkingMode::kThinking};
+    const ChatOptions options{.thinking_mode =
+                                  i == 4 ? ThinkingMode::kChat : ThinkingMode::kThinking};
     const std::string expected = read_file(concat(folder, "test_output_", i, ".txt"));
     EXPECT_EQ(encode_chat(messages, options), expected) << stem;
   }
 }
 
 TEST(ChatFormat, TurnsAndModes) {
-  const char* two = R"([{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning_content":"r"},
+  const char* two =
+      R"([{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning_content":"r"},
                         {"role":"user","content":"c"}])";
-  EXPECT_EQ(thinking(two), kBosText + kUserText + "a" + kClosed + "b" + kEosText + kUserText + "c" + kOpen);
-  EXPECT_EQ(chat(two), kBosText + kUserText + "a" + kClosed + "b" + kEosText + kUserText + "c" + kClosed);
+  EXPECT_EQ(thinking(two),
+            kBosText + kUserText + "a" + kClosed + "b" + kEosText + kUserText + "c" + kOpen);
+  EXPECT_EQ(chat(two),
+            kBosText + kUserText + "a" + kClosed + "b" + kEosText + kUserText + "c" + kClosed);
   EXPECT_EQ(encode_chat(json(two), {.drop_thinking = false}),
             kBosText + kUserText + "a" + kOpen + "r</think>b" + kEosText + kUserText + "c" + kOpen);
   EXPECT_EQ(encode_chat(json("[]"), {}), kBosText);
   EXPECT_EQ(encode_chat(json("[]"), {.add_bos = false}), "");
   EXPECT_EQ(chat(R"([{"role":"system","content":null},{"role":"user","content":"hi"}])"),
             kBosText + kUserText + "hi" + kClosed);
-  EXPECT_EQ(thinking(R"([{"role":"assistant","content":null,"wo_eos":true}])"), kBosText + "</think>");
+  EXPECT_EQ(thinking(R"([{"role":"assistant","content":null,"wo_eos":true}])"),
+            kBosText + "</think>");
 }
 
 TEST(ChatFormat, EffortActsOnlyAsMaxInThinkingMode) {
-  const PyJson messages = json(R"([{"role":"system","content":"S"},{"role":"user","content":"u"}])");
+  const PyJson messages =
+      json(R"([{"role":"system","content":"S"},{"role":"user","content":"u"}])");
   const std::string plain = encode_chat(messages, {});
   EXPECT_EQ(encode_chat(messages, {.effort = ReasoningEffort::kHigh}), plain);
   const std::string max = encode_chat(messages, {.effort = ReasoningEffort::kMax});
@@ -61,7 +67,8 @@ TEST(ChatFormat, EffortActsOnlyAsMaxInThinkingMode) {
   EXPECT_EQ(max.substr(kBos.size() + 476), plain.substr(kBos.size()));
   EXPECT_EQ(max.substr(kBos.size() + 474, 3), "\n\nS");
   const ChatOptions chat_max{.thinking_mode = ThinkingMode::kChat, .effort = ReasoningEffort::kMax};
-  EXPECT_EQ(encode_chat(messages, chat_max), encode_chat(messages, {.thinking_mode = ThinkingMode::kChat}));
+  EXPECT_EQ(encode_chat(messages, chat_max),
+            encode_chat(messages, {.thinking_mode = ThinkingMode::kChat}));
   EXPECT_THROW(parse_reasoning_effort("low"), InputError);
   EXPECT_THROW(parse_thinking_mode("think"), InputError);
 }
@@ -73,11 +80,18 @@ TEST(ChatFormat, UsersAndToolResultsMerge) {
   EXPECT_EQ(chat(R"([{"role":"user","content":"a","task":"query"},{"role":"user","content":"b"}])"),
             kBosText + kUserText + "a" + kUserText + "b" + kClosed);
   EXPECT_EQ(chat(R"([{"role":"user","content":"a","task":"query"},{"role":"tool","content":"t"}])"),
-            kBosText + kUserText + "a\n\n<tool_result>t</tool_result>" + std::string(kTaskTokens[1].token));
-  EXPECT_EQ(chat(R"([{"role":"tool","content":[{"type":"text","text":"x"},{"type":"image"},{}]},{"role":"user","content":"u"}])"),
-            kBosText + kUserText + "<tool_result>x\n\n[Unsupported image]\n\n[Unsupported None]</tool_result>\n\nu" + kClosed);
+            kBosText + kUserText + "a\n\n<tool_result>t</tool_result>" +
+                std::string(kTaskTokens[1].token));
+  EXPECT_EQ(chat(
+                R"([{"role":"tool","content":[{"type":"text","text":"x"},{"type":"image"},{}]},
+              {"role":"user","content":"u"}])"),
+            kBosText + kUserText +
+                "<tool_result>x\n\n[Unsupported image]\n\n[Unsupported None]</tool_result>\n\nu" +
+                kClosed);
   // Tools on a user message are lost, also for the decision to keep reasoning.
-  EXPECT_EQ(thinking(R"([{"role":"user","content":"a","tools":[{"function":{}}]},{"role":"assistant","content":"b","reasoning_content":"r"},
+  EXPECT_EQ(thinking(
+                R"([{"role":"user","content":"a","tools":[{"function":{}}]},{"role":"assistant",
+              "content":"b","reasoning_content":"r"},
                         {"role":"user","content":"c"}])"),
             kBosText + kUserText + "a" + kClosed + "b" + kEosText + kUserText + "c" + kOpen);
 }
@@ -85,61 +99,93 @@ TEST(ChatFormat, UsersAndToolResultsMerge) {
 TEST(ChatFormat, ToolResultsFollowTheOrderOfTheCalls) {
   const std::string calls =
       R"({"role":"assistant","tool_calls":[{"id":"1","function":{"name":"f","arguments":"{}"}},
-          {"function":{"id":"2","name":"g","arguments":"{}"}},{"id":"3","function":{"name":"h","arguments":"{}"}}]},)";
+          {"function":{"id":"2","name":"g","arguments":"{}"}},
+              {"id":"3","function":{"name":"h","arguments":"{}"}}]},)";
   const auto results = [&](const std::string& rest) {
     const std::string prompt = chat("[" + calls + rest + "]");
     return prompt.substr(prompt.rfind(kUserText) + kUserText.size());
   };
-  EXPECT_EQ(results(R"({"role":"tool","tool_call_id":"3","content":"c"},{"role":"user","content":"u"},
-                       {"role":"tool","tool_call_id":"1","content":"a"},{"role":"tool","tool_call_id":"2","content":"b"})"),
-            "<tool_result>a</tool_result>\n\nu\n\n<tool_result>b</tool_result>\n\n<tool_result>c</tool_result>" + kClosed);
+  EXPECT_EQ(
+      results(R"({"role":"tool","tool_call_id":"3","content":"c"},{"role":"user","content":"u"},
+                       {"role":"tool","tool_call_id":"1","content":"a"},
+                           {"role":"tool","tool_call_id":"2","content":"b"})"),
+      "<tool_result>a</tool_result>\n\nu\n\n<tool_result>b</tool_result>\n\n<tool_result>c</"
+      "tool_result>" +
+          kClosed);
   // An unknown id counts as the first call; the sort is stable.
-  EXPECT_EQ(results(R"({"role":"tool","tool_call_id":"2","content":"b"},{"role":"tool","tool_call_id":"?","content":"x"},
+  EXPECT_EQ(
+      results(
+          R"({"role":"tool","tool_call_id":"2","content":"b"},{"role":"tool","tool_call_id":"?",
+              "content":"x"},
                        {"role":"tool","tool_call_id":"1","content":"a"})"),
-            "<tool_result>x</tool_result>\n\n<tool_result>a</tool_result>\n\n<tool_result>b</tool_result>" + kClosed);
+      "<tool_result>x</tool_result>\n\n<tool_result>a</tool_result>\n\n<tool_result>b</"
+      "tool_result>" +
+          kClosed);
 }
 
 TEST(ChatFormat, DroppingRemovesEarlierDevelopers) {
-  EXPECT_EQ(thinking(R"([{"role":"developer","content":"d"},{"role":"assistant","content":"b","reasoning_content":"r"},
+  EXPECT_EQ(thinking(
+                R"([{"role":"developer","content":"d"},{"role":"assistant","content":"b",
+              "reasoning_content":"r"},
                         {"role":"user","content":"c"}])"),
             kBosText + "b" + kEosText + kUserText + "c" + kOpen);
-  EXPECT_EQ(chat(R"([{"role":"developer","content":"d"},{"role":"assistant","content":"b"},{"role":"user","content":"c"}])"),
+  EXPECT_EQ(chat(
+                R"([{"role":"developer","content":"d"},{"role":"assistant","content":"b"},
+              {"role":"user","content":"c"}])"),
             kBosText + kUserText + "d" + kClosed + "b" + kEosText + kUserText + "c" + kClosed);
 }
 
 TEST(ChatFormat, Tasks) {
   const std::string action(kTaskTokens[0].token);
-  EXPECT_EQ(thinking(R"([{"role":"user","content":"a","task":"action"}])"), kBosText + kUserText + "a" + kOpen + action);
-  EXPECT_EQ(chat(R"([{"role":"user","content":"a","task":"action"},{"role":"assistant","content":"Search"}])"),
+  EXPECT_EQ(thinking(R"([{"role":"user","content":"a","task":"action"}])"),
+            kBosText + kUserText + "a" + kOpen + action);
+  EXPECT_EQ(chat(
+                R"([{"role":"user","content":"a","task":"action"},{"role":"assistant",
+              "content":"Search"}])"),
             kBosText + kUserText + "a" + kClosed + action + "Search" + kEosText);
-  EXPECT_EQ(thinking(R"([{"role":"user","content":"a","task":"title"},{"role":"assistant","content":"T"}])"),
-            kBosText + kUserText + "a" + std::string(kTaskTokens[4].token) + "T" + kEosText);
+  EXPECT_EQ(
+      thinking(
+          R"([{"role":"user","content":"a","task":"title"},{"role":"assistant","content":"T"}])"),
+      kBosText + kUserText + "a" + std::string(kTaskTokens[4].token) + "T" + kEosText);
   // Before another user the task token is not written.
-  EXPECT_EQ(chat(R"([{"role":"assistant","content":"x","task":"domain"},{"role":"user","content":"b"}])"),
-            kBosText + "x" + kEosText + kUserText + "b" + kClosed);
-  EXPECT_EQ(chat(R"([{"role":"latest_reminder","content":"now"},{"role":"user","content":"b","task":null}])"),
+  EXPECT_EQ(
+      chat(R"([{"role":"assistant","content":"x","task":"domain"},{"role":"user","content":"b"}])"),
+      kBosText + "x" + kEosText + kUserText + "b" + kClosed);
+  EXPECT_EQ(chat(
+                R"([{"role":"latest_reminder","content":"now"},{"role":"user","content":"b",
+              "task":null}])"),
             kBosText + std::string(kLatestReminder) + "now" + kUserText + "b" + kClosed);
 }
 
 TEST(ChatFormat, ToolsAndResponseFormat) {
-  const std::string prompt = chat(R"([{"role":"system","content":"S","tools":[{"function":{"a":1.50,"b":"é"}},{"function":{}}],
-                                      "response_format":{"type":"json"}},{"role":"user","content":"u"}])");
+  const std::string prompt = chat(
+      R"([{"role":"system","content":"S","tools":[{"function":{"a":1.50,"b":"\u00e9"}},
+          {"function":{}}],
+                                      "response_format":{"type":"json"}},{"role":"user",
+                                          "content":"u"}])");
   const std::string schemas = "{\"a\": 1.5, \"b\": \"\u00e9\"}\n{}";
-  EXPECT_NE(prompt.find("### Available Tool Schemas\n\n" + schemas + "\n\nYou MUST"), std::string::npos);
+  EXPECT_NE(prompt.find("### Available Tool Schemas\n\n" + schemas + "\n\nYou MUST"),
+            std::string::npos);
   const size_t begin = prompt.find("## Tools");
   const size_t end = prompt.find("\n\n## Response Format:");
   EXPECT_EQ(end - begin, 989 + schemas.size());  // the block is 990 bytes with the schema text "X"
   EXPECT_NE(prompt.find("to reply:\n{\"type\": \"json\"}" + kUserText), std::string::npos);
-  EXPECT_EQ(chat(R"([{"role":"system","content":"S","tools":[],"response_format":{}}])"), kBosText + "S");
+  EXPECT_EQ(chat(R"([{"role":"system","content":"S","tools":[],"response_format":{}}])"),
+            kBosText + "S");
 }
 
 TEST(ChatFormat, ContextIsKnownButNotWritten) {
   const char* cases[] = {
-      R"([{"role":"system","content":"s","tools":[{"function":{"name":"f"}}]},{"role":"user","content":"a"},
-          {"role":"assistant","reasoning_content":"r","tool_calls":[{"id":"1","function":{"name":"f","arguments":"{}"}}]},
-          {"role":"tool","tool_call_id":"1","content":"t"},{"role":"assistant","reasoning_content":"q","content":"b"},
+      R"([{"role":"system","content":"s","tools":[{"function":{"name":"f"}}]},{"role":"user",
+          "content":"a"},
+          {"role":"assistant",
+              "reasoning_content":"r",
+               "tool_calls":[{"id":"1","function":{"name":"f","arguments":"{}"}}]},
+          {"role":"tool","tool_call_id":"1","content":"t"},{"role":"assistant",
+              "reasoning_content":"q","content":"b"},
           {"role":"user","content":"c"}])",
-      R"([{"role":"user","content":"a"},{"role":"assistant","reasoning_content":"r","content":"b"}])"};
+      R"([{"role":"user","content":"a"},{"role":"assistant","reasoning_content":"r",
+          "content":"b"}])"};
   for (const char* text : cases) {
     const PyJson all = json(text);
     const std::string whole = encode_chat(all, {});
@@ -180,8 +226,10 @@ TEST(ChatFormat, BadMessagesAreNamed) {
   expect(R"([{"role":"system","tools":{"a":1}}])", "tools is an object");
   expect(R"([{"role":"system","tools":[{}]}])", "no 'function'");
   expect(R"([{"role":"assistant","tool_calls":[{}]}])", "no function name");
-  expect(R"([{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":{}}}]}])", "no arguments string");
-  expect(R"([{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"[1]"}}]}])", "expected an object");
+  expect(R"([{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":{}}}]}])",
+         "no arguments string");
+  expect(R"([{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"[1]"}}]}])",
+         "expected an object");
   expect(R"([{"role":"assistant","tool_calls":"x"}])", "tool_calls is a string");
 }
 

@@ -1,4 +1,5 @@
-// The special strings of the chat encoding (model.md 6.1). Ids are looked up by string in the tokenizer at hand.
+// The special strings of the chat encoding (model.md 6.1). Ids are looked up by string in the
+// tokenizer at hand.
 #pragma once
 
 #include <array>
@@ -31,19 +32,18 @@ inline constexpr std::array<TaskToken, 6> kTaskTokens = {{{"action", "<\uff5cact
 inline constexpr std::string_view kExtractedUrl = "<\uff5cextracted_url\uff5c>";
 
 /// Every token above beyond the three ids 0 to 2, in the order of the official ids.
-inline constexpr std::array<std::string_view, 13> kChatTokens = {
-    kUser,
-    kAssistant,
-    kThinkStart,
-    kThinkEnd,
-    kDsml,
-    kLatestReminder,
-    kTaskTokens[0].token,
-    kTaskTokens[1].token,
-    kTaskTokens[2].token,
-    kTaskTokens[3].token,
-    kTaskTokens[4].token,
-    kExtractedUrl,
-    kTaskTokens[5].token};
+inline constexpr std::array<std::string_view, 13> kChatTokens = {kUser,
+                                                                 kAssistant,
+                                                                 kThinkStart,
+                                                                 kThinkEnd,
+                                                                 kDsml,
+                                                                 kLatestReminder,
+                                                                 kTaskTokens[0].token,
+                                                                 kTaskTokens[1].token,
+                                                                 kTaskTokens[2].token,
+                                                                 kTaskTokens[3].token,
+                                                                 kTaskTokens[4].token,
+                                                                 kExtractedUrl,
+                                                                 kTaskTokens[5].token};
 
 }  // namespace hadal::text

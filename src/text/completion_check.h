@@ -1,4 +1,5 @@
-// The property of CompletionParser that its test and its fuzz target share: for any cutting, the result of the whole.
+// The property of CompletionParser that its test and its fuzz target share: for any cutting, the
+// result of the whole.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,9 @@
 namespace hadal::text {
 
 /// Feeds `bytes` cut at the given ascending positions; returns "" or what is wrong.
-inline std::string check_cutting(std::string_view bytes, ThinkingMode mode, const std::vector<size_t>& cuts) {
+inline std::string check_cutting(std::string_view bytes,
+                                 ThinkingMode mode,
+                                 const std::vector<size_t>& cuts) {
   const Completion whole = parse_completion(bytes, mode);
   CompletionParser parser(mode);
   std::vector<CompletionEvent> events;
@@ -45,15 +48,20 @@ inline std::string check_cutting(std::string_view bytes, ThinkingMode mode, cons
     return "the events differ from the result";
   }
   for (const std::string_view forbidden : forbidden_in_text()) {
-    if (reasoning.find(forbidden) != std::string::npos || content.find(forbidden) != std::string::npos) {
+    if (reasoning.find(forbidden) != std::string::npos ||
+        content.find(forbidden) != std::string::npos) {
       return concat("'", forbidden, "' leaks");
     }
   }
   const std::string repaired = repair_utf8(bytes);
-  if (!repaired.starts_with(mode == ThinkingMode::kThinking ? reasoning : content)) return "text was invented";
-  if (found.ok != whole.ok) return concat("whole: ", whole.ok ? "well-formed" : whole.error, "; pieces: ", found.ok ? "well-formed" : found.error);
+  if (!repaired.starts_with(mode == ThinkingMode::kThinking ? reasoning : content))
+    return "text was invented";
+  if (found.ok != whole.ok)
+    return concat("whole: ", whole.ok ? "well-formed" : whole.error,
+                  "; pieces: ", found.ok ? "well-formed" : found.error);
   if (!found.ok && found.error.empty()) return "malformed without a reason";
-  if (found.ok && (found.reasoning != whole.reasoning || found.content != whole.content || found.tool_calls != whole.tool_calls)) {
+  if (found.ok && (found.reasoning != whole.reasoning || found.content != whole.content ||
+                   found.tool_calls != whole.tool_calls)) {
     return "the result differs from the whole's";
   }
   return "";

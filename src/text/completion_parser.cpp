@@ -13,8 +13,9 @@ namespace {
 constexpr std::string_view kTagOpen = "<\uff5cDSML\uff5c";
 constexpr std::string_view kTagClose = "</\uff5cDSML\uff5c";
 
-/// What ends a stretch of text or is forbidden in it. The two tag beginnings hold back the bracket in front of the
-/// forbidden token; the token itself comes last, for text that has it without a bracket.
+/// What ends a stretch of text or is forbidden in it. The two tag beginnings hold back the bracket
+/// in front of the forbidden token; the token itself comes last, for text that has it without a
+/// bracket.
 const std::array<std::string_view, 8>& text_markers() {
   static const std::array<std::string_view, 8> markers = {
       tool_block_start(), kEos, kThinkEnd, kThinkStart, kBos, kTagOpen, kTagClose, kDsml};
@@ -59,21 +60,31 @@ Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
     case State::kContent:
       // What was held back turns out to be text, unless it is the beginning of a special token.
       if (buffer_.find("\uff5c") == std::string::npos) emit_text(buffer_.size(), events);
-      fail(state_ == State::kReasoning ? "the reasoning does not end with </think>"
-                                       : "the completion does not end with the end-of-sentence token");
+      fail(state_ == State::kReasoning
+               ? "the reasoning does not end with </think>"
+               : "the completion does not end with the end-of-sentence token");
       break;
-    case State::kBetweenCalls: fail("the tool call block does not end"); break;
+    case State::kBetweenCalls:
+      fail("the tool call block does not end");
+      break;
     case State::kHead:
-    case State::kAfterParameter: fail("a tool call does not end"); break;
-    case State::kParameter: fail("a parameter does not end"); break;
+    case State::kAfterParameter:
+      fail("a tool call does not end");
+      break;
+    case State::kParameter:
+      fail("a parameter does not end");
+      break;
     case State::kAfterBlock:
       if (!buffer_.empty()) {
         fail("text follows the tool calls");
         break;
       }
       [[fallthrough]];
-    case State::kDone: result_.ok = true; break;
-    case State::kMalformed: break;
+    case State::kDone:
+      result_.ok = true;
+      break;
+    case State::kMalformed:
+      break;
   }
   return std::move(result_);
 }
@@ -90,7 +101,8 @@ void CompletionParser::emit_text(size_t count, std::vector<CompletionEvent>& eve
     const bool reasoning = state_ == State::kReasoning;
     const std::string_view text = std::string_view(buffer_).substr(0, count);
     (reasoning ? result_.reasoning : result_.content) += text;
-    const auto kind = reasoning ? CompletionEvent::Kind::kReasoning : CompletionEvent::Kind::kContent;
+    const auto kind =
+        reasoning ? CompletionEvent::Kind::kReasoning : CompletionEvent::Kind::kContent;
     events.push_back({kind, std::string(text), {}});
   }
   buffer_.erase(0, count);
@@ -100,7 +112,8 @@ void CompletionParser::emit_text(size_t count, std::vector<CompletionEvent>& eve
 bool CompletionParser::step(std::vector<CompletionEvent>& events) {
   switch (state_) {
     case State::kReasoning:
-    case State::kContent: return step_text(events);
+    case State::kContent:
+      return step_text(events);
     case State::kAfterBlock: {
       static constexpr std::array<std::string_view, 1> kEnd = {kEos};
       const Literal found = expect(kEnd);
@@ -109,9 +122,12 @@ bool CompletionParser::step(std::vector<CompletionEvent>& events) {
       state_ = State::kDone;
       return true;
     }
-    case State::kDone: return buffer_.empty() ? false : fail("text follows the end-of-sentence token");
-    case State::kMalformed: return false;
-    default: return step_calls(events);
+    case State::kDone:
+      return buffer_.empty() ? false : fail("text follows the end-of-sentence token");
+    case State::kMalformed:
+      return false;
+    default:
+      return step_calls(events);
   }
 }
 
@@ -174,7 +190,10 @@ CompletionParser::Literal CompletionParser::expect(std::span<const std::string_v
 }
 
 /// Takes the text up to the earlier of two stop strings, and that stop string, out of the buffer.
-bool CompletionParser::collect(std::string_view first, std::string_view second, std::string& text, bool& is_first) {
+bool CompletionParser::collect(std::string_view first,
+                               std::string_view second,
+                               std::string& text,
+                               bool& is_first) {
   const size_t at_first = buffer_.find(first, scanned_);
   const size_t at_second = buffer_.find(second, scanned_);
   const size_t pos = std::min(at_first, at_second);

@@ -1,8 +1,10 @@
-// Reads a completion while it is generated: reasoning, content and tool calls out of pieces cut anywhere.
+// Reads a completion while it is generated: reasoning, content and tool calls out of pieces cut
+// anywhere.
 //
-// For every way of cutting, finish() gives what parse_completion() gives for the whole, and the text events concatenated
-// are its reasoning and content. Text that may yet turn out to be markup is held back, so markup never shows up in a text
-// event. Malformed output stops the events; finish() says what was wrong. One parser reads one completion on one thread.
+// For every way of cutting, finish() gives what parse_completion() gives for the whole, and the
+// text events concatenated are its reasoning and content. Text that may yet turn out to be markup
+// is held back, so markup never shows up in a text event. Malformed output stops the events;
+// finish() says what was wrong. One parser reads one completion on one thread.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +36,9 @@ class CompletionParser {
   /// Whether what came so far cannot become well-formed any more.
   bool malformed() const { return state_ == State::kMalformed; }
 
-  /// Ends the completion (EOS included, where there was one). Of a completion that was cut off, `events` gets the text
-  /// still held back, and the result is malformed with all that was read. Call it once, after the last push().
+  /// Ends the completion (EOS included, where there was one). Of a completion that was cut off,
+  /// `events` gets the text still held back, and the result is malformed with all that was read.
+  /// Call it once, after the last push().
   Completion finish(std::vector<CompletionEvent>& events);
 
  private:
@@ -50,7 +53,8 @@ class CompletionParser {
     kDone,            ///< nothing
     kMalformed,
   };
-  /// Index of the literal the buffer begins with; kNone of them, or kOpen while more bytes could decide.
+  /// Index of the literal the buffer begins with; kNone of them, or kOpen while more bytes could
+  /// decide.
   enum Literal : int { kNone = -1, kOpen = -2 };
 
   void take(std::string_view text, std::vector<CompletionEvent>& events);

@@ -1,8 +1,10 @@
-// The official pre-tokeniser (model.md 6.9, three Split stages) as one hand-written pass over valid UTF-8.
+// The official pre-tokeniser (model.md 6.9, three Split stages) as one hand-written pass over valid
+// UTF-8.
 //
-// It yields the same pieces as the three regular expressions run one after the other; PreTokenizer uses it when a file
-// asks for exactly those expressions, and its test compares the two. Header-only because it is the inner loop of
-// encoding. A splitter belongs to one thread; the text outlives it.
+// It yields the same pieces as the three regular expressions run one after the other; PreTokenizer
+// uses it when a file asks for exactly those expressions, and its test compares the two.
+// Header-only because it is the inner loop of encoding. A splitter belongs to one thread; the text
+// outlives it.
 #pragma once
 
 #include <cstddef>
@@ -42,8 +44,8 @@ class OfficialSplitter {
     return {table_(c.code_point), static_cast<uint8_t>(c.length), false};
   }
 
-  // Stages 1 and 2 cut the text into segments: up to three numbers, a run of Han or kana, anything else. What stage 3
-  // looks at, look-ahead included, ends with the segment.
+  // Stages 1 and 2 cut the text into segments: up to three numbers, a run of Han or kana, anything
+  // else. What stage 3 looks at, look-ahead included, ends with the segment.
   Char in_segment(size_t pos) const {
     const Char c = at(pos);
     if ((c.flags & kNumber) != 0 || (c.flags & kHanKana) != han_) return {0, 0, false};
@@ -90,7 +92,8 @@ class OfficialSplitter {
     }
   }
 
-  /// End of the match of stage 3 at pos, where c stands; 0 if there is none. Alternatives in the order of the pattern.
+  /// End of the match of stage 3 at pos, where c stands; 0 if there is none. Alternatives in the
+  /// order of the pattern.
   size_t match(size_t pos, Char c) const {
     const size_t after = pos + c.length;
     // [!-/:-@[-`{-~][A-Za-z]+

@@ -12,9 +12,11 @@
 namespace hadal::text {
 namespace {
 
-// White_Space of Unicode, which `\s` means to the library that defined the ids; PCRE2's own `\s` has U+180E as well.
+// White_Space of Unicode, which `\s` means to the library that defined the ids; PCRE2's own `\s`
+// has U+180E as well.
 constexpr std::string_view kSpaceSet =
-    R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
+    R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029})"
+    R"(\x{202f}\x{205f}\x{3000})";
 
 /// The expression with `\s` and `\S` spelled out (a `\S` inside a class stays PCRE2's).
 std::string spell_out_spaces(std::string_view pattern) {
@@ -63,8 +65,8 @@ class PreTokenizer::Regex {
     PCRE2_SIZE offset = 0;
     code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(spelled.data()), spelled.size(),
                               PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr));
-    HADAL_INPUT_CHECK(code_ != nullptr, "pre-tokeniser: expression '", pattern, "': ",
-                      pcre2_message(error), " (near byte ", offset, ")");
+    HADAL_INPUT_CHECK(code_ != nullptr, "pre-tokeniser: expression '", pattern,
+                      "': ", pcre2_message(error), " (near byte ", offset, ")");
     pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // without JIT the interpreter runs
   }
 
@@ -106,8 +108,7 @@ class PreTokenizer::Regex {
 
 const std::vector<std::string>& PreTokenizer::official_patterns() {
   static const std::vector<std::string> patterns = {
-      R"(\p{N}{1,3})",
-      "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+      R"(\p{N}{1,3})", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
       R"([!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^)"
       "\r\n"
       R"(\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[)"

@@ -1,8 +1,9 @@
 // The pre-tokeniser: cuts text into the pieces that byte-pair merging never crosses.
 //
-// A pre-tokeniser is a list of regular expressions (the Split stages of tokenizer.json, behaviour Isolated): each stage
-// cuts every piece of the one before into its matches and the gaps between them. The official list has a hand-written
-// path (official_splitter.h); any other runs on PCRE2 with JIT. Splitting is const and safe from many threads.
+// A pre-tokeniser is a list of regular expressions (the Split stages of tokenizer.json, behaviour
+// Isolated): each stage cuts every piece of the one before into its matches and the gaps between
+// them. The official list has a hand-written path (official_splitter.h); any other runs on PCRE2
+// with JIT. Splitting is const and safe from many threads.
 #pragma once
 
 #include <memory>

@@ -1,11 +1,10 @@
 #include "text/pre_tokenizer.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
-
 #include <random>
 
 #include <gtest/gtest.h>
+#include <pcre2.h>
 
 #include "base/check.h"
 #include "text/char_class.h"
@@ -28,10 +27,13 @@ const PreTokenizer& regular() {
 /// Code points that PCRE2's Unicode version and ours put in the same class (theirs may be older).
 std::vector<char32_t> agreed_code_points() {
   uint8_t theirs[256];
-  const std::pair<const char*, uint8_t> classes[] = {
-      {R"(\p{L})", kLetter}, {R"(\p{M})", kMark}, {R"(\p{N})", kNumber}, {R"([\p{P}\p{S}])", kSymbol}};
+  const std::pair<const char*, uint8_t> classes[] = {{R"(\p{L})", kLetter},
+                                                     {R"(\p{M})", kMark},
+                                                     {R"(\p{N})", kNumber},
+                                                     {R"([\p{P}\p{S}])", kSymbol}};
   std::vector<PreTokenizer> tests;
-  for (const auto& entry : classes) tests.emplace_back(std::vector<std::string>{concat("x", entry.first)});
+  for (const auto& entry : classes)
+    tests.emplace_back(std::vector<std::string>{concat("x", entry.first)});
   std::vector<char32_t> agreed;
   const CharClassTable& table = CharClassTable::get();
   for (char32_t block = 0; block < 0x110000; block += 256) {
@@ -71,7 +73,12 @@ TEST(PreTokenizer, CutsAsTheOfficialExpressionsDo) {
   check("\u30ab\u30fb\u30ab", {"\u30ab", "\u30fb", "\u30ab"});
   check("end  ", {"end", "  "});
   check("  12", {"  ", "12"});  // the look-ahead sees the end of its segment, not the number
-  check("\x01\x02" "a", {"\x01", "\x02" "a"});
+  check(
+      "\x01\x02"
+      "a",
+      {"\x01",
+       "\x02"
+       "a"});
   check("e\u0301tude", {"e\u0301tude"});
 }
 
@@ -85,7 +92,8 @@ TEST(PreTokenizer, FastPathEqualsTheExpressionsOnRandomUnicode) {
   for (int round = 0; round < 40000; ++round) {
     std::string text;
     for (size_t n = random() % 40; n > 0; --n) {
-      append_utf8(text, random() % 4 != 0 ? corners[random() % corners.size()] : agreed[random() % agreed.size()]);
+      append_utf8(text, random() % 4 != 0 ? corners[random() % corners.size()]
+                                          : agreed[random() % agreed.size()]);
     }
     ASSERT_EQ(fast().split(text), regular().split(text)) << text;
   }

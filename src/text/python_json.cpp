@@ -24,13 +24,27 @@ void append_quoted(std::string& out, std::string_view text) {
   out += '"';
   for (const char c : text) {
     switch (c) {
-      case '"': out += "\\\""; break;
-      case '\\': out += "\\\\"; break;
-      case '\n': out += "\\n"; break;
-      case '\r': out += "\\r"; break;
-      case '\t': out += "\\t"; break;
-      case '\f': out += "\\f"; break;
-      case '\b': out += "\\b"; break;
+      case '"':
+        out += "\\\"";
+        break;
+      case '\\':
+        out += "\\\\";
+        break;
+      case '\n':
+        out += "\\n";
+        break;
+      case '\r':
+        out += "\\r";
+        break;
+      case '\t':
+        out += "\\t";
+        break;
+      case '\f':
+        out += "\\f";
+        break;
+      case '\b':
+        out += "\\b";
+        break;
       default:
         if (static_cast<uint8_t>(c) < 0x20) {
           out += "\\u00";
@@ -44,7 +58,8 @@ void append_quoted(std::string& out, std::string_view text) {
   out += '"';
 }
 
-/// float.__repr__: the shortest digits that read back; plain between 1e-4 and 1e16, else with an exponent.
+/// float.__repr__: the shortest digits that read back; plain between 1e-4 and 1e16, else with an
+/// exponent.
 void append_float(std::string& out, double value) {
   if (std::isnan(value)) {
     out += "NaN";
@@ -55,7 +70,8 @@ void append_float(std::string& out, double value) {
     return;
   }
   char buffer[64];
-  const auto written = std::to_chars(buffer, buffer + sizeof(buffer), value, std::chars_format::scientific);
+  const auto written =
+      std::to_chars(buffer, buffer + sizeof(buffer), value, std::chars_format::scientific);
   std::string_view shortest(buffer, static_cast<size_t>(written.ptr - buffer));  // d.ddde+XX
   if (shortest.front() == '-') {
     out += '-';
@@ -79,7 +95,8 @@ void append_float(std::string& out, double value) {
   } else if (count <= exponent + 1) {
     out += digits + std::string(static_cast<size_t>(exponent + 1 - count), '0') + ".0";
   } else {
-    out += digits.substr(0, static_cast<size_t>(exponent) + 1) + '.' + digits.substr(static_cast<size_t>(exponent) + 1);
+    out += digits.substr(0, static_cast<size_t>(exponent) + 1) + '.' +
+           digits.substr(static_cast<size_t>(exponent) + 1);
   }
 }
 
@@ -105,7 +122,9 @@ class PyJsonReader {
   }
   char peek() const { return pos_ < text_.size() ? text_[pos_] : '\0'; }
   void skip_space() {
-    while (pos_ < text_.size() && (text_[pos_] == ' ' || text_[pos_] == '\t' || text_[pos_] == '\n' || text_[pos_] == '\r')) ++pos_;
+    while (pos_ < text_.size() && (text_[pos_] == ' ' || text_[pos_] == '\t' ||
+                                   text_[pos_] == '\n' || text_[pos_] == '\r'))
+      ++pos_;
   }
   bool accept(std::string_view word) {
     if (text_.substr(pos_, word.size()) != word) return false;
@@ -163,7 +182,8 @@ class PyJsonReader {
     double value = 0;
     const auto result = std::from_chars(number.data(), number.data() + number.size(), value);
     if (result.ec != std::errc::result_out_of_range) return value;
-    // from_chars does not say on which side: the decimal exponent of the first significant digit does.
+    // from_chars does not say on which side: the decimal exponent of the first significant digit
+    // does.
     const bool negative = number.front() == '-';
     if (negative) number.remove_prefix(1);
     const size_t e = std::min(number.find_first_of("eE"), number.size());
@@ -186,7 +206,9 @@ class PyJsonReader {
     std::string out;
     for (;;) {
       size_t end = pos_;
-      while (end < text_.size() && text_[end] != '"' && text_[end] != '\\' && static_cast<uint8_t>(text_[end]) >= 0x20) ++end;
+      while (end < text_.size() && text_[end] != '"' && text_[end] != '\\' &&
+             static_cast<uint8_t>(text_[end]) >= 0x20)
+        ++end;
       out.append(text_.substr(pos_, end - pos_));
       pos_ = end;
       if (pos_ == text_.size()) fail(start, "unterminated string starting");
@@ -270,7 +292,10 @@ class PyJsonReader {
   }
 
   /// A duplicate key keeps its first place and takes the last value, as a dict does.
-  static void add_member(PyJson& object, std::unordered_map<std::string, size_t>& places, std::string key, PyJson value) {
+  static void add_member(PyJson& object,
+                         std::unordered_map<std::string, size_t>& places,
+                         std::string key,
+                         PyJson value) {
     std::vector<PyJson::Member>& members = object.members_;
     if (members.size() < kManyMembers) return object.set(key, std::move(value));
     if (places.empty()) {
@@ -331,22 +356,32 @@ PyJson PyJson::object(std::vector<Member> members) {
   return json;
 }
 
-PyJson PyJson::parse(std::string_view text, std::string_view name) { return PyJsonReader(text, name).read(); }
+PyJson PyJson::parse(std::string_view text, std::string_view name) {
+  return PyJsonReader(text, name).read();
+}
 
 const char* PyJson::kind_name() const {
-  constexpr const char* kNames[] = {"null", "a boolean", "an integer", "a float", "a string", "a list", "an object"};
+  constexpr const char* kNames[] = {"null",     "a boolean", "an integer", "a float",
+                                    "a string", "a list",    "an object"};
   return kNames[static_cast<size_t>(kind_)];
 }
 
 bool PyJson::truthy() const {
   switch (kind_) {
-    case Kind::kNull: return false;
-    case Kind::kBool: return bool_;
-    case Kind::kInteger: return text_ != "0";
-    case Kind::kFloat: return real_ != 0;
-    case Kind::kString: return !text_.empty();
-    case Kind::kArray: return !items_.empty();
-    case Kind::kObject: return !members_.empty();
+    case Kind::kNull:
+      return false;
+    case Kind::kBool:
+      return bool_;
+    case Kind::kInteger:
+      return text_ != "0";
+    case Kind::kFloat:
+      return real_ != 0;
+    case Kind::kString:
+      return !text_.empty();
+    case Kind::kArray:
+      return !items_.empty();
+    case Kind::kObject:
+      return !members_.empty();
   }
   return false;
 }
@@ -379,11 +414,21 @@ void PyJson::erase(std::string_view key) {
 
 void PyJson::dump_to(std::string& out) const {
   switch (kind_) {
-    case Kind::kNull: out += "null"; break;
-    case Kind::kBool: out += bool_ ? "true" : "false"; break;
-    case Kind::kInteger: out += text_; break;
-    case Kind::kFloat: append_float(out, real_); break;
-    case Kind::kString: append_quoted(out, text_); break;
+    case Kind::kNull:
+      out += "null";
+      break;
+    case Kind::kBool:
+      out += bool_ ? "true" : "false";
+      break;
+    case Kind::kInteger:
+      out += text_;
+      break;
+    case Kind::kFloat:
+      append_float(out, real_);
+      break;
+    case Kind::kString:
+      append_quoted(out, text_);
+      break;
     case Kind::kArray: {
       out += '[';
       const char* separator = "";

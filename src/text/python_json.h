@@ -1,9 +1,11 @@
-// JSON as Python's json module reads and writes it, which the chat encoding is defined by (model.md 6.4).
+// JSON as Python's json module reads and writes it, which the chat encoding is defined by
+// (model.md 6.4).
 //
-// The prompt holds re-serialised JSON, so what Python keeps must be kept and what it changes must change: integers of
-// any size, floats in repr style (1.50 becomes 1.5, 1e16 becomes 1e+16), the order of keys, NaN and Infinity, the last
-// of duplicate keys. General JSON libraries round, reorder or refuse some of these; for anything that does not end in a
-// prompt use nlohmann-json. A lone surrogate escape becomes U+FFFD, since it has no UTF-8.
+// The prompt holds re-serialised JSON, so what Python keeps must be kept and what it changes must
+// change: integers of any size, floats in repr style (1.50 becomes 1.5, 1e16 becomes 1e+16), the
+// order of keys, NaN and Infinity, the last of duplicate keys. General JSON libraries round,
+// reorder or refuse some of these; for anything that does not end in a prompt use nlohmann-json. A
+// lone surrogate escape becomes U+FFFD, since it has no UTF-8.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +29,8 @@ class PyJson {
   static PyJson array(std::vector<PyJson> items = {});
   static PyJson object(std::vector<Member> members = {});
 
-  /// Reads a text as json.loads does; `name` begins every message. Errors: InputError with the byte position;
-  /// nesting deeper than 512 and invalid UTF-8 are errors, too.
+  /// Reads a text as json.loads does; `name` begins every message. Errors: InputError with the byte
+  /// position; nesting deeper than 512 and invalid UTF-8 are errors, too.
   static PyJson parse(std::string_view text, std::string_view name);
 
   Kind kind() const { return kind_; }

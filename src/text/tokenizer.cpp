@@ -53,7 +53,10 @@ class BorrowedCache {
 
 /// Calls token(id) and gap(text) in the order of the text.
 template <typename Token, typename Gap>
-void split_at_tokens(const AddedTokenMatcher& matcher, std::string_view text, Token token, Gap gap) {
+void split_at_tokens(const AddedTokenMatcher& matcher,
+                     std::string_view text,
+                     Token token,
+                     Gap gap) {
   size_t done = 0;
   while (done < text.size()) {
     const AddedTokenMatcher::Match match = matcher.find(text, done);
@@ -77,7 +80,8 @@ struct Tokenizer::Impl {
       ids.emplace(token.content, token.id);
     }
     for (size_t id = 0; id < file.bytes.size(); ++id) {
-      ids.emplace(file.bytes[id], static_cast<int32_t>(id));  // keeps an added token of the same bytes
+      ids.emplace(file.bytes[id],
+                  static_cast<int32_t>(id));  // keeps an added token of the same bytes
     }
     file.merges = {};
   }
@@ -147,7 +151,9 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, SpecialTokens spec
   return ids;
 }
 
-void Tokenizer::encode(std::string_view text, SpecialTokens special, std::vector<int32_t>& ids) const {
+void Tokenizer::encode(std::string_view text,
+                       SpecialTokens special,
+                       std::vector<int32_t>& ids) const {
   std::string repaired;
   if (valid_utf8_prefix(text) != text.size()) {
     repaired = repair_utf8(text);
@@ -168,9 +174,13 @@ std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   return valid_utf8_prefix(bytes) == bytes.size() ? bytes : repair_utf8(bytes);
 }
 
-std::string_view Tokenizer::token_bytes(int32_t id) const { return impl_->file.bytes[impl_->checked(id)]; }
+std::string_view Tokenizer::token_bytes(int32_t id) const {
+  return impl_->file.bytes[impl_->checked(id)];
+}
 
-const std::string& Tokenizer::token_name(int32_t id) const { return impl_->file.names[impl_->checked(id)]; }
+const std::string& Tokenizer::token_name(int32_t id) const {
+  return impl_->file.names[impl_->checked(id)];
+}
 
 std::optional<int32_t> Tokenizer::find(std::string_view token) const {
   const auto found = impl_->ids.find(token);

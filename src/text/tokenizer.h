@@ -1,8 +1,10 @@
-// The tokenizer: text to ids and back, exactly as the official tokenizer.json defines it (model.md 6.9).
+// The tokenizer: text to ids and back, exactly as the official tokenizer.json defines it
+// (model.md 6.9).
 //
-// It reads the official file and the smaller ones tokenizer_cut.h makes. Encoding and decoding are const and safe from
-// many threads at once: each call borrows a piece cache (2 MiB) that the next one reuses. Invalid UTF-8 becomes U+FFFD
-// (maximal subparts) before anything else. A DecodeStream belongs to one thread and must not outlive its tokenizer.
+// It reads the official file and the smaller ones tokenizer_cut.h makes. Encoding and decoding are
+// const and safe from many threads at once: each call borrows a piece cache (2 MiB) that the next
+// one reuses. Invalid UTF-8 becomes U+FFFD (maximal subparts) before anything else. A DecodeStream
+// belongs to one thread and must not outlive its tokenizer.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +40,12 @@ class Tokenizer {
   /// Appends to `ids`.
   void encode(std::string_view text, SpecialTokens special, std::vector<int32_t>& ids) const;
 
-  /// Valid UTF-8; bytes that form no character become U+FFFD. Errors: InputError for an id outside the vocabulary.
+  /// Valid UTF-8; bytes that form no character become U+FFFD. Errors: InputError for an id outside
+  /// the vocabulary.
   std::string decode(std::span<const int32_t> ids) const;
 
-  /// The bytes one token stands for (of an added token: its content). Errors: InputError for an id outside.
+  /// The bytes one token stands for (of an added token: its content). Errors: InputError for an id
+  /// outside.
   std::string_view token_bytes(int32_t id) const;
   /// The token as the file spells it (byte alphabet). Errors: InputError for an id outside.
   const std::string& token_name(int32_t id) const;
@@ -60,7 +64,8 @@ class Tokenizer {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Text of ids as they arrive; never hands out part of a character. All results concatenated equal decode().
+/// Text of ids as they arrive; never hands out part of a character. All results concatenated equal
+/// decode().
 class DecodeStream {
  public:
   explicit DecodeStream(const Tokenizer& tokenizer) : tokenizer_(&tokenizer) {}

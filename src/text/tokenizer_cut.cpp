@@ -95,7 +95,8 @@ TokenizerCutter::TokenizerCutter(std::string_view json, std::string_view name)
 TokenizerCutter::~TokenizerCutter() = default;
 
 void TokenizerCutter::add(std::string_view text) {
-  const std::string repaired = valid_utf8_prefix(text) == text.size() ? std::string() : repair_utf8(text);
+  const std::string repaired =
+      valid_utf8_prefix(text) == text.size() ? std::string() : repair_utf8(text);
   if (!repaired.empty()) text = repaired;
   if (!impl_->pre_tokenizer.is_official()) {
     for (const std::string_view piece : impl_->pre_tokenizer.split(text)) impl_->count(piece);
@@ -128,14 +129,16 @@ std::string TokenizerCutter::cut(const TokenizerCutOptions& options) const {
   }
   const size_t leading = added.size();
   for (const std::string& content : options.added_tokens) {
-    const auto found = std::find_if(file.added.begin(), file.added.end(),
-                                    [&](const AddedToken& token) { return token.content == content; });
-    HADAL_INPUT_CHECK(found != file.added.end(), impl_->name, ": has no added token '", content, "'");
+    const auto found =
+        std::find_if(file.added.begin(), file.added.end(),
+                     [&](const AddedToken& token) { return token.content == content; });
+    HADAL_INPUT_CHECK(found != file.added.end(), impl_->name, ": has no added token '", content,
+                      "'");
     added.push_back(*found);
   }
   const int64_t room = options.vocab_size - static_cast<int64_t>(256 + added.size());
-  HADAL_INPUT_CHECK(room >= 0, "tokenizer-cut: a vocabulary of ", options.vocab_size, " cannot hold 256 bytes and ",
-                    added.size(), " added tokens");
+  HADAL_INPUT_CHECK(room >= 0, "tokenizer-cut: a vocabulary of ", options.vocab_size,
+                    " cannot hold 256 bytes and ", added.size(), " added tokens");
 
   std::vector<std::string> vocab;
   std::vector<std::string> merges;
@@ -143,7 +146,8 @@ std::string TokenizerCutter::cut(const TokenizerCutOptions& options) const {
   const auto name_token = [&](const std::string& token) {
     vocab.push_back(concat(quote_json(token), ": ", vocab.size()));
   };
-  // Leading added tokens stand in the vocabulary, too, as in the source: other readers number by it.
+  // Leading added tokens stand in the vocabulary, too, as in the source: other readers number by
+  // it.
   for (size_t i = 0; i < leading; ++i) name_token(added[i].content);
   std::vector<int32_t> bytes(file.byte_ids.begin(), file.byte_ids.end());
   std::sort(bytes.begin(), bytes.end());
@@ -158,22 +162,24 @@ std::string TokenizerCutter::cut(const TokenizerCutOptions& options) const {
   const size_t limit = vocab.size() + static_cast<size_t>(room);
   for (size_t rank = 0; rank < counts.size() && vocab.size() < limit; ++rank) {
     const Merge& merge = file.merges[rank];
-    const bool parts = kept[static_cast<size_t>(merge.left)] && kept[static_cast<size_t>(merge.right)];
+    const bool parts =
+        kept[static_cast<size_t>(merge.left)] && kept[static_cast<size_t>(merge.right)];
     // Counts alone keep the parts of what they keep, except with a minimum of 0.
     if (counts[rank] < options.min_count || !parts) continue;
     merges.push_back(quote_json(concat(file.names[static_cast<size_t>(merge.left)], ' ',
                                        file.names[static_cast<size_t>(merge.right)])));
     keep(merge.result);
   }
-  HADAL_INPUT_CHECK(vocab.size() == limit, "tokenizer-cut: only ", merges.size(), " merges occur ", options.min_count,
-                    " times, a vocabulary of ", options.vocab_size, " needs ", room,
-                    "; give more text or lower one of the two");
+  HADAL_INPUT_CHECK(vocab.size() == limit, "tokenizer-cut: only ", merges.size(), " merges occur ",
+                    options.min_count, " times, a vocabulary of ", options.vocab_size, " needs ",
+                    room, "; give more text or lower one of the two");
   for (size_t i = 0; i < added.size(); ++i) {
     const size_t id = i < leading ? i : limit + (i - leading);
-    tokens.push_back(concat("{\"id\": ", id, ", \"content\": ", quote_json(added[i].content),
-                            ", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, \"normalized\": ",
-                            added[i].normalized ? "true" : "false", ", \"special\": ",
-                            added[i].special ? "true" : "false", "}"));
+    tokens.push_back(
+        concat("{\"id\": ", id, ", \"content\": ", quote_json(added[i].content),
+               ", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, \"normalized\": ",
+               added[i].normalized ? "true" : "false",
+               ", \"special\": ", added[i].special ? "true" : "false", "}"));
   }
   return impl_->write(vocab, merges, tokens);
 }

@@ -21,7 +21,8 @@ const std::string kSource = HADAL_SOURCE_DIR "/../shared/data/deepseek-v4-tokeni
 
 /// A text of many common words, and some that stand in it once only.
 std::string sample_text() {
-  const char* words[] = {"the ", "ship ", "of ", "whales ", "sailing,\n", "under ", "water ", "1999 ", "caf\u00e9 ", "(deep) "};
+  const char* words[] = {"the ",   "ship ",  "of ",   "whales ",    "sailing,\n",
+                         "under ", "water ", "1999 ", "caf\u00e9 ", "(deep) "};
   std::mt19937 random(31);
   std::string text;
   for (int i = 0; i < 3000; ++i) text += words[random() % std::size(words)];

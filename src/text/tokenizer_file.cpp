@@ -77,11 +77,13 @@ class Reader {
   bool flag(const Json& object, const char* key, bool fallback, const char* where) const {
     const auto found = object.find(key);
     if (found == object.end() || found->is_null()) return fallback;
-    require(found->is_boolean(), where, ".", key, " is ", found->type_name(), ", expected true or false");
+    require(found->is_boolean(), where, ".", key, " is ", found->type_name(),
+            ", expected true or false");
     return found->get<bool>();
   }
   int32_t id_of(const Json& value, std::string_view token) const {
-    require(value.is_number_integer(), "id of '", token, "' is ", value.type_name(), ", expected an integer");
+    require(value.is_number_integer(), "id of '", token, "' is ", value.type_name(),
+            ", expected an integer");
     const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() < kMaxVocabulary
                                                  : value.get<int64_t>() >= 0;
     require(fits, "id of '", token, "' is ", value.dump(), ", expected 0 to ", kMaxVocabulary - 1);
@@ -132,11 +134,12 @@ void Reader::check_stages(const Json& root) const {
 }
 
 void Reader::read_patterns(const Json& pre_tokenizer) {
-  require(string_member(pre_tokenizer, "type", "pre_tokenizer") == "Sequence",
-          "pre_tokenizer '", string_member(pre_tokenizer, "type", "pre_tokenizer"),
+  require(string_member(pre_tokenizer, "type", "pre_tokenizer") == "Sequence", "pre_tokenizer '",
+          string_member(pre_tokenizer, "type", "pre_tokenizer"),
           "' is not supported; expected a Sequence of Split and ByteLevel");
   const Json& stages = member(pre_tokenizer, "pretokenizers", "pre_tokenizer");
-  require(stages.is_array() && !stages.empty(), "pre_tokenizer.pretokenizers: expected a list of stages");
+  require(stages.is_array() && !stages.empty(),
+          "pre_tokenizer.pretokenizers: expected a list of stages");
   for (size_t i = 0; i < stages.size(); ++i) {
     const Json& stage = stages[i];
     const std::string where = concat("pre_tokenizer stage ", i);
@@ -145,12 +148,14 @@ void Reader::read_patterns(const Json& pre_tokenizer) {
       require(type == "ByteLevel", where, " is '", type, "'; the last one must be ByteLevel");
       require(!flag(stage, "add_prefix_space", true, where.c_str()), where,
               ": add_prefix_space is not supported");
-      require(!flag(stage, "use_regex", true, where.c_str()), where, ": use_regex is not supported");
+      require(!flag(stage, "use_regex", true, where.c_str()), where,
+              ": use_regex is not supported");
       continue;
     }
     require(type == "Split", where, " is '", type, "'; expected Split");
     const std::string behavior = string_member(stage, "behavior", where.c_str());
-    require(behavior == "Isolated", where, ": behavior '", behavior, "' is not supported; expected Isolated");
+    require(behavior == "Isolated", where, ": behavior '", behavior,
+            "' is not supported; expected Isolated");
     require(!flag(stage, "invert", false, where.c_str()), where, ": invert is not supported");
     const Json& pattern = member(stage, "pattern", where.c_str());
     file_.patterns.push_back(string_member(pattern, "Regex", concat(where, ".pattern").c_str()));
@@ -163,8 +168,8 @@ void Reader::read_vocabulary(const Json& model) {
   vocabulary_.reserve(vocab.size());
   for (const auto& [token, value] : vocab.items()) {
     const int32_t id = id_of(value, token);
-    require(claim(id), "id ", id, " belongs to both '", file_.names[static_cast<size_t>(id)], "' and '",
-            token, "'");
+    require(claim(id), "id ", id, " belongs to both '", file_.names[static_cast<size_t>(id)],
+            "' and '", token, "'");
     file_.names[static_cast<size_t>(id)] = token;
     vocabulary_.emplace(token, id);
   }
@@ -189,8 +194,9 @@ void Reader::read_added(const Json& root) {
     token.normalized = flag(entry, "normalized", !token.special, where.c_str());
     require(seen.emplace(token.content, token.id).second, where, " appears twice");
     const auto in_model = vocabulary_.find(token.content);
-    require(in_model == vocabulary_.end() || in_model->second == token.id, where, " has id ", token.id,
-            " but model.vocab says ", in_model == vocabulary_.end() ? 0 : in_model->second);
+    require(in_model == vocabulary_.end() || in_model->second == token.id, where, " has id ",
+            token.id, " but model.vocab says ",
+            in_model == vocabulary_.end() ? 0 : in_model->second);
     const auto index = static_cast<size_t>(token.id);
     if (!claim(token.id)) {
       require(file_.names[index] == token.content, "id ", token.id, " belongs to both '",
@@ -229,7 +235,8 @@ void Reader::read_merges(const Json& model) {
   file_.merges.reserve(merges.size());
   const auto known = [&](const std::string& token, size_t rank) {
     const auto found = vocabulary_.find(token);
-    require(found != vocabulary_.end(), "merge ", rank, " refers to '", token, "', which model.vocab lacks");
+    require(found != vocabulary_.end(), "merge ", rank, " refers to '", token,
+            "', which model.vocab lacks");
     return found->second;
   };
   for (size_t rank = 0; rank < merges.size(); ++rank) {
@@ -239,13 +246,13 @@ void Reader::read_merges(const Json& model) {
     if (entry.is_string()) {
       const std::string& both = entry.get_ref<const std::string&>();
       const size_t space = both.find(' ');
-      require(space != std::string::npos && both.find(' ', space + 1) == std::string::npos, "merge ", rank,
-              " is '", both, "', expected two tokens with a space between");
+      require(space != std::string::npos && both.find(' ', space + 1) == std::string::npos,
+              "merge ", rank, " is '", both, "', expected two tokens with a space between");
       left = both.substr(0, space);
       right = both.substr(space + 1);
     } else {
-      require(entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string(), "merge ",
-              rank, " is ", entry.dump(), ", expected two tokens");
+      require(entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string(),
+              "merge ", rank, " is ", entry.dump(), ", expected two tokens");
       left = entry[0].get<std::string>();
       right = entry[1].get<std::string>();
     }
@@ -265,9 +272,11 @@ TokenizerFile Reader::read(std::string_view text) {
   const Json& model = member(root, "model", "the file");
   const std::string type = string_member(model, "type", "model");
   require(type == "BPE", "model.type is '", type, "', expected BPE");
-  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+  for (const char* key :
+       {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const auto found = model.find(key);
-    require(found == model.end() || found->is_null(), "model.", key, " is set; it is not supported");
+    require(found == model.end() || found->is_null(), "model.", key,
+            " is set; it is not supported");
   }
   for (const char* key : {"byte_fallback", "ignore_merges"}) {
     require(!flag(model, key, false, "model"), "model.", key, " is not supported");

@@ -87,16 +87,21 @@ TEST(Tokenizer, ReproducesEveryVector) {
 TEST(Tokenizer, SpecialIdsAreTheOfficialOnes) {
   NEED_OFFICIAL();
   const std::pair<const char*, int32_t> expected[] = {
-      {"<\uff5cbegin\u2581of\u2581sentence\uff5c>", 0}, {"<\uff5cend\u2581of\u2581sentence\uff5c>", 1},
-      {"<\uff5cUser\uff5c>", 128803},                   {"<\uff5cAssistant\uff5c>", 128804},
-      {"<think>", 128821},                              {"</think>", 128822},
-      {"\uff5cDSML\uff5c", 128825},                     {"<\uff5caction\uff5c>", 128829}};
+      {"<\uff5cbegin\u2581of\u2581sentence\uff5c>", 0},
+      {"<\uff5cend\u2581of\u2581sentence\uff5c>", 1},
+      {"<\uff5cUser\uff5c>", 128803},
+      {"<\uff5cAssistant\uff5c>", 128804},
+      {"<think>", 128821},
+      {"</think>", 128822},
+      {"\uff5cDSML\uff5c", 128825},
+      {"<\uff5caction\uff5c>", 128829}};
   for (const auto& [content, id] : expected) {
     EXPECT_EQ(tokenizer.id_of(content), id);
     EXPECT_TRUE(tokenizer.is_added(id));
     EXPECT_EQ(tokenizer.encode(content, kRecognise), Ids{id});
     const Ids as_text = tokenizer.encode(content, kAsText);
-    EXPECT_TRUE(std::none_of(as_text.begin(), as_text.end(), [&](int32_t i) { return tokenizer.is_added(i); }));
+    EXPECT_TRUE(std::none_of(as_text.begin(), as_text.end(),
+                             [&](int32_t i) { return tokenizer.is_added(i); }));
     EXPECT_EQ(tokenizer.decode(as_text), content);
   }
 }
@@ -105,7 +110,8 @@ TEST(Tokenizer, ManyThreadsGiveTheSameIds) {
   NEED_OFFICIAL();
   std::string text;
   std::mt19937 random(5);
-  for (int i = 0; i < 20000; ++i) text += concat(i % 7 == 0 ? "Word" : " w", random() % 3000, i % 50 == 0 ? "\n\n" : "");
+  for (int i = 0; i < 20000; ++i)
+    text += concat(i % 7 == 0 ? "Word" : " w", random() % 3000, i % 50 == 0 ? "\n\n" : "");
   const Ids expected = tokenizer.encode(text, kRecognise);
   std::vector<Ids> found(4);
   {

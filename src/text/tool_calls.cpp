@@ -26,9 +26,9 @@ constexpr std::string_view kFalse = "\" string=\"false\">";
 
 /// Python's str.isspace for one character, which `\s` of its expressions is.
 bool is_space(char32_t code) {
-  return (code >= 0x9 && code <= 0xD) || (code >= 0x1C && code <= 0x20) || code == 0x85 || code == 0xA0 ||
-         code == 0x1680 || (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 ||
-         code == 0x202F || code == 0x205F || code == 0x3000;
+  return (code >= 0x9 && code <= 0xD) || (code >= 0x1C && code <= 0x20) || code == 0x85 ||
+         code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) || code == 0x2028 ||
+         code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
 /// Removes `end` and the newline that Python's `$` allows behind it.
@@ -75,7 +75,8 @@ bool CallBuilder::add(std::string_view parameter) {
   std::string_view value = parameter.substr(key_end + (is_string ? kTrue : kFalse).size());
   if (!strip_end(value, "<")) return false;
   const std::string_view key = parameter.substr(0, key_end);
-  const bool known = std::any_of(parameters_.begin(), parameters_.end(), [&](const Parameter& p) { return p.key == key; });
+  const bool known = std::any_of(parameters_.begin(), parameters_.end(),
+                                 [&](const Parameter& p) { return p.key == key; });
   if (known) return false;
   parameters_.push_back({std::string(key), is_string ? quote_json(value) : std::string(value)});
   return true;
@@ -155,7 +156,8 @@ std::string parse_calls(std::string_view& rest, std::vector<ToolCall>& calls) {
 }  // namespace
 
 std::span<const std::string_view> forbidden_in_text() {
-  static constexpr std::array<std::string_view, 5> strings = {kBos, kEos, kThinkStart, kThinkEnd, kDsml};
+  static constexpr std::array<std::string_view, 5> strings = {kBos, kEos, kThinkStart, kThinkEnd,
+                                                              kDsml};
   return strings;
 }
 
@@ -202,14 +204,17 @@ Completion parse_completion(std::string_view text, ThinkingMode mode) {
   Completion result;
   if (mode == ThinkingMode::kThinking) {
     const Stretch reasoning = read_until(rest, {kThinkEnd, tool_block_start()});
-    if (reasoning.stop != kThinkEnd) return malformed(result, "the reasoning does not end with </think>");
+    if (reasoning.stop != kThinkEnd)
+      return malformed(result, "the reasoning does not end with </think>");
     result.reasoning = reasoning.text;
   }
   const Stretch content = read_until(rest, {kEos, tool_block_start()});
-  if (content.stop.empty()) return malformed(result, "the completion does not end with the end-of-sentence token");
+  if (content.stop.empty())
+    return malformed(result, "the completion does not end with the end-of-sentence token");
   result.content = content.text;
   for (const std::string_view forbidden : forbidden_in_text()) {
-    if (result.content.find(forbidden) != std::string::npos || result.reasoning.find(forbidden) != std::string::npos) {
+    if (result.content.find(forbidden) != std::string::npos ||
+        result.reasoning.find(forbidden) != std::string::npos) {
       return malformed(result, concat("'", forbidden, "' stands in the text"));
     }
   }

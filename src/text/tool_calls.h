@@ -1,7 +1,9 @@
-// Tool calls in DSML, the markup of V4: written into prompts, read out of completions (model.md 6.4, 6.6).
+// Tool calls in DSML, the markup of V4: written into prompts, read out of completions
+// (model.md 6.4, 6.6).
 //
-// parse_completion() reads a whole completion and accepts well-formed ones only; CompletionParser (completion_parser.h)
-// gives the same result from pieces. Malformed output of a model is an expected outcome, so it is a value, no exception.
+// parse_completion() reads a whole completion and accepts well-formed ones only; CompletionParser
+// (completion_parser.h) gives the same result from pieces. Malformed output of a model is an
+// expected outcome, so it is a value, no exception.
 #pragma once
 
 #include <span>
@@ -16,13 +18,15 @@ namespace hadal::text {
 
 struct ToolCall {
   std::string name;
-  std::string arguments;  ///< JSON text of an object; values the model marked as no strings are copied unchecked
+  std::string arguments;  ///< JSON text of an object; values the model marked as no strings are
+                          ///< copied unchecked
 
   friend bool operator==(const ToolCall&, const ToolCall&) = default;
 };
 
-/// The block `<|DSML|tool_calls> ... </|DSML|tool_calls>` (without the blank line before it). Arguments that are no JSON
-/// become one string parameter `arguments`. Errors: InputError if they are JSON but no object.
+/// The block `<|DSML|tool_calls> ... </|DSML|tool_calls>` (without the blank line before it).
+/// Arguments that are no JSON become one string parameter `arguments`. Errors: InputError if they
+/// are JSON but no object.
 std::string write_tool_calls(std::span<const ToolCall> calls);
 
 struct Completion {
@@ -39,7 +43,8 @@ struct Completion {
 /// Reads what a model wrote after the transition, EOS included. Invalid UTF-8 is repaired first.
 Completion parse_completion(std::string_view text, ThinkingMode mode);
 
-// --- the parts both parsers share -------------------------------------------------------------------
+// --- the parts both parsers share
+// -------------------------------------------------------------------
 
 /// Strings that may stand in neither reasoning nor content, in no order.
 std::span<const std::string_view> forbidden_in_text();
@@ -57,9 +62,11 @@ extern const std::string_view kTagEnd;        ///< ">" and a newline
 /// Collects the parameters of one call.
 class CallBuilder {
  public:
-  /// Takes what stands between kInvoke and the next tag; false if it is no ` name="..."` and tag end.
+  /// Takes what stands between kInvoke and the next tag; false if it is no ` name="..."` and tag
+  /// end.
   bool open(std::string_view head);
-  /// Takes what stands between kParameter and kParameterEnd; false if it is malformed or the key is there already.
+  /// Takes what stands between kParameter and kParameterEnd; false if it is malformed or the key is
+  /// there already.
   bool add(std::string_view parameter);
   ToolCall close();
 

@@ -37,19 +37,24 @@ std::string block(std::string_view calls) {
 }
 
 const std::string kCall =
-    "<|DSML|invoke name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x\n \"y\"</|DSML|parameter>\n"
+    "<|DSML|invoke name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x\n "
+    "\"y\"</|DSML|parameter>\n"
     "<|DSML|parameter name=\"b\" string=\"false\">[1, {}]</|DSML|parameter>\n</|DSML|invoke>\n";
 
 TEST(ToolCalls, WritesOneParameterAKey) {
   const ToolCall call{"f", R"({"a": "x\n \"y\"", "b": [1,{}]})"};
   EXPECT_EQ("\n\n" + write_tool_calls(std::vector{call}), block(kCall));
   EXPECT_EQ("\n\n" + write_tool_calls(std::vector{call, call}), block(kCall + kCall));
-  EXPECT_EQ(write_tool_calls(std::vector{ToolCall{"g", "{}"}}),
-            wire("<|DSML|tool_calls>\n<|DSML|invoke name=\"g\">\n\n</|DSML|invoke>\n</|DSML|tool_calls>"));
+  EXPECT_EQ(
+      write_tool_calls(std::vector{ToolCall{"g", "{}"}}),
+      wire(
+          "<|DSML|tool_calls>\n<|DSML|invoke name=\"g\">\n\n</|DSML|invoke>\n</|DSML|tool_calls>"));
   // What is no JSON becomes one string parameter; JSON that is no object is an error.
-  EXPECT_NE(write_tool_calls(std::vector{ToolCall{"g", "{not json"}})
-                .find(wire("<|DSML|parameter name=\"arguments\" string=\"true\">{not json</|DSML|parameter>")),
-            std::string::npos);
+  EXPECT_NE(
+      write_tool_calls(std::vector{ToolCall{"g", "{not json"}})
+          .find(wire(
+              "<|DSML|parameter name=\"arguments\" string=\"true\">{not json</|DSML|parameter>")),
+      std::string::npos);
   EXPECT_THROW(write_tool_calls(std::vector{ToolCall{"g", "7"}}), InputError);
   // Numbers are written as Python writes them.
   EXPECT_NE(write_tool_calls(std::vector{ToolCall{"g", R"({"n":1.50,"e":1e16,"t":true,"z":null})"}})
@@ -58,8 +63,9 @@ TEST(ToolCalls, WritesOneParameterAKey) {
 }
 
 TEST(ToolCalls, ReadsWhatItWrites) {
-  const std::vector<ToolCall> calls = {{"f", R"({"a": "x\n \"y\" </b> \u00e9", "b": [1, {"c": null}], "": "", "n": 1.5})"},
-                                       {"g \"quoted\"", "{}"}};
+  const std::vector<ToolCall> calls = {
+      {"f", R"({"a": "x\n \"y\" </b> \u00e9", "b": [1, {"c": null}], "": "", "n": 1.5})"},
+      {"g \"quoted\"", "{}"}};
   const std::string text = concat("r</think>c\n\n", write_tool_calls(calls), kEos);
   const Completion completion = parse_completion(text, kThinking);
   ASSERT_TRUE(completion.ok) << completion.error;
@@ -68,15 +74,18 @@ TEST(ToolCalls, ReadsWhatItWrites) {
   ASSERT_EQ(completion.tool_calls.size(), 2u);
   EXPECT_EQ(completion.tool_calls[0].arguments, PyJson::parse(calls[0].arguments, "t").dump());
   EXPECT_EQ(completion.tool_calls[1], calls[1]);
-  EXPECT_EQ(concat("\n\n", write_tool_calls(completion.tool_calls)), concat("\n\n", write_tool_calls(calls)));
+  EXPECT_EQ(concat("\n\n", write_tool_calls(completion.tool_calls)),
+            concat("\n\n", write_tool_calls(calls)));
 }
 
 TEST(ToolCalls, ResultIsInOpenAiForm) {
   const Completion completion = parse_completion("hi" + block(kCall), kChat);
   ASSERT_TRUE(completion.ok) << completion.error;
   EXPECT_EQ(completion.to_json().dump(),
-            R"({"role": "assistant", "content": "hi", "reasoning_content": "", "tool_calls": [{"type": "function", )"
-            R"("function": {"name": "f", "arguments": "{\"a\": \"x\\n \\\"y\\\"\", \"b\": [1, {}]}"}}]})");
+            R"({"role": "assistant", "content": "hi", "reasoning_content": "", )"
+            R"("tool_calls": [{"type": "function", )"
+            R"("function": {"name": "f", )"
+            R"("arguments": "{\"a\": \"x\\n \\\"y\\\"\", \"b\": [1, {}]}"}}]})");
 }
 
 struct Case {
@@ -143,9 +152,11 @@ std::vector<Case> cases() {
       {false, kChat, parameter(" name=\"a\" string=\"maybe\">x<")},
       {false, kChat, parameter(" name=\"a\">x<")},
       {false, kChat, parameter(" name=\"a\" string=\"true\">x")},
-      {false, kChat, invoke(" name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x</|DSML|parameter>")},
-      {false, kChat, invoke(" name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x</|DSML|parameter>\n"
-                            "<|DSML|parameter name=\"a\" string=\"true\">y</|DSML|parameter>\n")},
+      {false, kChat,
+       invoke(" name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x</|DSML|parameter>")},
+      {false, kChat,
+       invoke(" name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">x</|DSML|parameter>\n"
+              "<|DSML|parameter name=\"a\" string=\"true\">y</|DSML|parameter>\n")},
   };
 }
 
@@ -161,10 +172,12 @@ TEST(ToolCalls, AcceptsExactlyTheWellFormed) {
 TEST(ToolCalls, CornersOfTheExpressions) {
   const auto only = [](const std::string& text) {
     const Completion completion = parse_completion(text, kChat);
-    return completion.tool_calls.size() == 1 ? completion.tool_calls[0] : ToolCall{"?", completion.error};
+    return completion.tool_calls.size() == 1 ? completion.tool_calls[0]
+                                             : ToolCall{"?", completion.error};
   };
   const auto value = [&](std::string_view inside) {
-    return only(block(concat("<|DSML|invoke name=\"f\">\n<|DSML|parameter", inside, "/|DSML|parameter>\n</|DSML|invoke>\n")))
+    return only(block(concat("<|DSML|invoke name=\"f\">\n<|DSML|parameter", inside,
+                             "/|DSML|parameter>\n</|DSML|invoke>\n")))
         .arguments;
   };
   EXPECT_EQ(value(" name=\"a\" string=\"true\">x<<"), R"({"a": "x<"})");
@@ -172,7 +185,8 @@ TEST(ToolCalls, CornersOfTheExpressions) {
   EXPECT_EQ(value(" name=\"a\" string=\"true\">x\n<"), R"({"a": "x\n"})");
   EXPECT_EQ(value(" name=\"a\" string=\"false\">not checked<"), R"({"a": not checked})");
   EXPECT_EQ(value(" name=\"a\"b\" string=\"true\"><"), R"({"a\"b": ""})");
-  EXPECT_EQ(value(" name=\"a\" string=\"false\">1\" string=\"true\">2<"), R"({"a": 1" string="true">2})");
+  EXPECT_EQ(value(" name=\"a\" string=\"false\">1\" string=\"true\">2<"),
+            R"({"a": 1" string="true">2})");
   EXPECT_EQ(only(block("<|DSML|invoke name=\"a\">\n\">\n</|DSML|invoke>\n")).name, "a\">\n");
 }
 
@@ -190,8 +204,25 @@ TEST(CompletionParser, EveryCutGivesTheWholesResult) {
 TEST(CompletionParser, RandomTextAndRandomCutsGiveTheWholesResult) {
   std::mt19937 random(23);
   const std::vector<Case> known = cases();
-  const std::string parts[] = {"\n", "\n\n", "<", "</", ">", ">\n", wire("|"), wire("|DSML|"), "tool_calls", "invoke", "parameter",
-                               " name=\"a\"", " string=\"true\"", wire("$"), "think>", "x", "\u00e9", "\xF0\x9F", "\""};
+  const std::string parts[] = {"\n",
+                               "\n\n",
+                               "<",
+                               "</",
+                               ">",
+                               ">\n",
+                               wire("|"),
+                               wire("|DSML|"),
+                               "tool_calls",
+                               "invoke",
+                               "parameter",
+                               " name=\"a\"",
+                               " string=\"true\"",
+                               wire("$"),
+                               "think>",
+                               "x",
+                               "\u00e9",
+                               "\xF0\x9F",
+                               "\""};
   int well_formed = 0;
   for (int round = 0; round < 6000; ++round) {
     // A known text with a part put in, replaced or cut out; or parts alone.
@@ -240,11 +271,13 @@ TEST(CompletionParser, ACutOffAnswerKeepsItsText) {
 
 TEST(CompletionParser, LongInputInSmallPiecesIsNotQuadratic) {
   const std::string big(2'000'000, 'x');
-  const std::string text = block(concat("<|DSML|invoke name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">", big,
-                                        "</|DSML|parameter>\n</|DSML|invoke>\n"));
+  const std::string text =
+      block(concat("<|DSML|invoke name=\"f\">\n<|DSML|parameter name=\"a\" string=\"true\">", big,
+                   "</|DSML|parameter>\n</|DSML|invoke>\n"));
   CompletionParser parser(kChat);
   std::vector<CompletionEvent> events;
-  for (size_t pos = 0; pos < text.size(); pos += 4) parser.push(std::string_view(text).substr(pos, 4));
+  for (size_t pos = 0; pos < text.size(); pos += 4)
+    parser.push(std::string_view(text).substr(pos, 4));
   const Completion completion = parser.finish(events);
   ASSERT_TRUE(completion.ok) << completion.error;
   EXPECT_EQ(completion.tool_calls[0].arguments.size(), big.size() + 9);
@@ -255,21 +288,24 @@ TEST(CompletionParser, OfficialTurnsParseBack) {
   if (!std::filesystem::exists(folder)) GTEST_SKIP() << "absent: " << folder;
   int turns = 0;
   for (int i = 1; i <= 4; ++i) {
-    const PyJson messages = messages_of_request(PyJson::parse(read_file(concat(folder, "test_input_", i, ".json")), "in"));
+    const PyJson messages = messages_of_request(
+        PyJson::parse(read_file(concat(folder, "test_input_", i, ".json")), "in"));
     const std::string prompt = read_file(concat(folder, "test_output_", i, ".txt"));
     // An answer that opens with <think> is read in thinking mode up to its end-of-sentence token.
     const std::string opener = concat(kAssistant, kThinkStart);
-    for (size_t pos = prompt.find(opener); pos != std::string::npos; pos = prompt.find(opener, pos + 1)) {
+    for (size_t pos = prompt.find(opener); pos != std::string::npos;
+         pos = prompt.find(opener, pos + 1)) {
       const size_t begin = pos + opener.size();
       const std::string turn = prompt.substr(begin, prompt.find(kEos, begin) + kEos.size() - begin);
       const Completion completion = parse_completion(turn, kThinking);
       ASSERT_TRUE(completion.ok) << completion.error << "\n" << turn;
-      const bool known = std::any_of(messages.items().begin(), messages.items().end(), [&](const PyJson& m) {
-        const PyJson* reasoning = m.find("reasoning_content");
-        const PyJson* content = m.find_set("content");
-        return reasoning != nullptr && reasoning->text() == completion.reasoning &&
-               (content == nullptr ? "" : content->text()) == completion.content;
-      });
+      const bool known =
+          std::any_of(messages.items().begin(), messages.items().end(), [&](const PyJson& m) {
+            const PyJson* reasoning = m.find("reasoning_content");
+            const PyJson* content = m.find_set("content");
+            return reasoning != nullptr && reasoning->text() == completion.reasoning &&
+                   (content == nullptr ? "" : content->text()) == completion.content;
+          });
       EXPECT_TRUE(known) << turn;
       ++turns;
     }

@@ -7,7 +7,8 @@ namespace {
 
 constexpr char32_t kReplacement = 0xFFFD;
 
-/// Appends the repaired text up to its end, or up to a truncated character if `keep_truncated`; returns where it stopped.
+/// Appends the repaired text up to its end, or up to a truncated character if `keep_truncated`;
+/// returns where it stopped.
 size_t append_repaired(std::string_view text, bool keep_truncated, std::string& out) {
   size_t pos = 0;
   while (pos < text.size()) {
@@ -61,7 +62,8 @@ Utf8Char decode_utf8(std::string_view text, size_t pos) {
 }
 
 void append_utf8(std::string& out, char32_t code_point) {
-  if (code_point > 0x10FFFF || (code_point >= 0xD800 && code_point < 0xE000)) code_point = kReplacement;
+  if (code_point > 0x10FFFF || (code_point >= 0xD800 && code_point < 0xE000))
+    code_point = kReplacement;
   if (code_point < 0x80) {
     out.push_back(static_cast<char>(code_point));
     return;

@@ -1,7 +1,8 @@
 // UTF-8: decoding, validation, repair, and a stream that never hands out half a character.
 //
-// Invalid bytes become U+FFFD, one for each maximal subpart (Unicode 16, section 3.9, table 3-8): the same text whether
-// it is repaired whole or in pieces. Nothing here throws; streams belong to one thread.
+// Invalid bytes become U+FFFD, one for each maximal subpart (Unicode 16, section 3.9, table 3-8):
+// the same text whether it is repaired whole or in pieces. Nothing here throws; streams belong to
+// one thread.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,8 @@ size_t valid_utf8_prefix(std::string_view text);
 /// The text with every maximal subpart of an ill-formed sequence replaced by U+FFFD.
 std::string repair_utf8(std::string_view text);
 
-/// Turns chunks of bytes, cut anywhere, into valid UTF-8; push() and flush() concatenated equal repair_utf8 of the whole.
+/// Turns chunks of bytes, cut anywhere, into valid UTF-8; push() and flush() concatenated equal
+/// repair_utf8 of the whole.
 class Utf8Stream {
  public:
   /// Adds bytes; returns what is complete now.
