@@ -239,6 +239,7 @@ void Reader::read_merges(const Json& model) {
             "', which model.vocab lacks");
     return found->second;
   };
+  size_t guess = 0;
   for (size_t rank = 0; rank < merges.size(); ++rank) {
     const Json& entry = merges[rank];
     std::string left;
@@ -256,7 +257,14 @@ void Reader::read_merges(const Json& model) {
       left = entry[0].get<std::string>();
       right = entry[1].get<std::string>();
     }
-    file_.merges.push_back({known(left, rank), known(right, rank), known(left + right, rank)});
+    const int32_t left_id = known(left, rank);
+    const int32_t right_id = known(right, rank);
+    left += right;
+    // Results mostly have ascending ids: one comparison instead of a lookup among all tokens.
+    const bool next = guess < file_.names.size() && file_.names[guess] == left;
+    const int32_t result = next ? static_cast<int32_t>(guess) : known(left, rank);
+    guess = static_cast<size_t>(result) + 1;
+    file_.merges.push_back({left_id, right_id, result});
   }
 }
 
@@ -283,9 +291,9 @@ TokenizerFile Reader::read(std::string_view text) {
   }
   read_patterns(member(root, "pre_tokenizer", "the file"));
   read_vocabulary(model);
+  read_merges(model);  // before added tokens, which no merge may name
   read_added(root);
   read_bytes();
-  read_merges(model);
   return std::move(file_);
 }
 
