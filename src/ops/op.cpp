@@ -141,10 +141,10 @@ bool use_cpu_kernel(const at::Tensor& x) {
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
-Dtype dtype_of(const at::Tensor& x) {
+ElementType element_type(const at::Tensor& x) {
   HADAL_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "kernel: expected FP32 or BF16, found ", x.scalar_type());
-  return x.scalar_type() == at::kFloat ? Dtype::kF32 : Dtype::kBf16;
+  return x.scalar_type() == at::kFloat ? ElementType::kF32 : ElementType::kBf16;
 }
 
 at::Tensor straight_through(const at::Tensor& value, const at::Tensor& source) {

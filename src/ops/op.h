@@ -14,7 +14,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "base/fwd.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -51,7 +51,7 @@ bool reference_forced();
 bool use_cpu_kernel(const at::Tensor& x);
 
 /// The kernels' name of a tensor's type; FP32 or BF16.
-Dtype dtype_of(const at::Tensor& x);
+ElementType element_type(const at::Tensor& x);
 
 /// The stream that CUDA kernels on x's device are to use; null on the CPU.
 Stream current_stream(const at::Tensor& x);

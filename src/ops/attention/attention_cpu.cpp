@@ -144,7 +144,7 @@ void attend(const AttentionCpuParams& p, const AttentionKeysCpu& keys) {
 }
 
 void attention_token(const AttentionCpuParams& p, const AttentionKeysCpu& keys) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     attend<float>(p, keys);
   } else {
     attend<uint16_t>(p, keys);
@@ -176,7 +176,7 @@ void score_keys(const IndexScoresCpuParams& p) {
 }
 
 void index_scores_token(const IndexScoresCpuParams& p) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     score_keys<float>(p);
   } else {
     score_keys<uint16_t>(p);

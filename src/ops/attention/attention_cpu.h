@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -25,7 +25,7 @@ struct AttentionCpuParams {
   float* scratch;     ///< attention_scratch_floats(heads, dim)
   int64_t heads, dim;
   float scale;
-  Dtype dtype;
+  ElementType dtype;
   bool round_probabilities;  ///< `released`: BF16 probabilities into the value product
 };
 
@@ -39,7 +39,7 @@ struct IndexScoresCpuParams {
   const void* const* rows;  ///< [num_keys] each [dim]
   float* scores;            ///< [num_keys]
   int64_t heads, dim, num_keys;
-  Dtype dtype;
+  ElementType dtype;
   bool round_bf16;  ///< `released`: dots, products and the sum rounded to BF16
 };
 

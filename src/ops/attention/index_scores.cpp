@@ -135,7 +135,7 @@ void score_tokens(const std::vector<at::Tensor>& in,
                         .heads = heads,
                         .dim = dim,
                         .num_keys = visible,
-                        .dtype = dtype_of(q),
+                        .dtype = element_type(q),
                         .round_bf16 = numerics == Numerics::kReleased});
       use(token, scores.data(), visible);
     }

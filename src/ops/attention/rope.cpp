@@ -119,7 +119,7 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse)
                              .heads = tokens == 0 ? 0 : input.numel() / (tokens * dim),
                              .dim = dim,
                              .rope_dim = cos_sin.size(1) * 2,
-                             .dtype = dtype_of(x),
+                             .dtype = element_type(x),
                              .inverse = inverse};
   parallel_for(tokens, 8, [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
   return out;

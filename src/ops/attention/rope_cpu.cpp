@@ -36,7 +36,7 @@ void rotate_tokens(const RopeCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void rope_tokens(const RopeCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     rotate_tokens<float>(p, begin, end);
   } else {
     rotate_tokens<uint16_t>(p, begin, end);

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -13,7 +13,7 @@ struct RopeCpuParams {
   void* out;             ///< [tokens, heads, dim], x's dtype
   const float* cos_sin;  ///< [tokens, rope_dim / 2, 2]
   int64_t heads, dim, rope_dim;
-  Dtype dtype;
+  ElementType dtype;
   bool inverse;
 };
 

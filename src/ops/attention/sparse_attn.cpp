@@ -412,7 +412,7 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
                      .heads = heads,
                      .dim = dim,
                      .scale = static_cast<float>(step.params.scale),
-                     .dtype = dtype_of(q),
+                     .dtype = element_type(q),
                      .round_probabilities = step.params.numerics == Numerics::kReleased},
                     keys.view());
     }

@@ -103,7 +103,7 @@ std::vector<at::Tensor> run_pre_cpu(const std::vector<at::Tensor>& in,
                               .sinkhorn_iters = params.sinkhorn_iters,
                               .norm_eps = static_cast<float>(params.norm_eps),
                               .hc_eps = static_cast<float>(params.hc_eps),
-                              .dtype = dtype_of(streams),
+                              .dtype = element_type(streams),
                               .head = head};
   parallel_for(tokens, 1, [&](int64_t begin, int64_t end) { hc_pre_cpu(kernel, begin, end); });
   if (head) return {mixed};
@@ -121,7 +121,7 @@ std::vector<at::Tensor> run_post_cpu(const std::vector<at::Tensor>& in) {
                                .result = result.mutable_data_ptr(),
                                .n = streams.size(1),
                                .dim = streams.size(2),
-                               .dtype = dtype_of(streams)};
+                               .dtype = element_type(streams)};
   parallel_for(streams.size(0), 4,
                [&](int64_t begin, int64_t end) { hc_post_cpu(kernel, begin, end); });
   return {result};

@@ -130,7 +130,7 @@ void post_tokens(const HcPostCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void hc_pre_tokens(const HcPreCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     pre_tokens<float>(p, begin, end);
   } else {
     pre_tokens<uint16_t>(p, begin, end);
@@ -138,7 +138,7 @@ void hc_pre_tokens(const HcPreCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void hc_post_tokens(const HcPostCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     post_tokens<float>(p, begin, end);
   } else {
     post_tokens<uint16_t>(p, begin, end);

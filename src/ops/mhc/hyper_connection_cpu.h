@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -20,7 +20,7 @@ struct HcPreCpuParams {
   float* comb;          ///< [tokens, n, n]; unused for the head
   int64_t n, dim, sinkhorn_iters;
   float norm_eps, hc_eps;
-  Dtype dtype;
+  ElementType dtype;
   bool head;  ///< collapse weights only
 };
 
@@ -31,7 +31,7 @@ struct HcPostCpuParams {
   const float* comb;    ///< [tokens, n, n]
   void* result;         ///< [tokens, n, dim]
   int64_t n, dim;
-  Dtype dtype;
+  ElementType dtype;
 };
 
 /// Tokens [begin, end).

@@ -43,7 +43,7 @@ void combine_typed(const CombineCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void swiglu_rows(const SwigluCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     swiglu_typed<float>(p, begin, end);
   } else {
     swiglu_typed<uint16_t>(p, begin, end);
@@ -51,7 +51,7 @@ void swiglu_rows(const SwigluCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void combine_tokens(const CombineCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     combine_typed<float>(p, begin, end);
   } else {
     combine_typed<uint16_t>(p, begin, end);

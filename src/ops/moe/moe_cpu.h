@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -14,7 +14,7 @@ struct SwigluCpuParams {
   void* out;              ///< [rows, inter]
   int64_t inter;
   float limit;
-  Dtype dtype;
+  ElementType dtype;
 };
 
 struct CombineCpuParams {
@@ -23,7 +23,7 @@ struct CombineCpuParams {
   const void* shared;    ///< [tokens, dim]
   void* out;             ///< [tokens, dim]
   int64_t topk, dim;
-  Dtype dtype;
+  ElementType dtype;
 };
 
 /// Rows, tokens [begin, end).

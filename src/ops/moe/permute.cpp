@@ -47,7 +47,7 @@ at::Tensor run_cpu(const at::Tensor& rows, const at::Tensor& place, const at::Te
                                 .out = out.mutable_data_ptr(),
                                 .topk = slots.size(0) / s.size(0),
                                 .dim = s.size(1),
-                                .dtype = dtype_of(s)};
+                                .dtype = element_type(s)};
   parallel_for(s.size(0), 8, [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
   return out;
 }

@@ -39,7 +39,7 @@ at::Tensor run_cpu(const at::Tensor& gate,
                                .out = out.mutable_data_ptr(),
                                .inter = g.size(1),
                                .limit = static_cast<float>(limit),
-                               .dtype = dtype_of(g)};
+                               .dtype = element_type(g)};
   parallel_for(g.size(0), 4, [&](int64_t begin, int64_t end) { swiglu_cpu(params, begin, end); });
   return out;
 }

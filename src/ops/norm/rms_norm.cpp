@@ -41,7 +41,7 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bo
                                 .out = out.mutable_data_ptr(),
                                 .dim = x.size(-1),
                                 .eps = static_cast<float>(eps),
-                                .dtype = dtype_of(x),
+                                .dtype = element_type(x),
                                 .bf16_chain = bf16_chain};
   parallel_for(input.numel() / params.dim, std::max<int64_t>(1, 16384 / params.dim),
                [&](int64_t begin, int64_t end) { rms_norm_cpu(params, begin, end); });

@@ -43,7 +43,7 @@ void chain_row(const RmsNormCpuParams& p, const uint16_t* x, uint16_t* out) {
 void rms_norm_rows(const RmsNormCpuParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * p.dim;
-    if (p.dtype == Dtype::kF32) {
+    if (p.dtype == ElementType::kF32) {
       norm_row(p, static_cast<const float*>(p.x) + offset, static_cast<float*>(p.out) + offset);
     } else if (p.bf16_chain) {
       chain_row(p, static_cast<const uint16_t*>(p.x) + offset,

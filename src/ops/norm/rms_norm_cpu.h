@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -15,7 +15,7 @@ struct RmsNormCpuParams {
   void* out;            ///< [rows, dim], x's dtype
   int64_t dim;
   float eps;
-  Dtype dtype;
+  ElementType dtype;
   bool bf16_chain;  ///< the released per-head norm: every intermediate rounded to BF16
 };
 

@@ -40,7 +40,7 @@ at::Tensor run_cpu(const at::Tensor& x) {
   const HadamardCpuParams params{.x = input.const_data_ptr(),
                                  .out = out.mutable_data_ptr(),
                                  .dim = x.size(-1),
-                                 .dtype = dtype_of(x)};
+                                 .dtype = element_type(x)};
   parallel_for(input.numel() / params.dim, 16,
                [&](int64_t begin, int64_t end) { hadamard_cpu(params, begin, end); });
   return out;

@@ -88,7 +88,7 @@ at::Tensor run_cpu(const CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_
                                   .stride = x.size(-1),
                                   .dim = dim,
                                   .group = group,
-                                  .dtype = dtype_of(x)};
+                                  .dtype = element_type(x)};
   parallel_for(input.numel() / params.stride, std::max<int64_t>(1, 8192 / params.stride),
                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   return straight_through(out, x);

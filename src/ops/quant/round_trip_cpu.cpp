@@ -78,7 +78,7 @@ void round_trip_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void fp8_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     round_trip_rows<float, false>(p, begin, end);
   } else {
     round_trip_rows<uint16_t, false>(p, begin, end);
@@ -86,7 +86,7 @@ void fp8_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
 }
 
 void fp4_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kF32) {
+  if (p.dtype == ElementType::kF32) {
     round_trip_rows<float, true>(p, begin, end);
   } else {
     round_trip_rows<uint16_t, true>(p, begin, end);
@@ -125,7 +125,7 @@ void hadamard_row(const HadamardCpuParams& p, const T* x, T* out) {
 
 void hadamard_rows(const HadamardCpuParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (p.dtype == Dtype::kF32) {
+    if (p.dtype == ElementType::kF32) {
       hadamard_row(p, static_cast<const float*>(p.x) + row * p.dim,
                    static_cast<float*>(p.out) + row * p.dim);
     } else {

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/cpu/dtype.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
@@ -15,14 +15,14 @@ struct RoundTripCpuParams {
   int64_t stride;  ///< channels from row to row
   int64_t dim;     ///< the first dim channels are rounded, the rest copied
   int64_t group;   ///< channels with one scale; divides dim
-  Dtype dtype;
+  ElementType dtype;
 };
 
 struct HadamardCpuParams {
   const void* x;  ///< [rows, dim]
   void* out;      ///< [rows, dim], x's dtype
   int64_t dim;    ///< power of two, at most 1024
-  Dtype dtype;
+  ElementType dtype;
 };
 
 /// Rows [begin, end).

@@ -5,6 +5,6 @@
 
 namespace hadal::ops {
 
-enum class Dtype : int32_t { kF32, kBf16 };
+enum class ElementType : int32_t { kF32, kBf16 };
 
 }  // namespace hadal::ops
