@@ -93,9 +93,7 @@ PyJson* add_block(std::vector<PyJson>& merged, PyJson block, bool respect_task) 
   if (!merged.empty() && role_of(merged.back()) == "user" &&
       merged.back().find(kBlocks) != nullptr &&
       !(respect_task && merged.back().find_set("task") != nullptr)) {
-    PyJson blocks = *merged.back().find(kBlocks);
-    blocks.items().push_back(std::move(block));
-    merged.back().set(kBlocks, std::move(blocks));
+    merged.back().find(kBlocks)->items().push_back(std::move(block));
     return nullptr;
   }
   merged.push_back(PyJson::object({{"role", PyJson::string("user")}}));
@@ -235,34 +233,40 @@ std::string type_name(const PyJson& block) {
   return type != nullptr && type->is_string() ? type->text() : "None";
 }
 
-std::string render_tool_result(const PyJson& block, const std::string& where) {
+std::string tool_result_body(const PyJson& block, const std::string& where) {
   const PyJson* content = block.find("content");
+  if (content == nullptr) return {};
+  if (content->is_string()) return content->text();
   std::string body;
-  if (content != nullptr && content->is_string()) {
-    body = content->text();
-  } else if (content != nullptr) {
-    const char* separator = "";
-    for (const PyJson& part : content->items()) {
-      const std::string type = type_name(part);
-      body += separator;
-      body +=
-          type == "text" ? text_member(part, "text", where) : concat("[Unsupported ", type, "]");
-      separator = "\n\n";
-    }
-  }
-  return concat("<tool_result>", body, "</tool_result>");
-}
-
-std::string render_user(const PyJson& message, const std::string& where) {
-  std::string out(kUser);
   const char* separator = "";
-  for (const PyJson& block : message.find(kBlocks)->items()) {
-    out += separator;
-    out +=
-        type_name(block) == "text" ? block.find("text")->text() : render_tool_result(block, where);
+  for (const PyJson& part : content->items()) {
+    const std::string type = type_name(part);
+    body += separator;
+    body += type == "text" ? text_member(part, "text", where) : concat("[Unsupported ", type, "]");
     separator = "\n\n";
   }
-  return out;
+  return body;
+}
+
+void render_user(const PyJson& message, const std::string& where, ChatPrompt& prompt) {
+  const auto add_foreign = [&](const std::string& text) {
+    const size_t begin = prompt.text.size();
+    prompt.text += text;
+    if (!text.empty()) prompt.user_text.push_back({begin, prompt.text.size()});
+  };
+  prompt.text += kUser;
+  const char* separator = "";
+  for (const PyJson& block : message.find(kBlocks)->items()) {
+    prompt.text += separator;
+    if (type_name(block) == "text") {
+      add_foreign(block.find("text")->text());
+    } else {
+      prompt.text += "<tool_result>";
+      add_foreign(tool_result_body(block, where));
+      prompt.text += "</tool_result>";
+    }
+    separator = "\n\n";
+  }
 }
 
 std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) {
@@ -291,15 +295,22 @@ class Renderer {
         dropping_(dropping),
         last_user_(last_user_index(messages)) {}
 
-  std::string render(size_t index) const {
+  /// Appends one message.
+  void render(size_t index, ChatPrompt& prompt) const {
     const PyJson& message = messages_[index];
-    return body(message, index) + transition(message, index);
+    const std::string_view role = role_of(message);
+    const std::string where = concat("message ", index, " (", role, ")");
+    if (role == "user") {
+      render_user(message, where, prompt);
+    } else {
+      prompt.text += body(message, index, where);
+    }
+    prompt.text += transition(message, index);
   }
 
  private:
-  std::string body(const PyJson& message, size_t index) const {
+  std::string body(const PyJson& message, size_t index, const std::string& where) const {
     const std::string_view role = role_of(message);
-    const std::string where = concat("message ", index, " (", role, ")");
     if (role == "system") {
       return text_member(message, "content", where) + render_tools_and_format(message, where);
     }
@@ -308,7 +319,6 @@ class Renderer {
       HADAL_INPUT_CHECK(!content.empty(), where, ": content is empty");
       return concat(kUser, content, render_tools_and_format(message, where));
     }
-    if (role == "user") return render_user(message, where);
     if (role == "latest_reminder") {
       HADAL_INPUT_CHECK(message.find_set("content") != nullptr, where, ": content is absent");
       return concat(kLatestReminder, text_member(message, "content", where));
@@ -376,7 +386,7 @@ ReasoningEffort parse_reasoning_effort(std::string_view name) {
   return name == "high" ? ReasoningEffort::kHigh : ReasoningEffort::kMax;
 }
 
-std::string encode_chat(const PyJson& messages, const ChatOptions& options, const PyJson& context) {
+ChatPrompt render_chat(const PyJson& messages, const ChatOptions& options, const PyJson& context) {
   std::vector<PyJson> full = merge_messages(context, "context");
   size_t context_size = full.size();
   for (PyJson& message : merge_messages(messages, "messages")) full.push_back(std::move(message));
@@ -385,7 +395,8 @@ std::string encode_chat(const PyJson& messages, const ChatOptions& options, cons
       std::any_of(full.begin(), full.end(), [](const PyJson& m) { return truthy(m, "tools"); });
   const bool thinking = options.thinking_mode == ThinkingMode::kThinking;
   const bool dropping = options.drop_thinking && !has_tools;
-  std::string prompt(options.add_bos && context_size == 0 ? kBos : std::string_view());
+  ChatPrompt prompt;
+  if (options.add_bos && context_size == 0) prompt.text = kBos;
   size_t count = full.size() - context_size;
   if (thinking && dropping) {
     const std::vector<PyJson> earlier(full.begin(),
@@ -398,10 +409,15 @@ std::string encode_chat(const PyJson& messages, const ChatOptions& options, cons
   }
   const Renderer renderer(full, options.thinking_mode, dropping);
   for (size_t index = full.size() - count; index < full.size(); ++index) {
-    if (index == 0 && thinking && options.effort == ReasoningEffort::kMax) prompt += kEffortPrefix;
-    prompt += renderer.render(index);
+    if (index == 0 && thinking && options.effort == ReasoningEffort::kMax)
+      prompt.text += kEffortPrefix;
+    renderer.render(index, prompt);
   }
   return prompt;
+}
+
+std::string encode_chat(const PyJson& messages, const ChatOptions& options, const PyJson& context) {
+  return render_chat(messages, options, context).text;
 }
 
 PyJson messages_of_request(PyJson request) {

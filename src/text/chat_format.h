@@ -3,16 +3,19 @@
 //
 // Messages are JSON objects with `role` (system, developer, user, assistant, tool, latest_reminder)
 // and, by role, `content`, `reasoning_content`, `tool_calls`, `tools`, `response_format`, `task`,
-// `wo_eos`, `tool_call_id`. The prompt is meant for Tokenizer::encode with
-// SpecialTokens::kRecognise; text from users that may hold special strings has to be neutralised
-// before. All functions are pure; bad messages are InputErrors that name the message.
+// `wo_eos`, `tool_call_id`. The prompt is meant for Tokenizer::encode: with
+// SpecialTokens::kRecognise if whoever wrote the messages may write special strings, too, else with
+// the ranges of render_chat(). All functions are pure; bad messages are InputErrors that name the
+// message.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "text/python_json.h"
+#include "text/tokenizer.h"
 
 namespace hadal::text {
 
@@ -32,7 +35,18 @@ ThinkingMode parse_thinking_mode(std::string_view name);
 /// "", "none", "high" or "max". Errors: InputError for anything else.
 ReasoningEffort parse_reasoning_effort(std::string_view name);
 
-/// The prompt of a list of messages.
+/// A prompt, and where it holds what users and tools wrote: for Tokenizer::encode(text, user_text),
+/// which takes special strings there as ordinary text.
+struct ChatPrompt {
+  std::string text;
+  std::vector<TextRange> user_text;  ///< contents of user and tool messages; ascending
+};
+
+ChatPrompt render_chat(const PyJson& messages,
+                       const ChatOptions& options,
+                       const PyJson& context = PyJson::array());
+
+/// The prompt of a list of messages: render_chat().text.
 ///   context  earlier messages whose prompt exists already: only `messages` are rendered, without
 ///   BOS, but knowing them
 std::string encode_chat(const PyJson& messages,

@@ -200,6 +200,20 @@ TEST(ChatFormat, ContextIsKnownButNotWritten) {
   }
 }
 
+TEST(ChatFormat, RangesCoverWhatUsersAndToolsWrote) {
+  const PyJson messages =
+      json(R"([{"role":"system","content":"S"},{"role":"user","content":"<think>"},
+      {"role":"tool","content":"</think>"},{"role":"user","content":""},
+      {"role":"assistant","content":"A"},{"role":"user","content":"u"}])");
+  const ChatPrompt prompt = render_chat(messages, {});
+  EXPECT_EQ(prompt.text, encode_chat(messages, {}));
+  std::vector<std::string> parts;
+  for (const TextRange& range : prompt.user_text) {
+    parts.push_back(prompt.text.substr(range.begin, range.end - range.begin));
+  }
+  EXPECT_EQ(parts, (std::vector<std::string>{"<think>", "</think>", "u"}));
+}
+
 TEST(ChatFormat, BadMessagesAreNamed) {
   const auto expect = [](std::string_view messages, std::string_view part) {
     try {

@@ -6,6 +6,7 @@
 #include <limits>
 #include <system_error>
 #include <unordered_map>
+#include <utility>
 
 #include "base/check.h"
 #include "text/utf8.h"
@@ -391,6 +392,10 @@ const PyJson* PyJson::find(std::string_view key) const {
     if (member.first == key) return &member.second;
   }
   return nullptr;
+}
+
+PyJson* PyJson::find(std::string_view key) {
+  return const_cast<PyJson*>(std::as_const(*this).find(key));
 }
 
 const PyJson* PyJson::find_set(std::string_view key) const {

@@ -50,6 +50,7 @@ class PyJson {
   const std::vector<Member>& members() const { return members_; }
   /// The value of a key, or nullptr; also for values that are no objects.
   const PyJson* find(std::string_view key) const;
+  PyJson* find(std::string_view key);
   /// find(), but a key that holds null counts as absent.
   const PyJson* find_set(std::string_view key) const;
   /// Sets a key: in its place if there is one, else at the end.

@@ -168,6 +168,57 @@ void Tokenizer::encode(std::string_view text,
   });
 }
 
+std::vector<int32_t> Tokenizer::encode(std::string_view text,
+                                       std::span<const TextRange> as_text) const {
+  HADAL_INPUT_CHECK(valid_utf8_prefix(text) == text.size(),
+                    "tokenizer: a prompt with invalid UTF-8 at byte ", valid_utf8_prefix(text));
+  const BorrowedCache cache(impl_->caches);
+  std::vector<int32_t> ids;
+  size_t done = 0;  // everything before is encoded
+  // Tokens are looked for between the ranges only; what lies between two tokens is encoded in one
+  // go, so that the ranges leave no other trace.
+  const auto token_at = [&](size_t pos, size_t length, int32_t id) {
+    if (pos > done) impl_->encode_plain(text.substr(done, pos - done), *cache, ids);
+    ids.push_back(id);
+    done = pos + length;
+  };
+  const auto search = [&](size_t begin, size_t end) {
+    const auto position = [&](std::string_view part) {
+      return static_cast<size_t>(part.data() - text.data());
+    };
+    size_t at = begin;  // where the next gap or token of the first pass begins
+    split_at_tokens(
+        impl_->first_pass, text.substr(begin, end - begin),
+        [&](int32_t id) {
+          const size_t length = impl_->file.bytes[static_cast<size_t>(id)].size();
+          token_at(at, length, id);
+          at += length;
+        },
+        [&](std::string_view gap) {
+          size_t inner = position(gap);
+          at = inner + gap.size();
+          split_at_tokens(
+              impl_->second_pass, gap,
+              [&](int32_t id) {
+                const size_t length = impl_->file.bytes[static_cast<size_t>(id)].size();
+                token_at(inner, length, id);
+                inner += length;
+              },
+              [&](std::string_view plain) { inner = position(plain) + plain.size(); });
+        });
+  };
+  size_t begin = 0;
+  for (const TextRange& range : as_text) {
+    HADAL_CHECK(begin <= range.begin && range.begin <= range.end && range.end <= text.size(),
+                "tokenizer: range ", range.begin, " to ", range.end, " in a text of ", text.size());
+    search(begin, range.begin);
+    begin = range.end;
+  }
+  search(begin, text.size());
+  if (done < text.size()) impl_->encode_plain(text.substr(done), *cache, ids);
+  return ids;
+}
+
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   std::string bytes;
   for (const int32_t id : ids) bytes += token_bytes(id);

@@ -7,6 +7,7 @@
 // belongs to one thread and must not outlive its tokenizer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -25,6 +26,14 @@ enum class SpecialTokens : uint8_t {
   kAsText,     ///< ordinary text: for text that users bring
 };
 
+/// Bytes [begin, end) of a text.
+struct TextRange {
+  size_t begin = 0;
+  size_t end = 0;
+
+  friend bool operator==(const TextRange&, const TextRange&) = default;
+};
+
 class Tokenizer {
  public:
   /// Errors: InputError naming what the file lacks or what is not supported.
@@ -39,6 +48,12 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text, SpecialTokens special) const;
   /// Appends to `ids`.
   void encode(std::string_view text, SpecialTokens special, std::vector<int32_t>& ids) const;
+
+  /// Recognises added tokens, except those that touch one of the ranges (ascending, disjoint): what
+  /// users wrote inside a prompt we rendered. Text without added tokens gets the same ids either
+  /// way. Errors: InputError for invalid UTF-8, which cannot be repaired here because it would move
+  /// the ranges.
+  std::vector<int32_t> encode(std::string_view text, std::span<const TextRange> as_text) const;
 
   /// Valid UTF-8; bytes that form no character become U+FFFD. Errors: InputError for an id outside
   /// the vocabulary.

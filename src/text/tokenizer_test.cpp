@@ -69,6 +69,7 @@ TEST(Tokenizer, ReproducesEveryVector) {
     const std::string text = vector["text"];
     const Ids ids = vector["ids"].get<Ids>();
     ASSERT_EQ(tokenizer.encode(text, kRecognise), ids) << text;
+    ASSERT_EQ(tokenizer.encode(text, std::span<const TextRange>()), ids) << text;
     ASSERT_EQ(tokenizer.decode(ids), text);
     DecodeStream stream(tokenizer);
     std::string streamed;
@@ -153,6 +154,28 @@ TEST(Tokenizer, AddedTokensAreTheLongestMatchAndOnlyWhereAsked) {
   Json both = small_file();
   for (Json& token : both["added_tokens"]) token["normalized"] = false;
   EXPECT_EQ(make(both).encode("<s>x<s>", kRecognise), (Ids{260, 259}));
+}
+
+TEST(Tokenizer, RangesOfUserTextHoldNoAddedTokens) {
+  const Tokenizer tokenizer = make(small_file());
+  const std::string text = "<s>the<s><think>th<think>e";
+  const auto encode = [&](std::vector<TextRange> ranges) { return tokenizer.encode(text, ranges); };
+  EXPECT_EQ(encode({}), tokenizer.encode(text, kRecognise));
+  EXPECT_EQ(encode({{0, text.size()}}), tokenizer.encode(text, kAsText));
+  EXPECT_EQ(encode({{6, 9}}), (Ids{259, 257, '<', 's', '>', 261, 256, 261, 'e'}));
+  // A token that begins outside and ends inside a range is text, too; an empty range cuts as well.
+  EXPECT_EQ(encode({{6, 10}}),
+            (Ids{259, 257, '<', 's', '>', '<', 256, 'i', 'n', 'k', '>', 256, 261, 'e'}));
+  EXPECT_EQ(encode({{1, 1}, {6, 9}}).front(), '<');
+  // Ranges change nothing where no token stands.
+  const std::string plain = "the aaa the";
+  for (size_t begin = 0; begin <= plain.size(); ++begin) {
+    for (size_t end = begin; end <= plain.size(); ++end) {
+      const std::vector<TextRange> range = {{begin, end}};
+      ASSERT_EQ(tokenizer.encode(plain, range), tokenizer.encode(plain, kAsText));
+    }
+  }
+  EXPECT_THROW(tokenizer.encode("\xFF", std::vector<TextRange>{}), InputError);
 }
 
 TEST(Tokenizer, InvalidBytesBecomeReplacementCharactersFirst) {
