@@ -73,8 +73,11 @@ struct ModelConfig {
 
   bool operator==(const ModelConfig&) const = default;
 
-  /// Throws InputError naming the keys when values contradict each other or a kernel cannot serve them.
+  /// Throws InputError naming the keys when values are outside sane ranges or contradict each other.
   void validate() const;
+  /// Throws InputError unless the `released` numerics can run this shape: head_dim - rope_head_dim divisible by 64,
+  /// index_head_dim by 32, and the input size of every quantised matrix by 128 (model.md section 0).
+  void check_released() const;
 };
 
 /// Reads an official config.json. Missing required keys, contradictions and unimplemented variants are InputErrors
