@@ -115,15 +115,16 @@ IndexerStep run_indexer(const Indexer& indexer,
   const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
   IndexerStep step;
-  if (context.on_index_loss) {
+  if (context.on_index_loss || context.on_selection) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
-    if (selects)
+    if (selects) {
       step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
+    }
   } else {
     step.selection =
         ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
   }
-  if (context.on_selection && step.selection.defined()) context.on_selection(block, step.selection);
+  if (context.on_selection && selects) context.on_selection(block, step.selection, step.scores);
   return step;
 }
 
