@@ -15,6 +15,9 @@ build: deps
 	@cmake --build --preset $(PRESET) -j $(JOBS)
 	@ln -sf build/$(PRESET)/hadal hadal
 
+run: build
+	@./hadal --help
+
 test: build
 	@ctest --preset $(PRESET) -j $(JOBS)
 

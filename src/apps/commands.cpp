@@ -6,11 +6,15 @@ namespace hadal::apps {
 
 std::function<int()> define_verify(CLI::App& app);
 std::function<int()> define_logits(CLI::App& app);
+std::function<int()> define_generate(CLI::App& app);
 std::function<int()> define_inspect(CLI::App& app);
 std::function<int()> define_plan(CLI::App& app);
 
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
+      {"generate", "continue a text",
+       "  hadal generate --model DIR --prompt 'Call me' --max-tokens 64 --temperature 0.7 --seed 1",
+       define_generate},
       {"verify", "compare a checkpoint's outputs with recorded ones",
        "  hadal verify tests/golden/ideal --gradients", define_verify},
       {"logits", "logits of every position of given token ids",

@@ -1,0 +1,45 @@
+// The model against what the official code computed, where the recorded checkpoints lie beside the
+// project.
+#include "checkpoint/verify.h"
+
+#include <filesystem>
+#include <string>
+
+#include <gtest/gtest.h>
+
+namespace hadal::checkpoint {
+namespace {
+
+class Recorded : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(Recorded, EveryKeyHolds) {
+  const std::string folder = std::string(HADAL_SOURCE_DIR) + "/../shared/golden/" + GetParam();
+  if (!std::filesystem::exists(folder))
+    GTEST_SKIP() << "the recorded checkpoint " << GetParam() << " is absent";
+  VerifyOptions options{
+      .folder = folder, .expected = {}, .numerics = {}, .gradients = false, .max_abs = {}};
+  options.gradients = std::filesystem::exists(folder + "/grad.safetensors");
+  int lines = 0, identical_rows = -1;
+  verify(options, [&](const VerifyLine& line) {
+    ++lines;
+    EXPECT_TRUE(line.pass) << line.key << ": max " << line.max << ", mean " << line.mean << ", "
+                           << line.note;
+    EXPECT_FALSE(line.skipped) << line.key << ": " << line.note;
+    if (line.key == "prefill.layers.0.out")
+      sscanf(line.note.c_str(), "identical rows %d", &identical_rows);
+  });
+  EXPECT_GE(lines, 13);
+  if (std::string(GetParam()) == "fp8-fp4-smooth") EXPECT_GE(identical_rows, 19);
+}
+
+INSTANTIATE_TEST_SUITE_P(Golden,
+                         Recorded,
+                         ::testing::Values("ideal-f32", "fp8-fp4-smooth", "fp8-fp4"),
+                         [](const auto& param_info) {
+                           std::string name = param_info.param;
+                           for (char& c : name) c = c == '-' ? '_' : c;
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace hadal::checkpoint
