@@ -29,7 +29,9 @@ TEST_P(Recorded, EveryKeyHolds) {
       sscanf(line.note.c_str(), "identical rows %d", &identical_rows);
   });
   EXPECT_GE(lines, 13);
-  if (std::string(GetParam()) == "fp8-fp4-smooth") EXPECT_GE(identical_rows, 19);
+  if (std::string(GetParam()) == "fp8-fp4-smooth") {
+    EXPECT_GE(identical_rows, 19);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden,
