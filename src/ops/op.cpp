@@ -129,6 +129,21 @@ bool use_cpu_kernel(const at::Tensor& x) {
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
+bool use_cuda_kernel(const at::Tensor& x) {
+  return !force_reference && x.is_cuda() && x.numel() > 0 &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+
+ElementType element_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 ? ElementType::kBf16 : ElementType::kFloat;
+}
+
+at::Tensor kernel_input(const at::Tensor& x) {
+  if (!x.defined()) return x;
+  const at::Tensor dense = x.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
 at::Tensor straight_through(const at::Tensor& value, const at::Tensor& source) {
   if (!at::GradMode::is_enabled() || !source.requires_grad()) return value;
   return StraightThrough::apply(value.detach(), source);

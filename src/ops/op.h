@@ -13,6 +13,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/kernel_types.h"
+
 namespace hadal::ops {
 
 /// ideal: FP32 (FP64 in tests) throughout, no round trips. bf16: BF16 weights and activations, no
@@ -46,6 +48,16 @@ bool reference_forced();
 
 /// True when the CPU kernels serve these tensors: on the CPU, FP32 or BF16, no ReferenceGuard.
 bool use_cpu_kernel(const at::Tensor& x);
+
+/// True when the CUDA kernels may serve this tensor: on a GPU, FP32 or BF16, not empty, no
+/// ReferenceGuard.
+bool use_cuda_kernel(const at::Tensor& x);
+/// The kernels' name of x's dtype, which is FP32 or BF16.
+ElementType element_type(const at::Tensor& x);
+/// x as the kernels read it: contiguous and aligned to 16 bytes; undefined stays undefined.
+at::Tensor kernel_input(const at::Tensor& x);
+/// The stream that ATen works on at x's device; null in builds without CUDA.
+Stream current_stream(const at::Tensor& x);
 
 /// `value` in the forward pass; its gradient goes to `source` unchanged (straight-through
 /// estimator).
