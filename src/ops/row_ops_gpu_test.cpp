@@ -1,4 +1,5 @@
 // The CUDA kernels of the ops that work row by row, against their references.
+#include "ops/attention/rope.h"
 #include "ops/moe/swiglu.h"
 #include "ops/norm/rms_norm.h"
 #include "testing/gpu_case.h"
@@ -37,6 +38,15 @@ TEST_P(RowOps, Swiglu) {
   hadal::testing::check_gpu_case(
       name("swiglu"), [](const auto& in) { return swiglu(in[0], in[1], in[2], 7.0); },
       {gate, up, weight}, tolerance(), 3.0 * static_cast<double>(gate.nbytes()));
+}
+
+TEST_P(RowOps, Rope) {
+  const at::Tensor x = random({65536, 6, 128});
+  const at::Tensor angle = random({65536, 32}).to(at::kFloat);
+  const at::Tensor cos_sin = at::stack({angle.cos(), angle.sin()}, -1);
+  hadal::testing::check_gpu_case(
+      name("rope"), [&](const auto& in) { return rope(in[0], cos_sin, false); }, {x}, tolerance(),
+      2.0 * static_cast<double>(x.nbytes()));
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, RowOps, ::testing::Values(at::kFloat, at::kBFloat16));
