@@ -22,10 +22,7 @@ using ops::Numerics;
 /// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 2.7).
 at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Numerics numerics) {
   if (numerics != Numerics::kReleased) return latent;
-  const int64_t nope = latent.size(-1) - rope_head_dim;
-  return at::cat(
-      {ops::fp8_round_trip(latent.narrow(-1, 0, nope), 64), latent.narrow(-1, nope, rope_head_dim)},
-      -1);
+  return ops::fp8_round_trip_leading(latent, latent.size(-1) - rope_head_dim, 64);
 }
 
 /// Rotation and FP4 round trip of indexer queries and keys; the orthonormal rotation stays in every

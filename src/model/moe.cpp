@@ -27,8 +27,9 @@ at::Tensor moe_forward(const Moe& moe,
 
   const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp4, numerics);
   const ops::Permutation order = ops::permute_by_expert(routing.experts, config.n_routed_experts);
-  const at::Tensor rows = ops::gather_rows(x_rounded, order.token);  // [pairs, dim]
-  const at::Tensor weights = ops::gather_rows(routing.weights.flatten(), order.slot);  // [pairs]
+  const at::Tensor rows = ops::permute_rows(x_rounded, order);  // [pairs, dim]
+  const at::Tensor weights =
+      ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
     return ops::grouped_linear(input, w.operand(numerics), order.offsets, w.role);
   };

@@ -44,16 +44,80 @@ const BlockPlan& Batch::blocks(int64_t ratio) const {
   BlockPlan plan;
   plan.ratio = ratio;
   plan.cu_blocks.push_back(0);
-  std::vector<int64_t> block_pos;
+  std::vector<int64_t> block_pos, previous;
+  bool inside = true;
   for (int64_t s = 0; s < num_seqs(); ++s) {
     const int64_t first = start(s) / ratio, last = (start(s) + length(s)) / ratio;
     plan.first_block.push_back(first);
     plan.cu_blocks.push_back(plan.cu_blocks.back() + last - first);
-    for (int64_t block = first; block < last; ++block) block_pos.push_back(block * ratio);
+    for (int64_t block = first; block < last; ++block) {
+      previous.push_back(block == first ? s
+                                        : num_seqs() + static_cast<int64_t>(block_pos.size()) - 1);
+      block_pos.push_back(block * ratio);
+      for (int64_t pos = block * ratio; pos < (block + 1) * ratio; ++pos) {
+        plan.rows.push_back(pos >= start(s) ? begin(s) + pos - start(s) : -1 - pos);
+        inside &= pos >= start(s);
+      }
+    }
     if (last > first) plan.max_pos = std::max(plan.max_pos, (last - 1) * ratio);
   }
   plan.pos = upload(block_pos, pos_.device());
+  plan.previous = upload(previous, pos_.device());
+  plan.device_cu_blocks = upload(plan.cu_blocks, pos_.device()).to(at::kInt);
+  if (inside) plan.device_rows = upload(plan.rows, pos_.device());
   return plans_.emplace(ratio, std::move(plan)).first->second;
+}
+
+bool Batch::whole() const {
+  return std::all_of(starts_.begin(), starts_.end(), [](int64_t start) { return start == 0; });
+}
+
+const at::Tensor& Batch::device_cu_seqlens() const {
+  if (!device_cu_seqlens_.defined()) {
+    device_cu_seqlens_ = upload(cu_seqlens_, pos_.device()).to(at::kInt);
+  }
+  return device_cu_seqlens_;
+}
+
+const at::Tensor& Batch::token_tiles(int64_t size) const {
+  at::Tensor& tiles = token_tiles_[size];
+  if (!tiles.defined()) {
+    std::vector<int64_t> flat;
+    for (int64_t seq = 0; seq < num_seqs(); ++seq) {
+      for (int64_t token = 0; token < length(seq); token += size) {
+        flat.insert(flat.end(), {begin(seq) + token, std::min(size, length(seq) - token),
+                                 start(seq) + token, seq});
+      }
+    }
+    tiles = upload(flat, pos_.device()).to(at::kInt).reshape({-1, 4});
+  }
+  return tiles;
+}
+
+const at::Tensor& Batch::key_tiles(int64_t size, int64_t ratio) const {
+  at::Tensor& tiles = key_tiles_[{size, ratio}];
+  if (!tiles.defined()) {
+    std::vector<int64_t> flat;
+    if (ratio > 0) {
+      // Blocks first: the early ones are seen by the most queries, so the longest work starts
+      // first.
+      const BlockPlan& plan = blocks(ratio);
+      for (int64_t seq = 0; seq < num_seqs(); ++seq) {
+        const int64_t first = plan.cu_blocks[static_cast<size_t>(seq)];
+        const int64_t count = plan.cu_blocks[static_cast<size_t>(seq) + 1] - first;
+        for (int64_t block = 0; block < count; block += size) {
+          flat.insert(flat.end(), {1, block, first + block, seq});
+        }
+      }
+    }
+    for (int64_t seq = 0; seq < num_seqs(); ++seq) {
+      for (int64_t token = 0; token < length(seq); token += size) {
+        flat.insert(flat.end(), {0, token, begin(seq) + token, seq});
+      }
+    }
+    tiles = upload(flat, pos_.device()).to(at::kInt).reshape({-1, 4});
+  }
+  return tiles;
 }
 
 at::Tensor BlockView::gather(int64_t seq, int64_t from, int64_t to) const {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -21,8 +22,17 @@ struct BlockPlan {
   int64_t ratio = 0;
   std::vector<int64_t> cu_blocks;    ///< [num_seqs + 1] running count of new blocks
   std::vector<int64_t> first_block;  ///< [num_seqs] number of each sequence's first new block
-  at::Tensor pos;       ///< [num_blocks] I64, position m * c of each block's first token
-  int64_t max_pos = 0;  ///< largest entry of pos, 0 when there is none
+  at::Tensor pos;  ///< [num_blocks] I64, position m * c of each block's first token
+  /// [num_blocks * ratio]: row in the packed step of each position of each block; for a position
+  /// from before the step -1 - position.
+  std::vector<int64_t> rows;
+  at::Tensor
+      device_rows;  ///< the same on the batch's device; undefined unless every row lies in the step
+  /// [num_blocks] I64: num_seqs + the number of the preceding new block of the same sequence, or
+  /// for a sequence's first new block the number of the sequence.
+  at::Tensor previous;
+  at::Tensor device_cu_blocks;  ///< [num_seqs + 1] I32
+  int64_t max_pos = 0;          ///< largest entry of pos, 0 when there is none
   int64_t num_blocks() const { return cu_blocks.back(); }
 };
 
@@ -50,11 +60,26 @@ class Batch {
 
   const BlockPlan& blocks(int64_t ratio) const;
 
+  /// True when every sequence starts at position 0 (training, one-shot prefill).
+  bool whole() const;
+  /// [num_seqs + 1] I32 on the device.
+  const at::Tensor& device_cu_seqlens() const;
+  /// Runs of at most `size` tokens, none across sequences: [n, 4] I32 (packed row, tokens,
+  /// position, sequence).
+  const at::Tensor& token_tiles(int64_t size) const;
+  /// Runs of at most `size` keys, none across sequences: every token, then (ratio > 0) every block
+  /// of the step. [n, 4] I32 (1 for blocks, first position or block, its row, sequence).
+  const at::Tensor& key_tiles(int64_t size, int64_t ratio) const;
+
  private:
   std::vector<int64_t> cu_seqlens_, starts_, host_pos_;
   int64_t max_end_pos_ = 0;
   at::Tensor pos_, seq_;
+  // Plans are made on first use and shared by all layers.
   mutable std::map<int64_t, BlockPlan> plans_;
+  mutable at::Tensor device_cu_seqlens_;
+  mutable std::map<int64_t, at::Tensor> token_tiles_;
+  mutable std::map<std::pair<int64_t, int64_t>, at::Tensor> key_tiles_;
 };
 
 /// Rows that belong to positions before this step, addressed by position: row(seq, pos) =

@@ -6,11 +6,9 @@
 
 #include "base/fwd.h"
 #include "base/kernel_slot.h"
+#include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
-
-/// The element types that the CUDA kernels read and write; arithmetic is FP32 for both.
-enum class ElementType { kFloat, kBf16 };
 
 /// Throws hadal::Error naming the kernel and CUDA's message.
 [[noreturn]] void throw_kernel_error(const char* kernel, const char* message);

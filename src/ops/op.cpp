@@ -1,5 +1,7 @@
 #include "ops/op.h"
 
+#include <optional>
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -23,18 +25,32 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
   }
 };
 
+/// Autograd follows single tensors, not vectors of them, so a kernel has up to kMaxInputs optional
+/// ones.
+constexpr size_t kMaxInputs = 5;
+using OptionalTensor = std::optional<at::Tensor>;
+
 struct ReferenceGradient : torch::autograd::Function<ReferenceGradient> {
   static variable_list forward(AutogradContext* context,
                                const TensorFunction& kernel,
                                const TensorFunction& reference,
-                               variable_list inputs) {
+                               size_t num_inputs,
+                               const OptionalTensor& a,
+                               const OptionalTensor& b,
+                               const OptionalTensor& c,
+                               const OptionalTensor& d,
+                               const OptionalTensor& e) {
+    variable_list inputs;
+    for (const OptionalTensor* input : {&a, &b, &c, &d, &e}) {
+      if (inputs.size() < num_inputs) inputs.push_back(input->value_or(at::Tensor()));
+    }
     context->save_for_backward(inputs);
     context->saved_data["reference"] =
         c10::IValue::make_capsule(c10::make_intrusive<Holder>(reference));
     variable_list outputs = kernel(inputs);
     variable_list integral;
     for (const at::Tensor& output : outputs) {
-      if (output.defined() && !output.is_floating_point()) integral.push_back(output);
+      if (!output.is_floating_point()) integral.push_back(output);
     }
     context->mark_non_differentiable(integral);
     return outputs;
@@ -46,32 +62,28 @@ struct ReferenceGradient : torch::autograd::Function<ReferenceGradient> {
     const variable_list saved = context->get_saved_variables();
     at::AutoGradMode enable_grad(true);
     variable_list inputs, differentiable;
-    for (const at::Tensor& tensor : saved) {
-      if (!tensor.defined() || !tensor.is_floating_point()) {
-        inputs.push_back(tensor);
-        continue;
-      }
-      inputs.push_back(tensor.detach().requires_grad_(true));
+    std::vector<size_t> places;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const bool wanted = saved[i].defined() && saved[i].requires_grad();
+      inputs.push_back(wanted ? saved[i].detach().requires_grad_(true) : saved[i]);
+      if (!wanted) continue;
       differentiable.push_back(inputs.back());
+      places.push_back(i);
     }
     const variable_list outputs = holder->function(inputs);
     variable_list roots, root_grads;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (!grad_outputs[i].defined() || !outputs[i].defined() || !outputs[i].requires_grad())
-        continue;
+      if (!grad_outputs[i].defined() || !outputs[i].requires_grad()) continue;
       roots.push_back(outputs[i]);
       root_grads.push_back(grad_outputs[i]);
     }
-    variable_list grads(saved.size() + 2);  // kernel and reference take the first two places
+    variable_list grads(3 + kMaxInputs);  // the functions and the count take the first places
     if (roots.empty()) return grads;
     const variable_list computed = torch::autograd::grad(roots, differentiable, root_grads,
                                                          /*retain_graph=*/std::nullopt,
                                                          /*create_graph=*/false,
                                                          /*allow_unused=*/true);
-    size_t next = 0;
-    for (size_t i = 0; i < saved.size(); ++i) {
-      if (saved[i].defined() && saved[i].is_floating_point()) grads[i + 2] = computed[next++];
-    }
+    for (size_t i = 0; i < places.size(); ++i) grads[3 + places[i]] = computed[i];
     return grads;
   }
 
@@ -134,14 +146,16 @@ bool use_cuda_kernel(const at::Tensor& x) {
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
-ElementType element_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 ? ElementType::kBf16 : ElementType::kFloat;
-}
-
 at::Tensor kernel_input(const at::Tensor& x) {
   if (!x.defined()) return x;
   const at::Tensor dense = x.contiguous();
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
+ElementType element_type(const at::Tensor& x) {
+  HADAL_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "kernel: expected FP32 or BF16, found ", x.scalar_type());
+  return x.scalar_type() == at::kFloat ? ElementType::kF32 : ElementType::kBf16;
 }
 
 at::Tensor straight_through(const at::Tensor& value, const at::Tensor& source) {
@@ -157,7 +171,12 @@ std::vector<at::Tensor> with_reference_gradient(const TensorFunction& kernel,
     for (const at::Tensor& input : inputs) needs_grad |= input.defined() && input.requires_grad();
   }
   if (!needs_grad) return kernel(inputs);
-  return ReferenceGradient::apply(kernel, reference, inputs);
+  HADAL_CHECK(inputs.size() <= kMaxInputs, "with_reference_gradient: ", inputs.size(), " inputs");
+  const auto input = [&](size_t i) {
+    return i < inputs.size() && inputs[i].defined() ? OptionalTensor(inputs[i]) : OptionalTensor();
+  };
+  return ReferenceGradient::apply(kernel, reference, inputs.size(), input(0), input(1), input(2),
+                                  input(3), input(4));
 }
 
 }  // namespace hadal::ops

@@ -52,11 +52,13 @@ bool use_cpu_kernel(const at::Tensor& x);
 /// True when the CUDA kernels may serve this tensor: on a GPU, FP32 or BF16, not empty, no
 /// ReferenceGuard.
 bool use_cuda_kernel(const at::Tensor& x);
-/// The kernels' name of x's dtype, which is FP32 or BF16.
-ElementType element_type(const at::Tensor& x);
-/// x as the kernels read it: contiguous and aligned to 16 bytes; undefined stays undefined.
+/// x as the CUDA kernels read it: contiguous and aligned to 16 bytes; undefined stays undefined.
 at::Tensor kernel_input(const at::Tensor& x);
-/// The stream that ATen works on at x's device; null in builds without CUDA.
+
+/// The kernels' name of a tensor's type; FP32 or BF16.
+ElementType element_type(const at::Tensor& x);
+
+/// The stream that CUDA kernels on x's device are to use; null on the CPU.
 Stream current_stream(const at::Tensor& x);
 
 /// `value` in the forward pass; its gradient goes to `source` unchanged (straight-through

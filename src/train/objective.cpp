@@ -71,8 +71,8 @@ struct MicroBatch::Labels {
   }
 };
 
-MicroBatch::MicroBatch(const PackedRows& rows, at::Device device)
-    : MicroBatch(rows, Labels(rows), device) {}
+MicroBatch::MicroBatch(const PackedRows& packed, at::Device device)
+    : MicroBatch(packed, Labels(packed), device) {}
 
 MicroBatch::MicroBatch(const PackedRows& packed, Labels labels, at::Device device)
     : batch(packed.sample_lengths, std::vector<int64_t>(packed.sample_lengths.size(), 0), device),

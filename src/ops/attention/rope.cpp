@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
+#include "ops/attention/rope_cpu.h"
 #include "ops/attention/rope_kernels.h"
 #include "ops/op.h"
 
@@ -109,16 +111,17 @@ at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
   }
   at::Tensor table;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (const at::Tensor& cached : cached_) {
+    std::lock_guard<std::mutex> lock(cache_->mutex);
+    for (const at::Tensor& cached : cache_->tables) {
       if (cached.device() == pos.device() && cached.size(0) > max_pos) table = cached;
     }
     if (!table.defined()) {
       int64_t rows = 1024;
       while (rows <= max_pos) rows *= 2;
       table = compute(at::arange(rows, at::kLong)).to(pos.device());
-      std::erase_if(cached_, [&](const at::Tensor& t) { return t.device() == pos.device(); });
-      cached_.push_back(table);
+      std::erase_if(cache_->tables,
+                    [&](const at::Tensor& t) { return t.device() == pos.device(); });
+      cache_->tables.push_back(table);
     }
   }
   return table.index_select(0, pos);
@@ -146,12 +149,40 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
 
 }  // namespace reference
 
+constinit CpuSlot<void(const RopeCpuParams&, int64_t, int64_t)> rope_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
+  const at::Tensor input = x.contiguous(), table = cos_sin.contiguous();
+  at::Tensor out = at::empty_like(input);
+  const int64_t tokens = x.size(0), dim = x.size(-1);
+  const RopeCpuParams params{.x = input.const_data_ptr(),
+                             .out = out.mutable_data_ptr(),
+                             .cos_sin = table.const_data_ptr<float>(),
+                             .heads = tokens == 0 ? 0 : input.numel() / (tokens * dim),
+                             .dim = dim,
+                             .rope_dim = cos_sin.size(1) * 2,
+                             .dtype = element_type(x),
+                             .inverse = inverse};
+  parallel_for(tokens, 8, [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
+  return out;
+}
+
+}  // namespace
+
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
   check_shape(cos_sin, {x.size(0), -1, 2}, "rope: cos_sin");
   HADAL_CHECK(cos_sin.size(1) * 2 <= x.size(-1), "rope: rotates ", cos_sin.size(1) * 2,
               " channels of ", x.size(-1));
   if (use_cuda_kernel(x) && rope_cuda && x.size(-1) % 2 == 0) {
     return Rope::apply(x, kernel_input(cos_sin.to(at::kFloat)), inverse);
+  }
+  if (use_cpu_kernel(x)) {
+    return with_reference_gradient(
+        [inverse](const auto& in) { return std::vector{run_cpu(in[0], in[1], inverse)}; },
+        [inverse](const auto& in) { return std::vector{reference::rope(in[0], in[1], inverse)}; },
+        {x, cos_sin})[0];
   }
   return reference::rope(x, cos_sin, inverse);
 }

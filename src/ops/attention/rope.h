@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -36,8 +37,11 @@ class RopeTable {
   at::Tensor compute(const at::Tensor& pos) const;
 
   std::vector<float> frequencies_;
-  mutable std::mutex mutex_;
-  mutable std::vector<at::Tensor> cached_;  // one table of the first positions per device seen
+  struct Cache {
+    std::mutex mutex;
+    std::vector<at::Tensor> tables;  // one of the first positions per device seen
+  };
+  std::unique_ptr<Cache> cache_ = std::make_unique<Cache>();
 };
 
 /// Rotates the last rope_dim channels of every vector, adjacent pairs; FP32 inside, one rounding.

@@ -4,8 +4,13 @@
 #include <limits>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
+#include "base/math.h"
+#include "base/parallel.h"
+#include "ops/attention/attention_cpu.h"
+#include "ops/attention/sparse_attn_kernels.h"
 #include "ops/gemm/embedding.h"
 
 namespace hadal::ops {
@@ -135,7 +140,122 @@ void fold_selection(Fold& fold,
   }
 }
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// The CUDA kernels behind autograd. Everything but the differentiable tensors travels by value.
+struct CudaInputs {
+  const Batch* batch;  // outlives the backward pass: the step owns it
+  AttentionParams params;
+  at::Tensor selection;
+};
+
+SparseAttnParams kernel_params(const at::Tensor& q,
+                               const at::Tensor& kv,
+                               const at::Tensor& blocks,
+                               const at::Tensor& sink,
+                               const at::Tensor& selection,
+                               const at::Tensor& out,
+                               const at::Tensor& lse,
+                               const Batch& batch,
+                               const AttentionParams& params) {
+  const int64_t heads = q.size(1);
+  const at::Tensor& tiles =
+      batch.token_tiles(selection.defined() ? 1 : kSparseAttnMaxHeads / heads);
+  return {.q = q.const_data_ptr(),
+          .kv = kv.const_data_ptr(),
+          .blocks = params.ratio > 0 ? blocks.const_data_ptr() : nullptr,
+          .sink = sink.const_data_ptr<float>(),
+          .selection = selection.defined() ? selection.const_data_ptr<int32_t>() : nullptr,
+          .tiles = reinterpret_cast<const TokenTile*>(tiles.const_data_ptr<int32_t>()),
+          .cu_seqlens = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+          .cu_blocks = params.ratio > 0
+                           ? batch.blocks(params.ratio).device_cu_blocks.const_data_ptr<int32_t>()
+                           : nullptr,
+          .out = out.mutable_data_ptr(),
+          .lse = lse.mutable_data_ptr<float>(),
+          .num_tiles = narrow<int32_t>(tiles.size(0)),
+          .tokens = narrow<int32_t>(q.size(0)),
+          .heads = narrow<int32_t>(heads),
+          .window = narrow<int32_t>(params.window),
+          .ratio = narrow<int32_t>(params.ratio),
+          .topk = selection.defined() ? narrow<int32_t>(selection.size(1)) : 0,
+          .scale = static_cast<float>(params.scale)};
+}
+
+struct SparseAttnCuda : torch::autograd::Function<SparseAttnCuda> {
+  static variable_list forward(AutogradContext* context,
+                               const at::Tensor& q,
+                               const at::Tensor& kv,
+                               const at::Tensor& blocks,
+                               const at::Tensor& sink,
+                               const CudaInputs& inputs) {
+    const at::Tensor out = at::empty_like(q);
+    const at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+    sparse_attn_cuda(kernel_params(q, kv, blocks, sink, inputs.selection, out, lse, *inputs.batch,
+                                   inputs.params),
+                     current_stream(q));
+    context->save_for_backward({q, kv, blocks, sink, inputs.selection, out, lse});
+    context->saved_data["batch"] = reinterpret_cast<int64_t>(inputs.batch);
+    context->saved_data["window"] = inputs.params.window;
+    context->saved_data["scale"] = inputs.params.scale;
+    context->saved_data["ratio"] = inputs.params.ratio;
+    context->mark_non_differentiable({lse});
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &q = saved[0], &kv = saved[1], &blocks = saved[2], &sink = saved[3],
+                     &selection = saved[4], &out = saved[5], &lse = saved[6];
+    const Batch& batch = *reinterpret_cast<const Batch*>(context->saved_data["batch"].toInt());
+    const AttentionParams params{.window = context->saved_data["window"].toInt(),
+                                 .scale = context->saved_data["scale"].toDouble(),
+                                 .ratio = context->saved_data["ratio"].toInt()};
+    const at::Tensor grad_out = grad_outputs[0].contiguous();
+    const at::Tensor delta = at::empty_like(lse);
+    const at::Tensor grad_q = at::empty_like(q), grad_kv = at::empty_like(kv);
+    const at::Tensor grad_blocks = params.ratio > 0 ? at::empty_like(blocks) : at::Tensor();
+    const at::Tensor& tiles = batch.key_tiles(kFoldChunk, params.ratio);
+    at::Tensor selected;
+    if (selection.defined()) {
+      const int64_t words = ceil_div(std::max<int64_t>(batch.max_end_pos() / params.ratio, 1), 32);
+      selected = at::empty({q.size(0), words}, selection.options());
+    }
+    sparse_attn_backward_cuda(
+        {.forward = kernel_params(q, kv, blocks, sink, selection, out, lse, batch, params),
+         .grad_out = grad_out.const_data_ptr(),
+         .key_tiles = reinterpret_cast<const KeyTile*>(tiles.const_data_ptr<int32_t>()),
+         .selected = selected.defined()
+                         ? reinterpret_cast<const uint32_t*>(selected.mutable_data_ptr<int32_t>())
+                         : nullptr,
+         .delta = delta.mutable_data_ptr<float>(),
+         .grad_q = grad_q.mutable_data_ptr(),
+         .grad_kv = grad_kv.mutable_data_ptr(),
+         .grad_blocks = grad_blocks.defined() ? grad_blocks.mutable_data_ptr() : nullptr,
+         .num_key_tiles = narrow<int32_t>(tiles.size(0)),
+         .mask_words = selected.defined() ? narrow<int32_t>(selected.size(1)) : 0},
+        current_stream(q));
+    const at::Tensor grad_sink = -(at::exp(sink.unsqueeze(0) - lse) * delta).sum(0);
+    return {grad_q, grad_kv, grad_blocks, grad_sink, at::Tensor()};
+  }
+};
+
+bool use_cuda_kernel(const at::Tensor& q,
+                     const RingView& history,
+                     const at::Tensor& selection,
+                     const Batch& batch,
+                     const AttentionParams& params) {
+  return q.is_cuda() && sparse_attn_cuda && !reference_forced() &&
+         q.scalar_type() == at::kBFloat16 && q.size(2) == kSparseAttnDim &&
+         q.size(1) <= (selection.defined() ? kSparseAttnMaxSelectedHeads : kSparseAttnMaxHeads) &&
+         !history.rows.defined() && batch.whole() && params.numerics != Numerics::kIdeal;
+}
+
 }  // namespace
+
+constinit KernelSlot<void(const SparseAttnParams&, Stream)> sparse_attn_cuda;
+constinit KernelSlot<void(const SparseAttnBackwardParams&, Stream)> sparse_attn_backward_cuda;
 
 namespace reference {
 
@@ -183,6 +303,125 @@ AttentionResult sparse_attn(const at::Tensor& q,
 
 }  // namespace reference
 
+constinit CpuSlot<void(const AttentionCpuParams&, const AttentionKeysCpu&)> attention_cpu;
+
+namespace {
+
+/// The keys of one query in fold order, as pointers; reused from token to token.
+class KeyList {
+ public:
+  void clear() {
+    rows_.clear();
+    ends_.clear();
+  }
+  void add(const void* row) { rows_.push_back(row); }
+  void end_chunk() {
+    const auto count = static_cast<int32_t>(rows_.size());
+    if (count > (ends_.empty() ? 0 : ends_.back())) ends_.push_back(count);
+  }
+  AttentionKeysCpu view() const {
+    return {.rows = rows_.data(),
+            .chunk_ends = ends_.data(),
+            .num_chunks = static_cast<int32_t>(ends_.size())};
+  }
+
+ private:
+  std::vector<const void*> rows_;
+  std::vector<int32_t> ends_;
+};
+
+/// Rows of a tensor [rows, width] by number.
+struct RowTable {
+  const char* rows;
+  int64_t bytes;
+  explicit RowTable(const at::Tensor& x)
+      : rows(x.defined() ? static_cast<const char*>(x.const_data_ptr()) : nullptr),
+        bytes(x.defined() ? x.stride(0) * x.element_size() : 0) {}
+  const void* row(int64_t index) const { return rows + index * bytes; }
+};
+
+/// What the CPU kernel of one step reads.
+struct CpuStep {
+  const RingView& history;
+  const BlockView& blocks;
+  at::Tensor selection;
+  const Batch& batch;
+  const AttentionParams& params;
+};
+
+void list_keys(KeyList& keys,
+               const CpuStep& step,
+               int64_t token,
+               int64_t seq,
+               const RowTable& kv,
+               const RowTable& history,
+               const RowTable& compressed) {
+  const int64_t start = step.batch.start(seq), begin = step.batch.begin(seq);
+  const int64_t pos = start + token - begin, ratio = step.params.ratio;
+  keys.clear();
+  for (int64_t p = std::max<int64_t>(0, pos - step.params.window + 1); p <= pos; ++p) {
+    if (p % kFoldChunk == 0) keys.end_chunk();
+    keys.add(p >= start ? kv.row(begin + p - start)
+                        : history.row(step.history.first_row[static_cast<size_t>(seq)] +
+                                      p % step.history.ring));
+  }
+  keys.end_chunk();
+  const int64_t visible = ratio > 0 ? (pos + 1) / ratio : 0;
+  if (step.selection.defined()) {
+    const int64_t k = step.selection.size(1);
+    const int32_t* chosen = step.selection.const_data_ptr<int32_t>() + token * k;
+    for (int64_t rank = 0; rank < k && chosen[rank] >= 0; ++rank) {
+      if (rank % kFoldChunk == 0) keys.end_chunk();
+      keys.add(compressed.row(step.blocks.row(seq, chosen[rank])));
+    }
+  } else {
+    for (int64_t block = 0; block < visible; ++block) {
+      if (block % kFoldChunk == 0) keys.end_chunk();
+      keys.add(compressed.row(step.blocks.row(seq, block)));
+    }
+  }
+  keys.end_chunk();
+}
+
+std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep& step) {
+  const at::Tensor q = in[0].contiguous(), kv = in[1].to(q.scalar_type()).contiguous(),
+                   compressed = in[2].defined() ? in[2].contiguous() : in[2],
+                   sink = in[3].to(at::kFloat).contiguous();
+  const at::Tensor& past = step.history.rows;
+  HADAL_CHECK((!past.defined() || past.scalar_type() == q.scalar_type()) &&
+                  (!compressed.defined() || compressed.scalar_type() == q.scalar_type()),
+              "sparse_attn: queries are ", q.scalar_type(), ", cached rows are not");
+  const int64_t heads = q.size(1), dim = q.size(2);
+  at::Tensor out = at::empty_like(q), lse = at::empty({q.size(0), heads}, sink.options());
+  const RowTable table_q(q), table_kv(kv), table_past(past), table_blocks(compressed);
+  char* out_rows = static_cast<char*>(out.mutable_data_ptr());
+  parallel_for(step.batch.num_tokens(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(attention_scratch_floats(heads, dim)));
+    KeyList keys;
+    int64_t seq = 0;
+    for (int64_t token = begin; token < end; ++token) {
+      while (step.batch.end(seq) <= token) ++seq;
+      HADAL_CHECK(step.batch.start(seq) == 0 || past.defined(), "sparse_attn: sequence ", seq,
+                  " continues without a history");
+      list_keys(keys, step, token, seq, table_kv, table_past, table_blocks);
+      attention_cpu({.q = table_q.row(token),
+                     .sink = sink.const_data_ptr<float>(),
+                     .out = out_rows + token * table_q.bytes,
+                     .lse = lse.mutable_data_ptr<float>() + token * heads,
+                     .scratch = scratch.data(),
+                     .heads = heads,
+                     .dim = dim,
+                     .scale = static_cast<float>(step.params.scale),
+                     .dtype = element_type(q),
+                     .round_probabilities = step.params.numerics == Numerics::kReleased},
+                    keys.view());
+    }
+  });
+  return {out, lse};
+}
+
+}  // namespace
+
 AttentionResult sparse_attn(const at::Tensor& q,
                             const at::Tensor& kv,
                             const RingView& history,
@@ -196,6 +435,30 @@ AttentionResult sparse_attn(const at::Tensor& q,
   check_shape(sink, {q.size(1)}, "sparse_attn: sink");
   if (selection.defined())
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
+  if (use_cuda_kernel(q, history, selection, batch, params)) {
+    // Window layers have no blocks; autograd wants a tensor in their place.
+    const at::Tensor rows =
+        params.ratio > 0 ? blocks.rows.contiguous() : at::empty({0, q.size(2)}, q.options());
+    const variable_list results = SparseAttnCuda::apply(q.contiguous(), kv.contiguous(), rows, sink,
+                                                        CudaInputs{&batch, params, selection});
+    return {.out = results[0], .lse = results[1]};
+  }
+  if (use_cpu_kernel(q)) {
+    const at::Tensor chosen = selection.defined() ? selection.contiguous() : selection;
+    const std::vector<at::Tensor> results = with_reference_gradient(
+        [&](const auto& in) {
+          return run_cpu(in, {history, blocks, chosen, batch, params});
+        },
+        [history, blocks, chosen, step = &batch, params](const auto& in) {
+          BlockView view = blocks;
+          view.rows = in[2];
+          const AttentionResult r =
+              reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], *step, params);
+          return std::vector{r.out, r.lse};
+        },
+        {q, kv, blocks.rows, sink});
+    return {.out = results[0], .lse = results[1]};
+  }
   return reference::sparse_attn(q, kv, history, blocks, selection, sink, batch, params);
 }
 

@@ -43,12 +43,34 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
   }
 };
 
+struct GatherDistinctRows : torch::autograd::Function<GatherDistinctRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
+    context->save_for_backward({rows});
+    context->saved_data["num_rows"] = x.size(0);
+    return x.index_select(0, rows);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor rows = context->get_saved_variables()[0];
+    std::vector<int64_t> shape(grad_outputs[0].sizes().begin(), grad_outputs[0].sizes().end());
+    shape[0] = context->saved_data["num_rows"].toInt();
+    at::Tensor grad = at::zeros(shape, grad_outputs[0].options());
+    grad.index_copy_(0, rows, grad_outputs[0]);
+    return {grad, at::Tensor()};
+  }
+};
+
 }  // namespace
 
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& rows) {
   check_shape(rows, {-1}, "gather_rows: rows");
   if (!at::GradMode::is_enabled() || !x.requires_grad()) return x.index_select(0, rows);
   return GatherRows::apply(x, rows);
+}
+
+at::Tensor gather_distinct_rows(const at::Tensor& x, const at::Tensor& rows) {
+  check_shape(rows, {-1}, "gather_distinct_rows: rows");
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return x.index_select(0, rows);
+  return GatherDistinctRows::apply(x, rows);
 }
 
 at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table) {

@@ -13,4 +13,7 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table);
 /// contributions of a row in ascending order of m.
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& rows);
 
+/// The same where no row of x is named twice: the gradient is one scattered copy.
+at::Tensor gather_distinct_rows(const at::Tensor& x, const at::Tensor& rows);
+
 }  // namespace hadal::ops

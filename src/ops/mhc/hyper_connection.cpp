@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
+#include "ops/mhc/hyper_connection_cpu.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
@@ -70,6 +72,67 @@ at::Tensor hc_head(const at::Tensor& streams,
 
 }  // namespace reference
 
+constinit CpuSlot<void(const HcPreCpuParams&, int64_t, int64_t)> hc_pre_cpu;
+constinit CpuSlot<void(const HcPostCpuParams&, int64_t, int64_t)> hc_post_cpu;
+
+namespace {
+
+/// The kernel of hc_pre (head false) and hc_head (head true).
+std::vector<at::Tensor> run_pre_cpu(const std::vector<at::Tensor>& in,
+                                    const HcParams& params,
+                                    bool head) {
+  const at::Tensor streams = in[0].contiguous(), fn = in[1].to(at::kFloat).contiguous(),
+                   base = in[2].to(at::kFloat).contiguous(),
+                   scale = in[3].to(at::kFloat).contiguous();
+  const int64_t tokens = streams.size(0), n = streams.size(1), dim = streams.size(2);
+  at::Tensor mixed = at::empty({tokens, dim}, streams.options());
+  at::Tensor post, comb;
+  if (!head) {
+    post = at::empty({tokens, n}, fn.options());
+    comb = at::empty({tokens, n, n}, fn.options());
+  }
+  const HcPreCpuParams kernel{.streams = streams.const_data_ptr(),
+                              .fn = fn.const_data_ptr<float>(),
+                              .base = base.const_data_ptr<float>(),
+                              .scale = scale.const_data_ptr<float>(),
+                              .mixed = mixed.mutable_data_ptr(),
+                              .post = head ? nullptr : post.mutable_data_ptr<float>(),
+                              .comb = head ? nullptr : comb.mutable_data_ptr<float>(),
+                              .n = n,
+                              .dim = dim,
+                              .sinkhorn_iters = params.sinkhorn_iters,
+                              .norm_eps = static_cast<float>(params.norm_eps),
+                              .hc_eps = static_cast<float>(params.hc_eps),
+                              .dtype = element_type(streams),
+                              .head = head};
+  parallel_for(tokens, 1, [&](int64_t begin, int64_t end) { hc_pre_cpu(kernel, begin, end); });
+  if (head) return {mixed};
+  return {mixed, post, comb};
+}
+
+std::vector<at::Tensor> run_post_cpu(const std::vector<at::Tensor>& in) {
+  const at::Tensor out = in[0].contiguous(), streams = in[1].contiguous(),
+                   post = in[2].contiguous(), comb = in[3].contiguous();
+  at::Tensor result = at::empty_like(streams);
+  const HcPostCpuParams kernel{.out = out.const_data_ptr(),
+                               .streams = streams.const_data_ptr(),
+                               .post = post.const_data_ptr<float>(),
+                               .comb = comb.const_data_ptr<float>(),
+                               .result = result.mutable_data_ptr(),
+                               .n = streams.size(1),
+                               .dim = streams.size(2),
+                               .dtype = element_type(streams)};
+  parallel_for(streams.size(0), 4,
+               [&](int64_t begin, int64_t end) { hc_post_cpu(kernel, begin, end); });
+  return {result};
+}
+
+bool use_kernel(const at::Tensor& streams) {
+  return use_cpu_kernel(streams) && streams.size(1) <= kHcMaxStreams;
+}
+
+}  // namespace
+
 HcPre hc_pre(const at::Tensor& streams,
              const at::Tensor& fn,
              const at::Tensor& base,
@@ -80,6 +143,16 @@ HcPre hc_pre(const at::Tensor& streams,
   check_shape(fn, {(2 + n) * n, n * dim}, "hc_pre: fn");
   check_shape(base, {(2 + n) * n}, "hc_pre: base");
   check_shape(scale, {3}, "hc_pre: scale");
+  if (use_kernel(streams)) {
+    const std::vector<at::Tensor> out = with_reference_gradient(
+        [params](const auto& in) { return run_pre_cpu(in, params, false); },
+        [params](const auto& in) {
+          const HcPre r = reference::hc_pre(in[0], in[1], in[2], in[3], params);
+          return std::vector{r.mixed, r.post, r.comb};
+        },
+        {streams, fn, base, scale});
+    return {.mixed = out[0], .post = out[1], .comb = out[2]};
+  }
   return reference::hc_pre(streams, fn, base, scale, params);
 }
 
@@ -92,6 +165,12 @@ at::Tensor hc_post(const at::Tensor& out,
   check_shape(out, {tokens, streams.size(2)}, "hc_post: out");
   check_shape(post, {tokens, n}, "hc_post: post");
   check_shape(comb, {tokens, n, n}, "hc_post: comb");
+  if (use_kernel(streams)) {
+    return with_reference_gradient(
+        run_post_cpu,
+        [](const auto& in) { return std::vector{reference::hc_post(in[0], in[1], in[2], in[3])}; },
+        {out, streams, post, comb})[0];
+  }
   return reference::hc_post(out, streams, post, comb);
 }
 
@@ -105,6 +184,14 @@ at::Tensor hc_head(const at::Tensor& streams,
   check_shape(fn, {n, n * streams.size(2)}, "hc_head: fn");
   check_shape(base, {n}, "hc_head: base");
   check_shape(scale, {1}, "hc_head: scale");
+  if (use_kernel(streams)) {
+    return with_reference_gradient(
+        [params](const auto& in) { return run_pre_cpu(in, params, true); },
+        [params](const auto& in) {
+          return std::vector{reference::hc_head(in[0], in[1], in[2], in[3], params)};
+        },
+        {streams, fn, base, scale})[0];
+  }
   return reference::hc_head(streams, fn, base, scale, params);
 }
 

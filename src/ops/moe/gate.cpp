@@ -14,7 +14,7 @@ Routing route(const at::Tensor& affinity, const at::Tensor& experts, double rout
   const at::Tensor ascending = std::get<0>(experts.sort(1));
   const at::Tensor chosen = affinity.gather(1, ascending);
   return {.experts = ascending,
-          .weights = chosen * (route_scale / chosen.sum(1, /*keepdim=*/true)),
+          .weights = chosen / chosen.sum(1, /*keepdim=*/true) * route_scale,
           .affinity = affinity};
 }
 

@@ -1,11 +1,82 @@
 #include "ops/moe/permute.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
-#include "ops/gemm/embedding.h"
+#include "base/parallel.h"
+#include "ops/moe/moe_cpu.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor sum_by_token(const at::Tensor& rows, const at::Tensor& place, int64_t tokens) {
+  const int64_t topk = place.size(0) / tokens;
+  const at::Tensor by_token = rows.index_select(0, place).reshape({tokens, topk, -1});
+  at::Tensor sum = to_compute(by_token.select(1, 0));
+  for (int64_t k = 1; k < topk; ++k) sum = sum + by_token.select(1, k);
+  return sum;
+}
+
+struct PermuteRows : torch::autograd::Function<PermuteRows> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const at::Tensor& token,
+                            const at::Tensor& place) {
+    context->save_for_backward({place});
+    context->saved_data["tokens"] = x.size(0);
+    return x.index_select(0, token);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor& grad = grad_outputs[0];
+    const at::Tensor sum = sum_by_token(grad, context->get_saved_variables()[0],
+                                        context->saved_data["tokens"].toInt());
+    return {sum.to(grad.scalar_type()), at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor run_cpu(const at::Tensor& rows, const at::Tensor& place, const at::Tensor& shared) {
+  const at::Tensor r = rows.contiguous(), s = shared.contiguous(), slots = place.contiguous();
+  at::Tensor out = at::empty_like(s);
+  const CombineCpuParams params{.rows = r.const_data_ptr(),
+                                .place = slots.const_data_ptr<int64_t>(),
+                                .shared = s.const_data_ptr(),
+                                .out = out.mutable_data_ptr(),
+                                .topk = slots.size(0) / s.size(0),
+                                .dim = s.size(1),
+                                .dtype = element_type(s)};
+  parallel_for(s.size(0), 8, [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
+  return out;
+}
+
+struct Combine : torch::autograd::Function<Combine> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& rows,
+                            const at::Tensor& shared,
+                            const at::Tensor& place,
+                            const at::Tensor& token) {
+    context->save_for_backward({token});
+    context->saved_data["type"] = static_cast<int64_t>(rows.scalar_type());
+    if (use_cpu_kernel(shared) && rows.scalar_type() == shared.scalar_type()) {
+      return run_cpu(rows, place, shared);
+    }
+    return (sum_by_token(rows, place, shared.size(0)) + to_compute(shared))
+        .to(shared.scalar_type());
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor token = context->get_saved_variables()[0];
+    const auto type = static_cast<at::ScalarType>(context->saved_data["type"].toInt());
+    return {grad_outputs[0].index_select(0, token).to(type), grad_outputs[0], at::Tensor(),
+            at::Tensor()};
+  }
+};
+
+}  // namespace
+
+constinit CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
 
 Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
   check_shape(experts, {-1, -1}, "permute: experts");
@@ -20,14 +91,15 @@ Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
           .offsets = at::searchsorted(sorted, bounds)};
 }
 
+at::Tensor permute_rows(const at::Tensor& x, const Permutation& order) {
+  check_shape(x, {order.place.size(0) * x.size(0) / order.token.size(0), -1}, "permute_rows: x");
+  return PermuteRows::apply(x, order.token, order.place);
+}
+
 at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::Tensor& shared) {
   const int64_t tokens = shared.size(0), topk = order.place.size(0) / tokens;
   check_shape(rows, {tokens * topk, shared.size(1)}, "combine: rows");
-  const at::Tensor by_token =
-      gather_rows(to_compute(rows), order.place).reshape({tokens, topk, -1});
-  at::Tensor sum = by_token.select(1, 0);
-  for (int64_t k = 1; k < topk; ++k) sum = sum + by_token.select(1, k);
-  return (sum + to_compute(shared)).to(shared.scalar_type());
+  return Combine::apply(rows, shared, order.place, order.token);
 }
 
 }  // namespace hadal::ops

@@ -19,6 +19,11 @@ struct Permutation {
 ///   experts  [tokens, topk] I64
 Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts);
 
+/// x[token] for every pair in sorted order; the gradient of a token sums its pairs in ascending
+/// expert id.
+///   x  [tokens, dim]
+at::Tensor permute_rows(const at::Tensor& x, const Permutation& order);
+
 /// sum over a token's experts, in ascending expert id, of its rows, then plus `shared`; FP32
 /// inside, one rounding.
 ///   rows    [pairs, dim] in sorted order (experts ascending within each token's slots)

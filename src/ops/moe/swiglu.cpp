@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "base/parallel.h"
+#include "ops/moe/moe_cpu.h"
 #include "ops/moe/swiglu_kernels.h"
 #include "ops/op.h"
 
@@ -84,6 +86,30 @@ at::Tensor swiglu(const at::Tensor& gate,
 
 }  // namespace reference
 
+constinit CpuSlot<void(const SwigluCpuParams&, int64_t, int64_t)> swiglu_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const at::Tensor& gate,
+                   const at::Tensor& up,
+                   const at::Tensor& weight,
+                   double limit) {
+  const at::Tensor g = gate.contiguous(), u = up.contiguous();
+  const at::Tensor w = weight.defined() ? weight.to(at::kFloat).contiguous() : weight;
+  at::Tensor out = at::empty_like(g);
+  const SwigluCpuParams params{.gate = g.const_data_ptr(),
+                               .up = u.const_data_ptr(),
+                               .weight = w.defined() ? w.const_data_ptr<float>() : nullptr,
+                               .out = out.mutable_data_ptr(),
+                               .inter = g.size(1),
+                               .limit = static_cast<float>(limit),
+                               .dtype = element_type(g)};
+  parallel_for(g.size(0), 4, [&](int64_t begin, int64_t end) { swiglu_cpu(params, begin, end); });
+  return out;
+}
+
+}  // namespace
+
 at::Tensor swiglu(const at::Tensor& gate,
                   const at::Tensor& up,
                   const at::Tensor& weight,
@@ -93,6 +119,14 @@ at::Tensor swiglu(const at::Tensor& gate,
   if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
       up.scalar_type() == gate.scalar_type()) {
     return Swiglu::apply(gate, up, weight.defined() ? weight.to(at::kFloat) : weight, limit);
+  }
+  if (use_cpu_kernel(gate)) {
+    return with_reference_gradient(
+        [limit](const auto& in) { return std::vector{run_cpu(in[0], in[1], in[2], limit)}; },
+        [limit](const auto& in) {
+          return std::vector{reference::swiglu(in[0], in[1], in[2], limit)};
+        },
+        {gate, up, weight})[0];
   }
   return reference::swiglu(gate, up, weight, limit);
 }

@@ -5,7 +5,9 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
 #include "ops/op.h"
+#include "ops/quant/round_trip_cpu.h"
 
 namespace hadal::ops {
 namespace reference {
@@ -28,9 +30,32 @@ at::Tensor hadamard(const at::Tensor& x) {
 
 }  // namespace reference
 
+constinit CpuSlot<void(const HadamardCpuParams&, int64_t, int64_t)> hadamard_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const at::Tensor& x) {
+  const at::Tensor input = x.contiguous();
+  at::Tensor out = at::empty_like(input);
+  const HadamardCpuParams params{.x = input.const_data_ptr(),
+                                 .out = out.mutable_data_ptr(),
+                                 .dim = x.size(-1),
+                                 .dtype = element_type(x)};
+  parallel_for(input.numel() / params.dim, 16,
+               [&](int64_t begin, int64_t end) { hadamard_cpu(params, begin, end); });
+  return out;
+}
+
+}  // namespace
+
 at::Tensor hadamard(const at::Tensor& x) {
   const int64_t dim = x.size(-1);
   HADAL_CHECK(dim > 0 && (dim & (dim - 1)) == 0, "hadamard: dim ", dim, " is no power of two");
+  if (use_cpu_kernel(x) && dim <= 1024) {
+    return with_reference_gradient(
+        [](const auto& in) { return std::vector{run_cpu(in[0])}; },
+        [](const auto& in) { return std::vector{reference::hadamard(in[0])}; }, {x})[0];
+  }
   return reference::hadamard(x);
 }
 

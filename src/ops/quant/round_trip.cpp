@@ -1,10 +1,13 @@
 #include "ops/quant/round_trip.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
+#include "ops/quant/round_trip_cpu.h"
 
 namespace hadal::ops {
 namespace {
@@ -67,12 +70,46 @@ at::Tensor round_to_e2m1(const at::Tensor& x) {
   return at::copysign(rounded, x);
 }
 
+constinit CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_t)> fp8_round_trip_cpu;
+constinit CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_t)> fp4_round_trip_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_t)>& kernel,
+                   const at::Tensor& x,
+                   int64_t dim,
+                   int64_t group) {
+  HADAL_CHECK(dim > 0 && dim <= x.size(-1) && dim % group == 0, "round_trip: ", dim, " of ",
+              x.sizes(), " is no multiple of the group ", group);
+  const at::Tensor input = x.detach().contiguous();
+  at::Tensor out = at::empty_like(input);
+  const RoundTripCpuParams params{.x = input.const_data_ptr(),
+                                  .out = out.mutable_data_ptr(),
+                                  .stride = x.size(-1),
+                                  .dim = dim,
+                                  .group = group,
+                                  .dtype = element_type(x)};
+  parallel_for(input.numel() / params.stride, std::max<int64_t>(1, 8192 / params.stride),
+               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  return straight_through(out, x);
+}
+
+}  // namespace
+
 at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group) {
+  if (use_cpu_kernel(x)) return run_cpu(fp8_round_trip_cpu, x, x.size(-1), group);
   return reference::fp8_round_trip(x, group);
 }
 
 at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group) {
+  if (use_cpu_kernel(x)) return run_cpu(fp4_round_trip_cpu, x, x.size(-1), group);
   return reference::fp4_round_trip(x, group);
+}
+
+at::Tensor fp8_round_trip_leading(const at::Tensor& x, int64_t dim, int64_t group) {
+  if (use_cpu_kernel(x)) return run_cpu(fp8_round_trip_cpu, x, dim, group);
+  return at::cat({fp8_round_trip(x.narrow(-1, 0, dim), group), x.narrow(-1, dim, x.size(-1) - dim)},
+                 -1);
 }
 
 }  // namespace hadal::ops

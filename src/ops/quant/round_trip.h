@@ -14,6 +14,9 @@ namespace hadal::ops {
 ///   x  [..., dim], dim divisible by group; result has x's dtype
 at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group);
 
+/// Q8_g of the first `dim` channels; the rest (a latent's rotary channels) stays.
+at::Tensor fp8_round_trip_leading(const at::Tensor& x, int64_t dim, int64_t group);
+
 /// Q4_g: E2M1 with one scale 2^ceil(log2(amax / 6)) per `group` channels, amax floored at 6 *
 /// 2^-126.
 at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group);

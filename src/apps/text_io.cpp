@@ -1,0 +1,52 @@
+#include "apps/text_io.h"
+
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+
+#include "base/check.h"
+
+namespace hadal::apps {
+namespace {
+
+bool is_standard_input(const std::string& path) { return path.empty() || path == "-"; }
+
+std::ifstream open(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  HADAL_INPUT_CHECK(file.good(), path, ": cannot be opened");
+  return file;
+}
+
+}  // namespace
+
+std::string read_input(const std::string& path) {
+  std::ifstream file;
+  if (!is_standard_input(path)) file = open(path);
+  std::istream& in = is_standard_input(path) ? std::cin : file;
+  std::string text{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path,
+                    ": cannot be read");
+  return text;
+}
+
+void for_each_line(const std::string& path,
+                   const std::function<void(const std::string& text, long number)>& line) {
+  std::ifstream file;
+  if (!is_standard_input(path)) file = open(path);
+  std::istream& in = is_standard_input(path) ? std::cin : file;
+  std::string text;
+  for (long number = 1; std::getline(in, text); ++number) {
+    if (text.find_first_not_of(" \t\r") != std::string::npos) line(text, number);
+  }
+  HADAL_INPUT_CHECK(!in.bad(), is_standard_input(path) ? "standard input" : path,
+                    ": cannot be read");
+}
+
+void write_output(std::string_view text) {
+  const size_t written = std::fwrite(text.data(), 1, text.size(), stdout);
+  HADAL_INPUT_CHECK(written == text.size() && std::fflush(stdout) == 0,
+                    "standard output: cannot be written");
+}
+
+}  // namespace hadal::apps

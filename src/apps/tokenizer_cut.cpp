@@ -1,0 +1,64 @@
+// hadal tokenizer-cut: a small tokenizer.json out of a large one and the texts it is meant for.
+#include "text/tokenizer_cut.h"
+
+#include <filesystem>
+#include <fstream>
+#include <memory>
+
+#include <CLI/CLI.hpp>
+
+#include "apps/text_commands.h"
+#include "apps/text_io.h"
+#include "base/check.h"
+
+namespace hadal::apps {
+namespace {
+
+struct Options {
+  std::string tokenizer;
+  std::string out;
+  int64_t vocab_size = 8192;
+  int64_t min_count = 5;
+  std::vector<std::string> texts;
+};
+
+int cut(const Options& options) {
+  size_t next = 0;
+  const std::string result = text::cut_tokenizer(read_input(options.tokenizer), options.tokenizer,
+                                                 {.vocab_size = options.vocab_size,
+                                                  .min_count = options.min_count,
+                                                  .added_tokens = text::chat_token_names()},
+                                                 [&](std::string& text) {
+                                                   if (next == options.texts.size()) return false;
+                                                   text = read_input(options.texts[next++]);
+                                                   return true;
+                                                 });
+  // Whole or not at all: a reader never sees half a file.
+  const std::string temporary = options.out + ".tmp";
+  std::ofstream file(temporary, std::ios::binary);
+  file << result;
+  file.close();
+  HADAL_INPUT_CHECK(file.good(), temporary, ": cannot be written");
+  std::error_code error;
+  std::filesystem::rename(temporary, options.out, error);
+  HADAL_INPUT_CHECK(!error, options.out, ": cannot be written: ", error.message());
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> define_tokenizer_cut(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  app.add_option("--tokenizer", options->tokenizer, "the large tokenizer.json")->required();
+  app.add_option("--vocab-size", options->vocab_size, "ids of the result, added tokens included")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+      ->capture_default_str();
+  app.add_option("--min-count", options->min_count, "how often a merge must occur in the texts")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--out", options->out, "file to write")->required();
+  app.add_option("text", options->texts, "plain text files")->required();
+  return [options] { return cut(*options); };
+}
+
+}  // namespace hadal::apps

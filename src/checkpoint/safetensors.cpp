@@ -1,0 +1,246 @@
+#include "checkpoint/safetensors.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <set>
+#include <span>
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/join.h"
+#include "base/json.h"
+
+namespace hadal::checkpoint {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kSingleFile = "model.safetensors";
+constexpr const char* kIndexFile = "model.safetensors.index.json";
+constexpr size_t kListed = 20;  // names in one message
+
+std::string shard_name(size_t shard, size_t count) {
+  char name[64];
+  std::snprintf(name, sizeof(name), "model-%05zu-of-%05zu.safetensors", shard + 1, count);
+  return name;
+}
+
+Dtype stored_dtype(const NamedTensor& item) {
+  const at::ScalarType type = item.tensor.scalar_type();
+  HADAL_CHECK(!item.e8m0 || type == at::kByte, "write_safetensors: ", item.name,
+              " is marked E8M0 but not of bytes");
+  switch (type) {
+    case at::kDouble:
+      return Dtype::kF64;
+    case at::kFloat:
+      return Dtype::kF32;
+    case at::kBFloat16:
+      return Dtype::kBf16;
+    case at::kHalf:
+      return Dtype::kF16;
+    case at::kFloat8_e4m3fn:
+      return Dtype::kF8E4M3;
+    case at::kFloat8_e8m0fnu:
+      return Dtype::kF8E8M0;
+    case at::kLong:
+      return Dtype::kI64;
+    case at::kInt:
+      return Dtype::kI32;
+    case at::kChar:
+      return Dtype::kI8;
+    case at::kByte:
+      return item.e8m0 ? Dtype::kF8E8M0 : Dtype::kU8;
+    case at::kBool:
+      return Dtype::kBool;
+    default:
+      throw Error(concat("write_safetensors: ", item.name, " has type ", c10::toString(type),
+                         ", which has no name in the format"));
+  }
+}
+
+}  // namespace
+
+at::ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return at::kDouble;
+    case Dtype::kF32:
+      return at::kFloat;
+    case Dtype::kBf16:
+      return at::kBFloat16;
+    case Dtype::kF16:
+      return at::kHalf;
+    case Dtype::kF8E4M3:
+      return at::kFloat8_e4m3fn;
+    case Dtype::kF8E8M0:
+    case Dtype::kU8:
+      return at::kByte;
+    case Dtype::kI64:
+      return at::kLong;
+    case Dtype::kI32:
+      return at::kInt;
+    case Dtype::kI8:
+      return at::kChar;
+    case Dtype::kBool:
+      return at::kBool;
+  }
+  throw Error(concat("scalar_type: no dtype ", static_cast<int>(dtype)));
+}
+
+TensorReader TensorReader::open(const std::string& path) {
+  TensorReader reader;
+  reader.path_ = path;
+  std::error_code ignored;
+  if (!fs::is_directory(path, ignored)) {
+    reader.add_file(path);
+    return reader;
+  }
+  if (fs::exists(path + "/" + kIndexFile, ignored)) {
+    reader.add_index(path);
+  } else {
+    HADAL_INPUT_CHECK(fs::exists(path + "/" + kSingleFile, ignored), path, ": holds neither ",
+                      kSingleFile, " nor ", kIndexFile);
+    reader.add_file(path + "/" + kSingleFile);
+  }
+  return reader;
+}
+
+void TensorReader::add_file(const std::string& path) {
+  auto file = std::make_shared<const MappedFile>(path);
+  TensorHeader header = parse_tensor_header(file->bytes(), path);
+  for (TensorInfo& info : header.tensors) {
+    const auto [it, is_new] = tensors_.try_emplace(info.name, Entry{info, files_.size()});
+    HADAL_INPUT_CHECK(is_new, path, ": tensor ", info.name, " is also in ",
+                      files_[it->second.file]->path());
+  }
+  if (files_.empty()) metadata_ = std::move(header.metadata);
+  files_.push_back(std::move(file));
+}
+
+void TensorReader::add_index(const std::string& folder) {
+  const std::string index_path = folder + "/" + kIndexFile;
+  const JsonObject index = JsonObject::load(index_path);
+  const JsonObject map = index.object("weight_map");
+  std::map<std::string, std::string> shard_of;
+  std::set<std::string> shards;
+  for (const std::string& name : map.keys()) {
+    const std::string shard = map.string(name);
+    HADAL_INPUT_CHECK(!shard.empty() && shard.find('/') == std::string::npos && shard != "..",
+                      map.where(name), ": ", json_quote(shard), " is no file name");
+    shard_of[name] = shard;
+    shards.insert(shard);
+  }
+  for (const std::string& shard : shards) add_file(folder + "/" + shard);
+
+  std::vector<std::string> wrong;
+  for (const auto& [name, shard] : shard_of) {
+    const auto it = tensors_.find(name);
+    if (it == tensors_.end() ||
+        fs::path(files_[it->second.file]->path()).filename().string() != shard)
+      wrong.push_back(name + " (not in " + shard + ")");
+  }
+  for (const auto& [name, entry] : tensors_)
+    if (!shard_of.contains(name)) wrong.push_back(name + " (not in the index)");
+  const size_t count = wrong.size();
+  wrong.resize(std::min(count, kListed));
+  HADAL_INPUT_CHECK(count == 0, index_path, ": index and shards disagree on ", count,
+                    " tensors: ", join(wrong), count > kListed ? ", ..." : "");
+}
+
+std::vector<std::string> TensorReader::names() const {
+  std::vector<std::string> result;
+  for (const auto& [name, entry] : tensors_) result.push_back(name);
+  return result;
+}
+
+std::vector<std::string> TensorReader::files() const {
+  std::vector<std::string> result;
+  for (const auto& file : files_) result.push_back(file->path());
+  return result;
+}
+
+const TensorInfo& TensorReader::info(const std::string& name) const {
+  const auto it = tensors_.find(name);
+  HADAL_INPUT_CHECK(it != tensors_.end(), path_, ": has no tensor ", name);
+  return it->second.info;
+}
+
+at::Tensor TensorReader::tensor(const std::string& name) const {
+  const TensorInfo& stored = info(name);
+  const auto options = at::TensorOptions().dtype(scalar_type(stored.dtype));
+  if (stored.num_bytes() == 0) return at::empty(stored.shape, options);
+  std::shared_ptr<const MappedFile> file = files_[tensors_.at(name).file];
+  auto* data = const_cast<std::byte*>(file->bytes().data() + stored.begin);
+  return at::from_blob(
+      data, stored.shape, [file](void*) {}, options);
+}
+
+void write_safetensors(const std::string& path,
+                       const std::vector<NamedTensor>& tensors,
+                       const Metadata& metadata) {
+  std::vector<std::pair<TensorInfo, const NamedTensor*>> order;
+  for (const NamedTensor& item : tensors)
+    order.emplace_back(TensorInfo{item.name, stored_dtype(item), item.tensor.sizes().vec(), 0, 0},
+                       &item);
+  // Largest elements first keeps every tensor aligned without padding.
+  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return dtype_bytes(a.first.dtype) > dtype_bytes(b.first.dtype);
+  });
+  std::vector<TensorInfo> infos;
+  for (const auto& [info, item] : order) infos.push_back(info);
+
+  AtomicFile file(path);
+  file.write(make_tensor_header(infos, metadata));
+  for (const auto& [info, item] : order) {
+    const at::Tensor data = item->tensor.detach().to(at::kCPU).contiguous();
+    file.write(std::span(static_cast<const std::byte*>(data.const_data_ptr()), data.nbytes()));
+  }
+  file.commit();
+}
+
+ShardWriter::ShardWriter(std::string folder, int64_t max_shard_bytes)
+    : folder_(std::move(folder)), max_shard_bytes_(max_shard_bytes) {
+  HADAL_INPUT_CHECK(max_shard_bytes_ > 0, "shard size must be positive, found ", max_shard_bytes_);
+}
+
+void ShardWriter::add(NamedTensor tensor) {
+  const auto bytes = static_cast<int64_t>(tensor.tensor.nbytes());
+  if (!pending_.empty() && pending_bytes_ + bytes > max_shard_bytes_) flush();
+  pending_.push_back(std::move(tensor));
+  pending_bytes_ += bytes;
+  total_bytes_ += bytes;
+}
+
+void ShardWriter::flush() {
+  // The number of shards is not known yet: 0 stands for it until finish().
+  write_safetensors(folder_ + "/" + shard_name(shards_.size(), 0), pending_);
+  auto& names = shards_.emplace_back();
+  for (const NamedTensor& item : pending_) names.push_back(item.name);
+  pending_.clear();
+  pending_bytes_ = 0;
+}
+
+void ShardWriter::finish() {
+  if (!pending_.empty() || shards_.empty()) flush();
+  if (shards_.size() == 1) {
+    fs::rename(folder_ + "/" + shard_name(0, 0), folder_ + "/" + kSingleFile);
+    sync_directory(folder_);
+    return;
+  }
+  JsonWriter index;
+  index.begin_object().key("metadata").begin_object().field("total_size", total_bytes_);
+  index.end_object().key("weight_map").begin_object();
+  std::map<std::string, std::string> shard_of;
+  for (size_t shard = 0; shard < shards_.size(); ++shard) {
+    const std::string name = shard_name(shard, shards_.size());
+    fs::rename(folder_ + "/" + shard_name(shard, 0), folder_ + "/" + name);
+    for (const std::string& tensor : shards_[shard]) shard_of[tensor] = name;
+  }
+  for (const auto& [tensor, shard] : shard_of) index.field(tensor, std::string_view(shard));
+  write_file_atomic(folder_ + "/" + kIndexFile, index.end_object().end_object().str());
+}
+
+}  // namespace hadal::checkpoint

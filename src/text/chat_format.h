@@ -1,0 +1,60 @@
+// Chat encoding: OpenAI-style messages to the prompt string, byte for byte as the official encoder
+// (model.md 6.1-6.5).
+//
+// Messages are JSON objects with `role` (system, developer, user, assistant, tool, latest_reminder)
+// and, by role, `content`, `reasoning_content`, `tool_calls`, `tools`, `response_format`, `task`,
+// `wo_eos`, `tool_call_id`. The prompt is meant for Tokenizer::encode: with
+// SpecialTokens::kRecognise if whoever wrote the messages may write special strings, too, else with
+// the ranges of render_chat(). All functions are pure; bad messages are InputErrors that name the
+// message.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "text/python_json.h"
+#include "text/tokenizer.h"
+
+namespace hadal::text {
+
+enum class ThinkingMode : uint8_t { kChat, kThinking };
+/// kHigh encodes as kNone; kMax adds the effort prefix, in thinking mode only.
+enum class ReasoningEffort : uint8_t { kNone, kHigh, kMax };
+
+struct ChatOptions {
+  ThinkingMode thinking_mode = ThinkingMode::kThinking;
+  ReasoningEffort effort = ReasoningEffort::kNone;
+  bool drop_thinking = true;  ///< drop the reasoning of earlier turns, unless a message has tools
+  bool add_bos = true;        ///< BOS first (never with a context)
+};
+
+/// "chat" or "thinking". Errors: InputError for anything else.
+ThinkingMode parse_thinking_mode(std::string_view name);
+/// "", "none", "high" or "max". Errors: InputError for anything else.
+ReasoningEffort parse_reasoning_effort(std::string_view name);
+
+/// A prompt, and where it holds what users and tools wrote: for Tokenizer::encode(text, user_text),
+/// which takes special strings there as ordinary text.
+struct ChatPrompt {
+  std::string text;
+  std::vector<TextRange> user_text;  ///< contents of user and tool messages; ascending
+};
+
+ChatPrompt render_chat(const PyJson& messages,
+                       const ChatOptions& options,
+                       const PyJson& context = PyJson::array());
+
+/// The prompt of a list of messages: render_chat().text.
+///   context  earlier messages whose prompt exists already: only `messages` are rendered, without
+///   BOS, but knowing them
+std::string encode_chat(const PyJson& messages,
+                        const ChatOptions& options,
+                        const PyJson& context = PyJson::array());
+
+/// The messages of a request: a list as it is, or {messages, tools} with the tools attached to the
+/// first message.
+PyJson messages_of_request(PyJson request);
+
+}  // namespace hadal::text
