@@ -80,7 +80,7 @@ __device__ void block_logits(
   }
   if (part == 0) rho[staged] = rsqrtf(squares / static_cast<float>(width) + p.norm_eps);
   static_assert(sizeof(ForwardTiles) >= sizeof(float) * kWarps * kTokens * kRows);
-  float* partial = &tiles.v[0][0];  // [warp][token][row]
+  float* partial = reinterpret_cast<float*>(&tiles);  // [warp][token][row]
   for (int t = 0; t < 4; ++t) {
     for (int r = 0; r < 6; ++r) {
       partial[(warp * kTokens + token_group + 8 * t) * kRows + row_group + 4 * r] = acc[t][r];
