@@ -39,6 +39,10 @@ function(hadal_library name)
     target_include_directories(${target}_cuda PRIVATE "${CMAKE_SOURCE_DIR}/src")
     target_compile_options(${target}_cuda PRIVATE
       $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -lineinfo --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-fPIC>)
+    if(NOT TARGET hadal_kernels)
+      add_custom_target(hadal_kernels)
+    endif()
+    add_dependencies(hadal_kernels ${target}_cuda)
     # HADAL_CUDA=compile only proves that the kernels compile; the program stays a CPU build.
     if(HADAL_CUDA STREQUAL "ON")
       list(APPEND objects $<TARGET_OBJECTS:${target}_cuda>)

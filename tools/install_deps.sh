@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
 # Installs what hadal needs to build and run: system packages (Debian 12, Ubuntu 24.04) and LibTorch
 # (headers and libraries of the PyPI wheel, unpacked under .deps/; no Python is used at run time).
-# Safe to repeat; does nothing when everything is there. `--check` only reports.
+# Safe to repeat; does nothing when everything is there. `--check` only reports; `--tools` installs what only checks and
+# fuzzers need (clang-format, clang 19).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 check_only=0
 [ "${1:-}" = "--check" ] && check_only=1
+tools_only=0
+[ "${1:-}" = "--tools" ] && tools_only=1
 
 packages=(g++ cmake make ninja-build ccache mold git unzip xz-utils python3 python3-pip
   nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev liblzma-dev libzstd-dev
   libgtest-dev libbenchmark-dev)
+
+if [ $tools_only -eq 1 ]; then
+  packages=(clang-format clang-19 libclang-rt-19-dev)
+fi
 
 torch_version=2.11.0
 cuda_runtime_version=13.0.96
@@ -46,6 +53,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     exit 2
   fi
 fi
+
+[ $tools_only -eq 1 ] && exit 0
 
 # --- LibTorch --------------------------------------------------------------------------------------
 if [ -e "$torch_dir/.complete" ]; then

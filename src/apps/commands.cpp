@@ -4,8 +4,22 @@
 
 namespace hadal::apps {
 
+std::function<int()> define_verify(CLI::App& app);
+std::function<int()> define_logits(CLI::App& app);
+std::function<int()> define_inspect(CLI::App& app);
+std::function<int()> define_plan(CLI::App& app);
+
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
+      {"verify", "compare a checkpoint's outputs with recorded ones",
+       "  hadal verify tests/golden/ideal --gradients", define_verify},
+      {"logits", "logits of every position of given token ids",
+       "  hadal logits --model DIR --ids ids.safetensors --out logits.safetensors --chunk 64",
+       define_logits},
+      {"inspect", "layers, parameters and bytes of a checkpoint or config",
+       "hadal inspect --config config.json", define_inspect},
+      {"plan", "FLOPs and KV bytes per token against V3.2",
+       "hadal plan --config config.json --context 1000000 --svg cost.svg", define_plan},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

@@ -150,10 +150,6 @@ TensorHeader parse_tensor_header(std::span<const std::byte> file, const std::str
               return std::tie(a.begin, a.end, a.name) < std::tie(b.begin, b.end, b.name);
             });
   check_tiling(result.tensors, data_begin, file_bytes, origin);
-  for (const TensorInfo& tensor : result.tensors)
-    HADAL_INPUT_CHECK(tensor.begin % dtype_bytes(tensor.dtype) == 0 || tensor.num_bytes() == 0,
-                      origin, ": ", tensor.name, " is misaligned: ", dtype_name(tensor.dtype),
-                      " at byte ", tensor.begin);
   return result;
 }
 

@@ -34,6 +34,8 @@ struct TensorInfo {
   int64_t end = 0;    ///< one past the last byte
 
   int64_t num_bytes() const { return end - begin; }
+  /// The format promises no alignment, and files that have none exist.
+  bool is_aligned() const { return begin % dtype_bytes(dtype) == 0; }
   int64_t num_elements() const { return num_bytes() / dtype_bytes(dtype); }
   bool operator==(const TensorInfo&) const = default;
 };

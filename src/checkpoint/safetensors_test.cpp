@@ -116,6 +116,19 @@ TEST_F(SafetensorsTest, ErrorsNameWhatIsMissing) {
   EXPECT_FALSE(fs::exists(path("y")));
 }
 
+TEST_F(SafetensorsTest, MisalignedTensorsAreRead) {
+  const at::Tensor data = at::arange(4, at::kFloat);
+  const std::string json = R"({"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})";
+  for (size_t pad = 0; pad < 4; ++pad) {
+    std::string file(8, '\0');
+    file[0] = static_cast<char>(json.size() + pad);
+    file += json + std::string(pad, ' ');
+    file.append(static_cast<const char*>(data.const_data_ptr()), 16);
+    write_file_atomic(path("x"), file);
+    expect_same(TensorReader::open(path("x")).tensor("a"), data);
+  }
+}
+
 TEST_F(SafetensorsTest, GoldenCheckpointsAreReadable) {
   const std::string golden = HADAL_SOURCE_DIR "/../shared/golden";
   if (!fs::exists(golden)) GTEST_SKIP() << "golden is absent";

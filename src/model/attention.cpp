@@ -115,15 +115,16 @@ IndexerStep run_indexer(const Indexer& indexer,
   const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
   IndexerStep step;
-  if (context.on_index_loss) {
+  if (context.on_index_loss || context.on_selection) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
-    if (selects)
+    if (selects) {
       step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
+    }
   } else {
     step.selection =
         ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
   }
-  if (context.on_selection && step.selection.defined()) context.on_selection(block, step.selection);
+  if (context.on_selection && selects) context.on_selection(block, step.selection, step.scores);
   return step;
 }
 
@@ -180,9 +181,11 @@ at::Tensor attention_forward(const Attention& attn,
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
   const int64_t group_width = config.heads_per_group() * config.head_dim;
-  const at::Tensor grouped = ops::group_linear(
-      out.reshape({tokens, config.o_groups, group_width}),
-      attn.wo_a.operand(numerics).reshape({config.o_groups, config.o_lora_rank, group_width}));
+  const at::Tensor wo_a = attn.wo_a.operand(numerics);
+  const at::Tensor grouped =
+      ops::group_linear(out.reshape({tokens, config.o_groups, group_width}),
+                        wo_a.reshape({config.o_groups, config.o_lora_rank, group_width}),
+                        wo_a.is_same(attn.wo_a.value) ? attn.wo_a.panels() : nullptr);
   return apply_linear(attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics),
                       numerics);
 }

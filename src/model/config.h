@@ -1,8 +1,9 @@
-// ModelConfig: the hyper-parameters of a DeepSeek-V4 model, under the names of the official inference config
-// (ModelArgs); config.json's Hugging Face spelling is mapped on reading (docs/notation.md has the table).
+// ModelConfig: the hyper-parameters of a DeepSeek-V4 model, under the names of the official
+// inference config (ModelArgs); config.json's Hugging Face spelling is mapped on reading
+// (docs/notation.md has the table).
 //
-// Architectures are facts: the released ones are functions in model/presets.h, anything else is read from a
-// checkpoint's config.json. Values that follow from others are functions, not fields.
+// Architectures are facts: the released ones are functions in model/presets.h, anything else is
+// read from a checkpoint's config.json. Values that follow from others are functions, not fields.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 
 namespace hadal::model {
 
-/// What a layer's compression ratio makes of it (model.md section 0): 0 window only, 4 CSA, anything else HCA.
+/// What a layer's compression ratio makes of it (model.md section 0): 0 window only, 4 CSA,
+/// anything else HCA.
 enum class LayerKind { kWindow, kCsa, kHca };
 
 /// Storage of the routed experts' matrices.
@@ -30,10 +32,11 @@ struct ModelConfig {
   int64_t o_groups = 0;
   int64_t o_lora_rank = 0;
   int64_t window_size = 0;
-  std::vector<int64_t> compress_ratios;  ///< [n_layers + n_mtp_layers]; the last belongs to the MTP block
-  double rope_theta = 10000.0;           ///< layers with ratio 0
-  double compress_rope_theta = 0.0;      ///< layers with ratio > 0
-  double rope_factor = 16.0;             ///< YaRN, layers with ratio > 0 only
+  std::vector<int64_t>
+      compress_ratios;          ///< [n_layers + n_mtp_layers]; the last belongs to the MTP block
+  double rope_theta = 10000.0;  ///< layers with ratio 0
+  double compress_rope_theta = 0.0;  ///< layers with ratio > 0
+  double rope_factor = 16.0;         ///< YaRN, layers with ratio > 0 only
   double beta_fast = 32.0;
   double beta_slow = 1.0;
   int64_t original_seq_len = 0;
@@ -53,7 +56,8 @@ struct ModelConfig {
   int64_t max_position_embeddings = 0;
   int64_t bos_token_id = 0;
   int64_t eos_token_id = 1;
-  /// False for a checkpoint without quantization_config: every matrix is stored in BF16 (or F32) without scales.
+  /// False for a checkpoint without quantization_config: every matrix is stored in BF16 (or F32)
+  /// without scales.
   bool quantized = false;
   ExpertDtype expert_dtype = ExpertDtype::kBf16;
 
@@ -61,7 +65,9 @@ struct ModelConfig {
   int64_t n_blocks() const { return n_layers + n_mtp_layers; }
   int64_t ratio(int64_t block) const { return compress_ratios.at(static_cast<size_t>(block)); }
   LayerKind kind(int64_t block) const {
-    return ratio(block) == 0 ? LayerKind::kWindow : ratio(block) == 4 ? LayerKind::kCsa : LayerKind::kHca;
+    return ratio(block) == 0   ? LayerKind::kWindow
+           : ratio(block) == 4 ? LayerKind::kCsa
+                               : LayerKind::kHca;
   }
   /// Blocks that a pooled entry draws from: CSA overlaps with the previous block.
   static int64_t overlap(int64_t ratio) { return ratio == 4 ? 2 : 1; }
@@ -73,15 +79,18 @@ struct ModelConfig {
 
   bool operator==(const ModelConfig&) const = default;
 
-  /// Throws InputError naming the keys when values are outside sane ranges or contradict each other.
+  /// Throws InputError naming the keys when values are outside sane ranges or contradict each
+  /// other.
   void validate() const;
-  /// Throws InputError unless the `released` numerics can run this shape: head_dim - rope_head_dim divisible by 64,
-  /// index_head_dim by 32, and the input size of every quantised matrix by 128 (model.md section 0).
+  /// Throws InputError unless the `released` numerics can run this shape: head_dim - rope_head_dim
+  /// divisible by 64, index_head_dim by 32, and the input size of every quantised matrix by 128
+  /// (model.md section 0).
   void check_released() const;
 };
 
-/// Reads an official config.json. Missing required keys, contradictions and unimplemented variants are InputErrors
-/// that name the keys; unknown keys are listed once as a warning. `origin` names the source in messages.
+/// Reads an official config.json. Missing required keys, contradictions and unimplemented variants
+/// are InputErrors that name the keys; unknown keys are listed once as a warning. `origin` names
+/// the source in messages.
 ModelConfig parse_config(const std::string& json_text, const std::string& origin);
 /// The same for a file or for the config.json of a directory.
 ModelConfig load_config(const std::string& path);

@@ -29,7 +29,9 @@ struct ForwardContext {
 
   /// Observers, all optional.
   std::function<void(int64_t block, const at::Tensor& streams)> on_block;
-  std::function<void(int64_t block, const at::Tensor& selection)> on_selection;
+  /// A CSA layer's choice [tokens, k] and the scores [tokens, columns] it was made from.
+  std::function<void(int64_t block, const at::Tensor& selection, const at::Tensor& scores)>
+      on_selection;
   std::function<void(int64_t block, const ops::Routing& routing)> on_routing;
   /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a
   /// visible block; asked for in training only.

@@ -26,7 +26,8 @@ ContiguousKv::ContiguousKv(const ModelConfig& config,
       max_tokens_(max_tokens),
       slack_(slack),
       device_(device),
-      lengths_(static_cast<size_t>(slots), 0) {
+      lengths_(static_cast<size_t>(slots), 0),
+      furthest_(static_cast<size_t>(slots), 0) {
   HADAL_CHECK(slots >= 1 && max_tokens >= 1 && slack >= 0, "contiguous_kv: ", slots, " slots of ",
               max_tokens, " tokens, slack ", slack);
   const at::ScalarType state = dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -56,13 +57,20 @@ ContiguousKv::ContiguousKv(const ModelConfig& config,
   }
 }
 
-void ContiguousKv::reset(int64_t slot) { lengths_.at(static_cast<size_t>(slot)) = 0; }
+void ContiguousKv::reset(int64_t slot) {
+  lengths_.at(static_cast<size_t>(slot)) = 0;
+  furthest_.at(static_cast<size_t>(slot)) = 0;
+}
+
+int64_t ContiguousKv::rollback_floor(int64_t slot) const {
+  return std::max<int64_t>(0, furthest_.at(static_cast<size_t>(slot)) - slack_);
+}
 
 void ContiguousKv::rollback(int64_t slot, int64_t length) {
   int64_t& current = lengths_.at(static_cast<size_t>(slot));
-  HADAL_CHECK(length >= 0 && length <= current && current - length <= slack_,
+  HADAL_CHECK(length <= current && length >= rollback_floor(slot),
               "contiguous_kv: cannot roll slot ", slot, " back from ", current, " to ", length,
-              " tokens, slack ", slack_);
+              " tokens; the shortest kept is ", rollback_floor(slot));
   current = length;
 }
 
@@ -83,7 +91,9 @@ ops::Batch ContiguousKv::begin(const std::vector<int64_t>& slots,
 
 void ContiguousKv::advance() {
   for (size_t i = 0; i < active_.size(); ++i) {
-    lengths_[static_cast<size_t>(active_[i])] += active_lengths_[i];
+    const auto slot = static_cast<size_t>(active_[i]);
+    lengths_[slot] += active_lengths_[i];
+    furthest_[slot] = std::max(furthest_[slot], lengths_[slot]);
   }
 }
 

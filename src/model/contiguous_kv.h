@@ -35,8 +35,10 @@ class ContiguousKv : public KvAccess {
   int64_t length(int64_t slot) const { return lengths_.at(static_cast<size_t>(slot)); }
   /// Empties a slot for another sequence.
   void reset(int64_t slot);
-  /// Forgets all tokens from position `length` on. Throws Error when more than `slack` would be
-  /// taken back.
+  /// The shortest length that rollback() may still return to: rings keep `slack` positions more
+  /// than the model needs, counted from the furthest position ever written.
+  int64_t rollback_floor(int64_t slot) const;
+  /// Forgets all tokens from position `length` on. Throws Error below rollback_floor().
   void rollback(int64_t slot, int64_t length);
 
   /// The next pass runs `lengths[i]` tokens of slot slots[i]; returns the batch for it.
@@ -63,7 +65,7 @@ class ContiguousKv : public KvAccess {
   ModelConfig config_;
   int64_t num_slots_, max_tokens_, slack_;
   at::Device device_;
-  std::vector<int64_t> lengths_;
+  std::vector<int64_t> lengths_, furthest_;
   std::map<std::pair<int64_t, RingKind>, Ring> rings_;
   std::map<std::pair<int64_t, BlockKind>, Rows> blocks_;
   std::vector<int64_t> active_, active_lengths_;

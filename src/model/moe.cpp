@@ -31,7 +31,9 @@ at::Tensor moe_forward(const Moe& moe,
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
-    return ops::grouped_linear(input, w.operand(numerics), order.offsets, w.role);
+    const at::Tensor operand = w.operand(numerics);
+    return ops::grouped_linear(input, operand, order.offsets, w.role,
+                               operand.is_same(w.value) ? w.panels() : nullptr);
   };
   const at::Tensor hidden = ops::swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows),
                                         weights, config.swiglu_limit);

@@ -50,8 +50,24 @@ at::Tensor Parameter::operand(ops::Numerics numerics) const {
   return ops::straight_through(official_rounding(value.detach(), storage), value);
 }
 
+const ops::Panels* Parameter::panels() const {
+  const bool fixed = !value.requires_grad() && value.is_cpu() &&
+                     (value.scalar_type() == at::kBFloat16 || value.scalar_type() == at::kFloat);
+  if (!fixed) return nullptr;
+  if (!packed || !packed_value.is_same(value)) {
+    const at::Tensor matrices = units > 1 && kind == ParamKind::kGroups
+                                    ? value.reshape({units, -1, value.size(-1)})
+                                    : value;
+    packed = std::make_shared<ops::Panels>(ops::pack_panels(matrices));
+    packed_value = value;
+  }
+  return packed.get();
+}
+
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
-  return ops::linear(x, w.operand(numerics), w.role);
+  const at::Tensor operand = w.operand(numerics);
+  // Packed panels hold the values themselves; a master that is rounded on the way is packed anew.
+  return ops::linear(x, operand, w.role, operand.is_same(w.value) ? w.panels() : nullptr);
 }
 
 }  // namespace hadal::model

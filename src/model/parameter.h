@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,9 @@ struct Parameter {
   int64_t units = 1;
   at::Tensor value;  ///< dense values; undefined until initialised or loaded
 
+  mutable std::shared_ptr<ops::Panels> packed;  ///< see panels()
+  mutable at::Tensor packed_value;              ///< the value that `packed` was made of
+
   bool is_matrix() const {
     return kind == ParamKind::kMatrix || kind == ParamKind::kGroups || kind == ParamKind::kExperts;
   }
@@ -55,6 +59,10 @@ struct Parameter {
   /// the values that the official storage would hold, with a straight-through gradient, when the
   /// values are FP32 masters.
   at::Tensor operand(ops::Numerics numerics) const;
+
+  /// The operand packed for the CPU kernel, made once; null for masters under training, which
+  /// change every step.
+  const ops::Panels* panels() const;
 };
 
 /// y = x w^T with the parameter's role; x already through ops::quantise_input.

@@ -44,7 +44,9 @@ class Declare {
             .storage = storage,
             .shape = std::move(shape),
             .units = units,
-            .value = {}};
+            .value = {},
+            .packed = {},
+            .packed_value = {}};
   }
   Parameter norm(const std::string& name, int64_t width) const {
     return make(name, ParamKind::kNorm, Storage::kBf16, {width});

@@ -13,8 +13,11 @@ float read(const uint16_t* p) { return cpu::bf16_to_float(*p); }
 void write(float* p, float x) { *p = x; }
 void write(uint16_t* p, float x) { *p = cpu::float_to_bf16(x); }
 
+/// Not vectorised by the compiler: g++ turns this pattern into fused multiply-add-subtract on AVX
+/// even with -ffp-contract=off, and the bits would differ from the portable build.
 template <typename T>
-void rotate_tokens(const RopeCpuParams& p, int64_t begin, int64_t end) {
+__attribute__((optimize("no-tree-vectorize", "no-tree-slp-vectorize"))) void rotate_tokens(
+    const RopeCpuParams& p, int64_t begin, int64_t end) {
   const int64_t plain = p.dim - p.rope_dim;
   for (int64_t token = begin; token < end; ++token) {
     const float* table = p.cos_sin + token * p.rope_dim;

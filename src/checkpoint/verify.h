@@ -1,0 +1,40 @@
+// Comparison of a checkpoint's outputs with recorded ones: any directory laid out as config.json,
+// model.safetensors, expected.safetensors and perhaps grad.safetensors (docs/numerics.md lists the
+// keys).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/op.h"
+
+namespace hadal::checkpoint {
+
+struct VerifyOptions {
+  std::string folder;
+  std::string expected;  ///< empty: expected.safetensors in the folder
+  std::optional<ops::Numerics> numerics;
+  bool gradients = false;
+  std::optional<double>
+      max_abs;  ///< of *.logits and layers.*.out; default 2e-5 in ideal, none in released
+};
+
+/// One key: what was compared and whether it holds.
+struct VerifyLine {
+  std::string key;
+  int64_t count = 0;
+  double max = 0.0, mean = 0.0;
+  std::optional<double> agreement;  ///< share of equal entries, rows or choices
+  std::string note;
+  bool pass = true;
+  bool skipped = false;
+};
+
+/// Runs prefill, decode and MTP (and gradients) and reports each key as it is done. InputError for
+/// unusable files.
+void verify(const VerifyOptions& options, const std::function<void(const VerifyLine&)>& report);
+
+}  // namespace hadal::checkpoint
