@@ -6,7 +6,11 @@
 namespace hadal::ops {
 namespace {
 
-using namespace cuda;
+using cuda::as_stream;
+using cuda::blocks_for;
+using cuda::check_launch;
+using cuda::from_float;
+using cuda::to_float;
 
 // reference: (even cos - odd sin, even sin + odd cos) on the last rope_dim channels
 template <typename T>

@@ -7,7 +7,13 @@
 namespace hadal::ops {
 namespace {
 
-using namespace cuda;
+using cuda::as_stream;
+using cuda::blocks_for;
+using cuda::check_launch;
+using cuda::dot4;
+using cuda::load4;
+using cuda::store4;
+using cuda::warp_sum;
 using hc::kCells;
 using hc::kStreams;
 

@@ -6,7 +6,12 @@
 namespace hadal::ops {
 namespace {
 
-using namespace cuda;
+using cuda::as_stream;
+using cuda::blocks_for;
+using cuda::check_launch;
+using cuda::load4;
+using cuda::store4;
+using cuda::warp_sum;
 constexpr int kWarps = 8;
 
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -6,7 +6,16 @@
 namespace hadal::ops {
 namespace {
 
-using namespace cuda;
+using cuda::as_stream;
+using cuda::blocks_for;
+using cuda::check_launch;
+using cuda::dot4;
+using cuda::load4;
+using cuda::round_to;
+using cuda::store4;
+using cuda::sum_parts;
+using cuda::to_float;
+using cuda::warp_sum;
 constexpr int kWarps = 8;
 
 // reference: y = weight * (x * rsqrt(mean(x^2) + eps))

@@ -6,7 +6,11 @@
 namespace hadal::ops {
 namespace {
 
-using namespace cuda;
+using cuda::as_stream;
+using cuda::blocks_for;
+using cuda::check_launch;
+using cuda::load4;
+using cuda::store4;
 
 constexpr int kThreads = 256;
 
