@@ -45,6 +45,14 @@ TEST_P(RowOps, Swiglu) {
       {gate, up, weight}, tolerance(), 3.0 * static_cast<double>(gate.nbytes()));
 }
 
+TEST_P(RowOps, SwigluWithoutWeight) {
+  const at::Tensor gate = random({65536, 256}) * 4, up = random({65536, 256}) * 4;
+  hadal::testing::check_gpu_case(
+      name("swiglu, no weight"),
+      [](const auto& in) { return std::vector{swiglu(in[0], in[1], at::Tensor(), 7.0)}; },
+      {gate, up}, tolerance(), 3.0 * static_cast<double>(gate.nbytes()));
+}
+
 TEST_P(RowOps, Rope) {
   const at::Tensor x = random({65536, 6, 128});
   const at::Tensor angle = random({65536, 32}).to(at::kFloat);

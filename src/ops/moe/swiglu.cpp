@@ -1,5 +1,7 @@
 #include "ops/moe/swiglu.h"
 
+#include <optional>
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -22,15 +24,15 @@ const float* float_data(const at::Tensor& x) {
   return x.defined() ? x.const_data_ptr<float>() : nullptr;
 }
 
-/// The CUDA kernels; weight FP32 or undefined.
+/// The CUDA kernels; weight FP32 or absent (autograd's functions take no undefined tensor).
 struct Swiglu : torch::autograd::Function<Swiglu> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& gate_any,
                             const at::Tensor& up_any,
-                            const at::Tensor& weight_any,
+                            const std::optional<at::Tensor>& weight_any,
                             double limit) {
     const at::Tensor gate = kernel_input(gate_any), up = kernel_input(up_any);
-    const at::Tensor weight = kernel_input(weight_any);
+    const at::Tensor weight = kernel_input(weight_any.value_or(at::Tensor()));
     const at::Tensor out = at::empty_like(gate);
     swiglu_cuda({.gate = gate.const_data_ptr(),
                  .up = up.const_data_ptr(),
@@ -118,7 +120,9 @@ at::Tensor swiglu(const at::Tensor& gate,
   if (weight.defined()) check_shape(weight, {gate.size(0)}, "swiglu: weight");
   if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
       up.scalar_type() == gate.scalar_type()) {
-    return Swiglu::apply(gate, up, weight.defined() ? weight.to(at::kFloat) : weight, limit);
+    std::optional<at::Tensor> w;
+    if (weight.defined()) w = weight.to(at::kFloat);
+    return Swiglu::apply(gate, up, w, limit);
   }
   if (use_cpu_kernel(gate)) {
     return with_reference_gradient(

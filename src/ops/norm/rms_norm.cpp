@@ -1,6 +1,7 @@
 #include "ops/norm/rms_norm.h"
 
 #include <algorithm>
+#include <optional>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -27,14 +28,15 @@ bool use_kernel(const at::Tensor& x) {
   return use_cuda_kernel(x) && rms_norm_cuda && rms_norm_backward_cuda && x.size(-1) % 4 == 0;
 }
 
-/// The CUDA kernels; weight FP32 or undefined.
+/// The CUDA kernels; weight FP32 or absent (autograd's functions take no undefined tensor).
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& x_any,
-                            const at::Tensor& weight_any,
+                            const std::optional<at::Tensor>& weight_any,
                             double eps,
                             bool released) {
-    const at::Tensor x = kernel_input(x_any), weight = kernel_input(weight_any);
+    const at::Tensor x = kernel_input(x_any),
+                     weight = kernel_input(weight_any.value_or(at::Tensor()));
     const int64_t dim = x.size(-1), rows = x.numel() / dim;
     const at::Tensor out = at::empty_like(x);
     const at::Tensor rstd = at::empty({rows}, x.options().dtype(at::kFloat));
@@ -128,7 +130,7 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bo
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
-  if (use_kernel(x)) return RmsNorm::apply(x, weight.to(at::kFloat), eps, false);
+  if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
     return with_reference_gradient(
         [eps](const auto& in) { return std::vector{run_cpu(in[0], in[1], eps, false)}; },
@@ -142,7 +144,7 @@ at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   check_shape(x, {-1, -1, -1}, "head_norm: x");
   // The gradient of the released chain is that of the FP32 norm: its roundings pass it through.
   if (use_kernel(x)) {
-    return RmsNorm::apply(x, at::Tensor(), eps, numerics == Numerics::kReleased);
+    return RmsNorm::apply(x, std::optional<at::Tensor>(), eps, numerics == Numerics::kReleased);
   }
   if (use_cpu_kernel(x)) {
     const bool chain = numerics == Numerics::kReleased && x.scalar_type() == at::kBFloat16;
