@@ -8,6 +8,7 @@ namespace hadal::ops {
 namespace {
 
 using cuda::as_stream;
+using cuda::axpy4;
 using cuda::blocks_for;
 using cuda::check_launch;
 using cuda::dot4;
@@ -19,9 +20,6 @@ using hc::kStreams;
 
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 
-__device__ inline float4 axpy4(float a, float4 x, float4 y) {
-  return make_float4(fmaf(a, x.x, y.x), fmaf(a, x.y, y.y), fmaf(a, x.z, y.z), fmaf(a, x.w, y.w));
-}
 __device__ inline float4 scale4(float a, float4 x) {
   return make_float4(a * x.x, a * x.y, a * x.z, a * x.w);
 }

@@ -8,6 +8,7 @@ namespace hadal::ops {
 namespace {
 
 using cuda::as_stream;
+using cuda::axpy4;
 using cuda::blocks_for;
 using cuda::check_launch;
 using cuda::dot4;
@@ -26,9 +27,6 @@ constexpr int kSums = kRows + 3;    // d_base and d_scale
 constexpr int kFactors = kStreams + 1;
 constexpr int kBackwardTokens = 64;  // tokens of a block, streams' gradient
 
-__device__ inline float4 axpy4(float a, float4 x, float4 y) {
-  return make_float4(fmaf(a, x.x, y.x), fmaf(a, x.y, y.y), fmaf(a, x.z, y.z), fmaf(a, x.w, y.w));
-}
 __device__ inline float4 zero4() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 
 /// Channels [first, first + kChunk) of all rows of fn; zeros beyond the width.
