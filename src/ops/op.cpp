@@ -141,6 +141,17 @@ bool use_cpu_kernel(const at::Tensor& x) {
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
+bool use_cuda_kernel(const at::Tensor& x) {
+  return !force_reference && x.is_cuda() && x.numel() > 0 &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+
+at::Tensor kernel_input(const at::Tensor& x) {
+  if (!x.defined()) return x;
+  const at::Tensor dense = x.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
 ElementType element_type(const at::Tensor& x) {
   HADAL_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "kernel: expected FP32 or BF16, found ", x.scalar_type());

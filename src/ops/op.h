@@ -13,8 +13,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "base/fwd.h"
-#include "ops/cpu/element_type.h"
+#include "ops/kernel_types.h"
 
 namespace hadal::ops {
 
@@ -49,6 +48,12 @@ bool reference_forced();
 
 /// True when the CPU kernels serve these tensors: on the CPU, FP32 or BF16, no ReferenceGuard.
 bool use_cpu_kernel(const at::Tensor& x);
+
+/// True when the CUDA kernels may serve this tensor: on a GPU, FP32 or BF16, not empty, no
+/// ReferenceGuard.
+bool use_cuda_kernel(const at::Tensor& x);
+/// x as the CUDA kernels read it: contiguous and aligned to 16 bytes; undefined stays undefined.
+at::Tensor kernel_input(const at::Tensor& x);
 
 /// The kernels' name of a tensor's type; FP32 or BF16.
 ElementType element_type(const at::Tensor& x);

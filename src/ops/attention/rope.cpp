@@ -5,13 +5,57 @@
 #include <numbers>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/attention/rope_cpu.h"
+#include "ops/attention/rope_kernels.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
+
+constinit KernelSlot<void(const RopeParams&, Stream)> rope_cuda;
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor rotate_on_gpu(const at::Tensor& x_any, const at::Tensor& cos_sin, bool inverse) {
+  const at::Tensor x = kernel_input(x_any);
+  const at::Tensor out = at::empty_like(x);
+  rope_cuda({.x = x.const_data_ptr(),
+             .cos_sin = cos_sin.const_data_ptr<float>(),
+             .out = out.data_ptr(),
+             .tokens = x.size(0),
+             .heads = x.numel() / (x.size(0) * x.size(-1)),
+             .dim = x.size(-1),
+             .rope_dim = cos_sin.size(1) * 2,
+             .inverse = inverse,
+             .type = element_type(x)},
+            current_stream(x));
+  return out;
+}
+
+/// The CUDA kernel; the gradient of a rotation is the inverse rotation.
+struct Rope : torch::autograd::Function<Rope> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const at::Tensor& cos_sin,
+                            bool inverse) {
+    context->save_for_backward({cos_sin});
+    context->saved_data["inverse"] = inverse;
+    return rotate_on_gpu(x, cos_sin, inverse);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor cos_sin = context->get_saved_variables()[0];
+    const bool inverse = context->saved_data["inverse"].toBool();
+    return {rotate_on_gpu(grad_outputs[0], cos_sin, !inverse), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
 
 RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
   HADAL_CHECK(rope_dim > 0 && rope_dim % 2 == 0, "rope: rope_dim ", rope_dim, " is not even");
@@ -131,6 +175,9 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
   check_shape(cos_sin, {x.size(0), -1, 2}, "rope: cos_sin");
   HADAL_CHECK(cos_sin.size(1) * 2 <= x.size(-1), "rope: rotates ", cos_sin.size(1) * 2,
               " channels of ", x.size(-1));
+  if (use_cuda_kernel(x) && rope_cuda && x.size(-1) % 2 == 0) {
+    return Rope::apply(x, kernel_input(cos_sin.to(at::kFloat)), inverse);
+  }
   if (use_cpu_kernel(x)) {
     return with_reference_gradient(
         [inverse](const auto& in) { return std::vector{run_cpu(in[0], in[1], inverse)}; },

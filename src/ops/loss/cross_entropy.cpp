@@ -1,11 +1,17 @@
 #include "ops/loss/cross_entropy.h"
 
+#include <algorithm>
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "ops/loss/cross_entropy_kernels.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
+
+constinit KernelSlot<void(const CrossEntropyParams&, Stream)> cross_entropy_cuda;
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -46,6 +52,56 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   }
 };
 
+bool use_cuda(const at::Tensor& hidden, const at::Tensor& head) {
+  return use_cuda_kernel(hidden) && cross_entropy_cuda && hidden.scalar_type() == at::kBFloat16 &&
+         head.scalar_type() == at::kBFloat16 && head.size(0) % 4 == 0;
+}
+
+/// BF16 operands: FP32 logits out of the library's GEMM, then one kernel for the loss and the
+/// logits' gradient in BF16, whose two products with head and hidden follow at once. The head's
+/// gradient adds up over chunks in FP32, in order.
+struct LinearCrossEntropyCuda : torch::autograd::Function<LinearCrossEntropyCuda> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& hidden_any,
+                            const at::Tensor& head_any,
+                            const at::Tensor& targets_any,
+                            int64_t chunk,
+                            bool with_gradients) {
+    const at::Tensor hidden = hidden_any.contiguous(), head = head_any.contiguous(),
+                     targets = targets_any.to(at::kLong).contiguous();
+    const int64_t tokens = hidden.size(0), vocab = head.size(0);
+    const at::Tensor loss = at::empty({tokens}, hidden.options().dtype(at::kFloat));
+    at::Tensor grad_hidden, grad_head;
+    if (with_gradients) grad_hidden = at::empty_like(hidden);
+    for (int64_t begin = 0; begin < tokens; begin += chunk) {
+      const int64_t count = std::min(chunk, tokens - begin);
+      const at::Tensor h = hidden.narrow(0, begin, count);
+      const at::Tensor logits = at::mm(h, head.t(), at::kFloat);
+      at::Tensor grad;
+      if (with_gradients) grad = at::empty({count, vocab}, hidden.options());
+      cross_entropy_cuda({.logits = logits.const_data_ptr<float>(),
+                          .targets = targets.const_data_ptr<int64_t>() + begin,
+                          .loss = loss.mutable_data_ptr<float>() + begin,
+                          .grad = with_gradients ? grad.mutable_data_ptr() : nullptr,
+                          .rows = count,
+                          .vocab = vocab},
+                         current_stream(hidden));
+      if (!with_gradients) continue;
+      at::Tensor rows = grad_hidden.narrow(0, begin, count);
+      at::mm_out(rows, grad, head);
+      const at::Tensor share = at::mm(grad.t(), h, at::kFloat);
+      grad_head = grad_head.defined() ? grad_head.add_(share) : share;
+    }
+    if (with_gradients) context->save_for_backward({grad_hidden, grad_head.to(head.scalar_type())});
+    return loss.sum();
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    return {saved[0] * grad_outputs[0], saved[1] * grad_outputs[0], at::Tensor(), at::Tensor(),
+            at::Tensor()};
+  }
+};
+
 }  // namespace
 
 namespace reference {
@@ -69,6 +125,11 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden,
   check_shape(head, {-1, hidden.size(1)}, "linear_cross_entropy: head");
   check_shape(targets, {hidden.size(0)}, "linear_cross_entropy: targets");
   if (reference_forced()) return reference::linear_cross_entropy(hidden, head, targets);
+  if (use_cuda(hidden, head)) {
+    const bool with_gradients =
+        at::GradMode::is_enabled() && (hidden.requires_grad() || head.requires_grad());
+    return LinearCrossEntropyCuda::apply(hidden, head, targets, chunk, with_gradients);
+  }
   return LinearCrossEntropy::apply(hidden, head, targets, chunk);
 }
 

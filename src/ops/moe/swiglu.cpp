@@ -1,12 +1,78 @@
 #include "ops/moe/swiglu.h"
 
+#include <optional>
+
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
+#include "ops/moe/swiglu_kernels.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
+
+constinit KernelSlot<void(const SwigluParams&, Stream)> swiglu_cuda;
+constinit KernelSlot<void(const SwigluBackwardParams&, Stream)> swiglu_backward_cuda;
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const float* float_data(const at::Tensor& x) {
+  return x.defined() ? x.const_data_ptr<float>() : nullptr;
+}
+
+/// The CUDA kernels; weight FP32 or absent (autograd's functions take no undefined tensor).
+struct Swiglu : torch::autograd::Function<Swiglu> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& gate_any,
+                            const at::Tensor& up_any,
+                            const std::optional<at::Tensor>& weight_any,
+                            double limit) {
+    const at::Tensor gate = kernel_input(gate_any), up = kernel_input(up_any);
+    const at::Tensor weight = kernel_input(weight_any.value_or(at::Tensor()));
+    const at::Tensor out = at::empty_like(gate);
+    swiglu_cuda({.gate = gate.const_data_ptr(),
+                 .up = up.const_data_ptr(),
+                 .weight = float_data(weight),
+                 .out = out.data_ptr(),
+                 .rows = gate.size(0),
+                 .inter = gate.size(1),
+                 .limit = static_cast<float>(limit),
+                 .type = element_type(gate)},
+                current_stream(gate));
+    context->save_for_backward({gate, up, weight});
+    context->saved_data["limit"] = limit;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &gate = saved[0], &up = saved[1], &weight = saved[2];
+    const at::Tensor grad_out = kernel_input(grad_outputs[0]);
+    const at::Tensor grad_gate = at::empty_like(gate), grad_up = at::empty_like(up);
+    const at::Tensor grad_weight = weight.defined() ? at::empty_like(weight) : at::Tensor();
+    swiglu_backward_cuda(
+        {.gate = gate.const_data_ptr(),
+         .up = up.const_data_ptr(),
+         .weight = float_data(weight),
+         .grad_out = grad_out.const_data_ptr(),
+         .grad_gate = grad_gate.data_ptr(),
+         .grad_up = grad_up.data_ptr(),
+         .grad_weight = grad_weight.defined() ? grad_weight.data_ptr<float>() : nullptr,
+         .rows = gate.size(0),
+         .inter = gate.size(1),
+         .limit = static_cast<float>(context->saved_data["limit"].toDouble()),
+         .type = element_type(gate)},
+        current_stream(gate));
+    return {grad_gate, grad_up, grad_weight, at::Tensor()};
+  }
+};
+
+}  // namespace
+
 namespace reference {
 
 at::Tensor swiglu(const at::Tensor& gate,
@@ -52,6 +118,12 @@ at::Tensor swiglu(const at::Tensor& gate,
                   double limit) {
   check_shape(up, {gate.size(0), gate.size(1)}, "swiglu: up");
   if (weight.defined()) check_shape(weight, {gate.size(0)}, "swiglu: weight");
+  if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
+      up.scalar_type() == gate.scalar_type()) {
+    std::optional<at::Tensor> w;
+    if (weight.defined()) w = weight.to(at::kFloat);
+    return Swiglu::apply(gate, up, w, limit);
+  }
   if (use_cpu_kernel(gate)) {
     return with_reference_gradient(
         [limit](const auto& in) { return std::vector{run_cpu(in[0], in[1], in[2], limit)}; },

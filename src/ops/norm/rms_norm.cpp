@@ -1,13 +1,91 @@
 #include "ops/norm/rms_norm.h"
 
 #include <algorithm>
+#include <optional>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/parallel.h"
 #include "ops/norm/rms_norm_cpu.h"
+#include "ops/norm/rms_norm_kernels.h"
 
 namespace hadal::ops {
+
+constinit KernelSlot<void(const RmsNormParams&, Stream)> rms_norm_cuda;
+constinit KernelSlot<void(const RmsNormBackwardParams&, Stream)> rms_norm_backward_cuda;
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const float* float_data(const at::Tensor& x) {
+  return x.defined() ? x.const_data_ptr<float>() : nullptr;
+}
+
+bool use_kernel(const at::Tensor& x) {
+  return use_cuda_kernel(x) && rms_norm_cuda && rms_norm_backward_cuda && x.size(-1) % 4 == 0;
+}
+
+/// The CUDA kernels; weight FP32 or absent (autograd's functions take no undefined tensor).
+struct RmsNorm : torch::autograd::Function<RmsNorm> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x_any,
+                            const std::optional<at::Tensor>& weight_any,
+                            double eps,
+                            bool released) {
+    const at::Tensor x = kernel_input(x_any),
+                     weight = kernel_input(weight_any.value_or(at::Tensor()));
+    const int64_t dim = x.size(-1), rows = x.numel() / dim;
+    const at::Tensor out = at::empty_like(x);
+    const at::Tensor rstd = at::empty({rows}, x.options().dtype(at::kFloat));
+    rms_norm_cuda({.x = x.const_data_ptr(),
+                   .weight = float_data(weight),
+                   .out = out.data_ptr(),
+                   .rstd = rstd.data_ptr<float>(),
+                   .rows = rows,
+                   .dim = dim,
+                   .eps = static_cast<float>(eps),
+                   .released = released,
+                   .type = element_type(x)},
+                  current_stream(x));
+    context->save_for_backward({x, weight, rstd});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
+    const at::Tensor grad_out = kernel_input(grad_outputs[0]);
+    const int64_t dim = x.size(-1), rows = x.numel() / dim;
+    // The partition of the weight gradient depends on the number of rows only.
+    const int64_t num_parts = std::clamp<int64_t>(rows / 64, 1, 512);
+    const at::Tensor grad_x = at::empty_like(x);
+    at::Tensor parts, grad_weight;
+    if (weight.defined()) {
+      parts = at::empty({num_parts, dim}, weight.options());
+      grad_weight = at::empty_like(weight);
+    }
+    rms_norm_backward_cuda(
+        {.x = x.const_data_ptr(),
+         .weight = float_data(weight),
+         .rstd = rstd.const_data_ptr<float>(),
+         .grad_out = grad_out.const_data_ptr(),
+         .grad_x = grad_x.data_ptr(),
+         .parts = parts.defined() ? parts.data_ptr<float>() : nullptr,
+         .grad_weight = grad_weight.defined() ? grad_weight.data_ptr<float>() : nullptr,
+         .rows = rows,
+         .dim = dim,
+         .num_parts = num_parts,
+         .type = element_type(x)},
+        current_stream(x));
+    return {grad_x, grad_weight, at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
 namespace reference {
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -52,6 +130,7 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bo
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
+  if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
     return with_reference_gradient(
         [eps](const auto& in) { return std::vector{run_cpu(in[0], in[1], eps, false)}; },
@@ -63,6 +142,10 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 
 at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   check_shape(x, {-1, -1, -1}, "head_norm: x");
+  // The gradient of the released chain is that of the FP32 norm: its roundings pass it through.
+  if (use_kernel(x)) {
+    return RmsNorm::apply(x, std::optional<at::Tensor>(), eps, numerics == Numerics::kReleased);
+  }
   if (use_cpu_kernel(x)) {
     const bool chain = numerics == Numerics::kReleased && x.scalar_type() == at::kBFloat16;
     return with_reference_gradient(

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/quant/round_trip_cpu.h"
+#include "ops/quant/round_trip_kernels.h"
 
 namespace hadal::ops {
 namespace {
@@ -96,17 +97,46 @@ at::Tensor run_cpu(const CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_
 
 }  // namespace
 
+constinit KernelSlot<void(const RoundTripParams&, Stream)> round_trip_cuda;
+
+namespace {
+
+bool use_cuda(const at::Tensor& x, int64_t dim, int64_t group) {
+  return use_cuda_kernel(x) && round_trip_cuda && x.size(-1) % 4 == 0 && dim > 0 &&
+         dim <= x.size(-1) && dim % group == 0 && (group == 32 || group == 64 || group % 128 == 0);
+}
+
+at::Tensor run_cuda(const at::Tensor& x, int64_t dim, int64_t group, bool fp4) {
+  const at::Tensor input = kernel_input(x.detach());
+  const at::Tensor out = at::empty_like(input);
+  round_trip_cuda({.x = input.const_data_ptr(),
+                   .out = out.mutable_data_ptr(),
+                   .rows = input.numel() / input.size(-1),
+                   .stride = input.size(-1),
+                   .dim = dim,
+                   .group = group,
+                   .fp4 = fp4,
+                   .type = element_type(input)},
+                  current_stream(input));
+  return straight_through(out, x);
+}
+
+}  // namespace
+
 at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group) {
+  if (use_cuda(x, x.size(-1), group)) return run_cuda(x, x.size(-1), group, false);
   if (use_cpu_kernel(x)) return run_cpu(fp8_round_trip_cpu, x, x.size(-1), group);
   return reference::fp8_round_trip(x, group);
 }
 
 at::Tensor fp4_round_trip(const at::Tensor& x, int64_t group) {
+  if (use_cuda(x, x.size(-1), group)) return run_cuda(x, x.size(-1), group, true);
   if (use_cpu_kernel(x)) return run_cpu(fp4_round_trip_cpu, x, x.size(-1), group);
   return reference::fp4_round_trip(x, group);
 }
 
 at::Tensor fp8_round_trip_leading(const at::Tensor& x, int64_t dim, int64_t group) {
+  if (use_cuda(x, dim, group)) return run_cuda(x, dim, group, false);
   if (use_cpu_kernel(x)) return run_cpu(fp8_round_trip_cpu, x, dim, group);
   return at::cat({fp8_round_trip(x.narrow(-1, 0, dim), group), x.narrow(-1, dim, x.size(-1) - dim)},
                  -1);

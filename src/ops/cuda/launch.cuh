@@ -1,0 +1,43 @@
+// Launch helpers of the CUDA kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "ops/kernel_types.h"
+
+namespace hadal::ops::cuda {
+
+/// After every launch: throws hadal::Error when the launch itself failed.
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw_kernel_error(kernel, cudaGetErrorString(error));
+}
+
+inline cudaStream_t as_stream(Stream stream) { return static_cast<cudaStream_t>(stream); }
+
+/// Blocks for `count` items of `per_block` each; counts beyond a grid's 2^31 - 1 are an error.
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  if (blocks > 0x7fffffff) throw_kernel_error("launch", "the grid exceeds 2^31 - 1 blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+/// out[c] = sum over p in order of parts[p][c]: the second stage of a deterministic reduction.
+static __global__ void sum_parts_kernel(const float* __restrict__ parts,
+                                        float* __restrict__ out,
+                                        int64_t num_parts,
+                                        int64_t columns) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= columns) return;
+  float sum = 0.0f;
+  for (int64_t p = 0; p < num_parts; ++p) sum += parts[p * columns + c];
+  out[c] = sum;
+}
+
+inline void sum_parts(
+    const float* parts, float* out, int64_t num_parts, int64_t columns, cudaStream_t stream) {
+  sum_parts_kernel<<<blocks_for(columns, 128), 128, 0, stream>>>(parts, out, num_parts, columns);
+  check_launch("sum_parts");
+}
+
+}  // namespace hadal::ops::cuda
