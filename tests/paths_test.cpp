@@ -25,6 +25,8 @@ struct PathCase {
   Numerics numerics;
 };
 
+void PrintTo(const PathCase& path_case, std::ostream* out) { *out << path_case.name; }
+
 class Paths : public ::testing::TestWithParam<PathCase> {
  protected:
   void SetUp() override {

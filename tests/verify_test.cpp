@@ -7,13 +7,15 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
+
 namespace hadal::checkpoint {
 namespace {
 
 class Recorded : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(Recorded, EveryKeyHolds) {
-  const std::string folder = std::string(HADAL_SOURCE_DIR) + "/../shared/golden/" + GetParam();
+  const std::string folder = concat(HADAL_SOURCE_DIR, "/../shared/golden/", GetParam());
   if (!std::filesystem::exists(folder))
     GTEST_SKIP() << "the recorded checkpoint " << GetParam() << " is absent";
   VerifyOptions options{

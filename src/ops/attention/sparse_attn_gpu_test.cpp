@@ -21,6 +21,8 @@ struct Outputs {
   std::vector<at::Tensor> grads;
 };
 
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
 class SparseAttnGpu : public ::testing::TestWithParam<Case> {};
 
 BlockView block_view(const Case& c, const Batch& batch, const at::Tensor& rows) {
