@@ -12,6 +12,11 @@
 #include <cstring>
 #if defined(HADAL_ISA_avx2) || defined(HADAL_ISA_avx512)
 #include <immintrin.h>
+// GCC 12 warns about the undefined pass-through operands inside its own AVX-512 headers.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #elif defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
