@@ -23,10 +23,18 @@ BlockLayout block_layout(const WeightDesc& desc, int64_t block) {
   layout.panels = std::min(kBlockPanels, panels - block * kBlockPanels);
   layout.slabs = ceil_div(desc.k, desc.slab);
   switch (desc.format) {
-    case WeightFormat::kF32: layout.value_bytes = 64 * desc.slab; break;
-    case WeightFormat::kBf16: layout.value_bytes = 32 * desc.slab; break;
-    case WeightFormat::kFp8: layout.value_bytes = 16 * desc.slab; break;
-    case WeightFormat::kFp4: layout.value_bytes = 8 * desc.slab; break;
+    case WeightFormat::kF32:
+      layout.value_bytes = 64 * desc.slab;
+      break;
+    case WeightFormat::kBf16:
+      layout.value_bytes = 32 * desc.slab;
+      break;
+    case WeightFormat::kFp8:
+      layout.value_bytes = 16 * desc.slab;
+      break;
+    case WeightFormat::kFp4:
+      layout.value_bytes = 8 * desc.slab;
+      break;
   }
   if (desc.format == WeightFormat::kFp8) layout.scale_bytes = 4;
   if (desc.format == WeightFormat::kFp4) layout.scale_bytes = 16;
@@ -218,16 +226,15 @@ void grouped_gemm(const GemmParams* params, int64_t count) {
     for (int64_t t = next.fetch_add(1); t < total; t = next.fetch_add(1)) {
       const Task& task = tasks[static_cast<size_t>(t)];
       const Rows& r = rows[static_cast<size_t>(task.product)];
-      detail::tile_slot(
-          {&params[task.product],
-           static_cast<const uint8_t*>(r.data) + task.row0 * r.stride * r.element, r.stride,
-           task.block, task.row0, task.rows, aligned});
+      detail::tile_slot({&params[task.product],
+                         static_cast<const uint8_t*>(r.data) + task.row0 * r.stride * r.element,
+                         r.stride, task.block, task.row0, task.rows, aligned});
     }
   });
 }
 
-void quantize_rows_fp8(const void* x, RowType x_type, uint16_t* y, int64_t rows, int64_t k,
-                       int64_t group) {
+void quantize_rows_fp8(
+    const void* x, RowType x_type, uint16_t* y, int64_t rows, int64_t k, int64_t group) {
   HADAL_CHECK(group > 0 && k % group == 0, "quantize_rows_fp8: k ", k, " and groups of ", group);
   const auto value = [&](int64_t i) {
     return x_type == RowType::kBf16 ? bf16_value(static_cast<const uint16_t*>(x)[i])

@@ -8,7 +8,8 @@ using namespace hadal::simd;  // NOLINT: the vectors of this instruction set
 using detail::BlockLayout;
 using detail::Tile;
 
-// --- pairs of weights: what one step of the tree takes --------------------------------------------
+// --- pairs of weights: what one step of the tree takes
+// --------------------------------------------
 struct PairF32 {
   F16 even, odd;
 };
@@ -98,7 +99,8 @@ struct Bf16Mode {
     } else if constexpr (kFormat == WeightFormat::kFp8) {
       for (int j = 0; j < 2; ++j) decode_fp8(values + (p / 2 + j) * 64, out + 2 * j);
     } else {
-      // 16-bit look-ups by the low five bits; the fifth belongs to a neighbour, so the table repeats.
+      // 16-bit look-ups by the low five bits; the fifth belongs to a neighbour, so the table
+      // repeats.
       const __m256i codes = _mm256_setr_epi16(
           0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
           static_cast<short>(0x8000), static_cast<short>(0xbf00), static_cast<short>(0xbf80),
@@ -121,8 +123,8 @@ struct Bf16Mode {
  private:
   static HADAL_INLINE void decode_fp8(const uint8_t* bytes, Pair* out) {
     const __m512i v = _mm512_loadu_si512(bytes);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8.low), v,
-                                                 _mm512_load_si512(kFp8.low + 64));
+    const __m512i low =
+        _mm512_permutex2var_epi8(_mm512_load_si512(kFp8.low), v, _mm512_load_si512(kFp8.low + 64));
     const __m512i magnitude = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8.high), v,
                                                        _mm512_load_si512(kFp8.high + 64));
     // high = magnitude | (v & 0x80)
@@ -213,8 +215,12 @@ void gemv(const Tile& t, const BlockLayout& layout) {
 
 /// kRows rows against one decoded slab of kPanels panels: y += scale * slab sum.
 template <class Mode, int kRows, int kPanels>
-HADAL_INLINE void micro(const typename Mode::Pair* w, const float* scales,
-                        const typename Mode::X* x, int64_t x_stride, int64_t pairs, float* y) {
+HADAL_INLINE void micro(const typename Mode::Pair* w,
+                        const float* scales,
+                        const typename Mode::X* x,
+                        int64_t x_stride,
+                        int64_t pairs,
+                        float* y) {
   F16 acc[kRows][kPanels];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
@@ -235,7 +241,8 @@ HADAL_INLINE void micro(const typename Mode::Pair* w, const float* scales,
     }
 }
 
-/// Many rows: each slab is decoded once into the first-level cache and multiplied by all rows of the tile.
+/// Many rows: each slab is decoded once into the first-level cache and multiplied by all rows of
+/// the tile.
 template <class Mode, WeightFormat kFormat, int kPanels>
 void many_rows(const Tile& t, const BlockLayout& layout) {
   const GemmParams& p = *t.params;
@@ -253,8 +260,8 @@ void many_rows(const Tile& t, const BlockLayout& layout) {
         Mode::template decode<kFormat>(base + q * layout.value_bytes, at, w);
         for (int j = 0; j < Mode::kGroup; ++j) panel[(at + j) * kPanels + q] = w[j];
       }
-      store(scales + q * 16, load_scale<kFormat>(base + kPanels * layout.value_bytes +
-                                                 q * layout.scale_bytes));
+      store(scales + q * 16,
+            load_scale<kFormat>(base + kPanels * layout.value_bytes + q * layout.scale_bytes));
     }
     const auto* xs = x + s * p.desc.slab;
     int64_t r = 0;
@@ -272,10 +279,14 @@ void many_rows(const Tile& t, const BlockLayout& layout) {
 template <class Mode, WeightFormat kFormat, int kPanels>
 void by_rows(const Tile& t, const BlockLayout& layout) {
   switch (t.rows) {
-    case 1: return gemv<Mode, kFormat, 1, kPanels>(t, layout);
-    case 2: return gemv<Mode, kFormat, 2, kPanels>(t, layout);
-    case 3: return gemv<Mode, kFormat, 3, kPanels>(t, layout);
-    default: return many_rows<Mode, kFormat, kPanels>(t, layout);
+    case 1:
+      return gemv<Mode, kFormat, 1, kPanels>(t, layout);
+    case 2:
+      return gemv<Mode, kFormat, 2, kPanels>(t, layout);
+    case 3:
+      return gemv<Mode, kFormat, 3, kPanels>(t, layout);
+    default:
+      return many_rows<Mode, kFormat, kPanels>(t, layout);
   }
 }
 
@@ -283,20 +294,28 @@ template <class Mode, WeightFormat kFormat>
 void by_panels(const Tile& t) {
   const BlockLayout layout = detail::block_layout(t.params->desc, t.block);
   switch (layout.panels) {
-    case 1: return by_rows<Mode, kFormat, 1>(t, layout);
-    case 2: return by_rows<Mode, kFormat, 2>(t, layout);
-    case 3: return by_rows<Mode, kFormat, 3>(t, layout);
-    default: return by_rows<Mode, kFormat, 4>(t, layout);
+    case 1:
+      return by_rows<Mode, kFormat, 1>(t, layout);
+    case 2:
+      return by_rows<Mode, kFormat, 2>(t, layout);
+    case 3:
+      return by_rows<Mode, kFormat, 3>(t, layout);
+    default:
+      return by_rows<Mode, kFormat, 4>(t, layout);
   }
 }
 
 template <class Mode>
 void by_format(const Tile& t) {
   switch (t.params->desc.format) {
-    case WeightFormat::kF32: return by_panels<F32Mode, WeightFormat::kF32>(t);
-    case WeightFormat::kBf16: return by_panels<Mode, WeightFormat::kBf16>(t);
-    case WeightFormat::kFp8: return by_panels<Mode, WeightFormat::kFp8>(t);
-    case WeightFormat::kFp4: return by_panels<Mode, WeightFormat::kFp4>(t);
+    case WeightFormat::kF32:
+      return by_panels<F32Mode, WeightFormat::kF32>(t);
+    case WeightFormat::kBf16:
+      return by_panels<Mode, WeightFormat::kBf16>(t);
+    case WeightFormat::kFp8:
+      return by_panels<Mode, WeightFormat::kFp8>(t);
+    case WeightFormat::kFp4:
+      return by_panels<Mode, WeightFormat::kFp4>(t);
   }
 }
 

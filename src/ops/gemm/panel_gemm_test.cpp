@@ -74,7 +74,11 @@ Matrix make_fp8(int64_t n, int64_t k, int slab, unsigned seed) {
 
 /// The same values in another storage.
 Matrix stored_as(const Matrix& from, WeightFormat format) {
-  Matrix m{{format, from.desc.n, from.desc.k, from.desc.slab, ScaleType::kNone}, {}, {}, {}, from.values};
+  Matrix m{{format, from.desc.n, from.desc.k, from.desc.slab, ScaleType::kNone},
+           {},
+           {},
+           {},
+           from.values};
   for (const float v : m.values) {
     uint8_t bytes[4];
     const uint16_t h = to_bf16(v);
@@ -139,8 +143,9 @@ TEST_P(PanelGemm, WalksTheTreeOfTheContractInEveryFormat) {
     for (const int64_t k : {2, 130, 322}) {
       const Matrix fp4 = make_fp4(n, k, 1), fp8 = make_fp8(n, k, 128, 2);
       const auto x = make_rows(8, k, 3);
-      for (const Matrix& m : {fp4, fp8, make_fp8(n, k, 32, 4), stored_as(fp4, WeightFormat::kBf16),
-                              stored_as(fp8, WeightFormat::kBf16), stored_as(fp8, WeightFormat::kF32)}) {
+      for (const Matrix& m :
+           {fp4, fp8, make_fp8(n, k, 32, 4), stored_as(fp4, WeightFormat::kBf16),
+            stored_as(fp8, WeightFormat::kBf16), stored_as(fp8, WeightFormat::kF32)}) {
         for (const int64_t rows : {1, 2, 8})
           EXPECT_TRUE(same(run(m, x.data(), RowType::kBf16, rows), golden(m, x, rows)))
               << "format " << static_cast<int>(m.desc.format) << " n " << n << " k " << k;
@@ -195,7 +200,8 @@ TEST(QuantizeRowsFp8, RoundsAsTheFormulaSays) {
   for (int i = 0; i < 5; ++i) EXPECT_EQ(from_bf16(y[i]), expected[i]) << i;
   x.assign(128, 1e-9f);
   quantize_rows_fp8(x.data(), RowType::kF32, y.data(), 1, 128, 128);
-  EXPECT_EQ(from_bf16(y[0]), 0.0f);
+  EXPECT_EQ(from_bf16(y[0]),
+            0x1p-30f);  // the floor gives the scale 2^-22; 2.1 steps of 2^-9 become 2
 }
 
 }  // namespace
