@@ -1,4 +1,5 @@
 // The hadal binary: picks the subcommand, owns the exit code.
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <functional>
@@ -23,8 +24,17 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    const int code = app.exit(error);
-    return code == 0 ? 0 : 2;
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help
+    const auto& table = hadal::apps::commands();
+    const bool known =
+        argc > 1 && std::any_of(table.begin(), table.end(),
+                                [&](const auto& command) { return command.name == argv[1]; });
+    const std::string what = argc > 1 && !known && argv[1][0] != '-'
+                                 ? hadal::concat("no subcommand '", argv[1], "'")
+                                 : std::string(error.what());
+    std::fprintf(stderr, "hadal: %s; see hadal %s--help\n", what.c_str(),
+                 known ? hadal::concat(argv[1], " ").c_str() : "");
+    return 2;
   }
   return chosen();
 }

@@ -29,8 +29,10 @@ std::function<int()> define_verify(CLI::App& app) {
     if (!flags->numerics.empty()) flags->options.numerics = ops::parse_numerics(flags->numerics);
     if (flags->max_abs >= 0.0) flags->options.max_abs = flags->max_abs;
     int64_t failed = 0, passed = 0, skipped = 0;
-    std::printf("%-44s %10s %10s %10s %10s\n", "key", "count", "max", "mean", "agreement");
     checkpoint::verify(flags->options, [&](const checkpoint::VerifyLine& line) {
+      if (passed + failed + skipped == 0) {
+        std::printf("%-44s %10s %10s %10s %10s\n", "key", "count", "max", "mean", "agreement");
+      }
       char agreement[32] = "-";
       if (line.agreement) std::snprintf(agreement, sizeof(agreement), "%.4f", *line.agreement);
       const char* verdict = line.skipped ? "SKIP" : line.pass ? "PASS" : "FAIL";
