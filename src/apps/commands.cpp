@@ -9,6 +9,7 @@ std::function<int()> define_logits(CLI::App& app);
 std::function<int()> define_generate(CLI::App& app);
 std::function<int()> define_inspect(CLI::App& app);
 std::function<int()> define_plan(CLI::App& app);
+std::function<int()> define_train(CLI::App& app);
 
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
@@ -24,6 +25,8 @@ const std::vector<Command>& commands() {
        "hadal inspect --config config.json", define_inspect},
       {"plan", "FLOPs and KV bytes per token against V3.2",
        "hadal plan --config config.json --context 1000000 --svg cost.svg", define_plan},
+      {"train", "train a model; stopped at any moment, the same command goes on",
+       "  hadal train nano.json", define_train},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

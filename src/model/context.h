@@ -33,6 +33,9 @@ struct ForwardContext {
   std::function<void(int64_t block, const at::Tensor& selection, const at::Tensor& scores)>
       on_selection;
   std::function<void(int64_t block, const ops::Routing& routing)> on_routing;
+  /// What the clamped SwiGLU of a block is given, for counters; the routed experts' rows, then the
+  /// shared expert's.
+  std::function<void(int64_t block, const at::Tensor& gate, const at::Tensor& up)> on_swiglu;
   /// Gets the indexer's loss of a CSA layer, summed over queries, and the number of queries with a
   /// visible block; asked for in training only.
   std::function<void(int64_t block, const at::Tensor& kl_sum, int64_t num_queries)> on_index_loss;

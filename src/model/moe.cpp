@@ -35,14 +35,18 @@ at::Tensor moe_forward(const Moe& moe,
     return ops::grouped_linear(input, operand, order.offsets, w.role,
                                operand.is_same(w.value) ? w.panels() : nullptr);
   };
-  const at::Tensor hidden = ops::swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows),
-                                        weights, config.swiglu_limit);
+  const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
+    if (context.on_swiglu) context.on_swiglu(block, gate, up);
+    return ops::swiglu(gate, up, weight, config.swiglu_limit);
+  };
+  const at::Tensor hidden =
+      swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);
   const at::Tensor routed =
       expert_linear(moe.w2, ops::quantise_input(hidden, GemmRole::kFp4, numerics));
 
-  const at::Tensor shared_hidden = ops::swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
-                                               apply_linear(moe.shared_w3, x_rounded, numerics),
-                                               at::Tensor(), config.swiglu_limit);
+  const at::Tensor shared_hidden =
+      swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
+             apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor());
   const at::Tensor shared = apply_linear(
       moe.shared_w2, ops::quantise_input(shared_hidden, GemmRole::kFp8, numerics), numerics);
   return ops::combine(routed, order, shared);

@@ -1,8 +1,11 @@
 #include "train/objective.h"
 
+#include <cmath>
+
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "ops/attention/index_kl.h"
 #include "ops/loss/cross_entropy.h"
 
 namespace hadal::train {
@@ -28,6 +31,12 @@ at::Tensor balance_loss(const ops::Routing& routing, int64_t rows, int64_t topk)
   const at::Tensor f =
       chosen * (static_cast<double>(experts) / static_cast<double>(topk * row_length));
   return (f * share.mean(1)).sum(1).mean();
+}
+
+at::Tensor count_clamped(const at::Tensor& gate, const at::Tensor& up, double limit) {
+  const at::NoGradGuard no_grad;
+  return at::stack({(gate > limit).sum(), (up > limit).sum(), (up < -limit).sum(),
+                    at::full({}, gate.numel(), gate.options().dtype(at::kLong))});
 }
 
 }  // namespace
@@ -125,6 +134,12 @@ void accumulate(const model::Transformer& model,
     };
   }
 
+  if (params.count_clamps) {
+    context.on_swiglu = [&](int64_t, const at::Tensor& gate, const at::Tensor& up) {
+      add_to(measures.clamped, count_clamped(gate, up, config.swiglu_limit));
+    };
+  }
+
   const at::Tensor streams = model.forward(micro.ids, context);
   const at::Tensor head = model.head_operand(params.numerics);
   const at::Tensor main_loss =
@@ -149,6 +164,35 @@ void accumulate(const model::Transformer& model,
     add_to(measures.index_loss, index.detach());
   }
   if (total.requires_grad()) total.backward();
+}
+
+void evaluate(const model::Transformer& model,
+              const MicroBatch& micro,
+              model::AttentionMode mode,
+              ops::Numerics numerics,
+              Evaluation& result) {
+  const at::NoGradGuard no_grad;
+  const model::ModelConfig& config = model.config();
+  const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
+  at::Tensor mass;
+  model::ForwardContext context;
+  context.batch = &micro.batch;
+  context.numerics = numerics;
+  context.mode = mode;
+  context.on_attention = [&](int64_t block, const at::Tensor& q, const ops::BlockView& blocks,
+                             const at::Tensor& lse, const at::Tensor& selection) {
+    if (!selection.defined()) return;
+    const ops::IndexKl kept =
+        ops::selected_mass(selection, q, blocks, lse, micro.batch, config.ratio(block), scale);
+    add_to(mass, kept.sum);
+    result.mass_queries += kept.num_queries;
+  };
+  const at::Tensor streams = model.forward(micro.ids, context);
+  result.loss_sum += ops::linear_cross_entropy(model.head_input(streams, numerics),
+                                               model.head_operand(numerics), micro.targets)
+                         .item<double>();
+  result.targets += micro.num_targets;
+  if (mass.defined()) result.mass_sum += mass.item<double>();
 }
 
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed) {

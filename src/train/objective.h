@@ -46,6 +46,7 @@ struct ObjectiveParams {
   double index_weight = 0.01;
   model::AttentionMode mode = model::AttentionMode::kDense;
   ops::Numerics numerics = ops::Numerics::kBf16;
+  bool count_clamps = false;  ///< fill StepMeasures::clamped
   /// Indexer warm-up trains nothing but the indexer: the language losses are measured, not
   /// differentiated.
   bool language_loss() const { return mode != model::AttentionMode::kIndexerWarmup; }
@@ -63,7 +64,9 @@ struct StepCounts {
 struct StepMeasures {
   at::Tensor main_loss, mtp_loss, balance_loss, index_loss;  ///< [] each, already divided
   std::vector<at::Tensor> expert_load;  ///< per block [experts] I64; undefined where hashed
-  at::Tensor clamped;  ///< [3] I64: gate high, up high, up low; undefined when not asked for
+  /// [4] I64: gate above the limit, up above, up below, and the number of values looked at;
+  /// undefined when not asked for.
+  at::Tensor clamped;
 };
 
 /// Forward and backward of one micro-batch; gradients add up in the parameters, measures in
@@ -73,6 +76,24 @@ void accumulate(const model::Transformer& model,
                 const StepCounts& counts,
                 const ObjectiveParams& params,
                 StepMeasures& measures);
+
+/// What a model makes of rows it is not trained on, summed over micro-batches.
+struct Evaluation {
+  double loss_sum = 0.0;  ///< nats over all targets
+  int64_t targets = 0;
+  double mass_sum = 0.0;  ///< share of the block mass that the indexer selects (training.md 1.6)
+  int64_t mass_queries = 0;
+
+  double loss() const { return loss_sum / static_cast<double>(targets); }
+  double selected_mass() const { return mass_sum / static_cast<double>(mass_queries); }
+};
+
+/// Adds a micro-batch, without gradients. The mass is measured where the mode selects.
+void evaluate(const model::Transformer& model,
+              const MicroBatch& micro,
+              model::AttentionMode mode,
+              ops::Numerics numerics,
+              Evaluation& result);
 
 /// Router biases after a step: bias += speed * sign(mean load - load) (training.md 1.8).
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed);

@@ -1,0 +1,127 @@
+#include "train/run_state.h"
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/file.h"
+#include "base/json.h"
+#include "base/log.h"
+#include "checkpoint/safetensors.h"
+
+namespace hadal::train {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kFormat = "hadal training state 1";
+
+/// Complete checkpoints by step, ascending. Unfinished ones carry a temporary name.
+std::vector<std::pair<int64_t, std::string>> states(const std::string& out) {
+  std::vector<std::pair<int64_t, std::string>> result;
+  const fs::path folder = fs::path(out) / "checkpoints";
+  if (!fs::is_directory(folder)) return result;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    constexpr std::string_view kPrefix = "step-";
+    if (name.rfind(kPrefix, 0) != 0) continue;
+    int64_t step = 0;
+    const char* end = name.data() + name.size();
+    const auto parsed = std::from_chars(name.data() + kPrefix.size(), end, step);
+    if (parsed.ec != std::errc() || parsed.ptr != end) continue;
+    result.emplace_back(step, entry.path().string());
+  }
+  std::sort(result.begin(), result.end());
+  return result;
+}
+
+/// Every tensor of the state under its name in the file.
+std::vector<std::pair<std::string, at::Tensor>> named_state(model::Transformer& model,
+                                                            Optimizer& optimizer) {
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  model.visit([&](model::Parameter& parameter) {
+    result.emplace_back(parameter.name, parameter.value.detach());
+  });
+  for (auto& entry : optimizer.state()) result.push_back(std::move(entry));
+  return result;
+}
+
+}  // namespace
+
+void save_state(const std::string& out,
+                const RunProgress& progress,
+                int64_t keep,
+                model::Transformer& model,
+                Optimizer& optimizer) {
+  const fs::path folder = fs::path(out) / "checkpoints";
+  fs::create_directories(folder);
+  const std::string target = (folder / concat("step-", progress.step)).string();
+  if (!fs::exists(target)) {
+    AtomicDirectory directory(target);
+    std::vector<checkpoint::NamedTensor> tensors;
+    for (auto& [name, tensor] : named_state(model, optimizer)) {
+      tensors.push_back({.name = name, .tensor = tensor});
+    }
+    checkpoint::write_safetensors(directory.temporary() + "/state.safetensors", tensors);
+    JsonWriter json;
+    json.begin_object()
+        .field("format", kFormat)
+        .field("step", progress.step)
+        .field("stage", progress.stage)
+        .field("row", progress.row)
+        .field("tokens", progress.tokens)
+        .field("skipped_steps", progress.skipped_steps)
+        .field("optimizer_steps", optimizer.num_steps());
+    std::vector<int64_t> plan(progress.plan.begin(), progress.plan.end());
+    json.field("plan", plan).end_object();
+    write_file_atomic(directory.temporary() + "/progress.json", json.str());
+    directory.commit();
+  }
+  auto all = states(out);
+  for (size_t i = 0; i + static_cast<size_t>(keep) < all.size(); ++i) {
+    std::error_code ignored;  // an old checkpoint too many is no reason to stop
+    fs::remove_all(all[i].second, ignored);
+  }
+}
+
+std::optional<std::string> newest_state(const std::string& out) {
+  const auto all = states(out);
+  if (all.empty()) return std::nullopt;
+  return all.back().second;
+}
+
+RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer) {
+  const JsonObject json = JsonObject::load(folder + "/progress.json");
+  HADAL_INPUT_CHECK(json.string("format") == kFormat, json.where("format"), ": expected \"",
+                    kFormat, "\", found \"", json.string("format"), "\"");
+  RunProgress progress;
+  progress.step = json.integer("step", 0, INT64_MAX);
+  progress.stage = json.integer("stage", 0, INT64_MAX);
+  progress.row = json.integer("row", 0, INT64_MAX);
+  progress.tokens = json.integer("tokens", 0, INT64_MAX);
+  progress.skipped_steps = json.integer("skipped_steps", 0, INT64_MAX);
+  const int64_t optimizer_steps = json.integer("optimizer_steps", 0, INT64_MAX);
+  for (const int64_t value : json.integers("plan", INT64_MIN, INT64_MAX)) {
+    progress.plan.push_back(static_cast<uint64_t>(value));
+  }
+  const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
+  const auto targets = named_state(model, optimizer);
+  for (const auto& [name, tensor] : targets) {
+    HADAL_INPUT_CHECK(reader.has(name), reader.path(), ": no tensor ", name);
+    const at::Tensor stored = reader.tensor(name);
+    HADAL_INPUT_CHECK(
+        stored.sizes() == tensor.sizes() && stored.scalar_type() == tensor.scalar_type(),
+        reader.path(), ": ", name, " is ", stored.scalar_type(), " ", stored.sizes(), ", expected ",
+        tensor.scalar_type(), " ", tensor.sizes());
+  }
+  HADAL_INPUT_CHECK(reader.names().size() == targets.size(), reader.path(), ": ",
+                    reader.names().size(), " tensors, expected ", targets.size());
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : targets) tensor.copy_(reader.tensor(name));
+  optimizer.set_num_steps(optimizer_steps);
+  return progress;
+}
+
+}  // namespace hadal::train

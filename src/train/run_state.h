@@ -1,0 +1,42 @@
+// Checkpoints of a training run: everything that its next step depends on, in one folder that
+// appears whole or not at all.
+//
+// `<out>/checkpoints/step-N` holds state.safetensors (FP32 masters by parameter name, optimizer
+// state by name and suffix) and progress.json. Data order, schedules and initialisation follow from
+// the configuration, so there is nothing else to keep.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model/transformer.h"
+#include "train/optimizer.h"
+
+namespace hadal::train {
+
+struct RunProgress {
+  int64_t step = 0;
+  int64_t stage = 0;
+  int64_t row = 0;     ///< next row of the stage
+  int64_t tokens = 0;  ///< consumed
+  int64_t skipped_steps = 0;
+  std::vector<uint64_t> plan;  ///< RowPlan::fingerprint of the stages begun
+};
+
+/// Writes a checkpoint and removes the oldest beyond `keep`.
+void save_state(const std::string& out,
+                const RunProgress& progress,
+                int64_t keep,
+                model::Transformer& model,
+                Optimizer& optimizer);
+
+/// The newest complete checkpoint below a run's folder; none: nullopt.
+std::optional<std::string> newest_state(const std::string& out);
+
+/// Restores model and optimizer in place. InputErrors name file and tensor where the checkpoint is
+/// of another model or damaged; nothing is changed then.
+RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer);
+
+}  // namespace hadal::train
