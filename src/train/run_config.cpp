@@ -174,6 +174,8 @@ class Reader {
       config_.checkpoint.keep = item.integer_or("keep", 2, 1, 1000);
       item.expect_all_read();
     }
+    config_.export_shard_bytes = json_.integer_or("export_shard_bytes", config_.export_shard_bytes,
+                                                  1 << 16, int64_t{1} << 50);
     config_.log_every_steps = json_.integer_or("log_every_steps", 1, 1, 1 << 20);
     config_.count_clamps_every_steps = json_.integer_or("count_clamps_every_steps", 50, 0, 1 << 20);
   }

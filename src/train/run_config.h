@@ -47,6 +47,7 @@ struct RunConfig {
   int64_t micro_batch_tokens = 0;  ///< tokens of one forward pass
   ValidationSpec validation;
   CheckpointSpec checkpoint;
+  int64_t export_shard_bytes = int64_t{4} << 30;  ///< largest weight file of the exported model
   int64_t log_every_steps = 1;
   /// Clamped SwiGLU values are counted every so many steps (0: never); counting costs a few passes.
   int64_t count_clamps_every_steps = 50;

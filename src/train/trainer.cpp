@@ -14,6 +14,7 @@
 #include "base/metrics.h"
 #include "base/progress.h"
 #include "checkpoint/load_model.h"
+#include "checkpoint/save_model.h"
 #include "model/init.h"
 #include "train/row_plan.h"
 
@@ -145,7 +146,21 @@ struct Trainer::Impl {
     }
     save();
     bar->finish();
+    export_model();
     return RunOutcome::kFinished;
+  }
+
+  /// The trained weights and the tokenizer as a checkpoint folder that every command reads.
+  void export_model() {
+    const std::string folder = config.out + "/model";
+    if (std::filesystem::exists(folder)) return;
+    const bool quantised = model.config().quantized;
+    checkpoint::save_model(model, folder,
+                           {.format = quantised ? checkpoint::SaveFormat::kOfficial
+                                                : checkpoint::SaveFormat::kBf16,
+                            .max_shard_bytes = config.export_shard_bytes,
+                            .tokenizer = config.tokenizer});
+    log::info("train", "the trained model is in ", folder);
   }
 
   void begin_stage(size_t index) {

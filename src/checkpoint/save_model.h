@@ -1,0 +1,30 @@
+// A model to a checkpoint folder in the official layout.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "model/transformer.h"
+
+namespace hadal::checkpoint {
+
+enum class SaveFormat {
+  kOfficial,  ///< FP4 experts, FP8 matrices with E8M0 scales, the rest BF16, FP32 and I64
+  kBf16,      ///< all matrices BF16
+};
+
+struct SaveOptions {
+  SaveFormat format = SaveFormat::kOfficial;
+  int64_t max_shard_bytes = int64_t{4} << 30;
+  std::string tokenizer;  ///< a tokenizer.json to put beside the weights; empty: none
+};
+
+/// Writes config.json and the weights into a folder that must not exist yet; it appears whole or
+/// not at all. Values are rounded as model::official_rounding does, so a model trained in
+/// `released` computes the same after loading. A value that is not finite is an InputError that
+/// names the tensor.
+void save_model(const model::Transformer& model,
+                const std::string& folder,
+                const SaveOptions& options);
+
+}  // namespace hadal::checkpoint
