@@ -61,23 +61,26 @@ void Optimizer::zero_grad() {
   for (Slot& slot : slots_) slot.parameter->value.mutable_grad().reset();
 }
 
-at::Tensor Optimizer::grad_norm() const {
-  std::vector<at::Tensor> squares;
+std::vector<at::Tensor> Optimizer::gradients() const {
+  std::vector<at::Tensor> grads;
   for (const Slot& slot : slots_) {
     const at::Tensor& grad = slot.parameter->value.grad();
-    if (grad.defined()) squares.push_back(grad.square().sum());
+    if (grad.defined()) grads.push_back(grad);
   }
-  HADAL_CHECK(!squares.empty(), "optimizer: no parameter has a gradient");
-  return at::stack(squares).sum().sqrt();
+  HADAL_CHECK(!grads.empty(), "optimizer: no parameter has a gradient");
+  return grads;
+}
+
+at::Tensor Optimizer::grad_norm() const {
+  const at::NoGradGuard no_grad;
+  return at::stack(at::_foreach_norm(gradients())).square().sum().sqrt();
 }
 
 at::Tensor Optimizer::clip_gradients(double max_norm) {
   const at::NoGradGuard no_grad;
   const at::Tensor norm = grad_norm();
   const at::Tensor factor = (max_norm / (norm + 1e-12)).clamp_max(1.0);
-  for (Slot& slot : slots_) {
-    if (slot.parameter->value.grad().defined()) slot.parameter->value.mutable_grad().mul_(factor);
-  }
+  at::_foreach_mul_(gradients(), factor);
   return norm;
 }
 
@@ -85,31 +88,38 @@ void Optimizer::step(double lr) {
   const at::NoGradGuard no_grad;
   ++num_steps_;
   muon_step(lr);
-  for (Slot& slot : slots_) {
-    if (slot.rule != UpdateRule::kMuon && slot.parameter->value.grad().defined())
-      adam_step(slot, lr);
-  }
+  adam_step(lr);
 }
 
 void Optimizer::muon_step(double lr) {
-  // Matrices of one shape, whichever way round, are orthogonalised together; each gets the bits it
-  // would get alone.
-  std::map<std::pair<int64_t, int64_t>, std::vector<Slot*>> by_shape;
+  std::vector<Slot*> moved;
+  std::vector<at::Tensor> momenta, grads;
   for (Slot& slot : slots_) {
     if (slot.rule != UpdateRule::kMuon || !slot.parameter->value.grad().defined()) continue;
-    const at::Tensor view = logical_view(slot.momentum, *slot.parameter);
-    by_shape[{view.size(1), view.size(2)}].push_back(&slot);
+    moved.push_back(&slot);
+    momenta.push_back(slot.momentum);
+    grads.push_back(slot.parameter->value.grad());
   }
-  for (auto& [shape, slots] : by_shape) {
+  if (moved.empty()) return;
+  at::_foreach_mul_(momenta, params_.muon_momentum);
+  at::_foreach_add_(momenta, grads);
+  std::vector<at::Tensor> ahead = at::_foreach_mul(momenta, params_.muon_momentum);
+  at::_foreach_add_(ahead, grads);
+
+  // Matrices of one shape, whichever way round, are orthogonalised together; each gets the bits it
+  // would get alone.
+  std::map<std::pair<int64_t, int64_t>, std::vector<size_t>> by_shape;
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const at::Tensor view = logical_view(ahead[i], *moved[i]->parameter);
+    by_shape[{view.size(1), view.size(2)}].push_back(i);
+  }
+  std::vector<at::Tensor> weights, steps;
+  for (const auto& [shape, members] : by_shape) {
     const auto [rows, cols] = shape;
-    std::vector<at::Tensor> updates;
-    std::vector<int64_t> counts;
-    for (Slot* slot : slots) {
-      const at::Tensor& grad = slot->parameter->value.grad();
-      slot->momentum.mul_(params_.muon_momentum).add_(grad);
-      updates.push_back(
-          logical_view(slot->momentum * params_.muon_momentum + grad, *slot->parameter));
-      counts.push_back(updates.back().size(0));
+    std::vector<at::Tensor> updates, values;
+    for (const size_t i : members) {
+      updates.push_back(logical_view(ahead[i], *moved[i]->parameter));
+      values.push_back(logical_view(moved[i]->parameter->value, *moved[i]->parameter));
     }
     const at::Tensor u = at::cat(updates);
     const double size = static_cast<double>(rows * cols);
@@ -120,32 +130,47 @@ void Optimizer::muon_step(double lr) {
     const double factor =
         std::sqrt(static_cast<double>(std::max(rows, cols))) * params_.muon_update_rms;
     const at::Tensor direction = ops::newton_schulz(u, params_.low_precision_muon) * factor;
+    const at::Tensor step =
+        (direction + at::cat(values) * params_.weight_decay) * moves * lr;
     int64_t first = 0;
-    for (size_t i = 0; i < slots.size(); ++i) {
-      at::Tensor w = logical_view(slots[i]->parameter->value, *slots[i]->parameter);
-      const at::Tensor step = direction.narrow(0, first, counts[i]) + w * params_.weight_decay;
-      w.sub_(step * moves.narrow(0, first, counts[i]) * lr);
-      first += counts[i];
+    for (const at::Tensor& value : values) {
+      weights.push_back(value);
+      steps.push_back(step.narrow(0, first, value.size(0)));
+      first += value.size(0);
     }
   }
+  at::_foreach_sub_(weights, steps);
 }
 
-void Optimizer::adam_step(Slot& slot, double lr) {
-  const at::Tensor grad = slot.parameter->value.grad();
-  slot.momentum.mul_(params_.adam_beta1).add_(grad, 1.0 - params_.adam_beta1);
-  slot.variance.mul_(params_.adam_beta2).addcmul_(grad, grad, 1.0 - params_.adam_beta2);
+void Optimizer::adam_step(double lr) {
+  std::vector<at::Tensor> values, decayed, grads, means, variances;
+  for (Slot& slot : slots_) {
+    if (slot.rule == UpdateRule::kMuon || !slot.parameter->value.grad().defined()) continue;
+    values.push_back(slot.parameter->value);
+    if (slot.rule == UpdateRule::kAdamDecay) decayed.push_back(slot.parameter->value);
+    grads.push_back(slot.parameter->value.grad());
+    means.push_back(slot.momentum);
+    variances.push_back(slot.variance);
+  }
+  if (values.empty()) return;
+  at::_foreach_mul_(means, params_.adam_beta1);
+  at::_foreach_add_(means, grads, 1.0 - params_.adam_beta1);
+  at::_foreach_mul_(variances, params_.adam_beta2);
+  at::_foreach_addcmul_(variances, grads, grads, 1.0 - params_.adam_beta2);
   const double steps = static_cast<double>(num_steps_);
   const double correction1 = 1.0 - std::pow(params_.adam_beta1, steps);
   const double correction2 = 1.0 - std::pow(params_.adam_beta2, steps);
-  // eps is negligible next to any gradient; an entry that never had one would be 0 / 0 in FP32, so
-  // it stays put.
-  const at::Tensor denominator = (slot.variance / correction2).sqrt().add_(params_.adam_eps);
-  at::Tensor update = (slot.momentum / correction1) / denominator;
-  update = at::where(slot.variance == 0, at::zeros_like(update), update);
-  if (slot.rule == UpdateRule::kAdamDecay) {
-    slot.parameter->value.mul_(1.0 - lr * params_.weight_decay);
-  }
-  slot.parameter->value.sub_(update * lr);
+  std::vector<at::Tensor> denominators = at::_foreach_div(variances, correction2);
+  at::_foreach_sqrt_(denominators);
+  at::_foreach_add_(denominators, params_.adam_eps);
+  std::vector<at::Tensor> updates = at::_foreach_div(means, correction1);
+  at::_foreach_div_(updates, denominators);
+  // An entry whose squares vanish in FP32 stays put: eps is negligible next to any gradient, so its
+  // quotient would mean nothing.
+  at::_foreach_mul_(updates, at::_foreach_sign(variances));
+  if (!decayed.empty()) at::_foreach_mul_(decayed, 1.0 - lr * params_.weight_decay);
+  at::_foreach_mul_(updates, lr);
+  at::_foreach_sub_(values, updates);
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Optimizer::state() {

@@ -56,8 +56,9 @@ class Optimizer {
     at::Tensor momentum;  // Muon: momentum; AdamW: first moment
     at::Tensor variance;  // AdamW only
   };
+  std::vector<at::Tensor> gradients() const;
   void muon_step(double lr);
-  void adam_step(Slot& slot, double lr);
+  void adam_step(double lr);
 
   OptimizerParams params_;
   std::vector<Slot> slots_;

@@ -1,9 +1,14 @@
 #include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <set>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/profiler_kineto.h>
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
 #include "model/init.h"
 #include "testing/gpu.h"
 #include "testing/tiny_model.h"
@@ -89,36 +94,66 @@ TEST(TrainGpu, StepMatchesTheCpu) {
   }
 }
 
+/// Runs `step` under LibTorch's profiler and writes a Chrome trace to the folder named by
+/// HADAL_TRACE; without the variable nothing happens.
+void trace(const std::string& name, const std::function<void()>& step) {
+  const char* folder = std::getenv("HADAL_TRACE");
+  if (folder == nullptr) return;
+  namespace profiler = torch::autograd::profiler;
+  namespace impl = torch::profiler::impl;
+  const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
+  const std::set<impl::ActivityType> activities = {impl::ActivityType::CPU,
+                                                   impl::ActivityType::CUDA};
+  profiler::prepareProfiler(config, activities);
+  profiler::enableProfiler(config, activities);
+  step();
+  testing::synchronize();
+  profiler::disableProfiler()->save(std::string(folder) + "/" + name + ".json");
+}
+
+struct ThroughputCase {
+  model::AttentionMode mode;
+  ops::Numerics numerics;
+  int64_t rows;
+};
+
 TEST(TrainGpu, NanoThroughput) {
+  using enum model::AttentionMode;
+  using enum ops::Numerics;
   const at::Device device(at::kCUDA);
-  for (const auto mode : {model::AttentionMode::kDense, model::AttentionMode::kIndexerWarmup,
-                          model::AttentionMode::kSparse}) {
+  for (const auto& [mode, numerics, micro_rows] :
+       {ThroughputCase{kDense, kBf16, 8}, {kDense, kBf16, 16}, {kIndexerWarmup, kBf16, 8},
+        {kSparse, kBf16, 8}, {kSparse, kReleased, 8}, {kSparse, kReleased, 16}}) {
     model::Transformer model = testing::random_model(testing::nano_config(), 1, at::kFloat);
     model::move_to(model, device);
     model::require_gradients(model);
     Optimizer optimizer(model, {.low_precision_muon = true});
-    const int64_t micro_rows = 8, row_length = 4096;
+    const int64_t row_length = 4096;
     const PackedRows rows = random_rows(micro_rows, row_length, 8192, {1000, 2596, 500});
     const MicroBatch micro(rows, device);
     StepCounts counts;
     counts.add(micro, model.config());
-    const ObjectiveParams params{.mode = mode, .numerics = ops::Numerics::kBf16};
-    const double micro_us = testing::median_us(
-        [&] {
-          StepMeasures measures;
-          accumulate(model, micro, counts, params, measures);
-        },
-        5);
-    const double step_us = testing::median_us(
-        [&] {
-          optimizer.clip_gradients(1.0);
-          optimizer.step(1e-4);
-        },
-        5);
+    const ObjectiveParams params{.mode = mode, .numerics = numerics};
+    const auto micro_step = [&] {
+      StepMeasures measures;
+      accumulate(model, micro, counts, params, measures);
+    };
+    const auto update = [&] {
+      optimizer.clip_gradients(1.0);
+      optimizer.step(1e-4);
+    };
+    const double micro_us = testing::median_us(micro_step, 5);
+    const double step_us = testing::median_us(update, 5);
+    const std::string name = hadal::concat("mode", static_cast<int>(mode), "-", ops::numerics_name(numerics),
+                                    "-", micro_rows);
+    trace(name, [&] {
+      micro_step();
+      update();
+    });
     const double tokens = static_cast<double>(micro_rows * row_length);
     std::printf(
-        "mode %d: micro-batch of %.0f tokens %.1f ms = %.0f tokens/s; optimizer step %.1f ms\n",
-        static_cast<int>(mode), tokens, micro_us * 1e-3, tokens / micro_us * 1e6, step_us * 1e-3);
+        "%s: micro-batch of %.0f tokens %.1f ms = %.0f tokens/s; optimizer step %.1f ms\n",
+        name.c_str(), tokens, micro_us * 1e-3, tokens / micro_us * 1e6, step_us * 1e-3);
   }
 }
 

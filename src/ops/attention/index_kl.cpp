@@ -23,15 +23,19 @@ at::Tensor block_mass(const at::Tensor& q,
   const at::ScalarType type = compute_type(q);
   const int64_t begin = batch.begin(seq), length = batch.length(seq);
   const int64_t visible = (batch.start(seq) + length) / ratio;
-  const at::Tensor keys = blocks.gather(seq, 0, visible).to(type);
+  // BF16 operands have exact FP32 products, so the library need not be given widened copies.
+  const bool library = q.is_cuda() && q.scalar_type() == at::kBFloat16 && !reference_forced();
+  const at::Tensor keys = blocks.gather(seq, 0, visible).to(library ? at::kBFloat16 : type);
   const at::Tensor limit =
       (batch.pos().narrow(0, begin, length) + 1).div(ratio, "floor").unsqueeze(1);
   const at::Tensor hidden = at::arange(visible, limit.options()).unsqueeze(0) >= limit;
   at::Tensor mass = at::zeros({length, visible}, q.options().dtype(type));
   for (int64_t head = 0; head < q.size(1); ++head) {
-    const at::Tensor logits =
-        at::matmul(q.select(1, head).narrow(0, begin, length).to(type), keys.t());
-    mass += at::exp(logits * scale - lse.select(1, head).narrow(0, begin, length).unsqueeze(1));
+    const at::Tensor queries = q.select(1, head).narrow(0, begin, length);
+    at::Tensor logits = library ? at::mm(queries, keys.t(), at::kFloat)
+                                : at::matmul(queries.to(type), keys.t());
+    logits.mul_(scale).sub_(lse.select(1, head).narrow(0, begin, length).unsqueeze(1));
+    mass.add_(logits.exp_());
   }
   return mass.masked_fill_(hidden, 0.0);
 }

@@ -16,6 +16,14 @@ using torch::autograd::variable_list;
 /// segment sums.
 at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t num_rows) {
   const at::Tensor flat = grad.reshape({grad.size(0), -1});
+  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
+  shape[0] = num_rows;
+  // Few rows have long segments: a product with the rows' marks keeps a GPU busy.
+  if (grad.is_cuda() && num_rows <= 256) {
+    const at::Tensor marks = (at::arange(num_rows, rows.options()).unsqueeze(1) == rows)
+                                 .to(to_compute(flat).scalar_type());
+    return at::mm(marks, to_compute(flat)).to(grad.scalar_type()).reshape(shape);
+  }
   const auto [sorted, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const at::Tensor lengths =
       at::diff(at::searchsorted(sorted, at::arange(num_rows + 1, rows.options())));
@@ -25,8 +33,6 @@ at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t n
       at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
                          /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
                          /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
-  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
-  shape[0] = num_rows;
   return sums.to(grad.scalar_type()).reshape(shape);
 }
 

@@ -16,6 +16,9 @@ using torch::autograd::variable_list;
 at::Tensor sum_by_token(const at::Tensor& rows, const at::Tensor& place, int64_t tokens) {
   const int64_t topk = place.size(0) / tokens;
   const at::Tensor by_token = rows.index_select(0, place).reshape({tokens, topk, -1});
+  if (rows.is_cuda() && rows.scalar_type() == at::kBFloat16) {
+    return by_token.sum({1}, /*keepdim=*/false, at::kFloat);
+  }
   at::Tensor sum = to_compute(by_token.select(1, 0));
   for (int64_t k = 1; k < topk; ++k) sum = sum + by_token.select(1, k);
   return sum;
