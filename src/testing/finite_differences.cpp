@@ -12,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "testing/kernel_checks.h"
 
 namespace hadal::testing {
 namespace {
@@ -58,6 +59,7 @@ DifferenceReport compare_differences(const std::string& name,
                                      const DifferenceOptions& options,
                                      const std::function<TensorList()>& choices) {
   const at::NoGradGuard no_grad;
+  const OneAtenThread one_thread;
   DifferenceReport report;
   for (const DifferenceVariable& variable : variables) {
     HADAL_CHECK(variable.value.scalar_type() == at::kDouble && variable.value.is_contiguous(),

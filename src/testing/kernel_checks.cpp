@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <gtest/gtest.h>
 
@@ -12,6 +13,9 @@
 #include "base/parallel.h"
 
 namespace hadal::testing {
+
+OneAtenThread::OneAtenThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
+OneAtenThread::~OneAtenThread() { at::set_num_threads(before_); }
 
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;

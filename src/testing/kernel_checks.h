@@ -9,6 +9,19 @@
 
 namespace hadal::testing {
 
+/// While one lives, ATen computes on one thread: for thousands of tiny evaluations, where waking
+/// its threads takes longer than the work.
+class OneAtenThread {
+ public:
+  OneAtenThread();
+  ~OneAtenThread();
+  OneAtenThread(const OneAtenThread&) = delete;
+  OneAtenThread& operator=(const OneAtenThread&) = delete;
+
+ private:
+  int before_;
+};
+
 /// Bitwise equality (NaN equals NaN, -0 differs from 0).
 bool same_bits(const at::Tensor& a, const at::Tensor& b);
 
