@@ -34,7 +34,9 @@ int run_verify(const std::string& folder) {
 struct Tiny {
   const char* name;
   int lines;
-  double max_abs;       ///< of logits: measured, with a margin; tighter than verify's own bars
+  // Measured, with a margin; tighter than verify's own bars.
+  double max_abs;       ///< of logits
+  double first_mean;    ///< mean error of the streams after the first layer
   int identical_first;  ///< of 22 rows after the first layer: a mean does not see a small rounding
                         ///< mistake, whole rows do
 };
@@ -123,8 +125,8 @@ TEST_P(GoldenTiny, ABrokenWeightFails) {
 
 INSTANTIATE_TEST_SUITE_P(InTheTree,
                          GoldenTiny,
-                         ::testing::Values(Tiny{"ideal", 9, 1e-5, 0},
-                                           Tiny{"released", 7, 0.45, 12}),
+                         ::testing::Values(Tiny{"ideal", 9, 1e-5, 1e-6, 0},
+                                           Tiny{"released", 7, 0.45, 5e-3, 12}),
                          [](const auto& param_info) { return param_info.param.name; });
 
 class Recorded : public ::testing::TestWithParam<const char*> {};

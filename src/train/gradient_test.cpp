@@ -152,6 +152,10 @@ std::vector<Half> halves_of(Whole& whole) {
   return halves;
 }
 
+std::string case_name(const ::testing::TestParamInfo<AttentionMode>& mode) {
+  return attention_mode_name(mode.param);
+}
+
 class WholeModel : public ::testing::TestWithParam<AttentionMode> {};
 
 TEST_P(WholeModel, GradientsAreDifferences) {
@@ -223,7 +227,7 @@ INSTANTIATE_TEST_SUITE_P(Modes,
                          ::testing::Values(AttentionMode::kDense,
                                            AttentionMode::kIndexerWarmup,
                                            AttentionMode::kSparse),
-                         [](const auto& mode) { return attention_mode_name(mode.param); });
+                         case_name);
 
 /// Names of the parameters whose gradient is not exactly zero.
 std::vector<std::string> moved(Whole& whole, bool indexer) {
