@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "ops/mhc/hc_math.h"
+#include "testing/kernel_checks.h"
 
 namespace hadal::ops {
 namespace {
@@ -109,6 +110,82 @@ TEST_P(HcMath, TokenGradientsMatchAutograd) {
   EXPECT_TRUE(at::allclose(grad_fn, expected[1], 1e-9, 1e-11));
   EXPECT_TRUE(at::allclose(grad_base, expected[2], 1e-9, 1e-11));
   EXPECT_TRUE(at::allclose(grad_scale, expected[3], 1e-9, 1e-11));
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+// 4 streams are the model's; the kernels take any number.
+class HcKernel : public ::testing::TestWithParam<int64_t> {};
+
+TEST_P(HcKernel, KeepsTheContract) {
+  at::manual_seed(4);
+  const int64_t n = GetParam();
+  for (const int64_t dim : {16, 37, 128}) {
+    const at::Tensor streams = at::randn({6, n, dim}), fn = at::randn({(2 + n) * n, n * dim}) * 0.2,
+                     base = at::randn({(2 + n) * n}) * 0.5, scale = at::randn({3});
+    const auto pre = [](const Tensors& in) {
+      const HcPre r = hc_pre(in[0], in[1], in[2], in[3], {});
+      return Tensors{r.mixed, r.post, r.comb};
+    };
+    testing::check_kernel("hc_pre fp32", pre, {streams, fn, base, scale}, 1, 5e-6);
+    testing::check_kernel("hc_pre bf16", pre, {streams.to(at::kBFloat16), fn, base, scale}, 1,
+                          4e-3);
+    const at::Tensor out = at::randn({6, dim}), weights = at::rand({6, n}) * 2.0,
+                     comb = at::softmax(at::randn({6, n, n}), 1);
+    const auto post = [](const Tensors& in) {
+      return Tensors{hc_post(in[0], in[1], in[2], in[3])};
+    };
+    testing::check_kernel("hc_post fp32", post, {out, streams, weights, comb}, 4, 1e-6);
+    testing::check_kernel("hc_post bf16", post,
+                          {out.to(at::kBFloat16), streams.to(at::kBFloat16), weights, comb}, 4,
+                          4e-3);
+    const auto head = [](const Tensors& in) {
+      return Tensors{hc_head(in[0], in[1], in[2], in[3], {})};
+    };
+    testing::check_kernel("hc_head fp32", head,
+                          {streams, fn.narrow(0, 0, n).contiguous(),
+                           base.narrow(0, 0, n).contiguous(), scale.narrow(0, 0, 1).contiguous()},
+                          1, 5e-6);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Streams, HcKernel, ::testing::Values(1, 2, 4, 5));
+
+HcPre random_mix(int64_t n, double size, int64_t iters = 20) {
+  at::manual_seed(5);
+  return hc_pre(at::randn({9, n, 8}, at::kDouble), at::randn({(2 + n) * n, n * 8}, at::kDouble),
+                at::randn({(2 + n) * n}, at::kDouble) * size, at::full({3}, size, at::kDouble),
+                {.sinkhorn_iters = iters});
+}
+
+// model.md 9.2: it ends on columns, so they sum to 1 within eps; rows come close.
+TEST(HyperConnection, CombinationIsDoublyStochastic) {
+  const HcPre r = random_mix(4, 0.5);
+  EXPECT_GT(r.comb.min().item<double>(), 0.0);
+  EXPECT_LT((r.comb.sum(1) - 1.0).abs().max().item<double>(), 3e-6);
+  // Twenty steps leave rows of random matrices a few percent off, five hundred do not.
+  EXPECT_LT((r.comb.sum(2) - 1.0).abs().max().item<double>(), 5e-2);
+  const at::Tensor longer = random_mix(4, 0.5, 500).comb;
+  EXPECT_LT((longer.sum(2) - 1.0).abs().max().item<double>(), 1e-5);
+}
+
+TEST(HyperConnection, MixOutSendsRowsToColumns) {
+  // All of stream 0 to stream 2: P[0, 2] = 1. With the transposed matrix it would stay behind.
+  at::Tensor comb = at::zeros({1, 4, 4});
+  comb[0][0][2] = 1.0;
+  const at::Tensor streams = at::arange(1, 5).to(at::kFloat).reshape({1, 4, 1});
+  const at::Tensor out = hc_post(at::full({1, 1}, 10.0), streams,
+                                 at::tensor({0.0f, 1.0f, 2.0f, 0.5f}).reshape({1, 4}), comb);
+  EXPECT_TRUE(at::equal(out.flatten(), at::tensor({0.0f, 10.0f, 21.0f, 5.0f})));
+}
+
+TEST(HyperConnection, EqualStreamsStayEqualUpToTheOutput) {
+  // Columns of P sum to 1: a common stream is carried over unchanged, the output is added c-fold.
+  const HcPre r = random_mix(4, 0.7);
+  const at::Tensor x = at::randn({9, 1, 8}, at::kDouble).expand({9, 4, 8});
+  const at::Tensor carried =
+      hc_post(at::zeros({9, 8}, at::kDouble), x.contiguous(), r.post, r.comb);
+  EXPECT_LT((carried - x).abs().max().item<double>(), 1e-5);
 }
 
 INSTANTIATE_TEST_SUITE_P(Iterations, HcMath, ::testing::Values(1, 2, 20, hc::kMaxIters));

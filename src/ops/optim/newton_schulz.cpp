@@ -1,5 +1,7 @@
 #include "ops/optim/newton_schulz.h"
 
+#include <vector>
+
 #include <ATen/ATen.h>
 
 #include "ops/op.h"
@@ -13,10 +15,7 @@ struct Coefficients {
 constexpr Coefficients kRough{3.4445, -4.7750, 2.0315};
 constexpr Coefficients kFine{2.0, -1.5, 0.5};
 
-}  // namespace
-
-at::Tensor newton_schulz(const at::Tensor& u, bool low_precision) {
-  check_shape(u, {-1, -1, -1}, "newton_schulz: u");
+at::Tensor orthogonalise(const at::Tensor& u, bool low_precision) {
   const bool tall = u.size(1) > u.size(2);
   at::Tensor x = tall ? u.transpose(1, 2) : u;
   // The smallest normal number keeps 0 / 0 away; no gradient of interest is near it.
@@ -32,6 +31,20 @@ at::Tensor newton_schulz(const at::Tensor& u, bool low_precision) {
   }
   x = x.to(u.scalar_type());
   return tall ? x.transpose(1, 2).contiguous() : x;
+}
+
+}  // namespace
+
+at::Tensor newton_schulz(const at::Tensor& u, bool low_precision) {
+  check_shape(u, {-1, -1, -1}, "newton_schulz: u");
+  if (!u.is_cpu() || u.size(0) <= 1) return orthogonalise(u, low_precision);
+  // The CPU library's batched product chooses its order of summation by the number of matrices; the
+  // contract is the bits of each matrix alone.
+  std::vector<at::Tensor> each;
+  for (int64_t i = 0; i < u.size(0); ++i) {
+    each.push_back(orthogonalise(u.narrow(0, i, 1), low_precision));
+  }
+  return at::cat(each);
 }
 
 }  // namespace hadal::ops

@@ -42,10 +42,15 @@ TEST(NewtonSchulz, SingularValuesAreOne) {
 
 TEST(NewtonSchulz, BatchedEqualsAlone) {
   at::manual_seed(4);
-  const at::Tensor u = at::randn({5, 48, 80});
-  const at::Tensor together = newton_schulz(u);
-  for (int64_t i = 0; i < u.size(0); ++i) {
-    EXPECT_TRUE(at::equal(together[i], newton_schulz(u.narrow(0, i, 1))[0])) << i;
+  for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{48, 80}, {64, 64}, {24, 256}}) {
+      const at::Tensor u = at::randn({7, rows, cols}).to(type);
+      const at::Tensor together = newton_schulz(u);
+      for (int64_t i = 0; i < u.size(0); ++i) {
+        EXPECT_TRUE(at::equal(together[i], newton_schulz(u.narrow(0, i, 1))[0]))
+            << i << " of " << rows << "x" << cols << " " << type;
+      }
+    }
   }
 }
 
