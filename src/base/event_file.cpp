@@ -60,6 +60,30 @@ std::string event(double wall_time, int64_t step) {
   return out;
 }
 
+constexpr size_t kFrame = 16;  // bytes of a record around its data
+
+uint64_t read_little_endian(std::string_view bytes, size_t count) {
+  uint64_t value = 0;
+  for (size_t i = 0; i < count; ++i)
+    value |= uint64_t{static_cast<unsigned char>(bytes[i])} << (8 * i);
+  return value;
+}
+
+/// The step of an Event as event() writes it, behind the time; 0 when there is none.
+int64_t step_of(std::string_view data) {
+  constexpr size_t kTime = 9;
+  if (data.size() <= kTime || data[0] != 1 * 8 + kFixed64 || data[kTime] != 2 * 8 + kVarint)
+    return 0;
+  uint64_t step = 0;
+  int shift = 0;
+  for (size_t i = kTime + 1; i < data.size() && shift < 64; ++i, shift += 7) {
+    const auto byte = static_cast<unsigned char>(data[i]);
+    step |= uint64_t{byte & 127u} << shift;
+    if (byte < 128) break;
+  }
+  return static_cast<int64_t>(step);
+}
+
 }  // namespace
 
 uint32_t crc32c(std::string_view bytes) {
@@ -79,13 +103,13 @@ std::string tfrecord(std::string_view data) {
   return out;
 }
 
-std::string event_file_head(double wall_time) {
+std::string event_file_head(double wall_time, int64_t step) {
   std::string version = event(wall_time, 0);
   append_bytes(version, 3, "brain.Event:2");  // file_version
   std::string session;
   append_key(session, 1, kVarint);  // status
   append_varint(session, 1);        // START
-  std::string start = event(wall_time, 0);
+  std::string start = event(wall_time, step);
   append_bytes(start, 7, session);  // session_log
   return tfrecord(version) + tfrecord(start);
 }
@@ -102,6 +126,21 @@ std::string scalar_event(double wall_time, int64_t step, const Scalars& scalars)
   std::string out = event(wall_time, step);
   append_bytes(out, 5, summary);
   return tfrecord(out);
+}
+
+size_t kept_event_bytes(std::string_view file, int64_t last_step) {
+  size_t kept = 0;
+  while (file.size() - kept >= kFrame) {
+    const std::string_view rest = file.substr(kept);
+    const auto length = read_little_endian(rest, 8);
+    if (read_little_endian(rest.substr(8), 4) != masked_crc(rest.substr(0, 8))) break;
+    if (length > rest.size() - kFrame) break;
+    const std::string_view data = rest.substr(12, length);
+    if (read_little_endian(rest.substr(12 + length), 4) != masked_crc(data)) break;
+    if (step_of(data) > last_step) break;
+    kept += kFrame + length;
+  }
+  return kept;
 }
 
 std::string event_file_name(int64_t seconds) {

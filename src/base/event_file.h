@@ -21,11 +21,14 @@ std::string tfrecord(std::string_view data);
 
 using Scalars = std::vector<std::pair<std::string, double>>;
 
-/// The records that every event file begins with: the version, and the start of a session at step
-/// 0, which makes a running TensorBoard forget what an earlier file of the folder said.
-std::string event_file_head(double wall_time);
+/// The records that an event file begins with: the version, and the start of a session at `step`,
+/// which makes TensorBoard forget what earlier files say of that step and later ones.
+std::string event_file_head(double wall_time, int64_t step);
 /// A record with these scalars of one step.
 std::string scalar_event(double wall_time, int64_t step, const Scalars& scalars);
+
+/// How many bytes of an event file hold whole records of steps up to `last_step`.
+size_t kept_event_bytes(std::string_view file, int64_t last_step);
 
 /// A name that sorts behind those of earlier files: `events.out.tfevents.<seconds>.hadal`.
 std::string event_file_name(int64_t seconds);

@@ -81,10 +81,16 @@ MetricsWriter::MetricsWriter(const std::string& folder, int64_t resume_step)
     write_file_atomic(lines_.path, kept.lines);
   }
   const std::vector<std::string> earlier = event_files(folder);
+  for (const std::string& name : earlier) {
+    // Cut, not replaced: a running TensorBoard goes on to the next file only from one that is
+    // there.
+    const std::string path = folder + "/" + name;
+    std::filesystem::resize_file(path, kept_event_bytes(read_file(path), resume_step));
+  }
   const double time = now();
   events_.path = folder + "/" + next_event_file(earlier, time);
-  write_file_atomic(events_.path, event_file_head(time) + kept.events);
-  for (const std::string& name : earlier) std::filesystem::remove(folder + "/" + name);
+  write_file_atomic(events_.path, event_file_head(time, resume_step + 1) +
+                                      (earlier.empty() ? kept.events : std::string()));
   lines_.fd = open_for_appending(lines_.path);
   events_.fd = open_for_appending(events_.path);
 }

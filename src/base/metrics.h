@@ -13,9 +13,9 @@ namespace hadal {
 /// both hold everything up to the last flush.
 class MetricsWriter {
  public:
-  /// Lines of steps beyond `resume_step` are dropped: they belong to work that will be done again.
-  /// The event file is made anew from the lines that stay, under a later name, and replaces earlier
-  /// ones.
+  /// Lines and events of steps beyond `resume_step` are dropped: they belong to work that will be
+  /// done again. Every writer begins an event file of its own, as TensorBoard expects; the first
+  /// one of a folder says what the lines say already.
   MetricsWriter(const std::string& folder, int64_t resume_step);
   ~MetricsWriter();
   MetricsWriter(const MetricsWriter&) = delete;

@@ -28,8 +28,8 @@ struct Point {
 struct EventFile {
   std::map<int64_t, std::vector<Point>> steps;
   std::vector<std::string> versions;
-  int starts = 0;
-  size_t torn_bytes = 0;  ///< behind the last whole record
+  std::vector<int64_t> starts;  ///< steps at which a session starts
+  size_t torn_bytes = 0;        ///< behind the last whole record
 };
 
 uint64_t little_endian(std::string_view bytes, size_t count) {
@@ -89,7 +89,7 @@ void read_event(std::string_view record, EventFile& file) {
   for (const Field& field : fields_of(record)) {
     if (field.number == 2) step = static_cast<int64_t>(field.integer);
     if (field.number == 3) file.versions.emplace_back(field.bytes);
-    if (field.number == 7) ++file.starts;
+    if (field.number == 7) file.starts.push_back(step);
     if (field.number != 5) continue;
     for (const Field& value : fields_of(field.bytes)) {
       Point point{};
@@ -103,22 +103,23 @@ void read_event(std::string_view record, EventFile& file) {
   }
 }
 
+/// All event files of a folder, one behind the other.
 EventFile read_events(const std::string& folder) {
-  const auto names = event_files(folder);
-  EXPECT_EQ(names.size(), 1u);
-  const std::string text = read_file(folder + "/" + names.at(0));
   EventFile file;
-  std::string_view rest = text;
-  while (rest.size() >= 12) {
-    const uint64_t length = little_endian(rest, 8);
-    if (rest.size() < 16 + length) break;
-    EXPECT_EQ(little_endian(rest.substr(8), 4), slow_masked_crc(rest.substr(0, 8)));
-    const std::string_view data = rest.substr(12, length);
-    EXPECT_EQ(little_endian(rest.substr(12 + length), 4), slow_masked_crc(data));
-    read_event(data, file);
-    rest.remove_prefix(16 + length);
+  for (const std::string& name : event_files(folder)) {
+    const std::string text = read_file(folder + "/" + name);
+    std::string_view rest = text;
+    while (rest.size() >= 12) {
+      const uint64_t length = little_endian(rest, 8);
+      if (rest.size() < 16 + length) break;
+      EXPECT_EQ(little_endian(rest.substr(8), 4), slow_masked_crc(rest.substr(0, 8)));
+      const std::string_view data = rest.substr(12, length);
+      EXPECT_EQ(little_endian(rest.substr(12 + length), 4), slow_masked_crc(data));
+      read_event(data, file);
+      rest.remove_prefix(16 + length);
+    }
+    file.torn_bytes += rest.size();
   }
-  file.torn_bytes = rest.size();
   return file;
 }
 
@@ -151,7 +152,7 @@ TEST_F(Metrics, EventsHoldWhatTheLinesHold) {
   write_steps(writer, 1, 3, 0.5);
   const EventFile file = read_events(folder_);
   EXPECT_EQ(file.versions, std::vector<std::string>{"brain.Event:2"});
-  EXPECT_EQ(file.starts, 1);
+  EXPECT_EQ(file.starts, std::vector<int64_t>{1});
   ASSERT_EQ(file.steps.size(), 3u);
   const std::vector<Point>& second = file.steps.at(2);
   ASSERT_EQ(second.size(), 3u);
@@ -162,18 +163,25 @@ TEST_F(Metrics, EventsHoldWhatTheLinesHold) {
 
 TEST_F(Metrics, ResumingDropsLaterSteps) {
   { write_steps(*std::make_unique<MetricsWriter>(folder_, 0), 1, 9, 0.5); }
-  const std::string before = event_files(folder_).at(0);
   {
     MetricsWriter writer(folder_, 5);
     write_steps(writer, 6, 7, 100.0);
   }
-  EXPECT_GT(event_files(folder_).at(0), before) << "a running TensorBoard reads later names only";
+  EXPECT_EQ(event_files(folder_).size(), 2u) << "a running TensorBoard reads later names only";
   const EventFile file = read_events(folder_);
   ASSERT_EQ(file.steps.size(), 7u);
   EXPECT_EQ(file.steps.at(5)[1], (Point{"loss/main", 5.5f}));
   EXPECT_EQ(file.steps.at(6)[1], (Point{"loss/main", 106.0f}));
   EXPECT_TRUE(std::isnan(file.steps.at(5)[2].value));
-  EXPECT_EQ(file.starts, 1);
+  ASSERT_EQ(file.steps.at(6).size(), 3u) << "the old step is still there";
+  EXPECT_EQ(file.starts, (std::vector<int64_t>{1, 6}));
+  // Back behind both, and without any event file.
+  { const MetricsWriter writer(folder_, 2); }
+  EXPECT_EQ(read_events(folder_).steps.size(), 2u);
+  for (const std::string& name : event_files(folder_))
+    std::filesystem::remove(folder_ + "/" + name);
+  { const MetricsWriter writer(folder_, 2); }
+  EXPECT_EQ(read_events(folder_).steps.size(), 2u);
 }
 
 TEST_F(Metrics, AKilledRunLeavesWholeRecords) {

@@ -13,7 +13,7 @@ namespace {
 
 // Told apart in print and by most colour-blind readers.
 constexpr std::array kColours = {"#1f6fb4", "#c8442b", "#2f8f4e", "#8757b0", "#b8860b", "#3a9ca3"};
-constexpr double kLeft = 76, kRight = 24, kTop = 48, kBottom = 58;
+constexpr double kLeft = 86, kRight = 24, kTop = 58, kBottom = 58;
 constexpr double kCharWidth = 7.2;  // of the legend's text, on average
 constexpr size_t kMaxPoints = 3000;
 
@@ -128,7 +128,7 @@ class Drawing {
     segment(left_, bottom_, right_, bottom_, "stroke='#444'");
     segment(left_, kTop, left_, bottom_, "stroke='#444'");
     text((left_ + right_) / 2, bottom_ + 42, "middle", chart_.x_label);
-    const double middle = (kTop + bottom_) / 2, edge = left_ - kLeft + 18;
+    const double middle = (kTop + bottom_) / 2, edge = left_ - kLeft + 16;
     text(edge, middle, "middle", chart_.y_label, "#444",
          fmt::format("transform='rotate(-90 {:.1f} {:.1f})'", edge, middle));
   }
@@ -169,10 +169,7 @@ class Drawing {
       if (mark.x < x_.low || mark.x > x_.high) continue;
       const double x = place_x(mark.x);
       segment(x, kTop, x, bottom_, "stroke='#888' stroke-dasharray='5 4'");
-      // Near the right edge the label stands on the other side of its line.
-      const bool flip = x + 8 * kCharWidth > right_;
-      text(x + (flip ? -5 : 5), bottom_ - 8, flip ? "end" : "start", mark.label, "#666",
-           "font-size='12'");
+      text(x, kTop - 6, "middle", mark.label, "#666", "font-size='12'");
     }
   }
 
