@@ -4,6 +4,7 @@
 #include <span>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include "apps/model_folder.h"
 #include "base/check.h"
@@ -16,6 +17,9 @@ constexpr int64_t kChunk = 512;  // tokens a step of a prompt; no bit depends on
 }  // namespace
 
 LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::string& numerics_flag) {
+  // The work is in hadal's own kernels, which have their own threads; LibTorch's would only wait
+  // busily for the few operations between them, at the expense of everything else on the machine.
+  at::set_num_threads(1);
   const std::string folder = model_folder(folder_flag);
   const auto source = checkpoint::OfficialCheckpoint::open(folder);
   const ops::Numerics numerics = numerics_flag.empty() ? checkpoint::default_numerics(source)

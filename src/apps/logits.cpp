@@ -2,6 +2,7 @@
 #include <memory>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <CLI/CLI.hpp>
 
@@ -20,6 +21,7 @@ struct Flags {
 };
 
 int run(const Flags& flags) {
+  at::set_num_threads(1);  // hadal's kernels have their own threads
   const auto source = checkpoint::OfficialCheckpoint::open(model_folder(flags.model));
   const ops::Numerics numerics = flags.numerics.empty() ? checkpoint::default_numerics(source)
                                                         : ops::parse_numerics(flags.numerics);
