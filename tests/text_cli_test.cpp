@@ -1,17 +1,14 @@
 // The text subcommands as other programs call them: input and output to the byte, exit codes.
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <sstream>
 #include <string>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
+
+#include "cli_fixture.h"
 
 namespace hadal {
 namespace {
@@ -22,51 +19,8 @@ const std::string kShared = HADAL_SOURCE_DIR "/../shared/data/";
 const std::string kTokenizer = kShared + "deepseek-v4-tokenizer/tokenizer.json";
 const std::string kEos = "<\uff5cend\u2581of\u2581sentence\uff5c>";
 
-struct Result {
-  int code = -1;
-  std::string out;
-  std::string error;
-};
-
-class TextCli : public ::testing::Test {
- protected:
-  void SetUp() override {
-    const std::string name = ::testing::UnitTest::GetInstance()->current_test_info()->name();
-    folder_ = std::filesystem::temp_directory_path() /
-              ("hadal_text_cli_" + name + "_" + std::to_string(::getpid()));
-    std::filesystem::create_directories(folder_);
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
-  static std::string slurp(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
-  }
-  std::string write(const std::string& name, const std::string& content) const {
-    const std::string path = folder_ / name;
-    std::ofstream(path, std::ios::binary) << content;
-    return path;
-  }
-  /// Runs the program with the text as standard input.
-  Result run(const std::string& arguments, const std::string& input) const {
-    const std::string in = write("in", input);
-    const std::string error = folder_ / "error";
-    const std::string command =
-        std::string(HADAL_BINARY) + " " + arguments + " < " + in + " 2> " + error;
-    Result result;
-    FILE* pipe = ::popen(command.c_str(), "r");
-    if (pipe == nullptr) return result;
-    std::array<char, 4096> buffer;
-    while (const size_t n = std::fread(buffer.data(), 1, buffer.size(), pipe))
-      result.out.append(buffer.data(), n);
-    const int status = ::pclose(pipe);
-    result.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    result.error = slurp(error);
-    return result;
-  }
-
-  std::filesystem::path folder_;
-};
+using Result = CliResult;
+using TextCli = CliFixture;
 
 #define NEED_DATA(path) \
   if (!std::filesystem::exists(path)) GTEST_SKIP() << "absent: " << (path)

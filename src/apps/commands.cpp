@@ -7,26 +7,45 @@ namespace hadal::apps {
 std::function<int()> define_verify(CLI::App& app);
 std::function<int()> define_logits(CLI::App& app);
 std::function<int()> define_generate(CLI::App& app);
+std::function<int()> define_eval(CLI::App& app);
+std::function<int()> define_chat(CLI::App& app);
+std::function<int()> define_convert(CLI::App& app);
 std::function<int()> define_inspect(CLI::App& app);
 std::function<int()> define_plan(CLI::App& app);
+std::function<int()> define_plot(CLI::App& app);
+std::function<int()> define_doctor(CLI::App& app);
 std::function<int()> define_train(CLI::App& app);
 
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
       {"generate", "continue a text",
-       "  hadal generate --model DIR --prompt 'Call me' --max-tokens 64 --temperature 0.7 --seed 1",
+       "  hadal generate --prompt 'Call me' --max-tokens 64 --temperature 0.7 --seed 1",
        define_generate},
+      {"chat", "talk to a model",
+       "  hadal chat --thinking-mode thinking --temperature 0.7 --seed 1\n"
+       "  printf 'Who are you?\\nAnd who am I?\\n' | hadal chat --json",
+       define_chat},
+      {"eval", "how well a model predicts a text", "  hadal eval perplexity book.txt --model DIR",
+       define_eval},
       {"verify", "compare a checkpoint's outputs with recorded ones",
        "  hadal verify tests/golden/ideal --gradients", define_verify},
       {"logits", "logits of every position of given token ids",
        "  hadal logits --model DIR --ids ids.safetensors --out logits.safetensors --chunk 64",
        define_logits},
+      {"convert", "a checkpoint to another storage or to transformers' names",
+       "  hadal convert --in DeepSeek-V4-Flash --out flash-bf16 --to bf16", define_convert},
       {"inspect", "layers, parameters and bytes of a checkpoint or config",
        "hadal inspect --config config.json", define_inspect},
       {"plan", "FLOPs and KV bytes per token against V3.2",
        "hadal plan --config config.json --context 1000000 --svg cost.svg", define_plan},
       {"train", "train a model; stopped at any moment, the same command goes on",
        "  hadal train nano.json", define_train},
+      {"plot", "curves of a run as SVG",
+       "  hadal plot runs/nano/metrics.jsonl --out curve.svg --keys loss/main,validation/loss "
+       "--smooth 20",
+       define_plot},
+      {"doctor", "what this machine has, and which models fit on it", "  hadal doctor --json",
+       define_doctor},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

@@ -3,17 +3,13 @@
 #include <cstdio>
 #include <memory>
 
-#include <ATen/ATen.h>
-
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/decode_loop.h"
+#include "apps/interrupt.h"
 #include "base/check.h"
-#include "checkpoint/load_model.h"
-#include "model/contiguous_kv.h"
-#include "ops/sampling/sample.h"
-#include "text/tokenizer.h"
 
 namespace hadal::apps {
 namespace {
@@ -29,66 +25,20 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-/// One sequence that grows: the model, its cache and where it stands.
-class Sequence {
- public:
-  Sequence(const model::Transformer& model, ops::Numerics numerics, int64_t max_tokens)
-      : model_(model),
-        numerics_(numerics),
-        kv_(model.config(),
-            1,
-            max_tokens,
-            numerics == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16,
-            at::kCPU) {}
-
-  /// Feeds ids and returns the logits after the last, [vocab] FP32.
-  at::Tensor feed(const std::vector<int64_t>& ids) {
-    const at::NoGradGuard no_grad;
-    constexpr int64_t kChunk = 512;
-    at::Tensor last;
-    for (size_t begin = 0; begin < ids.size(); begin += kChunk) {
-      const auto count = static_cast<int64_t>(std::min<size_t>(kChunk, ids.size() - begin));
-      const ops::Batch batch = kv_.begin({0}, {count});
-      model::ForwardContext context;
-      context.batch = &batch;
-      context.numerics = numerics_;
-      context.kv = &kv_;
-      const std::vector<int64_t> part(ids.begin() + static_cast<int64_t>(begin),
-                                      ids.begin() + static_cast<int64_t>(begin) + count);
-      const at::Tensor streams = model_.forward(at::tensor(part, at::kLong), context);
-      last = streams.narrow(0, count - 1, 1);
-      kv_.advance();
-    }
-    return model_.logits(model_.head_input(last, numerics_), numerics_)[0].contiguous();
-  }
-  int64_t length() const { return kv_.length(0); }
-
- private:
-  const model::Transformer& model_;
-  ops::Numerics numerics_;
-  model::ContiguousKv kv_;
-};
-
 int run(const Flags& flags) {
-  const auto source = checkpoint::OfficialCheckpoint::open(flags.model);
-  const ops::Numerics numerics = flags.numerics.empty() ? checkpoint::default_numerics(source)
-                                                        : ops::parse_numerics(flags.numerics);
-  const model::Transformer model = checkpoint::load_model(source, numerics);
-  const model::ModelConfig& config = model.config();
-  const text::Tokenizer tokenizer = text::Tokenizer::from_file(flags.model + "/tokenizer.json");
-  std::vector<int64_t> ids = {config.bos_token_id};
-  for (const int32_t id : tokenizer.encode(flags.prompt, text::SpecialTokens::kAsText))
+  const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  std::vector<int64_t> ids = {loaded.config().bos_token_id};
+  for (const int32_t id : loaded.tokenizer.encode(flags.prompt, text::SpecialTokens::kAsText))
     ids.push_back(id);
-  HADAL_INPUT_CHECK(*std::max_element(ids.begin(), ids.end()) < config.vocab_size, flags.model,
-                    ": the tokenizer gives ids beyond the model's vocabulary of ",
-                    config.vocab_size);
-  Sequence sequence(model, numerics, static_cast<int64_t>(ids.size()) + flags.max_tokens);
+  Sequence sequence(loaded);
+  const InterruptFlag interrupt;
+  const StopFunction stop = [&] { return interrupt.raised(); };
 
   const auto start = std::chrono::steady_clock::now();
-  at::Tensor logits = sequence.feed(ids);
-  const double prompt_seconds = seconds_since(start);
   if (!flags.json) std::printf("%s", flags.prompt.c_str());
-  text::DecodeStream decoder(tokenizer);
+  const bool complete = sequence.append(ids, stop);
+  const double prompt_seconds = seconds_since(start);
+  text::DecodeStream decoder(loaded.tokenizer);
   std::string generated;
   std::vector<int64_t> tokens;
   const auto emit = [&](const std::string& piece) {
@@ -97,16 +47,18 @@ int run(const Flags& flags) {
     if (!flags.json) std::fflush(stdout);
   };
   const auto decode_start = std::chrono::steady_clock::now();
-  bool ended = false;
-  while (static_cast<int64_t>(tokens.size()) < flags.max_tokens) {
-    const std::span<const float> row(logits.const_data_ptr<float>(),
-                                     static_cast<size_t>(config.vocab_size));
-    const int64_t token = ops::sample_token(row, flags.sampling, sequence.length());
-    tokens.push_back(token);
-    ended = token == config.eos_token_id;
-    if (ended) break;
-    emit(decoder.push(static_cast<int32_t>(token)));
-    if (static_cast<int64_t>(tokens.size()) < flags.max_tokens) logits = sequence.feed({token});
+  Finish finish = Finish::kInterrupted;
+  if (complete) {
+    finish = decode(
+        loaded, sequence, flags.sampling, flags.max_tokens,
+        [&](int64_t token) {
+          tokens.push_back(token);
+          if (token != loaded.config().eos_token_id) {
+            emit(decoder.push(static_cast<int32_t>(token)));
+          }
+          return true;
+        },
+        stop);
   }
   emit(decoder.flush());
   const double decode_seconds = seconds_since(decode_start);
@@ -116,7 +68,7 @@ int run(const Flags& flags) {
     const nlohmann::ordered_json result = {{"prompt", flags.prompt},
                                            {"text", generated},
                                            {"tokens", tokens},
-                                           {"finish_reason", ended ? "stop" : "length"},
+                                           {"finish_reason", finish_name(finish)},
                                            {"prompt_tokens", ids.size()},
                                            {"prompt_tokens_per_second", prompt_rate},
                                            {"tokens_per_second", decode_rate}};
@@ -128,14 +80,15 @@ int run(const Flags& flags) {
                  "prompt: %zu tokens, %.0f tokens/s; generated: %zu tokens, %.0f tokens/s\n",
                  ids.size(), prompt_rate, tokens.size(), decode_rate);
   }
-  return 0;
+  return finish == Finish::kInterrupted ? 1 : 0;
 }
 
 }  // namespace
 
 std::function<int()> define_generate(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
-  app.add_option("--model", flags->model, "checkpoint folder with tokenizer.json")->required();
+  app.add_option("--model", flags->model,
+                 "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--prompt", flags->prompt, "text to continue")->required();
   app.add_option("--max-tokens", flags->max_tokens, "tokens to generate at most")
       ->check(CLI::PositiveNumber);

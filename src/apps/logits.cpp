@@ -2,10 +2,12 @@
 #include <memory>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/model_folder.h"
 #include "base/check.h"
 #include "checkpoint/load_model.h"
 #include "model/contiguous_kv.h"
@@ -19,7 +21,8 @@ struct Flags {
 };
 
 int run(const Flags& flags) {
-  const auto source = checkpoint::OfficialCheckpoint::open(flags.model);
+  at::set_num_threads(1);  // hadal's kernels have their own threads
+  const auto source = checkpoint::OfficialCheckpoint::open(model_folder(flags.model));
   const ops::Numerics numerics = flags.numerics.empty() ? checkpoint::default_numerics(source)
                                                         : ops::parse_numerics(flags.numerics);
   const model::Transformer model = checkpoint::load_model(source, numerics);
@@ -59,7 +62,7 @@ int run(const Flags& flags) {
 
 std::function<int()> define_logits(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
-  app.add_option("--model", flags->model, "checkpoint folder")->required();
+  app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
   app.add_option("--ids", flags->ids, "safetensors file with input_ids [batch, tokens] I32")
       ->required();
   app.add_option("--out", flags->out,

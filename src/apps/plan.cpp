@@ -1,10 +1,8 @@
 // hadal plan: what one decoded token costs at a context length, against V3.2 (model.md section 8).
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
-#include <sstream>
-#include <vector>
+#include <utility>
 
 #include <CLI/CLI.hpp>
 
@@ -12,6 +10,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "base/svg_chart.h"
 #include "model/cost.h"
 
 namespace hadal::apps {
@@ -70,74 +69,40 @@ void print_json(const Cost& ours, const Cost& old, int64_t context) {
   std::fputs(out.str().c_str(), stdout);
 }
 
-/// One panel: two curves over the context (logarithmic, 4K to 1M), linear from zero upwards.
-class Panel {
- public:
-  Panel(std::ostringstream& out, double left, const char* title, double top)
-      : out_(out), left_(left), top_(nice(top)) {
-    out_ << "<text x='" << left_ << "' y='34' font-weight='600'>" << title << "</text>\n";
-    for (int line = 0; line <= 4; ++line) {
-      const double value = top_ * line / 4;
-      out_ << "<path d='M" << left_ << " " << y(value) << "h" << kWidth << "' stroke='#ddd'/>"
-           << "<text x='" << left_ - 8 << "' y='" << y(value) + 4
-           << "' text-anchor='end' fill='#555'>" << value << "</text>\n";
-    }
-    for (int power = 12; power <= 20; power += 2)
-      out_ << "<text x='" << x(std::exp2(power)) << "' y='" << kBottom + 20
-           << "' text-anchor='middle' fill='#555'>"
-           << (power == 20 ? "1M" : std::to_string((1 << power) / 1024) + "K") << "</text>\n";
-  }
-  template <typename Value>
-  void curve(const char* colour, const char* label, double label_y, Value value) {
-    out_ << "<path fill='none' stroke-width='2.5' stroke='" << colour << "' d='";
+/// A value of both models over the contexts 4K to 1M.
+template <typename Value>
+Chart chart_of(const char* title, const char* y_label, Value value) {
+  Chart chart;
+  chart.title = title;
+  chart.x_label = "tokens of context";
+  chart.y_label = y_label;
+  chart.x_scale = XScale::kLog2;
+  chart.from_zero = true;
+  chart.width = 520;
+  chart.height = 380;
+  for (const bool ours : {true, false}) {
+    Series series{.label = ours ? "this model" : "V3.2", .points = {}};
     for (int step = 0; step <= 64; ++step) {
       const double tokens = std::exp2(12 + step / 8.0);
-      out_ << (step == 0 ? "M" : "L") << x(tokens) << " " << y(value(tokens));
+      series.points.emplace_back(tokens, value(tokens, ours));
     }
-    out_ << "'/><text x='" << left_ + 12 << "' y='" << label_y << "' fill='" << colour << "'>"
-         << label << "</text>\n";
+    chart.series.push_back(std::move(series));
   }
-
- private:
-  static constexpr double kWidth = 330, kTop = 56, kBottom = 320;
-  static double nice(double top) {
-    const double unit = std::pow(10, std::floor(std::log10(std::max(top, 1e-3))));
-    for (const double factor : {1.0, 2.0, 4.0, 6.0, 8.0})
-      if (top <= factor * unit) return factor * unit;
-    return 10 * unit;
-  }
-  double x(double tokens) const { return left_ + kWidth * (std::log2(tokens) - 12) / 8; }
-  double y(double value) const { return kBottom - (kBottom - kTop) * value / top_; }
-
-  std::ostringstream& out_;
-  double left_, top_;
-};
+  return chart;
+}
 
 std::string draw(const model::ModelConfig& config) {
   const auto at = [&](double tokens, bool ours) {
     const auto count = static_cast<int64_t>(tokens);
     return ours ? model::decode_cost(config, count) : model::decode_cost_v3_2(count);
   };
-  const auto flops = [&](bool ours) {
-    return [&at, ours](double tokens) { return at(tokens, ours).equivalent_flops() / 1e9; };
-  };
-  const auto kv = [&](bool ours) {
-    return
-        [&at, ours](double tokens) { return at(tokens, ours).kv_bytes_per_token * tokens / 1e9; };
-  };
-  constexpr double kEnd = 1048576;
-  std::ostringstream out;
-  out << "<svg xmlns='http://www.w3.org/2000/svg' width='880' height='360' "
-         "font-family='sans-serif' font-size='13'><rect width='880' height='360' fill='#fff'/>\n";
-  Panel left(out, 70, "GFLOP per token (FP8 equivalents) by context",
-             std::max(flops(false)(kEnd), flops(true)(kEnd)));
-  left.curve("#b33", "V3.2", 76, flops(false));
-  left.curve("#26a", "this model", 96, flops(true));
-  Panel right(out, 510, "KV cache, GB by context", std::max(kv(false)(kEnd), kv(true)(kEnd)));
-  right.curve("#b33", "V3.2", 76, kv(false));
-  right.curve("#26a", "this model", 96, kv(true));
-  out << "</svg>\n";
-  return out.str();
+  const Chart charts[] = {
+      chart_of("Work of one decoded token", "GFLOP (FP8 equivalents)",
+               [&](double tokens, bool ours) { return at(tokens, ours).equivalent_flops() / 1e9; }),
+      chart_of("KV cache", "GB", [&](double tokens, bool ours) {
+        return at(tokens, ours).kv_bytes_per_token * tokens / 1e9;
+      })};
+  return draw_svg(charts);
 }
 
 int run(const Options& options) {

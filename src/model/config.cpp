@@ -156,6 +156,7 @@ void check_sizes(const ModelConfig& c) {
   check_size("hc_mult", c.hc_mult, 1, kMaxStreams);
   check_size("hc_sinkhorn_iters", c.hc_sinkhorn_iters, 1, 10000);
   check_size("max_position_embeddings", c.max_position_embeddings, 1, kMaxPositions);
+  check_size("trained_length", c.trained_length, 0, c.max_position_embeddings);
   check_size("rope_scaling.original_max_position_embeddings", c.original_seq_len, 1, kMaxPositions);
   for (const int64_t ratio : c.compress_ratios) check_size("compress_ratios", ratio, 0, kMaxSize);
   check_number("rope_theta", c.rope_theta, 1.0 + 1e-6, 1e12);
@@ -259,6 +260,7 @@ ModelConfig parse_config(const std::string& json_text, const std::string& origin
   c.hc_eps = root.number_or("hc_eps", 1e-6);
   c.norm_eps = root.number_or("rms_norm_eps", 1e-6);
   c.max_position_embeddings = integer_or("max_position_embeddings", 1048576);
+  c.trained_length = integer_or("trained_length", 0);
   c.bos_token_id = integer_or("bos_token_id", 0);
   c.eos_token_id = integer_or("eos_token_id", 1);
   read_quantization(root, c);
@@ -332,6 +334,7 @@ std::string to_config_json(const ModelConfig& c) {
       .field("attention_dropout", 0.0)
       .field("bos_token_id", c.bos_token_id)
       .field("eos_token_id", c.eos_token_id);
+  if (c.trained_length > 0) out.field("trained_length", c.trained_length);
   if (c.quantized) {
     out.field("expert_dtype", c.expert_dtype == ExpertDtype::kFp4 ? "fp4" : "fp8");
     out.key("quantization_config")

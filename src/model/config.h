@@ -54,6 +54,7 @@ struct ModelConfig {
   double hc_eps = 1e-6;
   double norm_eps = 1e-6;
   int64_t max_position_embeddings = 0;
+  int64_t trained_length = 0;  ///< tokens of the longest training rows; 0: not said
   int64_t bos_token_id = 0;
   int64_t eos_token_id = 1;
   /// False for a checkpoint without quantization_config: every matrix is stored in BF16 (or F32)

@@ -1,0 +1,62 @@
+// A conversation with a model: the history, prompts in the official encoding, answers as they come.
+//
+// What users and tools write never becomes a special token. The cached state of earlier turns is
+// used as far as the new prompt begins with the same tokens; it changes no bit of an answer.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+
+#include "apps/decode_loop.h"
+#include "text/chat_format.h"
+#include "text/completion_parser.h"
+
+namespace hadal::apps {
+
+struct ChatSettings {
+  text::ChatOptions encoding;
+  std::string system;
+  text::PyJson tools;  ///< a list in OpenAI form, or null
+  ops::SamplingParams sampling;
+  int64_t max_tokens = 1024;
+  bool recompute = false;  ///< never use cached state
+};
+
+struct Answer {
+  text::Completion completion;  ///< not ok when it was cut off or malformed
+  Finish finish = Finish::kStop;
+  int64_t prompt_tokens = 0;
+  int64_t reused_tokens = 0;  ///< of the prompt, from cached state
+  int64_t tokens = 0;
+};
+
+class ChatSession {
+ public:
+  /// `loaded` must outlive the session.
+  ChatSession(const LoadedModel& loaded, ChatSettings settings);
+
+  /// Back to the system message and the tools.
+  void reset();
+  void add_user(std::string_view text);
+  /// The result of call `index` of the last answer.
+  void add_tool_result(size_t index, std::string_view text);
+
+  /// Lets the model speak and adds what it said to the history, tool calls of well-formed answers
+  /// only. Interrupted before the first token, the history loses what was added since the last
+  /// answer.
+  Answer answer(const std::function<void(const text::CompletionEvent&)>& on_event,
+                const StopFunction& stop);
+
+ private:
+  const LoadedModel& loaded_;
+  ChatSettings settings_;
+  Sequence sequence_;
+  text::PyJson messages_;
+  size_t answered_ = 0;    ///< messages that an interrupted answer leaves
+  int64_t num_calls_ = 0;  ///< of the whole conversation, for ids
+  int64_t first_call_ = 0;
+};
+
+}  // namespace hadal::apps

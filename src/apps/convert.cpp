@@ -1,0 +1,70 @@
+// hadal convert: a checkpoint to another storage or to transformers' names.
+#include "checkpoint/convert.h"
+
+#include <cstdio>
+#include <memory>
+
+#include <CLI/CLI.hpp>
+
+#include "apps/command.h"
+#include "base/progress.h"
+
+namespace hadal::apps {
+namespace {
+
+struct Flags {
+  std::string target;
+  checkpoint::ConvertOptions options;
+};
+
+int run(Flags flags) {
+  flags.options.target = checkpoint::parse_convert_target(flags.target);
+  std::unique_ptr<Progress> bar;
+  flags.options.progress = [&](int64_t done, int64_t total, const std::string& name) {
+    if (!bar) bar = std::make_unique<Progress>("convert", total, "tensors");
+    bar->update(done, name);
+  };
+  const checkpoint::ConvertReport report = checkpoint::convert(flags.options);
+  bar.reset();
+  std::printf("%lld tensors%s to %s\n", static_cast<long long>(report.tensors),
+              report.hf_input ? " (transformers' names)" : "", flags.options.out.c_str());
+  const bool official = flags.options.target == checkpoint::ConvertTarget::kOfficial;
+  if (report.kept_scales > 0) {
+    std::printf(official
+                    ? "%lld matrices have their original bytes, by the scales kept beside them\n"
+                    : "%lld original scales are kept beside the BF16 weights\n",
+                static_cast<long long>(report.kept_scales));
+  }
+  if (report.found_scales > 0) {
+    std::printf("%lld matrices have new scales; no value changed\n",
+                static_cast<long long>(report.found_scales));
+  }
+  if (report.mtp_beside_hf) {
+    std::printf("transformers drops the MTP block: it is here under its official names, mtp.0.*\n");
+  }
+  if (report.rounded > 0) {
+    std::printf("lossy: values of %lld tensors were rounded, %s the first\n",
+                static_cast<long long>(report.rounded), report.first_rounded.c_str());
+  } else {
+    std::printf("lossless: every value is what it was\n");
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> define_convert(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  app.add_option("--in", flags->options.in, "checkpoint folder, official or transformers' names")
+      ->required();
+  app.add_option("--out", flags->options.out, "folder to write; it must not exist yet")->required();
+  app.add_option("--to", flags->target, "bf16, official or hf-bf16")->required();
+  app.add_flag("--drop-scales", flags->options.drop_scales,
+               "bf16: do not keep the original scales beside the weights");
+  app.add_option("--max-shard-bytes", flags->options.max_shard_bytes, "bytes of a file at most")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  return [flags] { return run(*flags); };
+}
+
+}  // namespace hadal::apps

@@ -1,0 +1,185 @@
+// hadal eval perplexity: bits per byte of a text, or of every document of a JSON lines file.
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include <ATen/Context.h>
+
+#include <CLI/CLI.hpp>
+
+#include "apps/command.h"
+#include "apps/perplexity.h"
+#include "base/check.h"
+#include "base/json.h"
+#include "base/progress.h"
+#include "data/text_source.h"
+#include "model/init.h"
+#include "text/utf8.h"
+
+namespace hadal::apps {
+namespace {
+
+constexpr int64_t kDefaultContext = 4096;
+
+struct Flags {
+  std::string file, model, numerics, field = "text", device = "cpu";
+  int64_t context = 0, max_bytes = 0, max_documents = 0, step_tokens = 8192;
+  bool json = false;
+};
+
+struct Document {
+  std::string name, text;
+};
+
+/// The beginning of a text, at most max_bytes of it and no half character; 0 means all.
+std::string beginning(std::string text, int64_t max_bytes) {
+  if (max_bytes > 0 && static_cast<int64_t>(text.size()) > max_bytes) {
+    auto size = static_cast<size_t>(max_bytes);
+    while (size > 0 && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;
+    text.resize(size);
+  }
+  return text;
+}
+
+bool holds_documents(const Flags& flags) {
+  return data::without_compression(flags.file).ends_with(".jsonl");
+}
+
+std::vector<Document> read_documents(const Flags& flags) {
+  std::vector<Document> documents;
+  data::for_each_document(flags.file, flags.field, [&](std::string text) {
+    if (flags.max_documents > 0 && static_cast<int64_t>(documents.size()) >= flags.max_documents)
+      return;
+    const std::string name = concat("document ", documents.size() + 1);
+    documents.push_back({name, beginning(std::move(text), flags.max_bytes)});
+    check_text(documents.back().text,
+               holds_documents(flags) ? flags.file + ": " + name : flags.file);
+  });
+  HADAL_INPUT_CHECK(!documents.empty(), flags.file, ": holds no document");
+  return documents;
+}
+
+int64_t context_of(const Flags& flags, const model::ModelConfig& config) {
+  const int64_t context = flags.context > 0           ? flags.context
+                          : config.trained_length > 0 ? config.trained_length
+                                                      : kDefaultContext;
+  HADAL_INPUT_CHECK(context >= 2 && context <= config.max_position_embeddings, "--context ",
+                    context, ": expected 2 to ", config.max_position_embeddings,
+                    ", the model's max_position_embeddings");
+  return context;
+}
+
+void write_score(JsonWriter& out, const TextScore& score) {
+  out.field("tokens", score.tokens).field("bytes", score.bytes);
+  out.field("nats_per_token", score.nats_per_token()).field("bits_per_byte", score.bits_per_byte());
+}
+
+std::string score_line(const TextScore& score) {
+  char nats[32];
+  std::snprintf(nats, sizeof(nats), "%.6f", score.nats_per_token());
+  return concat(score.tokens, " tokens, ", score.bytes, " bytes, ", nats, " nats per token");
+}
+
+int run(const Flags& flags) {
+  const std::vector<Document> documents = read_documents(flags);
+  LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  const PerplexityOptions options{.context = context_of(flags, loaded.config()),
+                                  .step_tokens = flags.step_tokens,
+                                  .cuda = flags.device == "cuda"};
+  if (options.cuda) {
+    HADAL_INPUT_CHECK(at::globalContext().hasCUDA(),
+                      "--device cuda: this build or machine has no CUDA device");
+    model::move_to(loaded.model, at::kCUDA);
+  }
+  const bool many = holds_documents(flags);
+  int64_t total_bytes = 0;
+  for (const Document& document : documents) total_bytes += std::ssize(document.text);
+  Progress bar("eval", total_bytes, "bytes");
+  bar.update(0);
+
+  JsonWriter json;
+  if (flags.json) {
+    json.begin_object().field("file", std::string_view(flags.file));
+    json.field("model", std::string_view(loaded.folder));
+    json.field("numerics", ops::numerics_name(loaded.numerics)).field("context", options.context);
+    if (many) json.key("documents").begin_array();
+  }
+  int64_t done_bytes = 0;
+  double sum = 0.0;
+  TextScore total;
+  for (const Document& document : documents) {
+    const TextScore score = score_text(loaded, document.text, options, [&](int64_t bytes) {
+      bar.update(done_bytes + bytes, document.name);
+    });
+    done_bytes += score.bytes;
+    sum += score.bits_per_byte();
+    total.tokens += score.tokens;
+    total.bytes += score.bytes;
+    total.nats += score.nats;
+    if (many && flags.json) {
+      write_score(json.begin_object(), score);
+      json.end_object();
+    } else if (many) {
+      std::printf("%s: %s, %.6f bits per byte\n", document.name.c_str(), score_line(score).c_str(),
+                  score.bits_per_byte());
+      std::fflush(stdout);
+    }
+  }
+  bar.finish();
+  const double mean = sum / static_cast<double>(documents.size());
+  if (flags.json) {
+    if (many) json.end_array().field("mean_bits_per_byte", mean);
+    write_score(json, total);
+    std::fputs(json.end_object().str().c_str(), stdout);
+    return 0;
+  }
+  std::printf("model %s, numerics %s, windows of %lld tokens\n", loaded.folder.c_str(),
+              ops::numerics_name(loaded.numerics), static_cast<long long>(options.context));
+  std::printf("%s\n", score_line(total).c_str());
+  if (many) {
+    std::printf("mean over %zu documents: %.6f bits per byte\n", documents.size(), mean);
+  } else {
+    std::printf("%.6f bits per byte\n", mean);
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> define_eval(CLI::App& app) {
+  app.require_subcommand(1);
+  CLI::App* perplexity = app.add_subcommand(
+      "perplexity", "bits per byte of a text: what a model has to be told of it");
+  perplexity->footer(
+      "Example:\n  hadal eval perplexity book.txt --model DIR\n"
+      "  hadal eval perplexity books.jsonl.xz --field text --max-bytes 1000000");
+  auto flags = std::make_shared<Flags>();
+  perplexity
+      ->add_option("FILE", flags->file,
+                   "a text, or .jsonl with one document a line; either as .xz or .zst, too")
+      ->required();
+  perplexity->add_option("--model", flags->model,
+                         "checkpoint folder with tokenizer.json; default: the shipped model");
+  perplexity
+      ->add_option("--context", flags->context,
+                   "tokens a window; default: trained_length in config.json, else 4096")
+      ->check(CLI::PositiveNumber);
+  perplexity->add_option("--field", flags->field, "of a .jsonl line: the text")
+      ->capture_default_str();
+  perplexity->add_option("--max-bytes", flags->max_bytes, "score the beginning of every document")
+      ->check(CLI::PositiveNumber);
+  perplexity->add_option("--max-documents", flags->max_documents, "score the first documents only")
+      ->check(CLI::PositiveNumber);
+  perplexity->add_option("--numerics", flags->numerics,
+                         "ideal, bf16 or released; default: by the checkpoint's scales");
+  perplexity->add_option("--step-tokens", flags->step_tokens, "tokens a forward pass, for memory")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  perplexity->add_option("--device", flags->device, "cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  perplexity->add_flag("--json", flags->json, "print JSON");
+  return [flags] { return run(*flags); };
+}
+
+}  // namespace hadal::apps

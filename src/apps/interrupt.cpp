@@ -1,0 +1,29 @@
+#include "apps/interrupt.h"
+
+#include <csignal>
+
+namespace hadal::apps {
+namespace {
+
+volatile std::sig_atomic_t flag = 0;
+struct sigaction previous;
+
+extern "C" void on_interrupt(int) { flag = 1; }
+
+}  // namespace
+
+InterruptFlag::InterruptFlag() {
+  flag = 0;
+  struct sigaction action = {};
+  action.sa_handler = on_interrupt;  // without SA_RESTART: a blocking read() returns
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, &previous);
+}
+
+InterruptFlag::~InterruptFlag() { sigaction(SIGINT, &previous, nullptr); }
+
+bool InterruptFlag::raised() const { return flag != 0; }
+
+void InterruptFlag::clear() { flag = 0; }
+
+}  // namespace hadal::apps
