@@ -10,6 +10,7 @@ std::function<int()> define_generate(CLI::App& app);
 std::function<int()> define_inspect(CLI::App& app);
 std::function<int()> define_plan(CLI::App& app);
 std::function<int()> define_train(CLI::App& app);
+std::function<int()> define_bench(CLI::App& app);
 
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
@@ -27,6 +28,8 @@ const std::vector<Command>& commands() {
        "hadal plan --config config.json --context 1000000 --svg cost.svg", define_plan},
       {"train", "train a model; stopped at any moment, the same command goes on",
        "  hadal train nano.json", define_train},
+      {"bench", "memory bandwidth and the CPU's matrix kernel on this machine",
+       "  hadal bench gemm --gib 1\n  hadal bench read --json", define_bench},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

@@ -1,0 +1,499 @@
+#include "ops/gemm/linear_cpu.h"
+
+#include "ops/cpu/isa.h"
+#include "ops/cpu/vec.h"
+
+namespace hadal::ops {
+namespace {
+
+namespace cpu = ops::cpu::HADAL_ISA;
+using cpu::F16;
+
+/// Flush-to-zero for the lifetime of the object, so that every instruction set treats subnormals
+/// alike.
+class FlushSubnormals {
+#if defined(HADAL_ISA_avx512) || defined(HADAL_ISA_avx2) || defined(__SSE2__)
+ public:
+  FlushSubnormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040u); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+HADAL_INLINE float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+/// Two consecutive inputs of 16 outputs as floats.
+struct FloatPair {
+  F16 even, odd;
+};
+
+// --- weight formats: Pair, how to get pair j of a group, how it enters a sum, how a slab is added
+
+struct F32Weights {
+  using X = float;
+  using Pair = FloatPair;
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kF32);
+  static constexpr bool kDecodes = false;  ///< a group is an array of Pair as it lies in memory
+  F32Weights(const GemmTask&, int64_t) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    const float* w = reinterpret_cast<const float*>(group) + j * 32;
+    return {cpu::load(w), cpu::load(w + 16)};
+  }
+  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const float* x) {
+    return cpu::fma(w.odd, cpu::splat(x[1]), cpu::fma(w.even, cpu::splat(x[0]), acc));
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+};
+
+#if defined(HADAL_ISA_avx512)
+
+/// BF16 products by vdpbf16ps.
+struct Bf16Products {
+  using X = uint16_t;
+  struct Pair {
+    __m512i v;
+  };
+  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const uint16_t* x) {
+    int32_t both;
+    std::memcpy(&both, x, 4);
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v),
+                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)))};
+  }
+};
+
+struct Bf16Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kBf16);
+  static constexpr bool kDecodes = false;
+  Bf16Weights(const GemmTask&, int64_t) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    return {_mm512_loadu_si512(group + j * 64)};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+};
+
+/// The BF16 value of every E4M3 magnitude but NaN.
+struct E4m3Table {
+  alignas(64) uint16_t bits[128];
+  constexpr E4m3Table() : bits() {
+    for (int m = 0; m < 128; ++m) {
+      int value = (m << 4) + (120 << 7);
+      if (m < 8) {  // m * 2^-9
+        const int top = m >= 4 ? 2 : m >= 2 ? 1 : 0;
+        value = m == 0 ? 0 : (118 + top) << 7 | ((m << (7 - top)) & 0x7f);
+      }
+      bits[m] = static_cast<uint16_t>(value);
+    }
+  }
+};
+constexpr E4m3Table kE4m3{};
+
+/// Look-ups by the code's seven bits, the low and the high byte apart; the scale is in the table.
+struct Fp8Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
+  static constexpr bool kDecodes = true;
+
+  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k) {
+    const __m512i exponent =
+        _mm512_set1_epi16(static_cast<short>((static_cast<int>(t.scales[k / 128]) - 127) << 7));
+    for (int half = 0; half < 2; ++half) {
+      __m256i low[2], high[2];
+      for (int i = 0; i < 2; ++i) {
+        __m512i bits = _mm512_load_si512(kE4m3.bits + (half * 2 + i) * 32);
+        // Zero, the very first entry, stays zero.
+        const __mmask32 nonzero = half + i == 0 ? 0xfffffffeu : 0xffffffffu;
+        bits = _mm512_mask_add_epi16(bits, nonzero, bits, exponent);
+        low[i] = _mm512_cvtepi16_epi8(bits);
+        high[i] = _mm512_cvtepi16_epi8(_mm512_srli_epi16(bits, 8));
+      }
+      low_[half] = _mm512_inserti64x4(_mm512_castsi256_si512(low[0]), low[1], 1);
+      high_[half] = _mm512_inserti64x4(_mm512_castsi256_si512(high[0]), high[1], 1);
+    }
+  }
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    const __m512i v = _mm512_loadu_si512(group + j / 2 * 64);
+    const __m512i low = _mm512_permutex2var_epi8(low_[0], v, low_[1]);
+    const __m512i magnitude = _mm512_permutex2var_epi8(high_[0], v, high_[1]);
+    // magnitude | (v & 0x80), then the bytes of a value side by side
+    const __m512i high =
+        _mm512_ternarylogic_epi32(magnitude, v, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+    const __m512i mask = _mm512_set1_epi16(0x00ff);
+    if (j % 2 == 0) return {_mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xca)};
+    return {_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xca)};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+
+ private:
+  __m512i low_[2], high_[2];
+};
+
+/// Look-ups of 16-bit lanes by their low five bits; the fifth is a neighbour's, so the table
+/// repeats.
+struct Fp4Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp4);
+  static constexpr bool kDecodes = true;
+  HADAL_INLINE Fp4Weights(const GemmTask& t, int64_t k)
+      : scales_(t.scales + k / 32 * t.panels * kPanelWidth),
+        table_(_mm512_broadcast_i64x4(_mm256_setr_epi16(0x0000,
+                                                        0x3f00,
+                                                        0x3f80,
+                                                        0x3fc0,
+                                                        0x4000,
+                                                        0x4040,
+                                                        0x4080,
+                                                        0x40c0,
+                                                        static_cast<short>(0x8000),
+                                                        static_cast<short>(0xbf00),
+                                                        static_cast<short>(0xbf80),
+                                                        static_cast<short>(0xbfc0),
+                                                        static_cast<short>(0xc000),
+                                                        static_cast<short>(0xc040),
+                                                        static_cast<short>(0xc080),
+                                                        static_cast<short>(0xc0c0)))) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    const __m512i v = _mm512_loadu_si512(group);
+    const __m512i codes = j == 0 ? v : _mm512_srli_epi16(v, static_cast<unsigned>(4 * j));
+    return {_mm512_permutexvar_epi16(codes, table_)};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t panel) const {
+    const __m128i bytes =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_ + panel * kPanelWidth));
+    const __m512i power = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+    return {_mm512_fmadd_ps(slab.v, _mm512_castsi512_ps(power), y.v)};
+  }
+
+ private:
+  const uint8_t* scales_;
+  __m512i table_;
+};
+
+#else
+
+/// BF16 products as two fused multiply-adds, the odd element first.
+struct Bf16Products {
+  using X = uint16_t;
+  using Pair = FloatPair;
+  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const uint16_t* x) {
+    return cpu::fma(w.even, cpu::splat(cpu::bf16_to_float(x[0])),
+                    cpu::fma(w.odd, cpu::splat(cpu::bf16_to_float(x[1])), acc));
+  }
+};
+
+/// One op on the 16 dwords at p, giving 16 floats.
+template <typename Op>
+HADAL_INLINE F16 each_dword(const uint8_t* p, Op op) {
+#if defined(HADAL_ISA_avx2)
+  return {op(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+          op(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32)))};
+#else
+  F16 result;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t word;
+    std::memcpy(&word, p + 4 * i, 4);
+    result.v[i] = op(word);
+  }
+  return result;
+#endif
+}
+
+#if defined(HADAL_ISA_avx2)
+HADAL_INLINE __m256 even_bf16(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+HADAL_INLINE __m256 odd_bf16(__m256i v) {
+  return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+/// The E4M3 byte at bit `shift`; subnormal codes (below 8) are their mantissa times 2^-9.
+HADAL_INLINE __m256 e4m3(__m256i v, int shift) {
+  const __m256i code = _mm256_srli_epi32(v, shift);
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+  const __m256 normal = _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23)));
+  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
+  return _mm256_or_ps(_mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small)),
+                      _mm256_castsi256_ps(sign));
+}
+/// The E2M1 nibble at bit `shift`.
+HADAL_INLINE __m256 e2m1(__m256i v, int shift) {
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(v, 28 - shift),
+                                        _mm256_set1_epi32(static_cast<int>(0x80000000u)));
+  // The look-up takes the low three bits of its index alone.
+  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, _mm256_srli_epi32(v, shift)),
+                      _mm256_castsi256_ps(sign));
+}
+#else
+HADAL_INLINE float even_bf16(uint32_t v) { return bits_float(v << 16); }
+HADAL_INLINE float odd_bf16(uint32_t v) { return bits_float(v & 0xffff0000u); }
+HADAL_INLINE float e4m3(uint32_t v, int shift) {
+  const uint32_t magnitude = v >> shift & 0x7fu;
+  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
+                                    : bits_float((magnitude << 20) + (120u << 23));
+  return (v >> shift & 0x80u) != 0 ? -value : value;
+}
+HADAL_INLINE float e2m1(uint32_t v, int shift) {
+  const uint32_t m = v >> shift & 7u;
+  const float value = m < 2 ? 0.5f * static_cast<float>(m) : bits_float((m << 22) + (126u << 23));
+  return (v >> shift & 8u) != 0 ? -value : value;
+}
+#endif
+
+struct Bf16Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kBf16);
+  static constexpr bool kDecodes = true;
+  Bf16Weights(const GemmTask&, int64_t) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    return {each_dword(group + j * 64, [](auto v) { return even_bf16(v); }),
+            each_dword(group + j * 64, [](auto v) { return odd_bf16(v); })};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+};
+
+struct Fp8Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
+  static constexpr bool kDecodes = true;
+  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k)
+      : scale_(bits_float(static_cast<uint32_t>(t.scales[k / 128]) << 23)) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    const uint8_t* half = group + j / 2 * 64;
+    const int shift = static_cast<int>(j % 2 * 8);
+    const F16 scale = cpu::splat(scale_);
+    return {each_dword(half, [&](auto v) { return e4m3(v, shift); }) * scale,
+            each_dword(half, [&](auto v) { return e4m3(v, shift + 16); }) * scale};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+
+ private:
+  float scale_;
+};
+
+struct Fp4Weights : Bf16Products {
+  static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp4);
+  static constexpr bool kDecodes = true;
+  HADAL_INLINE Fp4Weights(const GemmTask& t, int64_t k)
+      : scales_(t.scales + k / 32 * t.panels * kPanelWidth) {}
+  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+    const int shift = static_cast<int>(4 * j);
+    return {each_dword(group, [&](auto v) { return e2m1(v, shift); }),
+            each_dword(group, [&](auto v) { return e2m1(v, shift + 16); })};
+  }
+  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t panel) const {
+    float scale[16];
+    for (int i = 0; i < 16; ++i)
+      scale[i] = bits_float(static_cast<uint32_t>(scales_[panel * kPanelWidth + i]) << 23);
+    return cpu::fma(slab, cpu::load(scale), y);
+  }
+
+ private:
+  const uint8_t* scales_;
+};
+
+#endif
+
+// --- the two ways to walk a block
+
+#if defined(HADAL_ISA_avx512)
+constexpr int kTilePanels = 4, kTileRows = 6;  // 24 accumulators of 32 registers
+#elif defined(HADAL_ISA_avx2)
+constexpr int kTilePanels = 1, kTileRows = 4;  // 8 of 16
+#else
+constexpr int kTilePanels = 1, kTileRows = 2;
+#endif
+
+HADAL_INLINE int64_t slab_groups(const GemmTask& t, int64_t k) {
+  return (t.in - k < t.slab ? t.in - k : t.slab) / kGroupInputs;
+}
+
+HADAL_INLINE void store_outputs(const GemmTask& t, int64_t row, int64_t panel, F16 y) {
+  const int64_t first = panel * kPanelWidth;
+  const int64_t count = t.outputs - first < kPanelWidth ? t.outputs - first : kPanelWidth;
+  if (t.result == ElementType::kF32) {
+    cpu::store_n(static_cast<float*>(t.y) + row * t.y_row + first, y, count);
+  } else {
+    cpu::store_n(static_cast<uint16_t*>(t.y) + row * t.y_row + first, y, count);
+  }
+}
+
+/// Few rows: weights are decoded in registers as they stream by, kTile panels at a time.
+template <typename W, int kRows, int kTile>
+void few_rows(const GemmTask& t) {
+  const int64_t panels = kTile == kBlockPanels ? kTile : t.panels;
+  const auto* x = static_cast<const typename W::X*>(t.x);
+  const uint8_t* weights = t.weights;
+  F16 y[kRows][kBlockPanels];
+  for (auto& row : y) {
+    for (F16& v : row) v = cpu::splat(0.0f);
+  }
+  for (int64_t k = 0; k < t.in; k += t.slab, x += t.x_slab) {
+    const int64_t groups = slab_groups(t, k);
+    const W w(t, k);
+    for (int64_t first = 0; first < panels; first += kTile) {
+      F16 acc[kRows][kTile];
+      for (auto& row : acc) {
+        for (F16& v : row) v = cpu::splat(0.0f);
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+        for (int q = 0; q < kTile; ++q) {
+          const uint8_t* group = weights + (g * panels + first + q) * W::kBytes;
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const typename W::Pair pair = w.pair(group, j);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              acc[r][q] = W::step(acc[r][q], pair, x + r * t.x_row + g * kGroupInputs + 2 * j);
+            }
+          }
+        }
+      }
+      for (int r = 0; r < kRows; ++r) {
+        for (int q = 0; q < kTile; ++q)
+          y[r][first + q] = w.add(y[r][first + q], acc[r][q], first + q);
+      }
+    }
+    weights += groups * panels * W::kBytes;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t q = 0; q < panels; ++q) store_outputs(t, r, q, y[r][q]);
+  }
+}
+
+/// One slab of kRows rows and kTile panels: y += slab sum.
+///   pairs  [groups][panels][4], beginning at the first panel of the tile
+template <typename W, int kRows, int kTile>
+HADAL_INLINE void tile(const GemmTask& t,
+                       const W& w,
+                       const typename W::Pair* pairs,
+                       int64_t panels,
+                       int64_t groups,
+                       int64_t first,
+                       const typename W::X* x,
+                       float* y) {
+  F16 acc[kRows][kTile];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kTile; ++q) acc[r][q] = cpu::splat(0.0f);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const typename W::Pair* group = pairs + g * panels * 4;
+    for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int q = 0; q < kTile; ++q) {
+          acc[r][q] =
+              W::step(acc[r][q], group[q * 4 + j], x + r * t.x_row + g * kGroupInputs + 2 * j);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kTile; ++q) {
+      float* out = y + r * kBlockWidth + (first + q) * kPanelWidth;
+      cpu::store(out, w.add(cpu::load(out), acc[r][q], first + q));
+    }
+  }
+}
+
+template <typename W, int kTile>
+void tile_rows(const GemmTask& t,
+               const W& w,
+               const typename W::Pair* pairs,
+               int64_t panels,
+               int64_t groups,
+               int64_t first,
+               const typename W::X* x,
+               float* y) {
+  int64_t row = 0;
+  for (; row + kTileRows <= t.rows; row += kTileRows) {
+    tile<W, kTileRows, kTile>(t, w, pairs, panels, groups, first, x + row * t.x_row,
+                              y + row * kBlockWidth);
+  }
+  for (; row < t.rows; ++row) {
+    tile<W, 1, kTile>(t, w, pairs, panels, groups, first, x + row * t.x_row, y + row * kBlockWidth);
+  }
+}
+
+/// Many rows: each slab is decoded once into the first-level cache and multiplied by all rows.
+template <typename W, int kTile>
+void many_rows(const GemmTask& t) {
+  using Pair = typename W::Pair;
+  constexpr int64_t kMaxGroups = 128 / kGroupInputs;
+  alignas(64) float y[kTaskRows * kBlockWidth];
+  alignas(64) Pair decoded[W::kDecodes ? kMaxGroups * kBlockPanels * 4 : 1];
+  const int64_t panels = kTile == kBlockPanels ? kTile : t.panels;
+  const auto* x = static_cast<const typename W::X*>(t.x);
+  const uint8_t* weights = t.weights;
+  std::memset(y, 0, static_cast<size_t>(t.rows * kBlockWidth) * sizeof(float));
+  for (int64_t k = 0; k < t.in; k += t.slab, x += t.x_slab) {
+    const int64_t groups = slab_groups(t, k);
+    const W w(t, k);
+    const Pair* pairs = decoded;
+    if constexpr (W::kDecodes) {
+      for (int64_t i = 0; i < groups * panels; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) decoded[i * 4 + j] = w.pair(weights + i * W::kBytes, j);
+      }
+    } else {
+      pairs = reinterpret_cast<const Pair*>(weights);
+    }
+    for (int64_t first = 0; first < panels; first += kTile) {
+      tile_rows<W, kTile>(t, w, pairs + first * 4, panels, groups, first, x, y);
+    }
+    weights += groups * panels * W::kBytes;
+  }
+  for (int64_t row = 0; row < t.rows; ++row) {
+    for (int64_t q = 0; q < panels; ++q)
+      store_outputs(t, row, q, cpu::load(y + row * kBlockWidth + q * kPanelWidth));
+  }
+}
+
+template <typename W, int kTile>
+void by_rows(const GemmTask& t) {
+  switch (t.rows) {
+    case 1:
+      return few_rows<W, 1, kTile>(t);
+    case 2:
+      return few_rows<W, 2, kTile>(t);
+    case 3:
+      return few_rows<W, 3, kTile>(t);
+    case 4:
+      return few_rows<W, 4, kTile>(t);
+    default:
+      return many_rows<W, kTile>(t);
+  }
+}
+
+template <typename W>
+void by_panels(const GemmTask& t) {
+  if (t.panels % kTilePanels == 0) return by_rows<W, kTilePanels>(t);
+  by_rows<W, 1>(t);
+}
+
+void gemm(const GemmTask& t) {
+  const FlushSubnormals flush;
+  static_cast<void>(flush);
+  switch (t.format) {
+    case WeightFormat::kF32:
+      return by_panels<F32Weights>(t);
+    case WeightFormat::kBf16:
+      return by_panels<Bf16Weights>(t);
+    case WeightFormat::kFp8:
+      return by_panels<Fp8Weights>(t);
+    case WeightFormat::kFp4:
+      return by_panels<Fp4Weights>(t);
+  }
+}
+
+const bool filled = gemm_cpu.fill(cpu::kIsa, gemm);
+
+}  // namespace
+}  // namespace hadal::ops
