@@ -85,6 +85,8 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
 }  // namespace reference
 
 constinit CpuSlot<void(const GemmTask&)> gemm_cpu;
+constinit CpuSlot<void(int64_t, bool*)> gemm_takes_bf16_rows_cpu;
+constinit CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 
 namespace {
 
@@ -98,29 +100,31 @@ struct Part {
 /// A product as the kernel takes it: parts cut into runs of rows.
 class Product {
  public:
-  /// x is [.., in] of the panels' type with x_row elements from row to row; y has y_row.
+  /// x is [.., in] of FP32 for FP32 panels, else BF16, with x_row elements from row to row; y has
+  /// y_row.
   Product(const Panels& w, ElementType result, GemmRole role, int64_t x_row, int64_t y_row)
       : w_(w),
         in_(w.padded_in()),
         slab_(slab_length(role)),
-        x_size_(w.format == WeightFormat::kF32 ? 4 : 2),
         x_row_(x_row),
         y_row_(y_row),
+        x_type_(w.format == WeightFormat::kF32 ? ElementType::kF32 : ElementType::kBf16),
         result_(result) {
     HADAL_CHECK(w.format != WeightFormat::kFp4 || slab_ == 32,
                 "linear: FP4 weights need the role of routed experts");
   }
 
   void add(const Part& part) {
-    const int64_t y_size = result_ == ElementType::kF32 ? 4 : 2;
     for (int64_t row = 0; row < part.rows; row += kTaskRows) {
       Run run{.matrix = part.matrix,
               .rows = std::min(kTaskRows, part.rows - row),
-              .x = part.x + row * x_row_ * x_size_,
-              .y = part.y + row * y_row_ * y_size};
-      if (run.rows > kFewRows || in_ != w_.in) {
-        run.packed = packed_elements_;
-        packed_elements_ += run.rows * align_up(in_, slab_);
+              .x = part.x + row * x_row_ * size_of(x_type_),
+              .y = part.y + row * y_row_ * size_of(result_),
+              .x_type = x_type_};
+      if (!takes_bf16_rows(run.rows)) run.x_type = ElementType::kF32;
+      if (run.rows > kFewRows || in_ != w_.in || run.x_type != x_type_) {
+        run.packed = packed_bytes_;
+        packed_bytes_ += run.rows * align_up(in_, slab_) * size_of(run.x_type);
       }
       rows_ += run.rows;
       runs_.push_back(run);
@@ -129,13 +133,13 @@ class Product {
 
   void compute() {
     const std::unique_ptr<char[]> packed(
-        packed_elements_ > 0 ? new char[static_cast<size_t>(packed_elements_ * x_size_)] : nullptr);
+        packed_bytes_ > 0 ? new char[static_cast<size_t>(packed_bytes_)] : nullptr);
     // Below some 64K products a second thread costs more than it brings.
     const int64_t blocks = w_.blocks(), num_runs = static_cast<int64_t>(runs_.size());
     const int64_t products =
         std::max<int64_t>(1, rows_ * in_ * kBlockWidth / std::max<int64_t>(1, num_runs));
     const int64_t grain = ceil_div(65536, products);
-    if (packed_elements_ > 0) {
+    if (packed_bytes_ > 0) {
       parallel_for(num_runs, ceil_div(grain, 8), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           pack_rows(runs_[static_cast<size_t>(i)], packed.get());
@@ -152,29 +156,33 @@ class Product {
     int64_t matrix, rows;
     const char* x;
     char* y;
-    int64_t packed = -1;  ///< where its packed rows begin, in elements; -1: x is read as it lies
+    ElementType x_type;   ///< as the kernel takes the rows
+    int64_t packed = -1;  ///< where its packed rows begin, in bytes; -1: x is read as it lies
   };
 
-  /// [slab][row][slab_ inputs], so that the rows of one slab lie together; beyond `in` zeros as far
-  /// as the kernel reads.
+  static int64_t size_of(ElementType type) { return type == ElementType::kF32 ? 4 : 2; }
+  static bool takes_bf16_rows(int64_t rows) {
+    bool yes = false;
+    gemm_takes_bf16_rows_cpu(rows, &yes);
+    return yes;
+  }
+
   void pack_rows(const Run& run, char* packed) const {
     if (run.packed < 0) return;
-    char* out = packed + run.packed * x_size_;
-    for (int64_t k = 0; k < in_; k += slab_) {
-      const int64_t width = std::min(slab_, in_ - k), valid = std::min(width, w_.in - k);
-      for (int64_t row = 0; row < run.rows; ++row, out += slab_ * x_size_) {
-        std::memcpy(out, run.x + (row * x_row_ + k) * x_size_,
-                    static_cast<size_t>(valid * x_size_));
-        std::memset(out + valid * x_size_, 0, static_cast<size_t>((width - valid) * x_size_));
-      }
-    }
+    pack_rows_cpu({.x = run.x,
+                   .x_row = x_row_,
+                   .rows = run.rows,
+                   .in = w_.in,
+                   .slab = slab_,
+                   .packed = packed + run.packed,
+                   .from = x_type_,
+                   .to = run.x_type});
   }
 
   GemmTask task(const Run& run, int64_t block, const char* packed) const {
     const bool is_packed = run.packed >= 0;
     const int64_t panels =
         std::min(kBlockPanels, ceil_div(w_.out, kPanelWidth) - block * kBlockPanels);
-    const int64_t y_size = result_ == ElementType::kF32 ? 4 : 2;
     const uint8_t* weights = w_.data.const_data_ptr<uint8_t>() + run.matrix * w_.data.stride(0);
     const uint8_t* scales = nullptr;
     if (w_.scales.defined()) {
@@ -190,20 +198,21 @@ class Product {
         .outputs = std::min(kBlockWidth, w_.out - block * kBlockWidth),
         .in = in_,
         .slab = slab_,
-        .x = is_packed ? packed + run.packed * x_size_ : run.x,
+        .x = is_packed ? packed + run.packed : run.x,
         .x_row = is_packed ? slab_ : x_row_,
         .x_slab = is_packed ? run.rows * slab_ : slab_,
         .rows = run.rows,
-        .y = run.y + block * kBlockWidth * y_size,
+        .y = run.y + block * kBlockWidth * size_of(result_),
         .y_row = y_row_,
         .format = w_.format,
+        .x_type = run.x_type,
         .result = result_};
   }
 
   const Panels& w_;
-  int64_t in_, slab_, x_size_, x_row_, y_row_;
-  ElementType result_;
-  int64_t rows_ = 0, packed_elements_ = 0;
+  int64_t in_, slab_, x_row_, y_row_;
+  ElementType x_type_, result_;
+  int64_t rows_ = 0, packed_bytes_ = 0;
   std::vector<Run> runs_;
 };
 

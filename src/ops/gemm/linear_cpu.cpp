@@ -1,5 +1,7 @@
 #include "ops/gemm/linear_cpu.h"
 
+#include <type_traits>
+
 #include "ops/cpu/isa.h"
 #include "ops/cpu/vec.h"
 
@@ -33,11 +35,40 @@ struct FloatPair {
   F16 even, odd;
 };
 
-// --- weight formats: Pair, how to get pair j of a group, how it enters a sum, how a slab is added
+// --- products: how a pair of weights enters a sum, in kSteps steps with an operand and a row value
+// each
 
-struct F32Weights {
+/// FP32 weights: one element after the other.
+struct OrderedProducts {
   using X = float;
   using Pair = FloatPair;
+  using Operand = F16;
+  static constexpr int kSteps = 2;
+  HADAL_INLINE static Operand operand(const Pair& w, int step) {
+    return step == 0 ? w.even : w.odd;
+  }
+  HADAL_INLINE static Operand row(const float* x, int step) { return cpu::splat(x[step]); }
+  HADAL_INLINE static F16 add(F16 acc, const Operand& w, const Operand& x) {
+    return cpu::fma(w, x, acc);
+  }
+};
+
+/// BF16 values as floats: two fused multiply-adds, the odd element first.
+struct FusedProducts : OrderedProducts {
+  HADAL_INLINE static Operand operand(const Pair& w, int step) {
+    return step == 0 ? w.odd : w.even;
+  }
+  HADAL_INLINE static Operand row(const float* x, int step) { return cpu::splat(x[1 - step]); }
+#if defined(HADAL_ISA_avx512)
+  HADAL_INLINE static Pair of(__m512i pairs) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+            { _mm512_castsi512_ps(_mm512_and_si512(pairs, high)) }};
+  }
+#endif
+};
+
+struct F32Weights : OrderedProducts {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kF32);
   static constexpr bool kDecodes = false;  ///< a group is an array of Pair as it lies in memory
   F32Weights(const GemmTask&, int64_t) {}
@@ -45,36 +76,54 @@ struct F32Weights {
     const float* w = reinterpret_cast<const float*>(group) + j * 32;
     return {cpu::load(w), cpu::load(w + 16)};
   }
-  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const float* x) {
-    return cpu::fma(w.odd, cpu::splat(x[1]), cpu::fma(w.even, cpu::splat(x[0]), acc));
-  }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return y + slab; }
 };
+
+// --- weight formats: how to get pair j of a group, how a slab is added
 
 #if defined(HADAL_ISA_avx512)
 
-/// BF16 products by vdpbf16ps.
-struct Bf16Products {
+/// vdpbf16ps, which does what FusedProducts does.
+struct DotProducts {
   using X = uint16_t;
   struct Pair {
     __m512i v;
   };
-  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const uint16_t* x) {
+  using Operand = Pair;
+  static constexpr int kSteps = 1;
+  HADAL_INLINE static Pair of(__m512i pairs) { return {pairs}; }
+  HADAL_INLINE static Operand operand(const Pair& w, int) { return w; }
+  HADAL_INLINE static Operand row(const uint16_t* x, int) {
     int32_t both;
     std::memcpy(&both, x, 4);
-    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v),
-                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)))};
+    return {_mm512_set1_epi32(both)};
+  }
+  HADAL_INLINE static F16 add(F16 acc, const Operand& w, const Operand& x) {
+    return {
+        _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(x.v))};
   }
 };
 
-struct Bf16Weights : Bf16Products {
+/// Zen runs vdpbf16ps at the rate of an FMA, which does half its work. Xeons (measured: Granite
+/// Rapids, model 167) run four FMAs in its time, so that FMAs are twice as fast. One row has to
+/// decode as many weights as it multiplies; there the dot product leaves the other units to that.
+bool dot_products_are_fast() {
+  static const bool fast = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") == 0;
+  }();
+  return fast;
+}
+
+template <typename Products>
+struct Bf16Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kBf16);
-  static constexpr bool kDecodes = false;
+  static constexpr bool kDecodes = std::is_same_v<Products, FusedProducts>;
   Bf16Weights(const GemmTask&, int64_t) {}
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
-    return {_mm512_loadu_si512(group + j * 64)};
+  HADAL_INLINE typename Products::Pair pair(const uint8_t* group, int64_t j) const {
+    return Products::of(_mm512_loadu_si512(group + j * 64));
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return y + slab; }
 };
 
 /// The BF16 value of every E4M3 magnitude but NaN.
@@ -94,7 +143,8 @@ struct E4m3Table {
 constexpr E4m3Table kE4m3{};
 
 /// Look-ups by the code's seven bits, the low and the high byte apart; the scale is in the table.
-struct Fp8Weights : Bf16Products {
+template <typename Products>
+struct Fp8Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
   static constexpr bool kDecodes = true;
 
@@ -115,7 +165,7 @@ struct Fp8Weights : Bf16Products {
       high_[half] = _mm512_inserti64x4(_mm512_castsi256_si512(high[0]), high[1], 1);
     }
   }
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+  HADAL_INLINE typename Products::Pair pair(const uint8_t* group, int64_t j) const {
     const __m512i v = _mm512_loadu_si512(group + j / 2 * 64);
     const __m512i low = _mm512_permutex2var_epi8(low_[0], v, low_[1]);
     const __m512i magnitude = _mm512_permutex2var_epi8(high_[0], v, high_[1]);
@@ -123,10 +173,11 @@ struct Fp8Weights : Bf16Products {
     const __m512i high =
         _mm512_ternarylogic_epi32(magnitude, v, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
     const __m512i mask = _mm512_set1_epi16(0x00ff);
-    if (j % 2 == 0) return {_mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xca)};
-    return {_mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xca)};
+    return Products::of(
+        j % 2 == 0 ? _mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xca)
+                   : _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xca));
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return y + slab; }
 
  private:
   __m512i low_[2], high_[2];
@@ -134,7 +185,8 @@ struct Fp8Weights : Bf16Products {
 
 /// Look-ups of 16-bit lanes by their low five bits; the fifth is a neighbour's, so the table
 /// repeats.
-struct Fp4Weights : Bf16Products {
+template <typename Products>
+struct Fp4Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp4);
   static constexpr bool kDecodes = true;
   HADAL_INLINE Fp4Weights(const GemmTask& t, int64_t k)
@@ -155,12 +207,12 @@ struct Fp4Weights : Bf16Products {
                                                         static_cast<short>(0xc040),
                                                         static_cast<short>(0xc080),
                                                         static_cast<short>(0xc0c0)))) {}
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+  HADAL_INLINE typename Products::Pair pair(const uint8_t* group, int64_t j) const {
     const __m512i v = _mm512_loadu_si512(group);
     const __m512i codes = j == 0 ? v : _mm512_srli_epi16(v, static_cast<unsigned>(4 * j));
-    return {_mm512_permutexvar_epi16(codes, table_)};
+    return Products::of(_mm512_permutexvar_epi16(codes, table_));
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t panel) const {
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t panel) const {
     const __m128i bytes =
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_ + panel * kPanelWidth));
     const __m512i power = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
@@ -173,16 +225,6 @@ struct Fp4Weights : Bf16Products {
 };
 
 #else
-
-/// BF16 products as two fused multiply-adds, the odd element first.
-struct Bf16Products {
-  using X = uint16_t;
-  using Pair = FloatPair;
-  HADAL_INLINE static F16 step(F16 acc, const Pair& w, const uint16_t* x) {
-    return cpu::fma(w.even, cpu::splat(cpu::bf16_to_float(x[0])),
-                    cpu::fma(w.odd, cpu::splat(cpu::bf16_to_float(x[1])), acc));
-  }
-};
 
 /// One op on the 16 dwords at p, giving 16 floats.
 template <typename Op>
@@ -243,46 +285,49 @@ HADAL_INLINE float e2m1(uint32_t v, int shift) {
 }
 #endif
 
-struct Bf16Weights : Bf16Products {
+template <typename Products>
+struct Bf16Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kBf16);
   static constexpr bool kDecodes = true;
   Bf16Weights(const GemmTask&, int64_t) {}
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+  HADAL_INLINE FloatPair pair(const uint8_t* group, int64_t j) const {
     return {each_dword(group + j * 64, [](auto v) { return even_bf16(v); }),
             each_dword(group + j * 64, [](auto v) { return odd_bf16(v); })};
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return y + slab; }
 };
 
-struct Fp8Weights : Bf16Products {
+template <typename Products>
+struct Fp8Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
   static constexpr bool kDecodes = true;
   HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k)
       : scale_(bits_float(static_cast<uint32_t>(t.scales[k / 128]) << 23)) {}
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+  HADAL_INLINE FloatPair pair(const uint8_t* group, int64_t j) const {
     const uint8_t* half = group + j / 2 * 64;
     const int shift = static_cast<int>(j % 2 * 8);
     const F16 scale = cpu::splat(scale_);
     return {each_dword(half, [&](auto v) { return e4m3(v, shift); }) * scale,
             each_dword(half, [&](auto v) { return e4m3(v, shift + 16); }) * scale};
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t) const { return y + slab; }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return y + slab; }
 
  private:
   float scale_;
 };
 
-struct Fp4Weights : Bf16Products {
+template <typename Products>
+struct Fp4Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp4);
   static constexpr bool kDecodes = true;
   HADAL_INLINE Fp4Weights(const GemmTask& t, int64_t k)
       : scales_(t.scales + k / 32 * t.panels * kPanelWidth) {}
-  HADAL_INLINE Pair pair(const uint8_t* group, int64_t j) const {
+  HADAL_INLINE FloatPair pair(const uint8_t* group, int64_t j) const {
     const int shift = static_cast<int>(4 * j);
     return {each_dword(group, [&](auto v) { return e2m1(v, shift); }),
             each_dword(group, [&](auto v) { return e2m1(v, shift + 16); })};
   }
-  HADAL_INLINE F16 add(F16 y, F16 slab, int64_t panel) const {
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t panel) const {
     float scale[16];
     for (int i = 0; i < 16; ++i)
       scale[i] = bits_float(static_cast<uint32_t>(scales_[panel * kPanelWidth + i]) << 23);
@@ -304,6 +349,9 @@ constexpr int kTilePanels = 1, kTileRows = 4;  // 8 of 16
 #else
 constexpr int kTilePanels = 1, kTileRows = 2;
 #endif
+
+/// Far enough ahead of one row's decoding, measured against 0.5, 2 and 4 KiB.
+constexpr int64_t kPrefetchBytes = 1024;
 
 HADAL_INLINE int64_t slab_groups(const GemmTask& t, int64_t k) {
   return (t.in - k < t.slab ? t.in - k : t.slab) / kGroupInputs;
@@ -341,19 +389,25 @@ void few_rows(const GemmTask& t) {
 #pragma GCC unroll 4
         for (int q = 0; q < kTile; ++q) {
           const uint8_t* group = weights + (g * panels + first + q) * W::kBytes;
+          for (int64_t line = 0; line < W::kBytes; line += 64)
+            __builtin_prefetch(group + kPrefetchBytes + line);
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) {
             const typename W::Pair pair = w.pair(group, j);
+            const typename W::X* xs = x + g * kGroupInputs + 2 * j;
+#pragma GCC unroll 2
+            for (int step = 0; step < W::kSteps; ++step) {
+              const typename W::Operand operand = W::operand(pair, step);
 #pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r) {
-              acc[r][q] = W::step(acc[r][q], pair, x + r * t.x_row + g * kGroupInputs + 2 * j);
+              for (int r = 0; r < kRows; ++r)
+                acc[r][q] = W::add(acc[r][q], operand, W::row(xs + r * t.x_row, step));
             }
           }
         }
       }
       for (int r = 0; r < kRows; ++r) {
         for (int q = 0; q < kTile; ++q)
-          y[r][first + q] = w.add(y[r][first + q], acc[r][q], first + q);
+          y[r][first + q] = w.scaled(y[r][first + q], acc[r][q], first + q);
       }
     }
     weights += groups * panels * W::kBytes;
@@ -382,13 +436,18 @@ HADAL_INLINE void tile(const GemmTask& t,
   }
   for (int64_t g = 0; g < groups; ++g) {
     const typename W::Pair* group = pairs + g * panels * 4;
-    for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int q = 0; q < kTile; ++q) {
-          acc[r][q] =
-              W::step(acc[r][q], group[q * 4 + j], x + r * t.x_row + g * kGroupInputs + 2 * j);
+    for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+      for (int step = 0; step < W::kSteps; ++step) {
+        typename W::Operand operands[kTile];
+#pragma GCC unroll 4
+        for (int q = 0; q < kTile; ++q) operands[q] = W::operand(group[q * 4 + j], step);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+          const auto row = W::row(x + r * t.x_row + g * kGroupInputs + 2 * j, step);
+#pragma GCC unroll 4
+          for (int q = 0; q < kTile; ++q) acc[r][q] = W::add(acc[r][q], operands[q], row);
         }
       }
     }
@@ -398,7 +457,7 @@ HADAL_INLINE void tile(const GemmTask& t,
 #pragma GCC unroll 4
     for (int q = 0; q < kTile; ++q) {
       float* out = y + r * kBlockWidth + (first + q) * kPanelWidth;
-      cpu::store(out, w.add(cpu::load(out), acc[r][q], first + q));
+      cpu::store(out, w.scaled(cpu::load(out), acc[r][q], first + q));
     }
   }
 }
@@ -413,13 +472,16 @@ void tile_rows(const GemmTask& t,
                const typename W::X* x,
                float* y) {
   int64_t row = 0;
-  for (; row + kTileRows <= t.rows; row += kTileRows) {
-    tile<W, kTileRows, kTile>(t, w, pairs, panels, groups, first, x + row * t.x_row,
-                              y + row * kBlockWidth);
-  }
-  for (; row < t.rows; ++row) {
-    tile<W, 1, kTile>(t, w, pairs, panels, groups, first, x + row * t.x_row, y + row * kBlockWidth);
-  }
+  const auto take = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    for (; row + kRows <= t.rows; row += kRows) {
+      tile<W, kRows, kTile>(t, w, pairs, panels, groups, first, x + row * t.x_row,
+                            y + row * kBlockWidth);
+    }
+  };
+  take(std::integral_constant<int, kTileRows>{});
+  if constexpr (kTileRows > 4) take(std::integral_constant<int, 4>{});
+  if constexpr (kTileRows > 2) take(std::integral_constant<int, 2>{});
+  take(std::integral_constant<int, 1>{});
 }
 
 /// Many rows: each slab is decoded once into the first-level cache and multiplied by all rows.
@@ -478,22 +540,67 @@ void by_panels(const GemmTask& t) {
   by_rows<W, 1>(t);
 }
 
-void gemm(const GemmTask& t) {
-  const FlushSubnormals flush;
-  static_cast<void>(flush);
+template <typename Products>
+void by_format(const GemmTask& t) {
   switch (t.format) {
     case WeightFormat::kF32:
       return by_panels<F32Weights>(t);
     case WeightFormat::kBf16:
-      return by_panels<Bf16Weights>(t);
+      return by_panels<Bf16Weights<Products>>(t);
     case WeightFormat::kFp8:
-      return by_panels<Fp8Weights>(t);
+      return by_panels<Fp8Weights<Products>>(t);
     case WeightFormat::kFp4:
-      return by_panels<Fp4Weights>(t);
+      return by_panels<Fp4Weights<Products>>(t);
   }
 }
 
-const bool filled = gemm_cpu.fill(cpu::kIsa, gemm);
+void gemm(const GemmTask& t) {
+  const FlushSubnormals flush;
+  static_cast<void>(flush);
+#if defined(HADAL_ISA_avx512)
+  if (t.x_type == ElementType::kBf16) return by_format<DotProducts>(t);
+#endif
+  by_format<FusedProducts>(t);
+}
+
+void takes_bf16_rows([[maybe_unused]] int64_t rows, bool* yes) {
+#if defined(HADAL_ISA_avx512)
+  *yes = rows == 1 || dot_products_are_fast();
+#else
+  *yes = false;
+#endif
+}
+
+template <typename From, typename To>
+void pack_row(const From* x, To* out, int64_t count) {
+  if constexpr (sizeof(From) == sizeof(To)) {
+    std::memcpy(out, x, static_cast<size_t>(count) * sizeof(From));
+  } else {
+    cpu::for_lanes(count,
+                   [&](int64_t i, int64_t n) { cpu::store_n(out + i, cpu::load_n(x + i, n), n); });
+  }
+}
+
+template <typename From, typename To>
+void pack_typed(const RowPacking& p) {
+  auto* out = static_cast<To*>(p.packed);
+  for (int64_t k = 0; k < p.in; k += p.slab) {
+    const int64_t width = p.in - k < p.slab ? p.in - k : p.slab;
+    for (int64_t row = 0; row < p.rows; ++row, out += p.slab) {
+      pack_row(static_cast<const From*>(p.x) + row * p.x_row + k, out, width);
+      for (int64_t i = width; i % kGroupInputs != 0; ++i) out[i] = 0;
+    }
+  }
+}
+
+void pack_rows(const RowPacking& p) {
+  if (p.from == ElementType::kF32) return pack_typed<float, float>(p);
+  if (p.to == ElementType::kF32) return pack_typed<uint16_t, float>(p);
+  pack_typed<uint16_t, uint16_t>(p);
+}
+
+const bool filled = gemm_cpu.fill(cpu::kIsa, gemm) && pack_rows_cpu.fill(cpu::kIsa, pack_rows) &&
+                    gemm_takes_bf16_rows_cpu.fill(cpu::kIsa, takes_bf16_rows);
 
 }  // namespace
 }  // namespace hadal::ops

@@ -11,7 +11,8 @@
 // One tree for every shape of the task (numerics contract, rule 2): per output and slab one FP32
 // accumulator that starts at zero and takes K in ascending pairs, the odd element of a pair first
 // (as vdpbf16ps adds; FP32 weights take single elements in order); slabs are added in ascending
-// order to the output. Subnormals are flushed to zero, as that instruction does.
+// order to the output. Subnormals are flushed to zero, as that instruction does; so kernels may use
+// it, or fused multiply-adds of the values as floats, whichever the processor does faster.
 //
 // FP8 values are multiplied by their scale as they are decoded. FP4 multiplies the slab's sum as it
 // is added, which gives the bits of scaled weights: scales are powers of two between 2^-60 and
@@ -34,8 +35,8 @@ inline constexpr int64_t kBlockWidth = kPanelWidth * kBlockPanels;
 inline constexpr int64_t kGroupInputs = 8;
 /// Rows of one task at most.
 inline constexpr int64_t kTaskRows = 96;
-/// Tasks of up to this many rows decode in registers and read x where it is; those with more
-/// decode each slab once and want x packed.
+/// Tasks of up to this many rows decode in registers; those with more decode each slab once and
+/// want x packed.
 inline constexpr int64_t kFewRows = 4;
 /// E8M0 bytes that the kernel takes.
 inline constexpr int kMinScaleByte = 127 - 60, kMaxScaleByte = 127 + 60;
@@ -56,7 +57,7 @@ constexpr int64_t group_bytes(WeightFormat format) {
 
 struct GemmTask {
   const uint8_t* weights;  ///< the block, see above
-  const uint8_t* scales;   ///< of the block. FP8: [in / 128]; FP4: [in / 32][panels][16]
+  const uint8_t* scales;   ///< of the block. FP8: [ceil(in / 128)]; FP4: [in / 32][panels][16]
   int64_t panels;          ///< of the block, 1 to 4
   int64_t outputs;         ///< of the block that exist, at most 16 a panel
   int64_t in;              ///< a multiple of kGroupInputs
@@ -66,10 +67,24 @@ struct GemmTask {
   int64_t rows;  ///< 1 to kTaskRows
   void* y;       ///< [rows, outputs]
   int64_t y_row;
-  WeightFormat format;  ///< x is FP32 for FP32 weights, else BF16
-  ElementType result;   ///< of y: one rounding
+  WeightFormat format;
+  ElementType x_type;  ///< FP32, or BF16 where gemm_takes_bf16_rows_cpu says so
+  ElementType result;  ///< of y: one rounding
 };
 
 extern CpuSlot<void(const GemmTask&)> gemm_cpu;
+/// Whether tasks of `rows` rows are to have BF16 rows when the weights are not FP32: so it is where
+/// BF16 products are fast.
+extern CpuSlot<void(int64_t rows, bool*)> gemm_takes_bf16_rows_cpu;
+
+/// Rows laid out [slab][row][slab inputs], so that the rows of one slab lie together; behind `in`
+/// zeros as far as a group reaches.
+struct RowPacking {
+  const void* x;
+  int64_t x_row, rows, in, slab;
+  void* packed;
+  ElementType from, to;  ///< BF16 may become FP32
+};
+extern CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 
 }  // namespace hadal::ops
