@@ -207,7 +207,8 @@ int run(const Options& options) {
   HADAL_INPUT_CHECK(options.in % 32 == 0 && options.in > 0 && options.out > 0,
                     "bench: --in must be a multiple of 32 and --out positive, found ", options.in,
                     " and ", options.out);
-  HADAL_INPUT_CHECK(options.gib > 0 && options.gib <= 1024, "bench: --gib ", options.gib);
+  HADAL_INPUT_CHECK(options.gib >= 0.001 && options.gib <= 1024,
+                    "bench: --gib: expected 0.001 to 1024, found ", options.gib);
   const at::NoGradGuard no_grad;
   ReadBench read(static_cast<int64_t>(options.gib * kGiB));
   std::vector<double> bandwidth;

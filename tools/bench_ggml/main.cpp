@@ -5,10 +5,9 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <immintrin.h>
 #include <random>
 #include <vector>
-
-#include <immintrin.h>
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -126,7 +125,8 @@ class Ggml {
   void plan(size_t first, size_t count, const at::Tensor& x, int threads) {
     drop();
     const int64_t rows = x.size(0);
-    const size_t floats = static_cast<size_t>(rows) * static_cast<size_t>(shape_.in + shape_.out * static_cast<int64_t>(count));
+    const size_t floats = static_cast<size_t>(rows) *
+                          static_cast<size_t>(shape_.in + shape_.out * static_cast<int64_t>(count));
     context_ = ggml_init({floats * 4 + ggml_tensor_overhead() * (count + 16) * 2 +
                               ggml_graph_overhead_custom(1024, false) + 65536,
                           nullptr, false});
@@ -232,22 +232,26 @@ int main(int argc, char** argv) {
         std::printf("  relative difference of results: %.4f",
                     ((theirs - wanted).norm() / wanted.norm()).item<double>());
         if (repack)
-          std::printf(", repack %.4f",
-                      ((repack->result(per_pass - 1) - wanted).norm() / wanted.norm()).item<double>());
+          std::printf(
+              ", repack %.4f",
+              ((repack->result(per_pass - 1) - wanted).norm() / wanted.norm()).item<double>());
         std::printf("\n");
       }
       const double ours_s = median(hadal_s), theirs_s = median(plain_s);
       const double repack_time = repack ? median(repack_s) : INFINITY;
       const double flops = 2.0 * static_cast<double>(rows * shape.out * shape.in);
-      std::printf("threads %d rows %3ld | hadal %7.3f ms %6.2f GB/s %6.1f GF | ggml plain %7.3f ms %6.2f GB/s"
-                  " %6.1f GF | repack %7.3f ms %6.2f GB/s %6.1f GF | ratio %.2f (best ggml), %.2f (plain) | read %.1f GB/s: "
-                  "%.0f%% | peak %.0f GF: %.0f%%\n",
-                  threads, rows, ours_s * 1e3, matrix_bytes / ours_s / 1e9, flops / ours_s / 1e9,
-                  theirs_s * 1e3, matrix_bytes / theirs_s / 1e9, flops / theirs_s / 1e9,
-                  repack_time * 1e3, matrix_bytes / repack_time / 1e9, flops / repack_time / 1e9,
-                  std::min(theirs_s, repack_time) / ours_s, theirs_s / ours_s, median(read) / 1e9,
-                  100 * matrix_bytes / ours_s / median(read), median(peak) / 1e9,
-                  100 * flops / ours_s / median(peak));
+      std::printf(
+          "threads %d rows %3ld | hadal %7.3f ms %6.2f GB/s %6.1f GF | ggml plain %7.3f ms %6.2f "
+          "GB/s"
+          " %6.1f GF | repack %7.3f ms %6.2f GB/s %6.1f GF | ratio %.2f (best ggml), %.2f (plain) "
+          "| read %.1f GB/s: "
+          "%.0f%% | peak %.0f GF: %.0f%%\n",
+          threads, rows, ours_s * 1e3, matrix_bytes / ours_s / 1e9, flops / ours_s / 1e9,
+          theirs_s * 1e3, matrix_bytes / theirs_s / 1e9, flops / theirs_s / 1e9, repack_time * 1e3,
+          matrix_bytes / repack_time / 1e9, flops / repack_time / 1e9,
+          std::min(theirs_s, repack_time) / ours_s, theirs_s / ours_s, median(read) / 1e9,
+          100 * matrix_bytes / ours_s / median(read), median(peak) / 1e9,
+          100 * flops / ours_s / median(peak));
       std::fflush(stdout);
     }
   }
