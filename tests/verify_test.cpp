@@ -15,6 +15,7 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "checkpoint/load_model.h"
 #include "checkpoint/safetensors.h"
 
 namespace hadal::checkpoint {
@@ -150,6 +151,29 @@ TEST_P(Recorded, EveryKeyHolds) {
   if (std::string(GetParam()) == "fp8-fp4-smooth") {
     EXPECT_GE(identical_rows, 19);
   }
+}
+
+TEST_P(Recorded, PackedWeightsGiveTheBitsOfDenseOnes) {
+  const std::string folder = concat(HADAL_SOURCE_DIR, "/../shared/golden/", GetParam());
+  if (!std::filesystem::exists(folder))
+    GTEST_SKIP() << "the recorded checkpoint " << GetParam() << " is absent";
+  const auto source = OfficialCheckpoint::open(folder);
+  const ops::Numerics numerics = default_numerics(source);
+  const at::NoGradGuard no_grad;
+  at::Tensor logits[2];
+  for (const Held held : {Held::kPacked, Held::kDense}) {
+    const model::Transformer model = load_model(source, numerics, held);
+    int64_t packed = 0;
+    model.visit([&](const model::Parameter& p) { packed += p.packed && !p.value.defined(); });
+    EXPECT_EQ(packed > 0, held == Held::kPacked);
+    const ops::Batch batch({40}, {0}, at::kCPU);
+    model::ForwardContext context;
+    context.batch = &batch;
+    context.numerics = numerics;
+    const at::Tensor streams = model.forward(at::arange(40), context);
+    logits[held == Held::kDense] = model.logits(model.head_input(streams, numerics), numerics);
+  }
+  EXPECT_TRUE(at::equal(logits[0], logits[1]));
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden,

@@ -15,6 +15,7 @@ std::function<int()> define_plan(CLI::App& app);
 std::function<int()> define_plot(CLI::App& app);
 std::function<int()> define_doctor(CLI::App& app);
 std::function<int()> define_train(CLI::App& app);
+std::function<int()> define_bench(CLI::App& app);
 
 const std::vector<Command>& commands() {
   static const std::vector<Command> table = {
@@ -46,6 +47,8 @@ const std::vector<Command>& commands() {
        define_plot},
       {"doctor", "what this machine has, and which models fit on it", "  hadal doctor --json",
        define_doctor},
+      {"bench", "memory bandwidth and the CPU's matrix kernel on this machine",
+       "  hadal bench gemm --gib 1\n  hadal bench read --json", define_bench},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

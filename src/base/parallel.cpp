@@ -33,7 +33,9 @@ int available_processors() {
   return count > 0 ? static_cast<int>(count) : 1;
 }
 
-/// Task i of a region goes to thread i: thread 0 is the caller, thread i > 0 the worker i - 1.
+/// A region is a count of tasks that have not been taken yet; the caller and every worker that is
+/// awake take one after the other. So nobody waits for a worker that the system has put aside
+/// before it took a task.
 class ThreadPool {
  public:
   ~ThreadPool() { stop(); }
@@ -42,72 +44,80 @@ class ThreadPool {
     if (static_cast<int>(workers_.size()) == num_workers) return;
     stop();
     stopping_ = false;
-    for (int index = 0; index < num_workers; ++index) {
-      workers_.emplace_back([this, index, seen = generation_.load()] { work(index, seen); });
-    }
+    for (int index = 0; index < num_workers; ++index) workers_.emplace_back([this] { work(); });
   }
 
   void run(int64_t num_tasks, void (*task)(void*, int64_t), void* context) {
     task_ = task;
     context_ = context;
-    num_tasks_ = num_tasks;
-    pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
-      // The lock pairs with the sleepers' check, so that none misses the new generation.
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+    done_.store(0, std::memory_order_relaxed);
+    // Sequentially consistent, like the sleepers' check: one of the two sees the other.
+    region_.store(((region_.load() >> 32) + 1) << 32 | static_cast<uint64_t>(num_tasks));
+    if (sleepers_.load() > 0) {
+      { const std::lock_guard<std::mutex> lock(mutex_); }
+      wake_.notify_all();
     }
-    if (sleepers_.load(std::memory_order_relaxed) > 0) wake_.notify_all();
-    execute(0);
-    while (pending_.load(std::memory_order_acquire) > 0) cpu_pause();
+    while (take_one()) {
+    }
+    // A task that another thread has taken may take long; after a while its processor may be
+    // needed.
+    for (int spins = 0; done_.load(std::memory_order_acquire) < num_tasks; ++spins) {
+      spins < kSpins ? cpu_pause() : static_cast<void>(sched_yield());
+    }
     if (error_) {
       std::exception_ptr error = std::exchange(error_, nullptr);
       std::rethrow_exception(error);
     }
   }
 
-  int num_workers() const { return static_cast<int>(workers_.size()); }
-
  private:
-  void execute(int64_t index) {
-    if (index >= num_tasks_) return;
+  /// About 100 us: longer than the gaps between the regions of one decode step.
+  static constexpr int kSpins = 4000;
+
+  static int64_t tasks_left(uint64_t region) { return static_cast<int64_t>(region & 0xffffffffu); }
+
+  /// Runs one task of the current region; false when none is left. Everything about the region is
+  /// read after a task was taken, which keeps the region alive.
+  bool take_one() {
+    uint64_t region = region_.load(std::memory_order_acquire);
+    do {
+      if (tasks_left(region) == 0) return false;
+    } while (!region_.compare_exchange_weak(region, region - 1, std::memory_order_acq_rel));
     inside_parallel_region = true;
     try {
-      task_(context_, index);
+      task_(context_, tasks_left(region) - 1);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
     inside_parallel_region = false;
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
   }
 
-  void work(int index, uint64_t seen) {
-    // About 100 us of spinning: longer than the gaps between the regions of one decode step.
-    constexpr int kSpins = 4000;
-    for (;;) {
-      int spins = 0;
-      while (generation_.load(std::memory_order_acquire) == seen && spins < kSpins) {
+  void work() {
+    for (int spins = 0;;) {
+      if (take_one()) {
+        spins = 0;
+        continue;
+      }
+      if (stopping_.load(std::memory_order_relaxed)) return;
+      if (++spins < kSpins) {
         cpu_pause();
-        ++spins;
+        continue;
       }
-      if (generation_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
-        sleepers_.fetch_sub(1);
-      }
-      ++seen;
-      if (stopping_) return;
-      execute(index + 1);
-      pending_.fetch_sub(1, std::memory_order_release);
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return tasks_left(region_.load()) > 0 || stopping_; });
+      sleepers_.fetch_sub(1);
+      spins = 0;
     }
   }
 
   void stop() {
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
@@ -117,13 +127,12 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> pending_{0};
+  std::atomic<uint64_t> region_{0};  ///< its number, and in the low 32 bits the tasks left to take
+  std::atomic<int64_t> done_{0};
   std::atomic<int> sleepers_{0};
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
-  int64_t num_tasks_ = 0;
   std::exception_ptr error_;
 };
 
@@ -155,8 +164,6 @@ void detail::parallel_run(int64_t num_tasks, void (*task)(void*, int64_t), void*
   ThreadPool& threads = pool();
   if (thread_count.load() == 0) thread_count.store(available_processors());
   threads.resize(thread_count.load() - 1);
-  HADAL_CHECK(num_tasks <= threads.num_workers() + 1, "parallel_run: ", num_tasks, " tasks for ",
-              threads.num_workers() + 1, " threads");
   threads.run(num_tasks, task, context);
 }
 

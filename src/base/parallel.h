@@ -1,8 +1,10 @@
 // A pool of threads for the CPU kernels.
 //
 // Work is cut into numbered tasks whose results do not depend on who runs them: a kernel gives each
-// output to one task as a whole, so the number of threads never changes a bit. Idle workers spin
-// for a moment before they sleep, because a decode step starts hundreds of short regions.
+// output to one task as a whole, so the number of threads never changes a bit. A region has a few
+// more tasks than threads, and whoever is free takes the next one, so that a thread that is held up
+// delays little. Idle workers spin for a moment before they sleep, because a decode step starts
+// hundreds of short regions.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +31,10 @@ template <typename Body>
 void parallel_for(int64_t count, int64_t grain, Body&& body) {
   if (count <= 0) return;
   const int64_t max_ranges = (count + grain - 1) / (grain > 0 ? grain : 1);
+  constexpr int64_t kRangesPerThread = 4;
   const int64_t threads = num_threads();
-  const int64_t num_ranges = max_ranges < threads ? max_ranges : threads;
+  const int64_t most = threads > 1 ? threads * kRangesPerThread : 1;
+  const int64_t num_ranges = max_ranges < most ? max_ranges : most;
   if (num_ranges <= 1) {
     body(int64_t{0}, count);
     return;

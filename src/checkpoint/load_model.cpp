@@ -11,24 +11,65 @@ namespace {
 using model::Parameter;
 using model::ParamKind;
 
-at::Tensor dense_values(const OfficialCheckpoint& checkpoint, const std::string& name) {
-  const CheckpointTensor stored = checkpoint.get(name);
-  const at::ScalarType type = stored.data.scalar_type();
-  if (type == at::kFloat8_e4m3fn) return dequantise_fp8(stored.data, stored.scale);
-  if (type == at::kByte || type == at::kChar) return dequantise_fp4(stored.data, stored.scale);
-  return stored.data;
-}
-
-at::Tensor all_values(const OfficialCheckpoint& checkpoint, const Parameter& parameter) {
+/// The stored matrices of a parameter: one for each expert, else one.
+std::vector<CheckpointTensor> stored(const OfficialCheckpoint& checkpoint,
+                                     const Parameter& parameter) {
   const size_t star = parameter.name.find('*');
-  if (star == std::string::npos) return dense_values(checkpoint, parameter.name);
-  std::vector<at::Tensor> experts;
+  if (star == std::string::npos) return {checkpoint.get(parameter.name)};
+  std::vector<CheckpointTensor> experts;
   for (int64_t expert = 0; expert < parameter.shape[0]; ++expert) {
     std::string name = parameter.name;
     name.replace(star, 1, std::to_string(expert));
-    experts.push_back(dense_values(checkpoint, name).to(at::kBFloat16));
+    experts.push_back(checkpoint.get(name));
   }
+  return experts;
+}
+
+bool is_fp8(const CheckpointTensor& tensor) {
+  return tensor.data.scalar_type() == at::kFloat8_e4m3fn;
+}
+bool is_fp4(const CheckpointTensor& tensor) {
+  return tensor.data.scalar_type() == at::kByte || tensor.data.scalar_type() == at::kChar;
+}
+
+at::Tensor dense_values(const CheckpointTensor& tensor) {
+  if (is_fp8(tensor)) return dequantise_fp8(tensor.data, tensor.scale);
+  if (is_fp4(tensor)) return dequantise_fp4(tensor.data, tensor.scale);
+  return tensor.data;
+}
+
+at::Tensor dense_values(const std::vector<CheckpointTensor>& tensors, const Parameter& parameter) {
+  if (parameter.kind != ParamKind::kExperts) return dense_values(tensors[0]);
+  std::vector<at::Tensor> experts;
+  for (const CheckpointTensor& tensor : tensors)
+    experts.push_back(dense_values(tensor).to(at::kBFloat16));
   return at::stack(experts);
+}
+
+/// FP8 and FP4 as they are stored; nullopt for other storage and for what has no packed form.
+std::optional<ops::Panels> packed_values(const std::vector<CheckpointTensor>& tensors,
+                                         const Parameter& parameter) {
+  std::vector<at::Tensor> data, scale;
+  for (const CheckpointTensor& tensor : tensors) {
+    if (!is_fp8(tensor) && !is_fp4(tensor)) return std::nullopt;
+    if (parameter.kind != ParamKind::kGroups) {
+      data.push_back(tensor.data);
+      scale.push_back(tensor.scale);
+      continue;
+    }
+    // The matrices of wo_a share one grid of scales, which must not cut through a group.
+    const int64_t out = parameter.shape[0] / parameter.units;
+    if (!is_fp8(tensor) || out % 128 != 0) return std::nullopt;
+    for (int64_t group = 0; group < parameter.units; ++group) {
+      data.push_back(tensor.data.narrow(0, group * out, out));
+      scale.push_back(tensor.scale.narrow(0, group * out / 128, out / 128));
+    }
+  }
+  return is_fp8(tensors[0]) ? ops::pack_fp8(data, scale) : ops::pack_fp4(data, scale);
+}
+
+bool serves_packed(const Parameter& parameter) {
+  return parameter.is_matrix() || parameter.kind == ParamKind::kHead;
 }
 
 bool in_bf16(const Parameter& parameter) {
@@ -42,7 +83,9 @@ ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint) {
   return checkpoint.storage() == Storage::kBf16 ? ops::Numerics::kIdeal : ops::Numerics::kReleased;
 }
 
-model::Transformer load_model(const OfficialCheckpoint& checkpoint, ops::Numerics numerics) {
+model::Transformer load_model(const OfficialCheckpoint& checkpoint,
+                              ops::Numerics numerics,
+                              Held held) {
   if (numerics == ops::Numerics::kReleased) checkpoint.config().check_released();
   HADAL_INPUT_CHECK(checkpoint.storage() != Storage::kFp8F32Scales, checkpoint.reader().path(),
                     ": FP8 with F32 scales (a -Base checkpoint) cannot be run as it is: its values "
@@ -50,14 +93,28 @@ model::Transformer load_model(const OfficialCheckpoint& checkpoint, ops::Numeric
                     "form");
   model::Transformer model(checkpoint.config());
   model.visit([&](Parameter& parameter) {
-    at::Tensor value = all_values(checkpoint, parameter);
+    const std::vector<CheckpointTensor> tensors = stored(checkpoint, parameter);
+    const bool packs = held == Held::kPacked && serves_packed(parameter);
+    if (packs && numerics != ops::Numerics::kIdeal) {
+      if (auto panels = packed_values(tensors, parameter)) {
+        parameter.hold_packed(std::move(*panels));
+        return;
+      }
+    }
+    at::Tensor value = dense_values(tensors, parameter);
     HADAL_CHECK(value.sizes() == at::IntArrayRef(parameter.shape), "load_model: ", parameter.name,
                 " is ", value.sizes(), ", expected ", at::IntArrayRef(parameter.shape));
     if (value.is_floating_point()) {
       const bool low = numerics != ops::Numerics::kIdeal && in_bf16(parameter);
       value = value.to(low ? at::kBFloat16 : at::kFloat).contiguous();
     }
-    parameter.value = value;
+    if (!packs) {
+      parameter.value = value;
+      return;
+    }
+    const bool groups = parameter.kind == ParamKind::kGroups;
+    parameter.hold_packed(ops::pack_panels(
+        groups ? value.reshape({parameter.units, -1, parameter.shape.back()}) : value));
   });
   return model;
 }

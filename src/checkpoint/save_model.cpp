@@ -17,7 +17,7 @@ namespace {
 std::map<std::string, at::Tensor> values_by_name(const model::Transformer& model) {
   std::map<std::string, at::Tensor> values;
   model.visit([&](const model::Parameter& parameter) {
-    HADAL_CHECK(parameter.value.defined(), "save_model: ", parameter.name, " has no value");
+    HADAL_CHECK(parameter.value.defined(), "save_model: ", parameter.name, " has no dense values");
     const at::Tensor value = parameter.value.detach();
     const size_t star = parameter.name.find('*');
     if (star == std::string::npos) {

@@ -90,7 +90,7 @@ TEST(SaveModel, LoadsBackAsTheRoundedModel) {
   const auto official = OfficialCheckpoint::open(base + "/official");
   EXPECT_EQ(official.storage(), Storage::kFp4);
   EXPECT_EQ(OfficialCheckpoint::open(base + "/bf16").storage(), Storage::kBf16);
-  const model::Transformer loaded = load_model(official, ops::Numerics::kReleased);
+  const model::Transformer loaded = load_model(official, ops::Numerics::kReleased, Held::kDense);
   std::vector<std::string> names;
   std::vector<at::Tensor> expected, found;
   model.visit([&](const model::Parameter& p) {

@@ -181,11 +181,8 @@ at::Tensor attention_forward(const Attention& attn,
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
   const int64_t group_width = config.heads_per_group() * config.head_dim;
-  const at::Tensor wo_a = attn.wo_a.operand(numerics);
   const at::Tensor grouped =
-      ops::group_linear(out.reshape({tokens, config.o_groups, group_width}),
-                        wo_a.reshape({config.o_groups, config.o_lora_rank, group_width}),
-                        wo_a.is_same(attn.wo_a.value) ? attn.wo_a.panels() : nullptr);
+      apply_groups(attn.wo_a, out.reshape({tokens, config.o_groups, group_width}), numerics);
   return apply_linear(attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics),
                       numerics);
 }

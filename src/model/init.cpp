@@ -134,12 +134,14 @@ void init_weights(Transformer& model, const InitParams& params, at::ScalarType d
 
 void require_gradients(Transformer& model) {
   model.visit([](Parameter& parameter) {
+    parameter.hold_dense();
     if (parameter.trainable()) parameter.value.requires_grad_(true);
   });
 }
 
 void move_to(Transformer& model, at::Device device) {
   model.visit([&](Parameter& parameter) {
+    parameter.hold_dense();
     const bool requires_grad = parameter.value.requires_grad();
     parameter.value = parameter.value.detach().to(device).requires_grad_(requires_grad);
   });

@@ -31,9 +31,7 @@ at::Tensor moe_forward(const Moe& moe,
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
-    const at::Tensor operand = w.operand(numerics);
-    return ops::grouped_linear(input, operand, order.offsets, w.role,
-                               operand.is_same(w.value) ? w.panels() : nullptr);
+    return apply_experts(w, input, order.offsets, numerics);
   };
   const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
     if (context.on_swiglu) context.on_swiglu(block, gate, up);

@@ -42,7 +42,22 @@ at::Tensor official_rounding(const at::Tensor& w, Storage storage) {
   }
 }
 
+void Parameter::hold_packed(ops::Panels panels) {
+  const int64_t stacked = kind == ParamKind::kMatrix || kind == ParamKind::kHead ? 1 : units;
+  HADAL_CHECK(panels.matrices == stacked && panels.in == shape.back(), "parameter ", name, ": ",
+              panels.matrices, " packed matrices of ", panels.in, " inputs");
+  packed = std::make_shared<const ops::Panels>(std::move(panels));
+  value = packed_value = at::Tensor();
+}
+
+void Parameter::hold_dense() {
+  if (value.defined() || !packed) return;
+  value = ops::unpack_panels(*packed).reshape(shape);
+  packed.reset();
+}
+
 at::Tensor Parameter::operand(ops::Numerics numerics) const {
+  if (!value.defined() && packed) return ops::unpack_panels(*packed).reshape(shape);
   HADAL_CHECK(value.defined(), "parameter ", name, " has no value");
   if (numerics == ops::Numerics::kIdeal || storage == Storage::kF32) return value;
   if (value.scalar_type() == at::kBFloat16) return value;
@@ -50,24 +65,40 @@ at::Tensor Parameter::operand(ops::Numerics numerics) const {
   return ops::straight_through(official_rounding(value.detach(), storage), value);
 }
 
-const ops::Panels* Parameter::panels() const {
+const ops::Panels* Parameter::panels(const at::Tensor& x, ops::Numerics numerics) const {
+  if (!ops::serves_panels(x)) return nullptr;
+  if (!value.defined()) return packed.get();
+  const bool as_it_is = numerics == ops::Numerics::kIdeal || storage == Storage::kF32 ||
+                        value.scalar_type() == at::kBFloat16;
   const bool fixed = !value.requires_grad() && value.is_cpu() &&
                      (value.scalar_type() == at::kBFloat16 || value.scalar_type() == at::kFloat);
-  if (!fixed) return nullptr;
+  if (!as_it_is || !fixed) return nullptr;
   if (!packed || !packed_value.is_same(value)) {
-    const at::Tensor matrices = units > 1 && kind == ParamKind::kGroups
-                                    ? value.reshape({units, -1, value.size(-1)})
-                                    : value;
-    packed = std::make_shared<ops::Panels>(ops::pack_panels(matrices));
+    const at::Tensor matrices =
+        kind == ParamKind::kGroups ? value.reshape({units, -1, value.size(-1)}) : value;
+    packed = std::make_shared<const ops::Panels>(ops::pack_panels(matrices));
     packed_value = value;
   }
   return packed.get();
 }
 
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
-  const at::Tensor operand = w.operand(numerics);
-  // Packed panels hold the values themselves; a master that is rounded on the way is packed anew.
-  return ops::linear(x, operand, w.role, operand.is_same(w.value) ? w.panels() : nullptr);
+  if (const ops::Panels* panels = w.panels(x, numerics)) return ops::linear(x, *panels, w.role);
+  return ops::linear(x, w.operand(numerics), w.role);
+}
+
+at::Tensor apply_experts(const Parameter& w,
+                         const at::Tensor& x,
+                         const at::Tensor& offsets,
+                         ops::Numerics numerics) {
+  if (const ops::Panels* panels = w.panels(x, numerics))
+    return ops::grouped_linear(x, *panels, offsets, w.role);
+  return ops::grouped_linear(x, w.operand(numerics), offsets, w.role);
+}
+
+at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
+  if (const ops::Panels* panels = w.panels(x, numerics)) return ops::group_linear(x, *panels);
+  return ops::group_linear(x, w.operand(numerics).reshape({x.size(1), -1, x.size(2)}));
 }
 
 }  // namespace hadal::model

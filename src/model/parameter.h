@@ -1,8 +1,9 @@
 // A named weight of the model and the arithmetic that its role asks for.
 //
-// The same Parameter serves an official checkpoint (values dequantised exactly to BF16, or left
-// FP32), training (FP32 master, a leaf of autograd) and tests (FP64). Names are the official ones;
-// the stacked matrices of a layer's routed experts carry `*` for the expert number.
+// The same Parameter serves an official checkpoint, training (FP32 master, a leaf of autograd) and
+// tests (FP64). A matrix that only serves requests on the CPU holds its values packed and no dense
+// ones: FP4 and FP8 stay four and eight bits a weight in memory. Names are the official ones; the
+// stacked matrices of a layer's routed experts carry `*` for the expert number.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +45,12 @@ struct Parameter {
   /// Logically independent matrices stacked along the first dimension: groups of wo_a, the two
   /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (training.md 1.2).
   int64_t units = 1;
-  at::Tensor value;  ///< dense values; undefined until initialised or loaded
+  at::Tensor value;  ///< dense values; undefined until initialised or loaded, or while packed
 
-  mutable std::shared_ptr<ops::Panels> packed;  ///< see panels()
-  mutable at::Tensor packed_value;              ///< the value that `packed` was made of
+  /// Held instead of `value`, or made of it by panels(): [units, out, in] for wo_a, else as
+  /// `shape`.
+  mutable std::shared_ptr<const ops::Panels> packed;
+  mutable at::Tensor packed_value;  ///< the value that `packed` was made of; undefined: none
 
   bool is_matrix() const {
     return kind == ParamKind::kMatrix || kind == ParamKind::kGroups || kind == ParamKind::kExperts;
@@ -55,18 +58,32 @@ struct Parameter {
   /// Moved by gradients of a language or indexer loss.
   bool trainable() const { return kind != ParamKind::kGateBias && kind != ParamKind::kHashTable; }
 
+  /// Replaces the dense values by packed ones.
+  void hold_packed(ops::Panels panels);
+  /// Makes packed values dense again and drops the packed ones: before training, or before moving
+  /// to another device.
+  void hold_dense();
+
   /// What the matrix products use: the values themselves in `ideal`; BF16 in `bf16`; in `released`
   /// the values that the official storage would hold, with a straight-through gradient, when the
-  /// values are FP32 masters.
+  /// values are FP32 masters. Packed values are made dense for the call.
   at::Tensor operand(ops::Numerics numerics) const;
 
-  /// The operand packed for the CPU kernel, made once; null for masters under training, which
-  /// change every step.
-  const ops::Panels* panels() const;
+  /// The operand packed for the CPU kernel; of dense values it is made once. Null where x needs
+  /// another kernel, for masters under training, which change every step, and for masters that are
+  /// rounded on the way.
+  const ops::Panels* panels(const at::Tensor& x, ops::Numerics numerics) const;
 };
 
 /// y = x w^T with the parameter's role; x already through ops::quantise_input.
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
+/// Stacked experts: rows of x sorted by expert (ops::grouped_linear).
+at::Tensor apply_experts(const Parameter& w,
+                         const at::Tensor& x,
+                         const at::Tensor& offsets,
+                         ops::Numerics numerics);
+/// wo_a: x [tokens, groups, in], group g times matrix g (ops::group_linear).
+at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
 
 /// The values that official FP8 (128x128 blocks) or FP4 (1x32 blocks) storage would hold, in BF16.
 ///   w  [..., out, in]

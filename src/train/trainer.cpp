@@ -59,8 +59,9 @@ model::Transformer build_model(const RunConfig& config,
                       " exceeds max_position_embeddings ", model_config.max_position_embeddings);
   }
   if (!config.init_checkpoint.empty()) {
-    model::Transformer model = checkpoint::load_model(
-        checkpoint::OfficialCheckpoint::open(config.init_checkpoint), ops::Numerics::kIdeal);
+    model::Transformer model =
+        checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
+                               ops::Numerics::kIdeal, checkpoint::Held::kDense);
     HADAL_INPUT_CHECK(model.config().vocab_size == model_config.vocab_size &&
                           model.config().dim == model_config.dim &&
                           model.config().compress_ratios == model_config.compress_ratios,

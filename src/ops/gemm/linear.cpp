@@ -1,6 +1,8 @@
 #include "ops/gemm/linear.h"
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -8,7 +10,6 @@
 #include "base/check.h"
 #include "base/math.h"
 #include "base/parallel.h"
-#include "ops/gemm/panels.h"
 #include "ops/quant/round_trip.h"
 
 namespace hadal::ops {
@@ -83,110 +84,188 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
 
 }  // namespace reference
 
-constinit CpuSlot<void(const GemmCpuParams&, int64_t, int64_t, int64_t, int64_t)> gemm_cpu;
+constinit CpuSlot<void(const GemmTask&)> gemm_cpu;
+constinit CpuSlot<void(int64_t, bool*)> gemm_takes_bf16_rows_cpu;
+constinit CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 
 namespace {
 
-template <typename T>
-void pack_matrix(const T* w, T* out_panels, int64_t out, int64_t in) {
-  const int64_t padded = (in + 1) / 2 * 2;
-  constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;  // BF16 keeps pairs of K together
-  for (int64_t o = 0; o < out; ++o) {
-    T* panel = out_panels + o / kPanelWidth * padded * kPanelWidth + o % kPanelWidth * kStep;
-    for (int64_t k = 0; k < in; ++k)
-      panel[k / kStep * kStep * kPanelWidth + k % kStep] = w[o * in + k];
+/// Rows that meet one matrix.
+struct Part {
+  int64_t matrix, rows;
+  const char* x;
+  char* y;
+};
+
+/// A product as the kernel takes it: parts cut into runs of rows.
+class Product {
+ public:
+  /// x is [.., in] of FP32 for FP32 panels, else BF16, with x_row elements from row to row; y has
+  /// y_row.
+  Product(const Panels& w, ElementType result, GemmRole role, int64_t x_row, int64_t y_row)
+      : w_(w),
+        in_(w.padded_in()),
+        slab_(slab_length(role)),
+        x_row_(x_row),
+        y_row_(y_row),
+        x_type_(w.format == WeightFormat::kF32 ? ElementType::kF32 : ElementType::kBf16),
+        result_(result) {
+    HADAL_CHECK(w.format != WeightFormat::kFp4 || slab_ == 32,
+                "linear: FP4 weights need the role of routed experts");
   }
-}
 
-/// x in the element type of the panels: a BF16 row times FP32 weights is widened.
-at::Tensor match(const at::Tensor& x, const Panels& panels) {
-  return x.to(panels.data.scalar_type()).contiguous();
-}
-
-GemmCpuParams gemm_params(
-    const at::Tensor& x, const Panels& panels, int64_t matrix, const at::Tensor& y, GemmRole role) {
-  return {
-      .x = x.const_data_ptr(),
-      .panels = static_cast<const char*>(panels.data.const_data_ptr()) +
-                matrix * panels.data.stride(0) * static_cast<int64_t>(panels.data.element_size()),
-      .y = y.mutable_data_ptr(),
-      .in = panels.in,
-      .out = panels.out,
-      .x_stride = panels.in,
-      .y_stride = panels.out,
-      .slab = slab_length(role),
-      .type = element_type(x),
-      .result = element_type(y)};
-}
-
-/// Panels are dealt to threads; which thread computes an output changes no bit of it.
-void run_gemm(const GemmCpuParams& params, int64_t rows) {
-  const int64_t num_panels = ceil_div(params.out, kPanelWidth);
-  // Below some 64K products a second thread costs more than it brings.
-  const int64_t grain =
-      std::max<int64_t>(4, ceil_div(65536, std::max<int64_t>(1, rows * params.in * kPanelWidth)));
-  constexpr int64_t kRowBlock = 64;  // rows that stay in the cache beside a few panels
-  parallel_for(num_panels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < rows; row += kRowBlock) {
-      gemm_cpu(params, row, std::min(row + kRowBlock, rows), begin, end);
+  void add(const Part& part) {
+    for (int64_t row = 0; row < part.rows; row += kTaskRows) {
+      Run run{.matrix = part.matrix,
+              .rows = std::min(kTaskRows, part.rows - row),
+              .x = part.x + row * x_row_ * size_of(x_type_),
+              .y = part.y + row * y_row_ * size_of(result_),
+              .x_type = x_type_};
+      if (!takes_bf16_rows(run.rows)) run.x_type = ElementType::kF32;
+      if (run.rows > kFewRows || in_ != w_.in || run.x_type != x_type_) {
+        run.packed = packed_bytes_;
+        packed_bytes_ += run.rows * align_up(in_, slab_) * size_of(run.x_type);
+      }
+      rows_ += run.rows;
+      runs_.push_back(run);
     }
-  });
+  }
+
+  void compute() {
+    const std::unique_ptr<char[]> packed(
+        packed_bytes_ > 0 ? new char[static_cast<size_t>(packed_bytes_)] : nullptr);
+    // Below some 64K products a second thread costs more than it brings.
+    const int64_t blocks = w_.blocks(), num_runs = static_cast<int64_t>(runs_.size());
+    const int64_t products =
+        std::max<int64_t>(1, rows_ * in_ * kBlockWidth / std::max<int64_t>(1, num_runs));
+    const int64_t grain = ceil_div(65536, products);
+    if (packed_bytes_ > 0) {
+      parallel_for(num_runs, ceil_div(grain, 8), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          pack_rows(runs_[static_cast<size_t>(i)], packed.get());
+      });
+    }
+    parallel_for(num_runs * blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        gemm_cpu(task(runs_[static_cast<size_t>(i / blocks)], i % blocks, packed.get()));
+    });
+  }
+
+ private:
+  struct Run {
+    int64_t matrix, rows;
+    const char* x;
+    char* y;
+    ElementType x_type;   ///< as the kernel takes the rows
+    int64_t packed = -1;  ///< where its packed rows begin, in bytes; -1: x is read as it lies
+  };
+
+  static int64_t size_of(ElementType type) { return type == ElementType::kF32 ? 4 : 2; }
+  static bool takes_bf16_rows(int64_t rows) {
+    bool yes = false;
+    gemm_takes_bf16_rows_cpu(rows, &yes);
+    return yes;
+  }
+
+  void pack_rows(const Run& run, char* packed) const {
+    if (run.packed < 0) return;
+    pack_rows_cpu({.x = run.x,
+                   .x_row = x_row_,
+                   .rows = run.rows,
+                   .in = w_.in,
+                   .slab = slab_,
+                   .packed = packed + run.packed,
+                   .from = x_type_,
+                   .to = run.x_type});
+  }
+
+  GemmTask task(const Run& run, int64_t block, const char* packed) const {
+    const bool is_packed = run.packed >= 0;
+    const int64_t panels =
+        std::min(kBlockPanels, ceil_div(w_.out, kPanelWidth) - block * kBlockPanels);
+    const uint8_t* weights = w_.data.const_data_ptr<uint8_t>() + run.matrix * w_.data.stride(0);
+    const uint8_t* scales = nullptr;
+    if (w_.scales.defined()) {
+      const int64_t per_block =
+          w_.format == WeightFormat::kFp8 ? ceil_div(w_.in, 128) : w_.in / 32 * kBlockWidth;
+      scales = w_.scales.const_data_ptr<uint8_t>() + run.matrix * w_.scales.stride(0) +
+               block * per_block;
+    }
+    return {
+        .weights = weights + block * kBlockPanels * (in_ / kGroupInputs) * group_bytes(w_.format),
+        .scales = scales,
+        .panels = panels,
+        .outputs = std::min(kBlockWidth, w_.out - block * kBlockWidth),
+        .in = in_,
+        .slab = slab_,
+        .x = is_packed ? packed + run.packed : run.x,
+        .x_row = is_packed ? slab_ : x_row_,
+        .x_slab = is_packed ? run.rows * slab_ : slab_,
+        .rows = run.rows,
+        .y = run.y + block * kBlockWidth * size_of(result_),
+        .y_row = y_row_,
+        .format = w_.format,
+        .x_type = run.x_type,
+        .result = result_};
+  }
+
+  const Panels& w_;
+  int64_t in_, slab_, x_row_, y_row_;
+  ElementType x_type_, result_;
+  int64_t rows_ = 0, packed_bytes_ = 0;
+  std::vector<Run> runs_;
+};
+
+/// x in the element type that the panels multiply: a BF16 row times FP32 weights is widened.
+at::Tensor match(const at::Tensor& x, const Panels& w) {
+  return x.to(w.format == WeightFormat::kF32 ? at::kFloat : at::kBFloat16).contiguous();
 }
 
-at::Tensor linear_kernel(const at::Tensor& x,
-                         const at::Tensor& w,
-                         GemmRole role,
-                         const Panels* given) {
-  const Panels packed = given != nullptr && given->data.defined() ? *given : pack_panels(w);
-  const at::Tensor input = match(x, packed);
-  at::Tensor y = at::empty({x.size(0), packed.out}, x.options().dtype(result_type(x, role)));
-  run_gemm(gemm_params(input, packed, 0, y, role), x.size(0));
+const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
+char* mutable_bytes(const at::Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
+
+at::Tensor linear_kernel(const at::Tensor& x_any, const Panels& w, GemmRole role) {
+  const at::Tensor x = match(x_any, w);
+  const at::Tensor y =
+      at::empty({x.size(0), w.out}, x_any.options().dtype(result_type(x_any, role)));
+  Product product(w, element_type(y), role, w.in, w.out);
+  product.add({.matrix = 0, .rows = x.size(0), .x = bytes(x), .y = mutable_bytes(y)});
+  product.compute();
   return y;
 }
 
-at::Tensor grouped_kernel(const at::Tensor& x,
-                          const at::Tensor& w,
+at::Tensor grouped_kernel(const at::Tensor& x_any,
+                          const Panels& w,
                           const at::Tensor& offsets,
-                          GemmRole role,
-                          const Panels* given) {
-  const Panels packed = given != nullptr && given->data.defined() ? *given : pack_panels(w);
-  const at::Tensor input = match(x, packed);
-  at::Tensor y = at::empty({x.size(0), packed.out}, x.options().dtype(result_type(x, role)));
+                          GemmRole role) {
+  const at::Tensor x = match(x_any, w);
+  const at::Tensor y =
+      at::empty({x.size(0), w.out}, x_any.options().dtype(result_type(x_any, role)));
+  const int64_t x_row = w.in * x.element_size(), y_row = w.out * y.element_size();
   const int64_t* bounds = offsets.const_data_ptr<int64_t>();
-  const int64_t num_panels = ceil_div(packed.out, kPanelWidth);
-  std::vector<int64_t> experts;
-  for (int64_t expert = 0; expert < packed.data.size(0); ++expert) {
-    if (bounds[expert + 1] > bounds[expert]) experts.push_back(expert);
+  Product product(w, element_type(y), role, w.in, w.out);
+  for (int64_t expert = 0; expert < w.matrices; ++expert) {
+    product.add({.matrix = expert,
+                 .rows = bounds[expert + 1] - bounds[expert],
+                 .x = bytes(x) + bounds[expert] * x_row,
+                 .y = mutable_bytes(y) + bounds[expert] * y_row});
   }
-  // Tasks are (expert, panel) pairs, so that few experts with many panels share the threads evenly.
-  parallel_for(static_cast<int64_t>(experts.size()) * num_panels, 8,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t task = begin; task < end;) {
-                   const int64_t expert = experts[static_cast<size_t>(task / num_panels)],
-                                 first = task % num_panels;
-                   const int64_t last = std::min(num_panels, first + end - task);
-                   gemm_cpu(gemm_params(input, packed, expert, y, role), bounds[expert],
-                            bounds[expert + 1], first, last);
-                   task += last - first;
-                 }
-               });
+  product.compute();
   return y;
 }
 
-at::Tensor group_kernel(const at::Tensor& x, const at::Tensor& w, const Panels* given) {
-  const Panels packed = given != nullptr && given->data.defined() ? *given : pack_panels(w);
-  const at::Tensor input = match(x, packed);  // [tokens, groups, in]
+at::Tensor group_kernel(const at::Tensor& x_any, const Panels& w) {
+  const at::Tensor x = match(x_any, w);  // [tokens, groups, in]
   const int64_t groups = x.size(1);
-  at::Tensor y = at::empty({x.size(0), groups, packed.out}, x.options());
+  const at::Tensor y = at::empty({x.size(0), groups, w.out}, x_any.options());
+  Product product(w, element_type(y), GemmRole::kBf16, groups * w.in, groups * w.out);
   for (int64_t group = 0; group < groups; ++group) {
-    GemmCpuParams params = gemm_params(input, packed, group, y, GemmRole::kBf16);
-    params.x = static_cast<const char*>(params.x) + group * packed.in * input.element_size();
-    params.y =
-        static_cast<char*>(params.y) + group * packed.out * static_cast<int64_t>(y.element_size());
-    params.x_stride = groups * packed.in;
-    params.y_stride = groups * packed.out;
-    run_gemm(params, x.size(0));
+    product.add({.matrix = group,
+                 .rows = x.size(0),
+                 .x = bytes(x) + group * w.in * x.element_size(),
+                 .y = mutable_bytes(y) + group * w.out * y.element_size()});
   }
+  product.compute();
   return y;
 }
 
@@ -196,29 +275,7 @@ bool use_gemm_kernel(const at::Tensor& x, const at::Tensor& w) {
 
 }  // namespace
 
-Panels pack_panels(const at::Tensor& w) {
-  const at::Tensor all = (w.dim() == 2 ? w.unsqueeze(0) : w).detach().contiguous();
-  Panels panels{.data = {}, .out = all.size(1), .in = all.size(2)};
-  const int64_t elements = packed_panel_elements(panels.out, panels.in);
-  panels.data = at::zeros({all.size(0), elements}, all.options());
-  parallel_for(all.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t matrix = begin; matrix < end; ++matrix) {
-      const int64_t offset = matrix * panels.out * panels.in;
-      if (element_type(all) == ElementType::kF32) {
-        pack_matrix(all.const_data_ptr<float>() + offset,
-                    panels.data.mutable_data_ptr<float>() + matrix * elements, panels.out,
-                    panels.in);
-      } else {
-        pack_matrix(static_cast<const uint16_t*>(all.const_data_ptr()) + offset,
-                    static_cast<uint16_t*>(panels.data.mutable_data_ptr()) + matrix * elements,
-                    panels.out, panels.in);
-      }
-    }
-  });
-  return panels;
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role, const Panels* panels) {
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role) {
   check_shape(x, {-1, -1}, "linear: x");
   check_shape(w, {-1, x.size(1)}, "linear: w");
   if (use_library_gemm(x, w)) {
@@ -226,7 +283,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role, const
   }
   if (use_gemm_kernel(x, w)) {
     return with_reference_gradient(
-        [&](const auto& in) { return std::vector{linear_kernel(in[0], in[1], role, panels)}; },
+        [&](const auto& in) { return std::vector{linear_kernel(in[0], pack_panels(in[1]), role)}; },
         [role](const auto& in) { return std::vector{reference::linear(in[0], in[1], role)}; },
         {x, w})[0];
   }
@@ -236,8 +293,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role, const
 at::Tensor grouped_linear(const at::Tensor& x,
                           const at::Tensor& w,
                           const at::Tensor& offsets,
-                          GemmRole role,
-                          const Panels* panels) {
+                          GemmRole role) {
   check_shape(x, {-1, -1}, "grouped_linear: x");
   check_shape(w, {-1, -1, x.size(1)}, "grouped_linear: w");
   check_shape(offsets, {w.size(0) + 1}, "grouped_linear: offsets");
@@ -248,7 +304,7 @@ at::Tensor grouped_linear(const at::Tensor& x,
   if (use_gemm_kernel(x, w)) {
     return with_reference_gradient(
         [&](const auto& in) {
-          return std::vector{grouped_kernel(in[0], in[1], offsets, role, panels)};
+          return std::vector{grouped_kernel(in[0], pack_panels(in[1]), offsets, role)};
         },
         [offsets, role](const auto& in) {
           return std::vector{reference::grouped_linear(in[0], in[1], offsets, role)};
@@ -258,7 +314,7 @@ at::Tensor grouped_linear(const at::Tensor& x,
   return reference::grouped_linear(x, w, offsets, role);
 }
 
-at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w, const Panels* panels) {
+at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
   check_shape(x, {-1, -1, -1}, "group_linear: x");
   check_shape(w, {x.size(1), -1, x.size(2)}, "group_linear: w");
   if (use_library_gemm(x, w)) {
@@ -266,11 +322,38 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w, const Panels* 
   }
   if (use_gemm_kernel(x, w)) {
     return with_reference_gradient(
-        [&](const auto& in) { return std::vector{group_kernel(in[0], in[1], panels)}; },
+        [&](const auto& in) { return std::vector{group_kernel(in[0], pack_panels(in[1]))}; },
         [](const auto& in) { return std::vector{reference::group_linear(in[0], in[1])}; },
         {x, w})[0];
   }
   return reference::group_linear(x, w);
+}
+
+bool serves_panels(const at::Tensor& x) {
+  return use_cpu_kernel(x) && !(at::GradMode::is_enabled() && x.requires_grad());
+}
+
+at::Tensor linear(const at::Tensor& x, const Panels& w, GemmRole role) {
+  check_shape(x, {-1, w.in}, "linear: x");
+  HADAL_CHECK(w.matrices == 1, "linear: ", w.matrices, " packed matrices");
+  if (serves_panels(x)) return linear_kernel(x, w, role);
+  return linear(x, unpack_panels(w)[0].to(x.device()), role);
+}
+
+at::Tensor grouped_linear(const at::Tensor& x,
+                          const Panels& w,
+                          const at::Tensor& offsets,
+                          GemmRole role) {
+  check_shape(x, {-1, w.in}, "grouped_linear: x");
+  check_shape(offsets, {w.matrices + 1}, "grouped_linear: offsets");
+  if (serves_panels(x)) return grouped_kernel(x, w, offsets, role);
+  return grouped_linear(x, unpack_panels(w).to(x.device()), offsets, role);
+}
+
+at::Tensor group_linear(const at::Tensor& x, const Panels& w) {
+  check_shape(x, {-1, w.matrices, w.in}, "group_linear: x");
+  if (serves_panels(x)) return group_kernel(x, w);
+  return group_linear(x, unpack_panels(w).to(x.device()));
 }
 
 }  // namespace hadal::ops

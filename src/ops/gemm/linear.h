@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/gemm/panels.h"
 #include "ops/op.h"
 
 namespace hadal::ops {
@@ -26,23 +27,11 @@ int64_t slab_length(GemmRole role);
 /// Callers that feed one x to several matrices round once.
 at::Tensor quantise_input(const at::Tensor& x, GemmRole role, Numerics numerics);
 
-/// A weight packed for the CPU kernel, of one matrix or of several of one shape.
-struct Panels {
-  at::Tensor data;  ///< [matrices, packed elements] BF16 or FP32; undefined: not packed
-  int64_t out = 0, in = 0;
-};
-/// Packs w [out, in] or [matrices, out, in], BF16 or FP32, on the CPU.
-Panels pack_panels(const at::Tensor& w);
-
 /// y[t, o] = sum_i x[t, i] w[o, i], FP32 accumulation (FP64 for FP64 input), one rounding.
 ///   x  [tokens, in]   already through quantise_input
 ///   w  [out, in]      dequantised values: FP64, FP32 or BF16
-///   panels  the same weights packed, so that the CPU kernel need not pack them again; may be null
 ///   result FP32 for kFp32, else x's dtype
-at::Tensor linear(const at::Tensor& x,
-                  const at::Tensor& w,
-                  GemmRole role,
-                  const Panels* panels = nullptr);
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role);
 
 /// Rows of x sorted by expert: y[i] = w[e] x[i] for offsets[e] <= i < offsets[e + 1].
 ///   x        [rows, in]
@@ -51,12 +40,23 @@ at::Tensor linear(const at::Tensor& x,
 at::Tensor grouped_linear(const at::Tensor& x,
                           const at::Tensor& w,
                           const at::Tensor& offsets,
-                          GemmRole role,
-                          const Panels* panels = nullptr);
+                          GemmRole role);
 
 /// Output projection per group: y[t, g] = w[g] x[t, g].
 ///   x  [tokens, groups, in],  w  [groups, out, in],  result [tokens, groups, out]
-at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w, const Panels* panels = nullptr);
+at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w);
+
+/// The same products of weights that were packed once; the same bits as of their dense values.
+/// Packed weights are constants. Where the CPU kernel does not serve x (see serves_panels) the
+/// dense values are made for the call.
+at::Tensor linear(const at::Tensor& x, const Panels& w, GemmRole role);
+at::Tensor grouped_linear(const at::Tensor& x,
+                          const Panels& w,
+                          const at::Tensor& offsets,
+                          GemmRole role);
+at::Tensor group_linear(const at::Tensor& x, const Panels& w);
+/// FP32 or BF16 on the CPU, no gradient asked for, no ReferenceGuard.
+bool serves_panels(const at::Tensor& x);
 
 namespace reference {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role);

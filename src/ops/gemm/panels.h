@@ -1,38 +1,43 @@
-// Weights as the CPU's matrix kernel reads them: panels of 16 outputs, K in pairs.
+// Weights in the form that the CPU's matrix kernel reads: FP32, BF16, or packed FP8 and FP4.
 //
-// BF16: a panel is [K / 2][16][2], so that one 64-byte row feeds one pair step of 16 outputs; FP32:
-// [K][16]. Outputs beyond `out` and an odd last K are zeros, which change no sum.
+// Panels hold their values exactly and can stand alone: unpack_panels gives the dense weights back.
 #pragma once
 
-#include <cstdint>
+#include <optional>
+#include <vector>
 
-#include "base/cpu.h"
-#include "ops/cpu/element_type.h"
+#include <ATen/core/Tensor.h>
+
+#include "ops/gemm/linear_cpu.h"
 
 namespace hadal::ops {
 
-inline constexpr int64_t kPanelWidth = 16;
+/// One matrix [out, in], or several of one shape, in the layout of linear_cpu.h.
+struct Panels {
+  WeightFormat format = WeightFormat::kBf16;
+  int64_t matrices = 0, out = 0, in = 0;
+  at::Tensor data;    ///< [matrices, bytes] kByte
+  at::Tensor scales;  ///< [matrices, bytes] kByte, E8M0; undefined for FP32 and BF16
 
-struct GemmCpuParams {
-  const void* x;       ///< [rows, in] BF16 or FP32, like the panels
-  const void* panels;  ///< [num_panels, padded K, 16]
-  void* y;             ///< [rows, out]
-  int64_t in, out;
-  int64_t x_stride, y_stride;  ///< elements from row to row
-  int64_t slab;                ///< even: K between additions into the output accumulator
-  ElementType type;            ///< of x and panels
-  ElementType result;          ///< of y: one rounding
+  int64_t padded_in() const;
+  int64_t blocks() const;
+  int64_t num_bytes() const;
 };
 
-/// Rows [row_begin, row_end) times panels [panel_begin, panel_end). One tree for every shape of the
-/// task: per output and slab one FP32 accumulator, K ascending in pairs, the odd element of a pair
-/// first (as vdpbf16ps adds), slabs added in order. Subnormals are flushed to zero, as that
-/// instruction does.
-extern CpuSlot<void(const GemmCpuParams&, int64_t, int64_t, int64_t, int64_t)> gemm_cpu;
+/// Packs w [out, in] or [matrices, out, in], FP32 or BF16, on the CPU.
+Panels pack_panels(const at::Tensor& w);
 
-/// Elements of one packed matrix.
-constexpr int64_t packed_panel_elements(int64_t out, int64_t in) {
-  return (out + kPanelWidth - 1) / kPanelWidth * kPanelWidth * ((in + 1) / 2 * 2);
-}
+/// Packs matrices as official checkpoints store them (model.md 4.1, 4.4), all of one shape:
+///   FP8  data [out, in] kFloat8_e4m3fn, scale [ceil(out / 128), ceil(in / 128)] E8M0 bytes
+///   FP4  data [out, in / 2] bytes, the even element low, scale [out, in / 32] E8M0 bytes
+/// nullopt when the kernel has no packed form for the values: a scale outside 2^-60 to 2^60, or
+/// NaN.
+std::optional<Panels> pack_fp8(const std::vector<at::Tensor>& data,
+                               const std::vector<at::Tensor>& scale);
+std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
+                               const std::vector<at::Tensor>& scale);
+
+/// The values, [matrices, out, in]: FP32 for FP32 panels, else BF16.
+at::Tensor unpack_panels(const Panels& panels);
 
 }  // namespace hadal::ops

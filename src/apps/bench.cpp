@@ -1,0 +1,244 @@
+// hadal bench: what this machine reads and multiplies.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <ATen/ATen.h>
+
+#include <CLI/CLI.hpp>
+
+#include "apps/command.h"
+#include "base/check.h"
+#include "base/json.h"
+#include "base/parallel.h"
+#include "base/philox.h"
+#include "ops/gemm/linear.h"
+
+namespace hadal::apps {
+namespace {
+
+using ops::GemmRole;
+using ops::Panels;
+
+constexpr int64_t kGiB = int64_t{1} << 30;
+
+struct Options {
+  std::string what;
+  int64_t out = 4096, in = 4096;
+  double gib = 1.0, seconds = 1.0;
+  bool json = false;
+};
+
+double seconds_of(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+at::Tensor random_bytes(std::vector<int64_t> shape, uint64_t stream) {
+  const at::Tensor bytes = at::empty(shape, at::kByte);
+  auto* data = bytes.mutable_data_ptr<uint8_t>();
+  const Philox random(1, stream);
+  parallel_for(bytes.numel() / 16, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto words = random.block(static_cast<uint64_t>(i));
+      std::memcpy(data + i * 16, words.data(), 16);
+    }
+  });
+  return bytes;
+}
+
+/// The exclusive or of all words; `words` is a multiple of 64 and the memory aligned to 64 bytes.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+uint64_t
+read_all(const uint64_t* data, int64_t words) {
+  using Vector = uint64_t __attribute__((vector_size(64)));
+  const auto* v = reinterpret_cast<const Vector*>(data);
+  Vector a{}, b{}, c{}, d{};
+  for (int64_t i = 0; i < words / 8; i += 4) {
+    a ^= v[i];
+    b ^= v[i + 1];
+    c ^= v[i + 2];
+    d ^= v[i + 3];
+  }
+  a ^= b ^ c ^ d;
+  uint64_t result = 0;
+  for (int i = 0; i < 8; ++i) result ^= a[i];
+  return result;
+}
+
+/// Bytes a second that all threads together read out of `memory`.
+class ReadBench {
+ public:
+  explicit ReadBench(int64_t bytes) : memory_(at::ones({bytes}, at::kByte)) {}
+
+  double pass() {
+    const int64_t chunk = int64_t{1} << 20, chunks = memory_.numel() / chunk;
+    const auto* data = memory_.const_data_ptr<uint8_t>();
+    std::atomic<uint64_t> result{0};
+    const double seconds = seconds_of([&] {
+      parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+        result ^= read_all(reinterpret_cast<const uint64_t*>(data + begin * chunk),
+                           (end - begin) * chunk / 8);
+      });
+    });
+    result_ = result_ ^ result.load();
+    return static_cast<double>(chunks * chunk) / seconds;
+  }
+
+ private:
+  at::Tensor memory_;
+  volatile uint64_t result_ = 0;  ///< nobody asks for it, but the reads must stay
+};
+
+struct Format {
+  const char* name;
+  GemmRole role;
+  at::ScalarType rows;
+};
+constexpr Format kFormats[] = {{"fp4", GemmRole::kFp4, at::kBFloat16},
+                               {"fp8", GemmRole::kFp8, at::kBFloat16},
+                               {"bf16", GemmRole::kBf16, at::kBFloat16},
+                               {"fp32", GemmRole::kFp32, at::kFloat}};
+
+Panels make_panels(const std::string& format, int64_t out, int64_t in, uint64_t stream) {
+  if (format == "fp4") {
+    const at::Tensor scale = at::full({out, in / 32}, 120, at::kByte);
+    return ops::pack_fp4({random_bytes({out, in / 2}, stream)}, {scale}).value();
+  }
+  if (format == "fp8") {
+    // Without the codes of NaN.
+    const at::Tensor codes = random_bytes({out, in}, stream).bitwise_and_(0xf7);
+    const at::Tensor scale = at::full({(out + 127) / 128, (in + 127) / 128}, 120, at::kByte);
+    return ops::pack_fp8({codes.view(at::kFloat8_e4m3fn)}, {scale}).value();
+  }
+  const at::Tensor w = at::full({out, in}, 0.01, format == "bf16" ? at::kBFloat16 : at::kFloat);
+  return ops::pack_panels(w);
+}
+
+struct Line {
+  std::string format;
+  int64_t rows;
+  double gigabytes, gigaflops, read_share;
+};
+
+/// Times every row count over one set of matrices; bandwidth is measured in turn with them.
+std::vector<Line> bench_format(const Format& format, const Options& options, ReadBench& read) {
+  std::vector<Panels> weights;
+  int64_t bytes = 0;
+  while (weights.empty() || static_cast<double>(bytes) < options.gib * kGiB) {
+    weights.push_back(make_panels(format.name, options.out, options.in, weights.size()));
+    bytes += weights.back().num_bytes();
+  }
+  std::vector<Line> lines;
+  for (const int64_t rows : {1, 4, 16, 64, 256}) {
+    const at::Tensor x = at::randn({rows, options.in}).to(format.rows);
+    std::vector<double> seconds, bandwidth;
+    double total = 0;
+    // Every pass begins where the last one ended, so that all matrices take their turn.
+    for (size_t next = 0; total < options.seconds || seconds.size() < 3;) {
+      bandwidth.push_back(read.pass());
+      size_t count = 0;
+      const double budget = options.seconds / 5;
+      double pass = 0;
+      while (count < weights.size() && (pass < budget || count < 2)) {
+        pass += seconds_of([&] { ops::linear(x, weights[next], format.role); });
+        next = (next + 1) % weights.size();
+        ++count;
+      }
+      seconds.push_back(pass / static_cast<double>(count));
+      total += pass;
+    }
+    const double time = median(seconds);
+    const double per_matrix = static_cast<double>(weights[0].num_bytes());
+    lines.push_back(
+        {.format = format.name,
+         .rows = rows,
+         .gigabytes = per_matrix / time / 1e9,
+         .gigaflops = 2.0 * static_cast<double>(rows * options.out * options.in) / time / 1e9,
+         .read_share = per_matrix / time / median(bandwidth)});
+  }
+  return lines;
+}
+
+void print(const Options& options, double read, const std::vector<Line>& lines) {
+  if (options.json) {
+    JsonWriter out;
+    out.begin_object().field("threads", num_threads()).field("read_gb_per_s", read / 1e9);
+    if (!lines.empty()) {
+      out.field("out", options.out).field("in", options.in).key("gemm").begin_array();
+      for (const Line& line : lines)
+        out.begin_object()
+            .field("weights", std::string_view(line.format))
+            .field("rows", line.rows)
+            .field("gb_per_s", line.gigabytes)
+            .field("gflops", line.gigaflops)
+            .field("share_of_read", line.read_share)
+            .end_object();
+      out.end_array();
+    }
+    std::fputs(out.end_object().str().c_str(), stdout);
+    return;
+  }
+  std::printf("read %.1f GB/s on %d threads\n", read / 1e9, num_threads());
+  if (lines.empty()) return;
+  std::printf("\n%-8s %5s %10s %10s %8s\n", "weights", "rows", "GB/s", "GFLOP/s", "of read");
+  for (const Line& line : lines)
+    std::printf("%-8s %5lld %10.2f %10.1f %7.0f%%\n", line.format.c_str(),
+                static_cast<long long>(line.rows), line.gigabytes, line.gigaflops,
+                100 * line.read_share);
+}
+
+int run(const Options& options) {
+  HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm",
+                    "bench: expected read or gemm, found ", options.what);
+  HADAL_INPUT_CHECK(options.in % 32 == 0 && options.in > 0 && options.out > 0,
+                    "bench: --in must be a multiple of 32 and --out positive, found ", options.in,
+                    " and ", options.out);
+  HADAL_INPUT_CHECK(options.gib >= 0.001 && options.gib <= 1024,
+                    "bench: --gib: expected 0.001 to 1024, found ", options.gib);
+  const at::NoGradGuard no_grad;
+  ReadBench read(static_cast<int64_t>(options.gib * kGiB));
+  std::vector<double> bandwidth;
+  double total = 0;
+  for (total = 0; total < options.seconds || bandwidth.size() < 5;)
+    total += seconds_of([&] { bandwidth.push_back(read.pass()); });
+  std::vector<Line> lines;
+  if (options.what == "gemm") {
+    for (const Format& format : kFormats) {
+      for (Line& line : bench_format(format, options, read)) lines.push_back(std::move(line));
+    }
+  }
+  print(options, median(bandwidth), lines);
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> define_bench(CLI::App& app) {
+  auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
+  app.add_option("what", options->what,
+                 "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel")
+      ->required();
+  app.add_option("--out", options->out, "outputs of each matrix")->capture_default_str();
+  app.add_option("--in", options->in, "inputs of each matrix")->capture_default_str();
+  app.add_option("--gib", options->gib, "distinct memory to go through")->capture_default_str();
+  app.add_option("--seconds", options->seconds, "measured at least so long for each line")
+      ->capture_default_str();
+  app.add_flag("--json", options->json, "print JSON");
+  return [options] { return run(*options); };
+}
+
+}  // namespace hadal::apps

@@ -1,0 +1,288 @@
+#include "ops/gemm/linear.h"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "base/cpu.h"
+#include "base/parallel.h"
+
+namespace hadal::ops {
+namespace {
+
+/// A matrix as a checkpoint stores it, and its values in scalar code of its own.
+struct Stored {
+  at::Tensor data, scale;
+  at::Tensor values;  ///< [out, in] BF16
+};
+
+float power(int byte) { return std::ldexp(1.0f, byte - 127); }
+
+Stored make_fp4(int64_t out, int64_t in, unsigned seed) {
+  const float magnitudes[8] = {0, .5f, 1, 1.5f, 2, 3, 4, 6};
+  std::mt19937 random(seed);
+  Stored s{at::empty({out, in / 2}, at::kByte), at::empty({out, in / 32}, at::kByte),
+           at::empty({out, in}, at::kFloat)};
+  auto* data = s.data.data_ptr<uint8_t>();
+  auto* scale = s.scale.data_ptr<uint8_t>();
+  auto* value = s.values.data_ptr<float>();
+  for (int64_t i = 0; i < s.data.numel(); ++i) data[i] = static_cast<uint8_t>(random());
+  for (int64_t i = 0; i < s.scale.numel(); ++i)
+    scale[i] = static_cast<uint8_t>(110 + random() % 20);
+  for (int64_t i = 0; i < out * in; ++i) {
+    const int code = data[i / 2] >> (i % 2 * 4) & 15;
+    value[i] = ((code & 8) != 0 ? -1.0f : 1.0f) * magnitudes[code & 7] * power(scale[i / 32]);
+  }
+  s.values = s.values.to(at::kBFloat16);
+  return s;
+}
+
+Stored make_fp8(int64_t out, int64_t in, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t columns = (in + 127) / 128;
+  Stored s{at::empty({out, in}, at::kByte), at::empty({(out + 127) / 128, columns}, at::kByte),
+           at::empty({out, in}, at::kFloat)};
+  auto* data = s.data.data_ptr<uint8_t>();
+  auto* scale = s.scale.data_ptr<uint8_t>();
+  auto* value = s.values.data_ptr<float>();
+  for (int64_t i = 0; i < s.scale.numel(); ++i)
+    scale[i] = static_cast<uint8_t>(110 + random() % 20);
+  for (int64_t i = 0; i < out * in; ++i) {
+    int code = static_cast<int>(random() % 256);
+    if ((code & 127) == 127) code &= ~8;
+    data[i] = static_cast<uint8_t>(code);
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float v = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    value[i] = ((code & 128) != 0 ? -v : v) * power(scale[i / in / 128 * columns + i % in / 128]);
+  }
+  s.data = s.data.view(at::kFloat8_e4m3fn);
+  s.values = s.values.to(at::kBFloat16);
+  return s;
+}
+
+at::Tensor make_rows(int64_t rows, int64_t in) {
+  return quantise_input(at::randn({rows, (in + 127) / 128 * 128}), GemmRole::kFp8,
+                        Numerics::kReleased)
+      .narrow(1, 0, in)
+      .to(at::kBFloat16)
+      .contiguous();
+}
+
+/// The contract's tree in scalar code: pairs of K, the odd element first, slabs in order.
+at::Tensor tree(const at::Tensor& x, const at::Tensor& w, int64_t slab) {
+  const at::Tensor a = x.to(at::kFloat), b = w.to(at::kFloat);
+  const int64_t rows = x.size(0), out = w.size(0), in = w.size(1);
+  const bool pairs = w.scalar_type() == at::kBFloat16;
+  const auto* px = a.const_data_ptr<float>();
+  const auto* pw = b.const_data_ptr<float>();
+  at::Tensor y = at::empty({rows, out}, at::kFloat);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < out; ++o) {
+      const auto add = [&](int64_t k, float acc) {
+        return k < in ? std::fma(pw[o * in + k], px[r * in + k], acc) : acc;
+      };
+      float total = 0;
+      for (int64_t s = 0; s < in; s += slab) {
+        float acc = 0;
+        for (int64_t k = s; k < std::min(in, s + slab); k += 2)
+          acc = pairs ? add(k, add(k + 1, acc)) : add(k + 1, add(k, acc));
+        total += acc;
+      }
+      y.data_ptr<float>()[r * out + o] = total;
+    }
+  }
+  return y;
+}
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() &&
+         std::memcmp(a.contiguous().const_data_ptr(), b.contiguous().const_data_ptr(),
+                     static_cast<size_t>(a.nbytes())) == 0;
+}
+
+Panels fp4(const Stored& s) { return pack_fp4({s.data}, {s.scale}).value(); }
+Panels fp8(const Stored& s) { return pack_fp8({s.data}, {s.scale}).value(); }
+
+class Linear : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    at::manual_seed(1);
+    if (GetParam() > static_cast<int>(detect_isa())) GTEST_SKIP() << "this processor lacks it";
+    force_isa(static_cast<Isa>(GetParam()));
+  }
+  void TearDown() override { force_isa(detect_isa()); }
+};
+
+const int64_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 13};
+
+TEST_P(Linear, Fp4HasTheBitsOfItsDenseValuesAndOfTheTree) {
+  for (const int64_t out : {1, 16, 40, 64, 100, 200}) {
+    for (const int64_t in : {32, 96, 320}) {
+      const Stored s = make_fp4(out, in, 1);
+      const Panels packed = fp4(s);
+      const at::Tensor x = make_rows(13, in);
+      const at::Tensor expected = tree(x, s.values, 32).to(at::kBFloat16);
+      for (const int64_t rows : kRowCounts) {
+        const at::Tensor y = linear(x.narrow(0, 0, rows), packed, GemmRole::kFp4);
+        EXPECT_TRUE(same_bits(y, expected.narrow(0, 0, rows))) << out << " " << in << " " << rows;
+        EXPECT_TRUE(same_bits(y, linear(x.narrow(0, 0, rows), s.values, GemmRole::kFp4)));
+      }
+    }
+  }
+}
+
+TEST_P(Linear, Fp8HasTheBitsOfItsDenseValuesAndOfTheTree) {
+  for (const int64_t out : {1, 16, 40, 64, 100, 200}) {
+    for (const int64_t in : {2, 77, 128, 330}) {
+      const Stored s = make_fp8(out, in, 2);
+      const Panels packed = fp8(s);
+      const at::Tensor x = make_rows(13, in);
+      for (const GemmRole role : {GemmRole::kFp32, GemmRole::kFp8, GemmRole::kFp4}) {
+        at::Tensor expected = tree(x, s.values, slab_length(role));
+        if (role != GemmRole::kFp32) expected = expected.to(at::kBFloat16);
+        for (const int64_t rows : kRowCounts) {
+          const at::Tensor y = linear(x.narrow(0, 0, rows), packed, role);
+          EXPECT_TRUE(same_bits(y, expected.narrow(0, 0, rows))) << out << " " << in << " " << rows;
+          EXPECT_TRUE(same_bits(y, linear(x.narrow(0, 0, rows), s.values, role)));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Linear, Fp32WeightsWalkTheTreeElementByElement) {
+  for (const int64_t in : {3, 128, 301}) {
+    const at::Tensor w = at::randn({75, in}), x = at::randn({13, in});
+    const at::Tensor expected = tree(x, w, 128);
+    for (const int64_t rows : kRowCounts) {
+      EXPECT_TRUE(
+          same_bits(linear(x.narrow(0, 0, rows), w, GemmRole::kFp32), expected.narrow(0, 0, rows)))
+          << in << " " << rows;
+    }
+  }
+}
+
+TEST_P(Linear, RowsAndThreadsChangeNoBit) {
+  const int threads = num_threads();
+  const Stored a = make_fp4(320, 160, 3), b = make_fp8(320, 160, 4);
+  const at::Tensor x = make_rows(300, 160);
+  for (const auto& [packed, role] : {std::pair(fp4(a), GemmRole::kFp4), {fp8(b), GemmRole::kFp8}}) {
+    const at::Tensor all = linear(x, packed, role);
+    for (const int count : {1, 2, 3}) {
+      set_num_threads(count);
+      EXPECT_TRUE(same_bits(linear(x, packed, role), all));
+      for (int64_t row = 0; row < 300; row += 13)
+        EXPECT_TRUE(same_bits(linear(x.narrow(0, row, 1), packed, role), all.narrow(0, row, 1)));
+    }
+  }
+  set_num_threads(threads);
+}
+
+TEST_P(Linear, IsCloseToTheReference) {
+  const Stored a = make_fp4(200, 512, 5), b = make_fp8(200, 512, 6);
+  const at::Tensor x = make_rows(70, 512);
+  for (const auto& [packed, values, role] :
+       {std::tuple(fp4(a), a.values, GemmRole::kFp4), {fp8(b), b.values, GemmRole::kFp8}}) {
+    const at::Tensor y = linear(x, packed, role).to(at::kDouble);
+    const at::Tensor exact = at::linear(x.to(at::kDouble), values.to(at::kDouble));
+    // One rounding to BF16, and FP32 sums against the size of what they add up.
+    const at::Tensor size = at::linear(x.to(at::kDouble).abs(), values.to(at::kDouble).abs());
+    EXPECT_TRUE(((y - exact).abs() <= exact.abs() * 0x1p-8 + size * 0x1p-20).all().item<bool>());
+    const at::Tensor by_reference = reference::linear(x, values, role).to(at::kDouble);
+    EXPECT_TRUE(
+        ((y - by_reference).abs() <= exact.abs() * 0x1p-7 + size * 0x1p-20).all().item<bool>());
+  }
+}
+
+TEST_P(Linear, GroupedAndPerGroupFormsAreTheirMatricesOneByOne) {
+  std::vector<at::Tensor> data, scale, wide_data, wide_scale;
+  std::vector<Stored> experts, groups;
+  for (unsigned i = 0; i < 5; ++i) {
+    experts.push_back(make_fp4(72, 64, 10 + i));
+    data.push_back(experts.back().data);
+    scale.push_back(experts.back().scale);
+    groups.push_back(make_fp8(128, 160, 20 + i));
+    wide_data.push_back(groups.back().data);
+    wide_scale.push_back(groups.back().scale);
+  }
+  const Panels packed = pack_fp4(data, scale).value();
+  const std::vector<int64_t> bounds = {0, 3, 3, 110, 111, 111};  // two experts without a row
+  const at::Tensor x = make_rows(111, 64), offsets = at::tensor(bounds, at::kLong);
+  const at::Tensor y = grouped_linear(x, packed, offsets, GemmRole::kFp4);
+  for (size_t e = 0; e < 5; ++e) {
+    const int64_t rows = bounds[e + 1] - bounds[e];
+    if (rows == 0) continue;
+    EXPECT_TRUE(same_bits(y.narrow(0, bounds[e], rows),
+                          linear(x.narrow(0, bounds[e], rows), fp4(experts[e]), GemmRole::kFp4)));
+  }
+  EXPECT_TRUE(same_bits(y, grouped_linear(x, unpack_panels(packed), offsets, GemmRole::kFp4)));
+
+  const Panels grouped = pack_fp8(wide_data, wide_scale).value();
+  for (const int64_t tokens : {1, 9}) {
+    const at::Tensor rows = make_rows(tokens * 5, 160).reshape({tokens, 5, 160});
+    const at::Tensor out = group_linear(rows, grouped);
+    for (int64_t g = 0; g < 5; ++g) {
+      EXPECT_TRUE(same_bits(
+          out.select(1, g),
+          linear(rows.select(1, g), fp8(groups[static_cast<size_t>(g)]), GemmRole::kBf16)));
+    }
+    EXPECT_TRUE(same_bits(out, group_linear(rows, unpack_panels(grouped))));
+  }
+}
+
+TEST_P(Linear, NoRowsGiveNoRows) {
+  const Panels packed = fp4(make_fp4(40, 64, 7));
+  EXPECT_EQ(linear(make_rows(0, 64), packed, GemmRole::kFp4).sizes(), at::IntArrayRef({0, 40}));
+  EXPECT_EQ(
+      grouped_linear(make_rows(0, 64), packed, at::zeros({2}, at::kLong), GemmRole::kFp4).sizes(),
+      at::IntArrayRef({0, 40}));
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, Linear, testing::Values(0, 1, 2));
+
+TEST(Panels, GiveTheirValuesBack) {
+  const Stored a = make_fp4(150, 96, 8), b = make_fp8(150, 77, 9);
+  EXPECT_TRUE(same_bits(unpack_panels(fp4(a))[0], a.values));
+  EXPECT_TRUE(same_bits(unpack_panels(fp8(b))[0], b.values));
+  const at::Tensor w = at::randn({3, 70, 33});
+  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w)), w));
+  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w.to(at::kBFloat16))), w.to(at::kBFloat16)));
+}
+
+TEST(Panels, HoldFourAndEightBitsAWeight) {
+  const int64_t weights = 256 * 512;
+  EXPECT_EQ(fp4(make_fp4(256, 512, 1)).num_bytes(), weights / 2 + weights / 32);
+  EXPECT_EQ(fp8(make_fp8(256, 512, 1)).num_bytes(), weights + 256 / 64 * 4);
+}
+
+TEST(Panels, RefuseValuesWithoutAPackedForm) {
+  Stored s = make_fp4(40, 64, 1);
+  s.scale[3][1] = 20;
+  EXPECT_FALSE(pack_fp4({s.data}, {s.scale}).has_value());
+  s.data[3].narrow(0, 16, 16).fill_(0x80);  // zeros need no scale
+  EXPECT_TRUE(pack_fp4({s.data}, {s.scale}).has_value());
+  Stored wide = make_fp8(40, 200, 1);
+  wide.scale[0][1] = 255;
+  EXPECT_FALSE(pack_fp8({wide.data}, {wide.scale}).has_value());
+  Stored nan = make_fp8(40, 200, 1);
+  nan.data.view(at::kByte)[7][9] = 0xff;
+  EXPECT_FALSE(pack_fp8({nan.data}, {nan.scale}).has_value());
+}
+
+TEST(Panels, AreConstantsToAutograd) {
+  const Stored s = make_fp8(64, 128, 1);
+  const at::Tensor x = make_rows(3, 128).requires_grad_(true);
+  const at::Tensor y = linear(x, fp8(s), GemmRole::kFp8);
+  y.sum().backward();
+  EXPECT_TRUE(same_bits(y.detach(), linear(x.detach(), fp8(s), GemmRole::kFp8)));
+  EXPECT_TRUE(at::allclose(x.grad().to(at::kFloat), s.values.to(at::kFloat).sum(0).expand({3, 128}),
+                           1e-2, 1e-3));
+}
+
+}  // namespace
+}  // namespace hadal::ops

@@ -1,0 +1,315 @@
+#include "ops/gemm/panels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/math.h"
+#include "base/parallel.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+namespace {
+
+constexpr uint8_t kScaleOfOne = 127;
+
+bool in_range(uint8_t scale) { return scale >= kMinScaleByte && scale <= kMaxScaleByte; }
+
+/// Calls body(matrix, block) for all, on all threads.
+template <typename Body>
+void for_each_block(const Panels& panels, Body&& body) {
+  const int64_t blocks = panels.blocks();
+  parallel_for(panels.matrices * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks);
+  });
+}
+
+/// Where a panel of a group lies inside its matrix.
+int64_t group_offset(const Panels& panels, int64_t block, int64_t panel, int64_t group) {
+  const int64_t groups = panels.padded_in() / kGroupInputs;
+  const int64_t width =
+      std::min(kBlockPanels, ceil_div(panels.out, kPanelWidth) - block * kBlockPanels);
+  return (block * kBlockPanels * groups + group * width + panel) * group_bytes(panels.format);
+}
+
+/// Calls body(row, group, dst) for every row of a block and group of 8 inputs; dst is the row's
+/// lane in the group's panel, whose lanes are `lane_bytes` apart.
+template <typename Body>
+void for_each_lane(
+    const Panels& panels, uint8_t* matrix, int64_t block, int64_t lane_bytes, Body&& body) {
+  const int64_t groups = panels.padded_in() / kGroupInputs, first = block * kBlockWidth;
+  const int64_t last = std::min(panels.out, first + kBlockWidth);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t panel = (row - first) / kPanelWidth, lane = row % kPanelWidth;
+    for (int64_t group = 0; group < groups; ++group) {
+      body(row, group, matrix + group_offset(panels, block, panel, group) + lane * lane_bytes);
+    }
+  }
+}
+
+Panels empty_panels(WeightFormat format, int64_t matrices, int64_t out, int64_t in) {
+  Panels panels{
+      .format = format, .matrices = matrices, .out = out, .in = in, .data = {}, .scales = {}};
+  const int64_t num_panels = ceil_div(out, kPanelWidth);
+  const int64_t bytes =
+      num_panels * (panels.padded_in() / kGroupInputs) * group_bytes(panels.format);
+  panels.data = at::zeros({matrices, bytes}, at::kByte);
+  if (format == WeightFormat::kFp8)
+    panels.scales =
+        at::full({matrices, panels.blocks() * ceil_div(in, 128)}, kScaleOfOne, at::kByte);
+  if (format == WeightFormat::kFp4)
+    panels.scales =
+        at::full({matrices, in / 32 * num_panels * kPanelWidth}, kScaleOfOne, at::kByte);
+  return panels;
+}
+
+uint8_t* matrix_bytes(const at::Tensor& bytes, int64_t matrix) {
+  return bytes.mutable_data_ptr<uint8_t>() + matrix * bytes.stride(0);
+}
+
+template <typename T>
+void pack_dense_block(const Panels& panels, const T* w, uint8_t* matrix, int64_t block) {
+  // BF16 keeps the two elements of a pair together, FP32 has one after the other.
+  constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+  for_each_lane(panels, matrix, block, kPair * static_cast<int64_t>(sizeof(T)),
+                [&](int64_t row, int64_t group, uint8_t* dst) {
+                  const int64_t first = group * kGroupInputs,
+                                count = std::min(kGroupInputs, panels.in - first);
+                  const T* source = w + row * panels.in + first;
+                  T* lane = reinterpret_cast<T*>(dst);
+                  for (int64_t i = 0; i < count; ++i)
+                    lane[i / kPair * kPair * kPanelWidth + i % kPair] = source[i];
+                });
+}
+
+/// Checks what the two packed forms share and returns the raw bytes of data and scales.
+struct StoredBytes {
+  std::vector<const uint8_t*> data, scale;
+  std::vector<at::Tensor> kept;  ///< contiguous copies where there had to be any
+};
+StoredBytes stored_bytes(const std::vector<at::Tensor>& data,
+                         const std::vector<at::Tensor>& scale,
+                         int64_t scale_rows,
+                         int64_t scale_columns) {
+  HADAL_CHECK(!data.empty() && data.size() == scale.size(), "pack: ", data.size(),
+              " matrices with ", scale.size(), " scales");
+  StoredBytes result;
+  for (size_t i = 0; i < data.size(); ++i) {
+    check_shape(data[i], {data[0].size(0), data[0].size(1)}, "pack: data");
+    check_shape(scale[i], {scale_rows, scale_columns}, "pack: scale");
+    HADAL_CHECK(scale[i].element_size() == 1 && data[i].element_size() == 1,
+                "pack: expected bytes, found ", data[i].scalar_type(), " with scales of ",
+                scale[i].scalar_type());
+    result.kept.push_back(data[i].contiguous());
+    result.data.push_back(static_cast<const uint8_t*>(result.kept.back().const_data_ptr()));
+    result.kept.push_back(scale[i].contiguous());
+    result.scale.push_back(static_cast<const uint8_t*>(result.kept.back().const_data_ptr()));
+  }
+  return result;
+}
+
+/// FP8, 64 outputs: false when a scale or a value has no packed form.
+bool pack_fp8_block(const Panels& panels,
+                    const uint8_t* data,
+                    const uint8_t* scale,
+                    int64_t matrix,
+                    int64_t block) {
+  const int64_t in = panels.in, columns = ceil_div(in, 128);
+  const int64_t first = block * kBlockWidth, last = std::min(panels.out, first + kBlockWidth);
+  bool nan = false;
+  std::vector<uint8_t> used(static_cast<size_t>(columns), 0);  // a code that is not zero
+  for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
+                [&](int64_t row, int64_t group, uint8_t* dst) {
+                  uint8_t code[kGroupInputs] = {};
+                  const int64_t k = group * kGroupInputs;
+                  std::memcpy(code, data + row * in + k,
+                              static_cast<size_t>(std::min(kGroupInputs, in - k)));
+                  uint8_t any = 0;
+                  for (const uint8_t c : code) {
+                    any = static_cast<uint8_t>(any | (c & 0x7f));
+                    nan |= (c & 0x7f) == 0x7f;
+                  }
+                  used[static_cast<size_t>(k / 128)] |= any;
+                  const uint8_t half[2][4] = {{code[0], code[2], code[1], code[3]},
+                                              {code[4], code[6], code[5], code[7]}};
+                  std::memcpy(dst, half[0], 4);
+                  std::memcpy(dst + 64, half[1], 4);
+                });
+  bool fits = !nan && last > first;
+  uint8_t* scales = matrix_bytes(panels.scales, matrix) + block * columns;
+  for (int64_t column = 0; column < columns; ++column) {
+    const uint8_t s = scale[first / 128 * columns + column];
+    if (used[static_cast<size_t>(column)] == 0) continue;  // zeros: any scale will do
+    fits &= in_range(s);
+    scales[column] = s;
+  }
+  return fits;
+}
+
+bool pack_fp4_block(const Panels& panels,
+                    const uint8_t* data,
+                    const uint8_t* scale,
+                    int64_t matrix,
+                    int64_t block) {
+  const int64_t in = panels.in, slabs = in / 32;
+  const int64_t num_panels = ceil_div(panels.out, kPanelWidth);
+  const int64_t width = std::min(kBlockPanels, num_panels - block * kBlockPanels);
+  uint8_t* scales =
+      matrix_bytes(panels.scales, matrix) + block * kBlockPanels * slabs * kPanelWidth;
+  bool fits = true;
+  uint32_t any = 0;  // a code of the slab that is not zero
+  for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
+                [&](int64_t row, int64_t group, uint8_t* dst) {
+                  uint32_t word = 0;  // e0 o0 e1 o1 ... from the lowest nibble up
+                  std::memcpy(&word, data + row * (in / 2) + group * 4, 4);
+                  any = (group % 4 == 0 ? 0 : any) | (word & 0x77777777u);
+                  const auto gather = [](uint32_t nibbles) {
+                    nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
+                    return (nibbles | nibbles >> 8) & 0xffffu;
+                  };
+                  const uint32_t packed =
+                      gather(word & 0x0f0f0f0fu) | gather(word >> 4 & 0x0f0f0f0fu) << 16;
+                  std::memcpy(dst, &packed, 4);
+                  if (group % 4 != 3 || any == 0) return;
+                  const uint8_t s = scale[row * slabs + group / 4];
+                  fits &= in_range(s);
+                  scales[group / 4 * width * kPanelWidth + row - block * kBlockWidth] = s;
+                });
+  return fits;
+}
+
+using PackBlock = bool (*)(const Panels&, const uint8_t*, const uint8_t*, int64_t, int64_t);
+
+std::optional<Panels> pack_stored(Panels panels, const StoredBytes& stored, PackBlock pack_block) {
+  std::atomic<bool> fits{true};
+  for_each_block(panels, [&](int64_t matrix, int64_t block) {
+    const auto i = static_cast<size_t>(matrix);
+    if (!pack_block(panels, stored.data[i], stored.scale[i], matrix, block)) fits = false;
+  });
+  if (!fits) return std::nullopt;
+  return panels;
+}
+
+float fp4_value(uint32_t code) {
+  constexpr float kMagnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return (code & 8u) != 0 ? -kMagnitudes[code & 7u] : kMagnitudes[code & 7u];
+}
+
+float fp8_value(uint32_t code) {
+  const int exponent = static_cast<int>(code >> 3 & 15u), mantissa = static_cast<int>(code & 7u);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(mantissa), -9)
+                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (code & 0x80u) != 0 ? -magnitude : magnitude;
+}
+
+/// Element i of 8 of a packed lane.
+float packed_value(WeightFormat format, const uint8_t* lane, int64_t i) {
+  const int64_t pair = i / 2, odd = i % 2;
+  if (format == WeightFormat::kFp8) return fp8_value(lane[pair / 2 * 64 + odd * 2 + pair % 2]);
+  uint32_t word = 0;
+  std::memcpy(&word, lane, 4);
+  return fp4_value(word >> (odd * 16 + pair * 4) & 15u);
+}
+
+template <typename T>
+void unpack_dense_block(const Panels& panels, uint8_t* matrix, int64_t block, T* out) {
+  constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+  for_each_lane(panels, matrix, block, kPair * static_cast<int64_t>(sizeof(T)),
+                [&](int64_t row, int64_t group, const uint8_t* source) {
+                  const int64_t first = group * kGroupInputs,
+                                count = std::min(kGroupInputs, panels.in - first);
+                  const T* lane = reinterpret_cast<const T*>(source);
+                  for (int64_t i = 0; i < count; ++i)
+                    out[row * panels.in + first + i] =
+                        lane[i / kPair * kPair * kPanelWidth + i % kPair];
+                });
+}
+
+void unpack_packed_block(const Panels& panels, int64_t matrix, int64_t block, c10::BFloat16* out) {
+  const int64_t num_panels = ceil_div(panels.out, kPanelWidth), columns = ceil_div(panels.in, 128);
+  const int64_t width = std::min(kBlockPanels, num_panels - block * kBlockPanels);
+  const uint8_t* scales = matrix_bytes(panels.scales, matrix);
+  const auto scale_of = [&](int64_t row, int64_t k) -> uint8_t {
+    if (panels.format == WeightFormat::kFp8) return scales[block * columns + k / 128];
+    return scales[block * kBlockPanels * (panels.in / 32) * kPanelWidth +
+                  k / 32 * width * kPanelWidth + row - block * kBlockWidth];
+  };
+  for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
+                [&](int64_t row, int64_t group, const uint8_t* lane) {
+                  const int64_t first = group * kGroupInputs,
+                                count = std::min(kGroupInputs, panels.in - first);
+                  const int exponent = scale_of(row, first) - 127;
+                  for (int64_t i = 0; i < count; ++i)
+                    out[row * panels.in + first + i] =
+                        std::ldexp(packed_value(panels.format, lane, i), exponent);
+                });
+}
+
+}  // namespace
+
+int64_t Panels::padded_in() const { return align_up(in, kGroupInputs); }
+int64_t Panels::blocks() const { return ceil_div(out, kBlockWidth); }
+int64_t Panels::num_bytes() const { return data.numel() + (scales.defined() ? scales.numel() : 0); }
+
+Panels pack_panels(const at::Tensor& w) {
+  const at::Tensor all = (w.dim() == 2 ? w.unsqueeze(0) : w).detach().contiguous();
+  check_shape(all, {-1, -1, -1}, "pack_panels: w");
+  const bool wide = element_type(all) == ElementType::kF32;
+  const Panels panels = empty_panels(wide ? WeightFormat::kF32 : WeightFormat::kBf16, all.size(0),
+                                     all.size(1), all.size(2));
+  for_each_block(panels, [&](int64_t matrix, int64_t block) {
+    const int64_t offset = matrix * panels.out * panels.in;
+    uint8_t* bytes = matrix_bytes(panels.data, matrix);
+    if (wide) {
+      pack_dense_block(panels, all.const_data_ptr<float>() + offset, bytes, block);
+    } else {
+      pack_dense_block(panels, static_cast<const uint16_t*>(all.const_data_ptr()) + offset, bytes,
+                       block);
+    }
+  });
+  return panels;
+}
+
+std::optional<Panels> pack_fp8(const std::vector<at::Tensor>& data,
+                               const std::vector<at::Tensor>& scale) {
+  HADAL_CHECK(!data.empty() && data[0].dim() == 2, "pack_fp8: no matrices");
+  const int64_t out = data[0].size(0), in = data[0].size(1);
+  const StoredBytes stored = stored_bytes(data, scale, ceil_div(out, 128), ceil_div(in, 128));
+  return pack_stored(empty_panels(WeightFormat::kFp8, static_cast<int64_t>(data.size()), out, in),
+                     stored, pack_fp8_block);
+}
+
+std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
+                               const std::vector<at::Tensor>& scale) {
+  HADAL_CHECK(!data.empty() && data[0].dim() == 2, "pack_fp4: no matrices");
+  const int64_t out = data[0].size(0), in = data[0].size(1) * 2;
+  HADAL_CHECK(in % 32 == 0, "pack_fp4: ", in, " inputs, expected a multiple of 32");
+  const StoredBytes stored = stored_bytes(data, scale, out, in / 32);
+  return pack_stored(empty_panels(WeightFormat::kFp4, static_cast<int64_t>(data.size()), out, in),
+                     stored, pack_fp4_block);
+}
+
+at::Tensor unpack_panels(const Panels& panels) {
+  const at::Tensor out =
+      at::empty({panels.matrices, panels.out, panels.in},
+                panels.format == WeightFormat::kF32 ? at::kFloat : at::kBFloat16);
+  for_each_block(panels, [&](int64_t matrix, int64_t block) {
+    const int64_t offset = matrix * panels.out * panels.in;
+    uint8_t* bytes = matrix_bytes(panels.data, matrix);
+    if (panels.format == WeightFormat::kF32) {
+      unpack_dense_block(panels, bytes, block, out.mutable_data_ptr<float>() + offset);
+    } else if (panels.format == WeightFormat::kBf16) {
+      unpack_dense_block(panels, bytes, block, out.mutable_data_ptr<c10::BFloat16>() + offset);
+    } else {
+      unpack_packed_block(panels, matrix, block, out.mutable_data_ptr<c10::BFloat16>() + offset);
+    }
+  });
+  return out;
+}
+
+}  // namespace hadal::ops
