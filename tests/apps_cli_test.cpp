@@ -153,7 +153,7 @@ TEST_F(Generate, InterruptedItEndsCleanly) {
       "--model " +
       endless());
   EXPECT_EQ(result.code, 1) << result.error;
-  EXPECT_TRUE(result.out.starts_with("ababab")) << result.out.substr(0, 100);
+  EXPECT_TRUE(result.out.starts_with("ab")) << result.out.substr(0, 100);
   EXPECT_NE(result.error.find("generated: "), std::string::npos) << result.error;
 }
 
