@@ -182,11 +182,17 @@ class Repl {
     for (;;) {
       interrupt_.clear();
       Display display(terminal_);
-      const Answer answer = session_.answer(
-          [&](const CompletionEvent& event) {
-            if (!flags_.json) display.show(event);
-          },
-          [&] { return interrupt_.raised(); });
+      Answer answer;
+      try {
+        answer = session_.answer(
+            [&](const CompletionEvent& event) {
+              if (!flags_.json) display.show(event);
+            },
+            [&] { return interrupt_.raised(); });
+      } catch (const InputError& error) {
+        std::fprintf(stderr, "[%s]\n", error.what());
+        return true;
+      }
       display.end();
       interrupt_.clear();
       if (flags_.json) print_json(answer);

@@ -54,6 +54,12 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   for (const int32_t id : loaded_.tokenizer.encode(prompt.text, prompt.user_text))
     ids.push_back(id);
 
+  const int64_t positions = loaded_.config().max_position_embeddings;
+  if (std::ssize(ids) >= positions) {
+    messages_.items().resize(answered_);
+    throw InputError(concat("the conversation has ", ids.size(), " tokens, the model has ",
+                            positions, " positions; the last message is dropped"));
+  }
   Answer result;
   result.prompt_tokens = static_cast<int64_t>(ids.size());
   if (settings_.recompute) sequence_.reset();

@@ -45,7 +45,7 @@ class ChatSession {
 
   /// Lets the model speak and adds what it said to the history, tool calls of well-formed answers
   /// only. Interrupted before the first token, the history loses what was added since the last
-  /// answer.
+  /// answer; so it does, with an InputError, when the prompt has no room in the model's positions.
   Answer answer(const std::function<void(const text::CompletionEvent&)>& on_event,
                 const StopFunction& stop);
 

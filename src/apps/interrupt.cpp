@@ -6,7 +6,6 @@ namespace hadal::apps {
 namespace {
 
 volatile std::sig_atomic_t flag = 0;
-struct sigaction previous;
 
 extern "C" void on_interrupt(int) { flag = 1; }
 
@@ -17,10 +16,8 @@ InterruptFlag::InterruptFlag() {
   struct sigaction action = {};
   action.sa_handler = on_interrupt;  // without SA_RESTART: a blocking read() returns
   sigemptyset(&action.sa_mask);
-  sigaction(SIGINT, &action, &previous);
+  sigaction(SIGINT, &action, nullptr);
 }
-
-InterruptFlag::~InterruptFlag() { sigaction(SIGINT, &previous, nullptr); }
 
 bool InterruptFlag::raised() const { return flag != 0; }
 

@@ -3,11 +3,11 @@
 
 namespace hadal::apps {
 
-/// While one lives, SIGINT only sets the flag, and interrupts a blocking read. One at a time.
+/// From the first one on, SIGINT only sets the flag, and interrupts a blocking read; to the end of
+/// the program, so that an impatient second Ctrl-C does not spoil its exit code.
 class InterruptFlag {
  public:
   InterruptFlag();
-  ~InterruptFlag();
   InterruptFlag(const InterruptFlag&) = delete;
   InterruptFlag& operator=(const InterruptFlag&) = delete;
 

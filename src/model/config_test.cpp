@@ -40,6 +40,7 @@ TEST(Config, RoundTrip) {
   odd.hc_eps = 1.25e-7;
   odd.rope_theta = 12345.5;
   odd.eos_token_id = 7;
+  odd.trained_length = 4096;
   odd.quantized = false;
   odd.expert_dtype = ExpertDtype::kBf16;
   ModelConfig base = deepseek_v4_pro();
