@@ -1,4 +1,6 @@
 // hadal eval perplexity: bits per byte of a text, or of every document of a JSON lines file.
+// hadal eval selection: what the indexer's choice keeps of the attention.
+// hadal eval tool-calls: the form of the calls that a model makes in recorded dialogues.
 #include <cstdio>
 #include <memory>
 #include <vector>
@@ -9,12 +11,14 @@
 
 #include "apps/command.h"
 #include "apps/perplexity.h"
+#include "apps/tool_call_eval.h"
 #include "base/check.h"
 #include "base/json.h"
 #include "base/progress.h"
 #include "data/text_source.h"
 #include "model/init.h"
 #include "text/utf8.h"
+#include "train/objective.h"
 
 namespace hadal::apps {
 namespace {
@@ -144,10 +148,130 @@ int run(const Flags& flags) {
   return 0;
 }
 
+struct SelectionFlags {
+  Flags text;
+  int64_t windows = 4;
+};
+
+/// The first windows of every document, whole ones only.
+int run_selection(const SelectionFlags& flags) {
+  const std::vector<Document> documents = read_documents(flags.text);
+  const LoadedModel loaded = load_with_tokenizer(flags.text.model, flags.text.numerics);
+  const int64_t context = context_of(flags.text, loaded.config());
+  Progress bar("eval", std::ssize(documents) * flags.windows, "windows");
+  bar.update(0);
+  train::Evaluation result;
+  int64_t windows = 0, done = 0;
+  for (const Document& document : documents) {
+    const std::vector<int32_t> ids =
+        loaded.tokenizer.encode(document.text, text::SpecialTokens::kAsText);
+    const auto begins = static_cast<int32_t>(loaded.config().bos_token_id);
+    for (int64_t window = 0; window < flags.windows; ++window, bar.update(++done)) {
+      const int64_t first = window * (context - 1);
+      if (first + context - 1 > std::ssize(ids)) continue;
+      train::PackedRows row{.rows = 1,
+                            .row_length = context,
+                            .tokens = {begins},
+                            .scored = std::vector<uint8_t>(static_cast<size_t>(context), 1),
+                            .sample_lengths = {context}};
+      row.tokens.insert(row.tokens.end(), ids.begin() + first, ids.begin() + first + context - 1);
+      train::evaluate(loaded.model, train::MicroBatch(row, at::kCPU), model::AttentionMode::kSparse,
+                      loaded.numerics, result);
+      ++windows;
+    }
+  }
+  bar.finish();
+  HADAL_INPUT_CHECK(windows > 0, flags.text.file, ": no document has ", context, " tokens");
+  HADAL_INPUT_CHECK(result.mass_queries > 0, loaded.folder,
+                    ": nothing is selected: no CSA layer, or index_topk covers every block of ",
+                    context, " tokens");
+  std::printf("%lld windows of %lld tokens, index_topk %lld\n", static_cast<long long>(windows),
+              static_cast<long long>(context), static_cast<long long>(loaded.config().index_topk));
+  std::printf("the best choice keeps %.4f of the attention mass over blocks\n", result.best_mass());
+  std::printf("the indexer keeps %.4f of the attention mass over blocks\n", result.selected_mass());
+  return 0;
+}
+
+void define_selection(CLI::App& app, const std::shared_ptr<SelectionFlags>& flags) {
+  app.footer("Example:\n  hadal eval selection books.jsonl.xz --windows 8");
+  app.add_option("FILE", flags->text.file, "a text, or .jsonl with one document a line")
+      ->required();
+  app.add_option("--model", flags->text.model,
+                 "checkpoint folder with tokenizer.json; default: the shipped model");
+  app.add_option("--context", flags->text.context,
+                 "tokens a window; default: trained_length in config.json, else 4096")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--windows", flags->windows, "windows at the beginning of every document")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--field", flags->text.field, "of a .jsonl line: the text")->capture_default_str();
+  app.add_option("--numerics", flags->text.numerics,
+                 "ideal, bf16 or released; default: by the checkpoint's scales");
+}
+
+struct ToolCallFlags {
+  std::string file, model, numerics;
+  ToolCallOptions options;
+  bool json = false;
+};
+
+int run_tool_calls(const ToolCallFlags& flags) {
+  const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  Progress bar("eval", flags.options.turns, "turns");
+  bar.update(0);
+  const ToolCallScore score =
+      score_tool_calls(loaded, flags.file, flags.options,
+                       [&](const ToolCallScore& so_far) { bar.update(so_far.turns); });
+  bar.finish();
+  if (flags.json) {
+    JsonWriter json;
+    json.begin_object().field("turns", score.turns).field("well_formed", score.well_formed);
+    json.field("known_tool", score.known_tool).field("same_tool", score.same_tool);
+    json.field("same_arguments", score.same_arguments);
+    std::fputs(json.end_object().str().c_str(), stdout);
+    return 0;
+  }
+  const auto line = [&](int64_t count, const char* what) {
+    std::printf("%lld of %lld turns %s\n", static_cast<long long>(count),
+                static_cast<long long>(score.turns), what);
+  };
+  line(score.well_formed, "parse");
+  line(score.same_arguments, "call the recorded tool with the recorded arguments");
+  line(score.same_tool, "call the recorded tool");
+  line(score.known_tool, "parse and call known tools only");
+  return 0;
+}
+
+void define_tool_calls(CLI::App& app, const std::shared_ptr<ToolCallFlags>& flags) {
+  app.footer("Example:\n  hadal eval tool-calls dialogues.jsonl --turns 100");
+  app.add_option("FILE", flags->file,
+                 "dialogues, one JSON object a line: messages, tools, thinking_mode")
+      ->required();
+  app.add_option("--model", flags->model,
+                 "checkpoint folder with tokenizer.json; default: the shipped model");
+  app.add_option("--turns", flags->options.turns, "turns to try, one of every dialogue")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--max-tokens", flags->options.max_tokens, "tokens of an answer at most")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--numerics", flags->numerics,
+                 "ideal, bf16 or released; default: by the checkpoint's scales");
+  app.add_flag("--json", flags->json, "print JSON");
+}
+
 }  // namespace
 
 std::function<int()> define_eval(CLI::App& app) {
   app.require_subcommand(1);
+  CLI::App* tool_calls = app.add_subcommand(
+      "tool-calls", "whether a model calls tools in the right form in recorded dialogues");
+  auto tool_flags = std::make_shared<ToolCallFlags>();
+  define_tool_calls(*tool_calls, tool_flags);
+  CLI::App* selection = app.add_subcommand(
+      "selection", "the share of the attention over blocks that the indexer's choice keeps");
+  auto selection_flags = std::make_shared<SelectionFlags>();
+  define_selection(*selection, selection_flags);
   CLI::App* perplexity = app.add_subcommand(
       "perplexity", "bits per byte of a text: what a model has to be told of it");
   perplexity->footer(
@@ -179,7 +303,11 @@ std::function<int()> define_eval(CLI::App& app) {
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   perplexity->add_flag("--json", flags->json, "print JSON");
-  return [flags] { return run(*flags); };
+  return [=] {
+    if (tool_calls->parsed()) return run_tool_calls(*tool_flags);
+    if (selection->parsed()) return run_selection(*selection_flags);
+    return run(*flags);
+  };
 }
 
 }  // namespace hadal::apps

@@ -73,6 +73,14 @@ void print_table(const model::ModelConfig& config, const Census& census, Storage
   // Models beyond a trillion are spoken of with one decimal.
   const int64_t main_parameters = census.main_total().parameters;
   const int decimals = main_parameters >= 1'000'000'000'000 ? 1 : 2;
+  if (main_parameters < 1'000'000'000) {
+    const auto millions = [](int64_t count) { return static_cast<double>(count) / 1e6; };
+    std::printf("%.2f M parameters + %.2f M MTP\n", millions(main_parameters),
+                millions(census.mtp_total().parameters));
+    std::printf("%.2f M active per token, %.2f M without the embedding\n", millions(census.active),
+                millions(census.active_without_embedding));
+    return;
+  }
   std::printf("%s B parameters + %s B MTP\n", billions(main_parameters, decimals).c_str(),
               billions(census.mtp_total().parameters, decimals).c_str());
   std::printf("%.2f B active per token, %.2f B without the embedding\n",

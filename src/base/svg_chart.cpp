@@ -164,12 +164,17 @@ class Drawing {
     return ticks;
   }
 
+  /// Labels stand above the plot; one that would run into its neighbour is raised to a second row.
   void marks() {
+    constexpr double kLabelWidth = 56.0, kRow = 14.0;
+    double row_end[2] = {-1e9, -1e9};
     for (const ChartMark& mark : chart_.marks) {
       if (mark.x < x_.low || mark.x > x_.high) continue;
       const double x = place_x(mark.x);
+      const int row = x - row_end[0] < kLabelWidth ? 1 : 0;
+      row_end[row] = x;
       segment(x, kTop, x, bottom_, "stroke='#888' stroke-dasharray='5 4'");
-      text(x, kTop - 6, "middle", mark.label, "#666", "font-size='12'");
+      text(x, kTop - 6 - kRow * row, "middle", mark.label, "#666", "font-size='12'");
     }
   }
 

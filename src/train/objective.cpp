@@ -174,7 +174,7 @@ void evaluate(const model::Transformer& model,
   const at::NoGradGuard no_grad;
   const model::ModelConfig& config = model.config();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
-  at::Tensor mass;
+  at::Tensor mass, best;
   model::ForwardContext context;
   context.batch = &micro.batch;
   context.numerics = numerics;
@@ -182,9 +182,10 @@ void evaluate(const model::Transformer& model,
   context.on_attention = [&](int64_t block, const at::Tensor& q, const ops::BlockView& blocks,
                              const at::Tensor& lse, const at::Tensor& selection) {
     if (!selection.defined()) return;
-    const ops::IndexKl kept =
+    const ops::KeptMass kept =
         ops::selected_mass(selection, q, blocks, lse, micro.batch, config.ratio(block), scale);
     add_to(mass, kept.sum);
+    add_to(best, kept.best);
     result.mass_queries += kept.num_queries;
   };
   const at::Tensor streams = model.forward(micro.ids, context);
@@ -192,7 +193,9 @@ void evaluate(const model::Transformer& model,
                                                model.head_operand(numerics), micro.targets)
                          .item<double>();
   result.targets += micro.num_targets;
-  if (mass.defined()) result.mass_sum += mass.item<double>();
+  if (!mass.defined()) return;
+  result.mass_sum += mass.item<double>();
+  result.best_mass_sum += best.item<double>();
 }
 
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed) {

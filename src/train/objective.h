@@ -82,10 +82,12 @@ struct Evaluation {
   double loss_sum = 0.0;  ///< nats over all targets
   int64_t targets = 0;
   double mass_sum = 0.0;  ///< share of the block mass that the indexer selects (training.md 1.6)
+  double best_mass_sum = 0.0;  ///< the same for the best choice of as many blocks
   int64_t mass_queries = 0;
 
   double loss() const { return loss_sum / static_cast<double>(targets); }
   double selected_mass() const { return mass_sum / static_cast<double>(mass_queries); }
+  double best_mass() const { return best_mass_sum / static_cast<double>(mass_queries); }
 };
 
 /// Adds a micro-batch, without gradients. The mass is measured where the mode selects.

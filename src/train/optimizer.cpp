@@ -130,8 +130,7 @@ void Optimizer::muon_step(double lr) {
     const double factor =
         std::sqrt(static_cast<double>(std::max(rows, cols))) * params_.muon_update_rms;
     const at::Tensor direction = ops::newton_schulz(u, params_.low_precision_muon) * factor;
-    const at::Tensor step =
-        (direction + at::cat(values) * params_.weight_decay) * moves * lr;
+    const at::Tensor step = (direction + at::cat(values) * params_.weight_decay) * moves * lr;
     int64_t first = 0;
     for (const at::Tensor& value : values) {
       weights.push_back(value);

@@ -121,9 +121,12 @@ TEST(TrainGpu, NanoThroughput) {
   using enum model::AttentionMode;
   using enum ops::Numerics;
   const at::Device device(at::kCUDA);
-  for (const auto& [mode, numerics, micro_rows] :
-       {ThroughputCase{kDense, kBf16, 8}, {kDense, kBf16, 16}, {kIndexerWarmup, kBf16, 8},
-        {kSparse, kBf16, 8}, {kSparse, kReleased, 8}, {kSparse, kReleased, 16}}) {
+  for (const auto& [mode, numerics, micro_rows] : {ThroughputCase{kDense, kBf16, 8},
+                                                   {kDense, kBf16, 16},
+                                                   {kIndexerWarmup, kBf16, 8},
+                                                   {kSparse, kBf16, 8},
+                                                   {kSparse, kReleased, 8},
+                                                   {kSparse, kReleased, 16}}) {
     model::Transformer model = testing::random_model(testing::nano_config(), 1, at::kFloat);
     model::move_to(model, device);
     model::require_gradients(model);
@@ -144,16 +147,15 @@ TEST(TrainGpu, NanoThroughput) {
     };
     const double micro_us = testing::median_us(micro_step, 5);
     const double step_us = testing::median_us(update, 5);
-    const std::string name = hadal::concat("mode", static_cast<int>(mode), "-", ops::numerics_name(numerics),
-                                    "-", micro_rows);
+    const std::string name = hadal::concat("mode", static_cast<int>(mode), "-",
+                                           ops::numerics_name(numerics), "-", micro_rows);
     trace(name, [&] {
       micro_step();
       update();
     });
     const double tokens = static_cast<double>(micro_rows * row_length);
-    std::printf(
-        "%s: micro-batch of %.0f tokens %.1f ms = %.0f tokens/s; optimizer step %.1f ms\n",
-        name.c_str(), tokens, micro_us * 1e-3, tokens / micro_us * 1e6, step_us * 1e-3);
+    std::printf("%s: micro-batch of %.0f tokens %.1f ms = %.0f tokens/s; optimizer step %.1f ms\n",
+                name.c_str(), tokens, micro_us * 1e-3, tokens / micro_us * 1e6, step_us * 1e-3);
   }
 }
 

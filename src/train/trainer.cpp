@@ -156,11 +156,11 @@ struct Trainer::Impl {
     const std::string folder = config.out + "/model";
     if (std::filesystem::exists(folder)) return;
     const bool quantised = model.config().quantized;
-    checkpoint::save_model(model, folder,
-                           {.format = quantised ? checkpoint::SaveFormat::kOfficial
-                                                : checkpoint::SaveFormat::kBf16,
-                            .max_shard_bytes = config.export_shard_bytes,
-                            .tokenizer = config.tokenizer});
+    checkpoint::save_model(
+        model, folder,
+        {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
+         .max_shard_bytes = config.export_shard_bytes,
+         .tokenizer = config.tokenizer});
     log::info("train", "the trained model is in ", folder);
   }
 
@@ -311,7 +311,8 @@ struct Trainer::Impl {
     std::string mass;
     if (result.mass_queries > 0) {
       metrics->add(progress.step, concat(name, "/selected_mass"), result.selected_mass());
-      mass = concat(", selected mass ", result.selected_mass());
+      metrics->add(progress.step, concat(name, "/best_mass"), result.best_mass());
+      mass = concat(", selected mass ", result.selected_mass(), " of at best ", result.best_mass());
     }
     metrics->flush(progress.step, progress.tokens);
     log::info("train", name, " after ", progress.tokens, " tokens (attention ",

@@ -32,8 +32,8 @@ at::Tensor block_mass(const at::Tensor& q,
   at::Tensor mass = at::zeros({length, visible}, q.options().dtype(type));
   for (int64_t head = 0; head < q.size(1); ++head) {
     const at::Tensor queries = q.select(1, head).narrow(0, begin, length);
-    at::Tensor logits = library ? at::mm(queries, keys.t(), at::kFloat)
-                                : at::matmul(queries.to(type), keys.t());
+    at::Tensor logits =
+        library ? at::mm(queries, keys.t(), at::kFloat) : at::matmul(queries.to(type), keys.t());
     logits.mul_(scale).sub_(lse.select(1, head).narrow(0, begin, length).unsqueeze(1));
     mass.add_(logits.exp_());
   }
@@ -87,15 +87,15 @@ IndexKl index_kl(const at::Tensor& scores,
   return result;
 }
 
-IndexKl selected_mass(const at::Tensor& selection,
-                      const at::Tensor& q,
-                      const BlockView& blocks,
-                      const at::Tensor& lse,
-                      const Batch& batch,
-                      int64_t ratio,
-                      double scale) {
+KeptMass selected_mass(const at::Tensor& selection,
+                       const at::Tensor& q,
+                       const BlockView& blocks,
+                       const at::Tensor& lse,
+                       const Batch& batch,
+                       int64_t ratio,
+                       double scale) {
   check_shape(selection, {batch.num_tokens(), -1}, "selected_mass: selection");
-  IndexKl result{.sum = at::zeros({}, lse.options()), .num_queries = 0};
+  KeptMass result{.sum = at::zeros({}, lse.options()), .best = at::zeros({}, lse.options())};
   for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
     const int64_t begin = batch.begin(seq), length = batch.length(seq), start = batch.start(seq);
     const int64_t visible = (start + length) / ratio;
@@ -104,7 +104,10 @@ IndexKl selected_mass(const at::Tensor& selection,
     const at::Tensor mass =
         block_mass(q, blocks, lse, batch, seq, ratio, scale).narrow(0, skipped, count);
     const at::Tensor mask = selected_mask(selection.narrow(0, begin + skipped, count), visible);
-    result.sum = result.sum + ((mass * mask).sum(1) / mass.sum(1).clamp_min(1e-30)).sum();
+    const at::Tensor total = mass.sum(1).clamp_min(1e-30);
+    const int64_t most = std::min(selection.size(1), visible);
+    result.sum = result.sum + ((mass * mask).sum(1) / total).sum();
+    result.best = result.best + (std::get<0>(mass.topk(most, 1)).sum(1) / total).sum();
     result.num_queries += count;
   }
   return result;

@@ -29,15 +29,20 @@ IndexKl index_kl(const at::Tensor& scores,
                  int64_t ratio,
                  double scale);
 
-/// The share of the attention mass over a query's visible blocks that its selection keeps, averaged
-/// over the queries with a visible block; the mass as in index_kl. [] FP32, and the number of
-/// queries.
-IndexKl selected_mass(const at::Tensor& selection,
-                      const at::Tensor& q,
-                      const BlockView& blocks,
-                      const at::Tensor& lse,
-                      const Batch& batch,
-                      int64_t ratio,
-                      double scale);
+/// What a choice of blocks keeps of the attention mass (as in index_kl) over the blocks a query
+/// sees.
+struct KeptMass {
+  at::Tensor sum;   ///< [] FP32: the kept share, summed over the queries with a visible block
+  at::Tensor best;  ///< [] FP32: the same for the best choice of as many blocks
+  int64_t num_queries = 0;  ///< how many queries see a block
+};
+
+KeptMass selected_mass(const at::Tensor& selection,
+                       const at::Tensor& q,
+                       const BlockView& blocks,
+                       const at::Tensor& lse,
+                       const Batch& batch,
+                       int64_t ratio,
+                       double scale);
 
 }  // namespace hadal::ops

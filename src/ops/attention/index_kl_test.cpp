@@ -140,9 +140,10 @@ TEST(IndexKl, AHiddenBlockIsNoNan) {
 TEST(SelectedMass, IsAShare) {
   const Attended a = attend(2, at::randn({2}, at::kDouble));
   const auto share = [&](int64_t k) {
-    const IndexKl kept = selected_mass(select_topk(a.scores, a.batch, 4, k), a.q, a.blocks(), a.lse,
-                                       a.batch, 4, a.scale);
+    const KeptMass kept = selected_mass(select_topk(a.scores, a.batch, 4, k), a.q, a.blocks(),
+                                        a.lse, a.batch, 4, a.scale);
     EXPECT_EQ(kept.num_queries, 19);
+    EXPECT_LE(kept.sum.item<double>(), kept.best.item<double>() + 1e-9);
     return kept.sum.item<double>() / static_cast<double>(kept.num_queries);
   };
   EXPECT_NEAR(share(5), 1.0, 1e-12);

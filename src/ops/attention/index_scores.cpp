@@ -174,8 +174,8 @@ struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
     context->saved_data["first_row"] = first_row;
     context->saved_data["batch"] = reinterpret_cast<int64_t>(batch);
     context->saved_data["ratio"] = ratio;
-    at::Tensor scores =
-        at::full({q.size(0), max_visible(*batch, ratio)}, kMinusInfinity, q.options().dtype(at::kFloat));
+    at::Tensor scores = at::full({q.size(0), max_visible(*batch, ratio)}, kMinusInfinity,
+                                 q.options().dtype(at::kFloat));
     for (int64_t seq = 0; seq < batch->num_seqs(); ++seq) {
       const int64_t visible = visible_blocks(*batch, seq, ratio);
       if (visible == 0) continue;

@@ -1,10 +1,9 @@
-#include "ops/attention/index_scores.h"
-
 #include <ATen/ATen.h>
 
 #include <gtest/gtest.h>
 
 #include "ops/attention/index_kl.h"
+#include "ops/attention/index_scores.h"
 #include "testing/gpu.h"
 
 namespace hadal::ops {
