@@ -213,6 +213,55 @@ TEST_F(Chat, AsksForTheResultsOfToolCalls) {
                  "expected a list of tools");
 }
 
+TEST_F(Apps, EvalToolCallsCountsForms) {
+  const std::string dsml(text::kDsml);
+  const std::string model = saying(
+      text::kThinkEnd,
+      {"One moment.", "\n\n<" + dsml + "tool_calls>\n<" + dsml + "invoke name=\"look\">\n<" + dsml,
+       "parameter name=\"at\" string=\"true\">the sea</" + dsml + "parameter>\n</" + dsml +
+           "invoke>\n</",
+       dsml + "tool_calls>"});
+  const auto dialogue = [](const std::string& tool, const std::string& recorded,
+                           const std::string& at) {
+    return Json{{"messages",
+                 {{{"role", "user"}, {"content", "hi"}},
+                  {{"role", "assistant"},
+                   {"content", ""},
+                   {"tool_calls",
+                    {{{"type", "function"},
+                      {"function",
+                       {{"name", recorded}, {"arguments", Json{{"at", at}}.dump()}}}}}}}}},
+                {"tools", {{{"type", "function"}, {"function", {{"name", tool}}}}}}}
+               .dump() +
+           "\n";
+  };
+  const std::string file = write(
+      "dialogues.jsonl", dialogue("look", "look", "the sea") + dialogue("look", "look", "me") +
+                             dialogue("look", "go", "me") + dialogue("go", "go", "me"));
+  const CliResult result = run("eval tool-calls " + file + " --model " + model + " --json");
+  ASSERT_EQ(result.code, 0) << result.error;
+  const Json score = Json::parse(result.out);
+  EXPECT_EQ(score["turns"], 4);
+  EXPECT_EQ(score["well_formed"], 4);
+  EXPECT_EQ(score["known_tool"], 3);
+  EXPECT_EQ(score["same_tool"], 2);
+  EXPECT_EQ(score["same_arguments"], 1);
+  expect_refused(
+      run("eval tool-calls " + write("none.jsonl", "{\"messages\": []}\n") + " --model " + model),
+      "no turn");
+}
+
+TEST_F(Apps, EvalSelectionNeedsSomethingToSelect) {
+  const std::string model = random_model();
+  const std::string file = write("text.txt", std::string(600, 'x') + " and some more words");
+  const CliResult result =
+      run("eval selection " + file + " --model " + model + " --context 400 --windows 1");
+  ASSERT_EQ(result.code, 0) << result.error;
+  EXPECT_NE(result.out.find("the indexer keeps 0."), std::string::npos) << result.out;
+  expect_refused(run("eval selection " + file + " --model " + model + " --context 4000"),
+                 "4000 tokens");
+}
+
 TEST_F(Chat, CachedStateChangesNoBit) {
   const std::string model = random_model();
   const std::string flags =

@@ -3,6 +3,7 @@
 // hadal eval tool-calls: the form of the calls that a model makes in recorded dialogues.
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <ATen/Context.h>
@@ -158,30 +159,34 @@ int run_selection(const SelectionFlags& flags) {
   const std::vector<Document> documents = read_documents(flags.text);
   const LoadedModel loaded = load_with_tokenizer(flags.text.model, flags.text.numerics);
   const int64_t context = context_of(flags.text, loaded.config());
-  Progress bar("eval", std::ssize(documents) * flags.windows, "windows");
-  bar.update(0);
-  train::Evaluation result;
-  int64_t windows = 0, done = 0;
+  std::vector<train::PackedRows> rows;
   for (const Document& document : documents) {
     const std::vector<int32_t> ids =
         loaded.tokenizer.encode(document.text, text::SpecialTokens::kAsText);
-    const auto begins = static_cast<int32_t>(loaded.config().bos_token_id);
-    for (int64_t window = 0; window < flags.windows; ++window, bar.update(++done)) {
+    for (int64_t window = 0; window < flags.windows; ++window) {
       const int64_t first = window * (context - 1);
-      if (first + context - 1 > std::ssize(ids)) continue;
+      if (first + context - 1 > std::ssize(ids)) break;
       train::PackedRows row{.rows = 1,
                             .row_length = context,
-                            .tokens = {begins},
+                            .tokens = {static_cast<int32_t>(loaded.config().bos_token_id)},
                             .scored = std::vector<uint8_t>(static_cast<size_t>(context), 1),
                             .sample_lengths = {context}};
       row.tokens.insert(row.tokens.end(), ids.begin() + first, ids.begin() + first + context - 1);
-      train::evaluate(loaded.model, train::MicroBatch(row, at::kCPU), model::AttentionMode::kSparse,
-                      loaded.numerics, result);
-      ++windows;
+      rows.push_back(std::move(row));
     }
   }
+  HADAL_INPUT_CHECK(!rows.empty(), flags.text.file, ": no document has ", context, " tokens");
+  const int64_t windows = std::ssize(rows);
+  Progress bar("eval", windows, "windows");
+  bar.update(0);
+  train::Evaluation result;
+  int64_t done = 0;
+  for (const train::PackedRows& row : rows) {
+    train::evaluate(loaded.model, train::MicroBatch(row, at::kCPU), model::AttentionMode::kSparse,
+                    loaded.numerics, result);
+    bar.update(++done);
+  }
   bar.finish();
-  HADAL_INPUT_CHECK(windows > 0, flags.text.file, ": no document has ", context, " tokens");
   HADAL_INPUT_CHECK(result.mass_queries > 0, loaded.folder,
                     ": nothing is selected: no CSA layer, or index_topk covers every block of ",
                     context, " tokens");
@@ -217,12 +222,13 @@ struct ToolCallFlags {
 
 int run_tool_calls(const ToolCallFlags& flags) {
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
-  Progress bar("eval", flags.options.turns, "turns");
-  bar.update(0);
+  std::optional<Progress> bar;  // once it is known that there is something to do
   const ToolCallScore score =
-      score_tool_calls(loaded, flags.file, flags.options,
-                       [&](const ToolCallScore& so_far) { bar.update(so_far.turns); });
-  bar.finish();
+      score_tool_calls(loaded, flags.file, flags.options, [&](const ToolCallScore& so_far) {
+        if (!bar) bar.emplace("eval", flags.options.turns, "turns");
+        bar->update(so_far.turns);
+      });
+  bar->finish();
   if (flags.json) {
     JsonWriter json;
     json.begin_object().field("turns", score.turns).field("well_formed", score.well_formed);
