@@ -16,7 +16,8 @@ build: deps
 	@ln -sf build/$(PRESET)/hadal hadal
 
 run: build
-	@./hadal --help
+	@echo "hadal-nano goes on with the opening of Bleak House, which it was not trained on:"
+	@./hadal generate --prompt "$$(cat models/hadal-nano/example.txt)" --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
 
 test: build
 	@ctest --preset $(PRESET) -j $(JOBS)
