@@ -144,7 +144,10 @@ std::vector<Line> bench_format(const Format& format, const Options& options, Rea
   }
   std::vector<Line> lines;
   for (const int64_t rows : {1, 4, 16, 64, 256}) {
-    const at::Tensor x = at::randn({rows, options.in}).to(format.rows);
+    // Activations as the role gets them: quantised ones for FP8 and FP4.
+    const at::Tensor x =
+        ops::quantise_input(at::randn({rows, options.in}), format.role, ops::Numerics::kReleased)
+            .to(format.rows);
     std::vector<double> seconds, bandwidth;
     double total = 0;
     // Every pass begins where the last one ended, so that all matrices take their turn.

@@ -208,7 +208,11 @@ int main(int argc, char** argv) {
   for (const int threads : {1, 2}) {
     hadal::set_num_threads(threads);
     for (const int64_t rows : {1, 64, 256}) {
-      const at::Tensor x = at::randn({rows, shape.in}).to(at::kBFloat16), wide = x.to(at::kFloat);
+      // What a routed expert gets: rows through Q8_128.
+      const at::Tensor x = hadal::ops::quantise_input(at::randn({rows, shape.in}), GemmRole::kFp4,
+                                               hadal::ops::Numerics::kReleased)
+                               .to(at::kBFloat16),
+                       wide = x.to(at::kFloat);
       // One row: all matrices a pass. Many: a few, each pass others.
       const size_t per_pass = rows == 1 ? count : 4;
       std::vector<double> hadal_s, plain_s, repack_s, read, peak;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <new>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -85,10 +85,26 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
 }  // namespace reference
 
 constinit CpuSlot<void(const GemmTask&)> gemm_cpu;
-constinit CpuSlot<void(int64_t, bool*)> gemm_takes_bf16_rows_cpu;
+constinit CpuSlot<void(int64_t, WeightFormat, RowForm*)> gemm_row_form_cpu;
 constinit CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 
 namespace {
+
+/// Scratch memory that begins at a cache line.
+class AlignedBytes {
+ public:
+  explicit AlignedBytes(int64_t size)
+      : data_(size > 0 ? static_cast<char*>(::operator new(static_cast<size_t>(size), kAlign))
+                       : nullptr) {}
+  ~AlignedBytes() { ::operator delete(data_, kAlign); }
+  AlignedBytes(const AlignedBytes&) = delete;
+  AlignedBytes& operator=(const AlignedBytes&) = delete;
+  char* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  char* data_;
+};
 
 /// Rows that meet one matrix.
 struct Part {
@@ -121,10 +137,18 @@ class Product {
               .x = part.x + row * x_row_ * size_of(x_type_),
               .y = part.y + row * y_row_ * size_of(result_),
               .x_type = x_type_};
-      if (!takes_bf16_rows(run.rows)) run.x_type = ElementType::kF32;
+      const RowForm form = row_form(run.rows);
+      if (!form.bf16) run.x_type = ElementType::kF32;
       if (run.rows > kFewRows || in_ != w_.in || run.x_type != x_type_) {
         run.packed = packed_bytes_;
-        packed_bytes_ += run.rows * align_up(in_, slab_) * size_of(run.x_type);
+        // Tiles are read whole, so the last one may reach beyond the rows.
+        const int64_t rows = form.exact ? run.rows + kUnitRows - 1 : run.rows;
+        packed_bytes_ += align_up(rows * align_up(in_, slab_) * size_of(run.x_type), int64_t{64});
+      }
+      if (form.exact && run.packed >= 0) {
+        run.exact = packed_bytes_;
+        packed_bytes_ +=
+            align_up(2 * ceil_div(in_, slab_) * ceil_div(run.rows, kUnitRows), int64_t{64});
       }
       rows_ += run.rows;
       runs_.push_back(run);
@@ -132,8 +156,7 @@ class Product {
   }
 
   void compute() {
-    const std::unique_ptr<char[]> packed(
-        packed_bytes_ > 0 ? new char[static_cast<size_t>(packed_bytes_)] : nullptr);
+    const AlignedBytes packed(packed_bytes_);
     // Below some 64K products a second thread costs more than it brings.
     const int64_t blocks = w_.blocks(), num_runs = static_cast<int64_t>(runs_.size());
     const int64_t products =
@@ -158,25 +181,28 @@ class Product {
     char* y;
     ElementType x_type;   ///< as the kernel takes the rows
     int64_t packed = -1;  ///< where its packed rows begin, in bytes; -1: x is read as it lies
+    int64_t exact = -1;   ///< where its marks begin; -1: none
   };
 
   static int64_t size_of(ElementType type) { return type == ElementType::kF32 ? 4 : 2; }
-  static bool takes_bf16_rows(int64_t rows) {
-    bool yes = false;
-    gemm_takes_bf16_rows_cpu(rows, &yes);
-    return yes;
+  RowForm row_form(int64_t rows) const {
+    RowForm form;
+    gemm_row_form_cpu(rows, w_.format, &form);
+    return form;
   }
 
   void pack_rows(const Run& run, char* packed) const {
     if (run.packed < 0) return;
-    pack_rows_cpu({.x = run.x,
-                   .x_row = x_row_,
-                   .rows = run.rows,
-                   .in = w_.in,
-                   .slab = slab_,
-                   .packed = packed + run.packed,
-                   .from = x_type_,
-                   .to = run.x_type});
+    pack_rows_cpu(
+        {.x = run.x,
+         .x_row = x_row_,
+         .rows = run.rows,
+         .in = w_.in,
+         .slab = slab_,
+         .packed = packed + run.packed,
+         .from = x_type_,
+         .to = run.x_type,
+         .exact = run.exact < 0 ? nullptr : reinterpret_cast<uint16_t*>(packed + run.exact)});
   }
 
   GemmTask task(const Run& run, int64_t block, const char* packed) const {
@@ -206,7 +232,8 @@ class Product {
         .y_row = y_row_,
         .format = w_.format,
         .x_type = run.x_type,
-        .result = result_};
+        .result = result_,
+        .exact = run.exact < 0 ? nullptr : reinterpret_cast<const uint16_t*>(packed + run.exact)};
   }
 
   const Panels& w_;

@@ -2,6 +2,12 @@
 
 #include <type_traits>
 
+#if defined(HADAL_ISA_avx512)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "ops/cpu/isa.h"
 #include "ops/cpu/vec.h"
 #include "ops/gemm/weight_formats.h"
@@ -203,6 +209,164 @@ void many_rows(const GemmTask& t) {
   }
 }
 
+#if defined(HADAL_ISA_avx512)
+
+// --- matrix units (AMX), where the order of additions is of no account
+
+/// Whether the processor has BF16 tiles and the system lets this process use them.
+bool has_tiles() {
+  static const bool usable = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return usable;
+}
+
+/// All eight tiles of 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+using Fp4Pairs = cpu::Fp4Weights<cpu::DotProducts>;
+
+/// y [16 rows][16 outputs of a panel] += sums [16][16] times the panel's scales, for marked rows.
+HADAL_INLINE void add_tile(
+    const Fp4Pairs& w, const float* sums, int64_t panel, unsigned marks, float* y) {
+  const auto add = [&](int64_t r) {
+    float* out = y + r * kBlockWidth + panel * kPanelWidth;
+    cpu::store(out, w.scaled(cpu::load(out), cpu::load(sums + r * kPanelWidth), panel));
+  };
+  if (marks == 0xffff) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kUnitRows; ++r) add(r);
+    return;
+  }
+  for (; marks != 0; marks &= marks - 1) add(__builtin_ctz(marks));
+}
+
+/// many_rows() for FP4 weights: marked rows go through tiles, 16 at a time, the others through the
+/// vector kernel.
+__attribute__((target("amx-tile,amx-bf16"))) void tile_unit_rows(const GemmTask& t) {
+  constexpr int64_t kGroups = 32 / kGroupInputs, kPairs = 16;
+  alignas(64) float y[kTaskRows * kBlockWidth];
+  alignas(64) __m512i decoded[kBlockPanels * kPairs];  // [panel][pair][16 outputs][2]
+  alignas(64) float sums[2][2][kUnitRows * kPanelWidth];
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const auto* x = static_cast<const uint16_t*>(t.x);
+  const uint8_t* weights = t.weights;
+  const uint16_t* exact = t.exact;
+  const int64_t tiles = (t.rows + kUnitRows - 1) / kUnitRows;
+  std::memset(y, 0, static_cast<size_t>(t.rows * kBlockWidth) * sizeof(float));
+  for (int64_t k = 0; k < t.in; k += t.slab, x += t.x_slab, exact += tiles) {
+    const Fp4Pairs w(t, k);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      for (int64_t q = 0; q < t.panels; ++q) {
+        const uint8_t* group = weights + (g * t.panels + q) * Fp4Pairs::kBytes;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) decoded[q * kPairs + g * 4 + j] = w.pair(group, j).v;
+      }
+    }
+    // The tile loads do not tell the compiler what they read.
+    __asm__ volatile("" ::: "memory");
+    for (int64_t q = 0; q < t.panels; q += 2) {
+      const bool two = q + 1 < t.panels;
+      _tile_loadd(4, decoded + q * kPairs, 64);
+      if (two) _tile_loadd(5, decoded + (q + 1) * kPairs, 64);
+      // Sums are added while the tiles of the next rows are at work: they reach memory late.
+      int64_t pending = -1;
+      const auto add_pending = [&] {
+        if (pending < 0) return;
+        const auto& sum = sums[pending % 2];
+        float* out = y + pending * kUnitRows * kBlockWidth;
+        add_tile(w, sum[0], q, exact[pending], out);
+        if (two) add_tile(w, sum[1], q + 1, exact[pending], out);
+      };
+      for (int64_t tile_row = 0; tile_row < tiles; ++tile_row) {
+        _tile_loadd(6, x + tile_row * kUnitRows * t.x_row, 64);
+        _tile_zero(0);
+        _tile_dpbf16ps(0, 6, 4);
+        if (two) {
+          _tile_zero(1);
+          _tile_dpbf16ps(1, 6, 5);
+        }
+        _tile_stored(0, sums[tile_row % 2][0], 64);
+        if (two) _tile_stored(1, sums[tile_row % 2][1], 64);
+        add_pending();
+        pending = tile_row;
+      }
+      add_pending();
+    }
+    for (int64_t row = 0; row < t.rows; ++row) {
+      if ((exact[row / kUnitRows] >> (row % kUnitRows) & 1) != 0) continue;
+      Fp4Pairs::Pair pairs[kGroups * 4];
+      for (int64_t q = 0; q < t.panels; ++q) {
+        for (int64_t p = 0; p < kPairs; ++p) pairs[p] = {decoded[q * kPairs + p]};
+        tile<Fp4Pairs, 1, 1>(t, w, pairs, 1, kGroups, q, x + row * t.x_row, y + row * kBlockWidth);
+      }
+    }
+    weights += kGroups * t.panels * Fp4Pairs::kBytes;
+  }
+  _tile_release();
+  for (int64_t row = 0; row < t.rows; ++row) {
+    for (int64_t q = 0; q < t.panels; ++q)
+      store_outputs(t, row, q, cpu::load(y + row * kBlockWidth + q * kPanelWidth));
+  }
+}
+
+/// Whether 12 sum |x| <= 2^24 u over 32 values, u the smallest last set bit among them; see
+/// RowPacking::exact. Not where values are so small that products may be subnormal, or no numbers.
+HADAL_INLINE bool sums_are_exact(const uint16_t* x) {
+  __m512 total = _mm512_setzero_ps(), unit = _mm512_set1_ps(0x1p120f);
+  for (int half = 0; half < 2; ++half) {
+    const __m512i bits = _mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + half * 16))),
+        16);
+    const __m512 magnitude = _mm512_abs_ps(_mm512_castsi512_ps(bits));
+    total = _mm512_add_ps(total, magnitude);
+    // The last set bit of the significand, as a float: what is left when the bits above are taken
+    // away.
+    const __m512i significand = _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff)),
+                                                _mm512_set1_epi32(0x800000));
+    const __m512i last =
+        _mm512_and_si512(significand, _mm512_sub_epi32(_mm512_setzero_si512(), significand));
+    const __m512i exponent = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000));
+    // 2^(e - 127) * last * 2^-23
+    const __m512 value =
+        _mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(exponent), _mm512_cvtepi32_ps(last)),
+                      _mm512_set1_ps(0x1p-23f));
+    const __mmask16 nonzero = _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    unit = _mm512_mask_min_ps(unit, nonzero, unit, value);
+  }
+  const float u = _mm512_reduce_min_ps(unit);
+  // The sum is rounded; 2^-18 is more than that can make.
+  const float bound = _mm512_reduce_add_ps(total) * (12.0f * (1.0f + 0x1p-18f));
+  return u >= 0x1p-100f && bound <= u * 0x1p24f && bound < 0x1p100f;
+}
+
+void mark_exact(const RowPacking& p) {
+  const auto* x = static_cast<const uint16_t*>(p.packed);
+  uint16_t* exact = p.exact;
+  for (int64_t k = 0; k < p.in; k += p.slab, x += p.rows * p.slab) {
+    for (int64_t first = 0; first < p.rows; first += kUnitRows) {
+      const int64_t end = first + kUnitRows < p.rows ? first + kUnitRows : p.rows;
+      unsigned marks = 0;
+      for (int64_t row = first; row < end; ++row)
+        marks |= static_cast<unsigned>(sums_are_exact(x + row * p.slab)) << (row - first);
+      *exact++ = static_cast<uint16_t>(marks);
+    }
+  }
+}
+
+#endif
+
 template <typename W, int kTile>
 void by_rows(const GemmTask& t) {
   switch (t.rows) {
@@ -243,16 +407,18 @@ void gemm(const GemmTask& t) {
   const FlushSubnormals flush;
   static_cast<void>(flush);
 #if defined(HADAL_ISA_avx512)
+  if (t.exact != nullptr) return tile_unit_rows(t);
   if (t.x_type == ElementType::kBf16) return by_format<cpu::DotProducts>(t);
 #endif
   by_format<cpu::FusedProducts>(t);
 }
 
-void takes_bf16_rows([[maybe_unused]] int64_t rows, bool* yes) {
+void row_form([[maybe_unused]] int64_t rows,
+              [[maybe_unused]] WeightFormat format,
+              [[maybe_unused]] RowForm* form) {
 #if defined(HADAL_ISA_avx512)
-  *yes = rows == 1 || cpu::dot_products_are_fast();
-#else
-  *yes = false;
+  form->exact = format == WeightFormat::kFp4 && rows > kFewRows && has_tiles();
+  form->bf16 = form->exact || rows == 1 || cpu::dot_products_are_fast();
 #endif
 }
 
@@ -282,10 +448,13 @@ void pack_rows(const RowPacking& p) {
   if (p.from == ElementType::kF32) return pack_typed<float, float>(p);
   if (p.to == ElementType::kF32) return pack_typed<uint16_t, float>(p);
   pack_typed<uint16_t, uint16_t>(p);
+#if defined(HADAL_ISA_avx512)
+  if (p.exact != nullptr) mark_exact(p);
+#endif
 }
 
 const bool filled = gemm_cpu.fill(cpu::kIsa, gemm) && pack_rows_cpu.fill(cpu::kIsa, pack_rows) &&
-                    gemm_takes_bf16_rows_cpu.fill(cpu::kIsa, takes_bf16_rows);
+                    gemm_row_form_cpu.fill(cpu::kIsa, row_form);
 
 }  // namespace
 }  // namespace hadal::ops

@@ -14,6 +14,9 @@
 // order to the output. Subnormals are flushed to zero, as that instruction does; so kernels may use
 // it, or fused multiply-adds of the values as floats, whichever the processor does faster.
 //
+// Where sums are exact in any order, a matrix unit that adds in another one gives the same bits and
+// is used instead (AMX, FP4 weights; RowPacking::exact).
+//
 // FP8 values are multiplied by their scale as they are decoded. FP4 multiplies the slab's sum as it
 // is added, which gives the bits of scaled weights: scales are powers of two between 2^-60 and
 // 2^60, and activations that went through Q8_128 are multiples of 2^-31, so nothing is flushed or
@@ -68,14 +71,22 @@ struct GemmTask {
   void* y;       ///< [rows, outputs]
   int64_t y_row;
   WeightFormat format;
-  ElementType x_type;  ///< FP32, or BF16 where gemm_takes_bf16_rows_cpu says so
-  ElementType result;  ///< of y: one rounding
+  ElementType x_type;     ///< FP32, or BF16 where gemm_row_form_cpu says so
+  ElementType result;     ///< of y: one rounding
+  const uint16_t* exact;  ///< RowPacking::exact, or null
 };
 
 extern CpuSlot<void(const GemmTask&)> gemm_cpu;
-/// Whether tasks of `rows` rows are to have BF16 rows when the weights are not FP32: so it is where
-/// BF16 products are fast.
-extern CpuSlot<void(int64_t rows, bool*)> gemm_takes_bf16_rows_cpu;
+
+/// How the kernel wants the rows of a task whose weights are not FP32.
+struct RowForm {
+  bool bf16 = false;   ///< BF16 rows: where BF16 products are fast
+  bool exact = false;  ///< packed, with RowPacking::exact: where matrix units are there to use
+};
+extern CpuSlot<void(int64_t rows, WeightFormat format, RowForm*)> gemm_row_form_cpu;
+
+/// Rows of one matrix unit's tile.
+inline constexpr int64_t kUnitRows = 16;
 
 /// Rows laid out [slab][row][slab inputs], so that the rows of one slab lie together; behind `in`
 /// zeros as far as a group reaches.
@@ -84,6 +95,11 @@ struct RowPacking {
   int64_t x_row, rows, in, slab;
   void* packed;
   ElementType from, to;  ///< BF16 may become FP32
+  /// [slabs][ceil(rows / 16)], or null: a bit for each of 16 rows, set where no sum of products of
+  /// the row's slab with FP4 codes is ever rounded, whatever its order. All products are multiples
+  /// of half the rows' last set bit u, and no partial sum exceeds 6 sum |x|; so it is where 12 sum
+  /// |x| <= 2^24 u. Activations that went through Q8_128 are almost always like that.
+  uint16_t* exact;
 };
 extern CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 

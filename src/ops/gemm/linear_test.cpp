@@ -120,6 +120,49 @@ class Linear : public testing::TestWithParam<int> {
 
 const int64_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 13};
 
+/// Rows whose sums are exact in any order beside rows whose are not: values of every size, a last
+/// bit far below the sum, all zeros, infinities.
+at::Tensor mixed_rows(int64_t rows, int64_t in) {
+  at::Tensor x = make_rows(rows, in).to(at::kFloat);
+  for (int64_t r = 0; r < rows; ++r) {
+    switch (r % 7) {
+      case 1:
+        x[r] = at::randn({in});  // eight significant bits each
+        break;
+      case 2:
+        x[r] = at::randn({in}) * at::exp2(at::randint(-40, 20, {in}).to(at::kFloat));
+        break;
+      case 3:
+        x[r].fill_(448.0);
+        x[r][static_cast<int64_t>(r) % in] = 0x1p-9;
+        break;
+      case 4:
+        x[r].zero_();
+        break;
+      case 5:
+        x[r] = x[r] * 0x1p-120f;
+        break;
+      default:
+        break;
+    }
+  }
+  return x.to(at::kBFloat16);
+}
+
+TEST_P(Linear, Fp4RowsThatRoundAndRowsThatDoNot) {
+  for (const auto& [rows, out, in] :
+       {std::tuple{16, 64, 128}, {96, 128, 256}, {100, 48, 384}, {5, 16, 64}, {33, 200, 1024}}) {
+    const Stored s = make_fp4(out, in, 5);
+    for (const at::Tensor& x : {mixed_rows(rows, in), make_rows(rows, in)}) {
+      const at::Tensor many = linear(x, fp4(s), GemmRole::kFp4);
+      for (int64_t r = 0; r < rows; ++r) {
+        const at::Tensor one = linear(x.narrow(0, r, 1), fp4(s), GemmRole::kFp4);
+        ASSERT_TRUE(same_bits(many.narrow(0, r, 1), one)) << rows << " rows, row " << r;
+      }
+    }
+  }
+}
+
 TEST_P(Linear, Fp4HasTheBitsOfItsDenseValuesAndOfTheTree) {
   for (const int64_t out : {1, 16, 40, 64, 100, 200}) {
     for (const int64_t in : {32, 96, 320}) {
