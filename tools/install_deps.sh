@@ -1,95 +1,166 @@
 #!/usr/bin/env bash
 # Installs what hadal needs to build and run: system packages (Debian 12, Ubuntu 24.04) and LibTorch
 # (headers and libraries of the PyPI wheel, unpacked under .deps/; no Python is used at run time).
-# Safe to repeat; does nothing when everything is there. `--check` only reports; `--tools` installs what only checks and
-# fuzzers need (clang-format, clang 19).
+# Safe to repeat and to interrupt: wheels that arrived are kept until they are unpacked, and nothing appears under its
+# name before it is whole. Does nothing when everything is there.
+#   --check  only reports what is missing
+#   --tools  installs what only checks and fuzzers need (clang-format, clang 19, clang-tidy 19)
+#   --cuda   unpacks a CUDA compiler under .deps/ when there is no nvcc; enough to compile the kernels, not to run them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-check_only=0
-[ "${1:-}" = "--check" ] && check_only=1
-tools_only=0
-[ "${1:-}" = "--tools" ] && tools_only=1
+mode=${1:-}
+case "$mode" in
+  "" | --check | --tools | --cuda) ;;
+  *) echo "install_deps: no option $mode; --check, --tools and --cuda are known" >&2; exit 2 ;;
+esac
 
-packages=(g++ cmake make ninja-build ccache mold git unzip xz-utils python3 python3-pip
+packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
   nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev liblzma-dev libzstd-dev
-  libgtest-dev libbenchmark-dev)
-
-if [ $tools_only -eq 1 ]; then
-  packages=(clang-format clang-19 libclang-rt-19-dev)
+  libgtest-dev libbenchmark-dev pkg-config)
+comforts=(ccache mold git)  # builds are faster with them; nothing fails without
+if [ "$mode" = --tools ]; then
+  packages=(clang-format clang-19 clang-tidy-19 libclang-rt-19-dev)
+  comforts=()
 fi
 
 torch_version=2.11.0
-cuda_runtime_version=13.0.96
-cuda_cupti_version=13.0.85
+cuda_runtime=nvidia-cuda-runtime==13.0.96
+torch_wheels=("torch==$torch_version" "$cuda_runtime" nvidia-cuda-cupti==13.0.85)
+cuda_wheels=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 "$cuda_runtime"
+  nvidia-cuda-cccl==13.0.85)
 deps=$PWD/.deps
 torch_dir=$deps/libtorch-$torch_version
+cuda_dir=$deps/cuda-13.0
 
 # --- system packages -------------------------------------------------------------------------------
 missing=()
+missing_comforts=()
+installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
 if command -v dpkg-query >/dev/null 2>&1; then
   for package in "${packages[@]}"; do
-    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+    # pkgconf took over from pkg-config; either will do.
+    [ "$package" = pkg-config ] && command -v pkg-config >/dev/null 2>&1 && continue
+    installed "$package" || missing+=("$package")
+  done
+  for package in ${comforts[@]+"${comforts[@]}"}; do
+    installed "$package" || missing_comforts+=("$package")
   done
 else
   echo "install_deps: this is not a Debian or Ubuntu system; install by hand what these packages hold:" >&2
-  echo "  ${packages[*]}" >&2
+  echo "  ${packages[*]} ${comforts[*]-}" >&2
 fi
-if [ ${#missing[@]} -gt 0 ]; then
-  sudo=""
+wanted=(${missing[@]+"${missing[@]}"} ${missing_comforts[@]+"${missing_comforts[@]}"})
+if [ ${#wanted[@]} -gt 0 ]; then
+  as_root=()
   if [ "$(id -u)" -ne 0 ]; then
-    if command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then sudo="sudo"; else sudo="none"; fi
+    as_root=(none)
+    if command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then as_root=(sudo); fi
   fi
-  if [ $check_only -eq 1 ] || [ "$sudo" = none ]; then
-    echo "install_deps: missing system packages: ${missing[*]}" >&2
-    echo "install_deps: install them as root with: apt-get install -y ${missing[*]}" >&2
-    exit 2
-  fi
-  echo "install_deps: installing ${missing[*]}"
-  export DEBIAN_FRONTEND=noninteractive
-  $sudo apt-get update -qq
-  if ! $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; then
-    echo "install_deps: apt-get could not install: ${missing[*]}" >&2
-    exit 2
+  if [ "$mode" = --check ] || [ "${as_root[*]-}" = none ]; then
+    if [ ${#missing[@]} -gt 0 ]; then
+      echo "install_deps: missing system packages: ${missing[*]}" >&2
+      echo "install_deps: install them as root with: apt-get install -y ${wanted[*]}" >&2
+      exit 2
+    fi
+    echo "install_deps: going on without ${missing_comforts[*]}" >&2
+  else
+    echo "install_deps: installing ${wanted[*]}"
+    as_root+=(env DEBIAN_FRONTEND=noninteractive)
+    log=$(mktemp)
+    if ! { "${as_root[@]}" apt-get update -qq &&
+           "${as_root[@]}" apt-get install -y -qq --no-install-recommends "${wanted[@]}"; } >"$log" 2>&1; then
+      tail -n 5 "$log" >&2
+      rm -f "$log"
+      echo "install_deps: apt-get could not install: ${wanted[*]}" >&2
+      exit 2
+    fi
+    rm -f "$log"
   fi
 fi
+[ "$mode" = --tools ] && exit 0
 
-[ $tools_only -eq 1 ] && exit 0
+# --- wheels ----------------------------------------------------------------------------------------
+# fetch FOLDER REQUIREMENT...: wheels for Linux on x86_64, one by one; what is there already is not fetched again.
+fetch() {
+  local folder=$1 requirement name version wheel
+  shift
+  mkdir -p "$folder" "$deps/download/tmp"
+  for requirement in "$@"; do
+    name=${requirement%%==*} version=${requirement##*==}
+    for wheel in "$folder/${name//-/_}-$version"-*.whl; do
+      [ -e "$wheel" ] && unzip -tqq "$wheel" >/dev/null 2>&1 && continue 2
+    done
+    rm -f "$folder/${name//-/_}-$version"-*.whl
+    if ! TMPDIR=$deps/download/tmp python3 -m pip download -q --disable-pip-version-check --no-deps \
+        --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi none \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 -d "$folder" "$requirement"; then
+      echo "install_deps: pip could not fetch $requirement" >&2
+      return 1
+    fi
+  done
+}
 
-# --- LibTorch --------------------------------------------------------------------------------------
-if [ -e "$torch_dir/.complete" ]; then
-  [ $check_only -eq 1 ] && echo "install_deps: complete"
+if [ "$mode" != --cuda ] && [ -e "$torch_dir/.complete" ]; then
+  [ "$mode" = --check ] && echo "install_deps: complete"
   exit 0
 fi
-if [ $check_only -eq 1 ]; then
+if [ "$mode" = --check ]; then
   echo "install_deps: LibTorch $torch_version is missing in $torch_dir; run tools/install_deps.sh" >&2
   exit 2
 fi
+if [ "$mode" = --cuda ] && { command -v nvcc >/dev/null 2>&1 || [ -e "$cuda_dir/.complete" ]; }; then exit 0; fi
 case "$(uname -m)" in
   x86_64) ;;
-  *) echo "install_deps: no LibTorch $torch_version wheel is used for $(uname -m); x86_64 is needed" >&2; exit 2 ;;
+  *) echo "install_deps: no wheel of LibTorch $torch_version or CUDA is used for $(uname -m); x86_64 is needed" >&2; exit 2 ;;
 esac
-mkdir -p "$deps"
-work=$(mktemp -d "$deps/download.XXXXXX")
-trap 'rm -rf "$work"' EXIT
-echo "install_deps: fetching LibTorch $torch_version (about 530 MB)"
-fetch() {
-  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-    --abi cp312 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$work" "$@"
-}
-if ! fetch "torch==$torch_version" "nvidia-cuda-runtime==$cuda_runtime_version" "nvidia-cuda-cupti==$cuda_cupti_version"; then
-  echo "install_deps: pip could not fetch torch==$torch_version and the CUDA runtime it loads;" >&2
-  echo "  without network, unpack a LibTorch $torch_version into $torch_dir (include/, lib/) and create $torch_dir/.complete" >&2
+for program in python3 unzip; do
+  command -v "$program" >/dev/null 2>&1 || { echo "install_deps: $program is missing" >&2; exit 2; }
+done
+if ! python3 -m pip --version >/dev/null 2>&1; then
+  echo "install_deps: python3 has no pip; install python3-pip" >&2
   exit 2
 fi
-mkdir "$work/unpacked"
-for wheel in "$work"/*.whl; do unzip -q -o "$wheel" -d "$work/unpacked"; done
-mkdir "$work/libtorch"
-mv "$work/unpacked/torch/include" "$work/unpacked/torch/lib" "$work/libtorch/"
-mv "$work"/unpacked/nvidia/cu13/lib/libcudart.so.13 "$work"/unpacked/nvidia/cu13/lib/libcupti.so.13 "$work/libtorch/lib/"
-rm -f "$work/libtorch/lib/libtorch_python.so" "$work/libtorch/lib/libtorch_nvshmem.so"
-touch "$work/libtorch/.complete"
+mkdir -p "$deps/download"
+if command -v flock >/dev/null 2>&1; then
+  exec 9>"$deps/download/lock"
+  flock -n 9 || { echo "install_deps: waiting for another install_deps in $deps" >&2; flock 9; }
+fi
+rm -rf "$deps/download/tmp" "$deps"/download.?????? "$deps/unpacked"  # left by one that was killed
+
+if [ "$mode" = --cuda ]; then
+  [ -e "$cuda_dir/.complete" ] && exit 0
+  echo "install_deps: fetching a CUDA 13.0 compiler (about 105 MB)"
+  fetch "$deps/download/cuda" "${cuda_wheels[@]}" || exit 2
+  for wheel in "$deps"/download/cuda/*.whl; do unzip -q -o "$wheel" 'nvidia/cu13/*' -d "$deps/unpacked"; done
+  root=$deps/unpacked/nvidia/cu13
+  chmod -R a+rX,u+w "$root"
+  find "$root/bin" "$root/nvvm/bin" -type f -exec chmod a+x {} +
+  ln -sfn lib "$root/lib64"
+  touch "$root/.complete"
+  rm -rf "$cuda_dir"
+  mv "$root" "$cuda_dir"
+  rm -rf "$deps/unpacked" "$deps/download/cuda"
+  echo "install_deps: nvcc is in $cuda_dir/bin"
+  exit 0
+fi
+
+[ -e "$torch_dir/.complete" ] && exit 0
+echo "install_deps: fetching LibTorch $torch_version (about 530 MB)"
+if ! fetch "$deps/download/torch" "${torch_wheels[@]}"; then
+  echo "install_deps: LibTorch $torch_version and the CUDA runtime it loads are needed; the same command tries again." >&2
+  echo "  Without network, unpack a LibTorch $torch_version into $torch_dir (include/, lib/) and create $torch_dir/.complete" >&2
+  exit 2
+fi
+unpacked=$deps/unpacked
+for wheel in "$deps"/download/torch/*.whl; do unzip -q -o "$wheel" 'torch/include/*' 'torch/lib/*' 'nvidia/cu13/lib/*' -d "$unpacked" || [ $? -eq 11 ]; done
+mkdir "$unpacked/libtorch"
+mv "$unpacked/torch/include" "$unpacked/torch/lib" "$unpacked/libtorch/"
+mv "$unpacked"/nvidia/cu13/lib/libcudart.so.13 "$unpacked"/nvidia/cu13/lib/libcupti.so.13 "$unpacked/libtorch/lib/"
+rm -f "$unpacked/libtorch/lib/libtorch_python.so" "$unpacked/libtorch/lib/libtorch_nvshmem.so"
+touch "$unpacked/libtorch/.complete"
 rm -rf "$torch_dir"
-mv "$work/libtorch" "$torch_dir"
+mv "$unpacked/libtorch" "$torch_dir"
+rm -rf "$unpacked" "$deps/download/torch"
 echo "install_deps: LibTorch $torch_version is in $torch_dir"
