@@ -1,6 +1,7 @@
 # Two commands: `make run` and `make test`. Both install what is missing, build, and can be repeated at will.
 SHELL := /bin/bash
-PRESET ?= cpu
+# On a machine with a GPU and nvcc 13 or newer the program is built for both, elsewhere for the CPU.
+PRESET ?= $(shell tools/pick_preset.sh)
 JOBS ?= $(shell nproc)
 
 .PHONY: all deps build run test check clean
@@ -8,7 +9,7 @@ JOBS ?= $(shell nproc)
 all: build
 
 deps:
-	@tools/install_deps.sh
+	@tools/install_deps.sh $(if $(filter cuda,$(PRESET)),--gpu)
 
 build: deps
 	@test -f build/$(PRESET)/build.ninja || cmake --preset $(PRESET) >/dev/null

@@ -5,14 +5,15 @@
 # name before it is whole. Does nothing when everything is there.
 #   --check  only reports what is missing
 #   --tools  installs what only checks and fuzzers need (clang-format, clang 19, clang-tidy 19)
+#   --gpu    also the CUDA libraries that LibTorch needs to run on a GPU (about 2.4 GB, PyPI), under .deps/nvidia
 #   --cuda   unpacks a CUDA compiler under .deps/ when there is no nvcc; enough to compile the kernels, not to run them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mode=${1:-}
 case "$mode" in
-  "" | --check | --tools | --cuda) ;;
-  *) echo "install_deps: no option $mode; --check, --tools and --cuda are known" >&2; exit 2 ;;
+  "" | --check | --tools | --cuda | --gpu) ;;
+  *) echo "install_deps: no option $mode; --check, --tools, --gpu and --cuda are known" >&2; exit 2 ;;
 esac
 
 packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
@@ -102,7 +103,8 @@ fetch() {
   done
 }
 
-if [ "$mode" != --cuda ] && [ -e "$torch_dir/.complete" ]; then
+if [ "$mode" = --gpu ] && [ -e "$torch_dir/.complete" ] && [ -e "$deps/nvidia/.complete" ]; then exit 0; fi
+if [ "$mode" != --cuda ] && [ "$mode" != --gpu ] && [ -e "$torch_dir/.complete" ]; then
   [ "$mode" = --check ] && echo "install_deps: complete"
   exit 0
 fi
@@ -146,7 +148,36 @@ if [ "$mode" = --cuda ]; then
   exit 0
 fi
 
-[ -e "$torch_dir/.complete" ] && exit 0
+# The CUDA libraries of the same wheel's requirements, where libtorch_cuda.so looks for them: beside its folder.
+gpu_libraries() {
+  [ -e "$deps/nvidia/.complete" ] && return
+  echo "install_deps: fetching the CUDA libraries of LibTorch $torch_version (about 2.4 GB)"
+  local folder=$deps/download/gpu wheel
+  mkdir -p "$folder"
+  if ! TMPDIR=$deps/download/tmp python3 -m pip download -q --disable-pip-version-check --only-binary=:all: \
+      --python-version 3.12 --implementation cp --abi cp312 --abi none $(printf -- '--platform manylinux_2_%s_x86_64 ' \
+        35 34 31 28 27 26 25 24 18 17 5) --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+      -d "$folder" "torch==$torch_version"; then
+    echo "install_deps: pip could not fetch the CUDA libraries; the same command tries again" >&2
+    exit 2
+  fi
+  rm -rf "$deps/unpacked"
+  for wheel in "$folder"/nvidia_*.whl; do
+    unzip -q -o "$wheel" 'nvidia/*/lib/*' -d "$deps/unpacked" || [ $? -eq 11 ]
+  done
+  unzip -q -o "$folder"/torch-*.whl 'torch/lib/libtorch_nvshmem.so' -d "$deps/unpacked"
+  mv -f "$deps/unpacked/torch/lib/libtorch_nvshmem.so" "$torch_dir/lib/"
+  touch "$deps/unpacked/nvidia/.complete"
+  rm -rf "$deps/nvidia"
+  mv "$deps/unpacked/nvidia" "$deps/nvidia"
+  rm -rf "$deps/unpacked" "$folder"
+  echo "install_deps: CUDA's libraries are in $deps/nvidia"
+}
+if [ -e "$torch_dir/.complete" ]; then
+  mkdir -p "$deps/download/tmp"
+  [ "$mode" = --gpu ] && gpu_libraries
+  exit 0
+fi
 echo "install_deps: fetching LibTorch $torch_version (about 530 MB)"
 if ! fetch "$deps/download/torch" "${torch_wheels[@]}"; then
   echo "install_deps: LibTorch $torch_version and the CUDA runtime it loads are needed; the same command tries again." >&2
@@ -164,3 +195,4 @@ rm -rf "$torch_dir"
 mv "$unpacked/libtorch" "$torch_dir"
 rm -rf "$unpacked" "$deps/download/torch"
 echo "install_deps: LibTorch $torch_version is in $torch_dir"
+if [ "$mode" = --gpu ]; then gpu_libraries; fi
