@@ -14,6 +14,7 @@
 #include "data/packing.h"
 #include "data/text_source.h"
 #include "data/token_shards.h"
+#include "testing/tiny_tokenizer.h"
 #include "text/chat_tokens.h"
 
 namespace hadal::data {
@@ -108,19 +109,10 @@ TEST(TextSource, DefectsNameFileAndPlace) {
   EXPECT_NE(message("absent.txt").find("absent.txt: "), std::string::npos);
 }
 
-/// A tokenizer of bytes and the chat tokens.
-std::string byte_tokenizer() {
-  const std::string file =
-      std::string(HADAL_SOURCE_DIR) + "/../shared/data/deepseek-v4-tokenizer/tokenizer.json";
-  return std::filesystem::exists(file) ? file : std::string();
-}
-
 TEST(TokenShards, HoldsWhatWasEncoded) {
-  const std::string source = byte_tokenizer();
-  if (source.empty()) GTEST_SKIP() << "absent: ../shared/data/deepseek-v4-tokenizer/tokenizer.json";
   const Folder folder;
-  const std::string json = read_file(source);
-  const text::Tokenizer tokenizer = text::Tokenizer::from_json(json, source);
+  const std::string json = testing::byte_tokenizer_json();
+  const text::Tokenizer tokenizer = text::Tokenizer::from_json(json, "bytes");
   write_file_atomic(folder / "a.jsonl", "{\"text\": \"Call me Ishmael.\"}\n{\"text\": \"\"}\n");
   write_file_atomic(folder / "b.txt", "It was a dark night.");
   const SourceSpec spec{
@@ -150,9 +142,8 @@ TEST(TokenShards, HoldsWhatWasEncoded) {
 }
 
 TEST(Conversation, ScoresWhatTheAssistantWrites) {
-  const std::string source = byte_tokenizer();
-  if (source.empty()) GTEST_SKIP() << "absent: ../shared/data/deepseek-v4-tokenizer/tokenizer.json";
-  const text::Tokenizer tokenizer = text::Tokenizer::from_file(source);
+  const text::Tokenizer tokenizer =
+      text::Tokenizer::from_json(testing::byte_tokenizer_json(), "bytes");
   const std::string line =
       concat(R"({"messages": [{"role": "user", "content": "2+2? )", text::kAssistant,
              R"("}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "3+4?"},
@@ -207,11 +198,9 @@ TEST(Packing, ShufflesArePermutationsOfTheirKey) {
 }
 
 TEST(Packing, StreamsCoverEveryTokenOncePerPass) {
-  const std::string source = byte_tokenizer();
-  if (source.empty()) GTEST_SKIP() << "absent: ../shared/data/deepseek-v4-tokenizer/tokenizer.json";
   const Folder folder;
-  const std::string json = read_file(source);
-  const text::Tokenizer tokenizer = text::Tokenizer::from_json(json, source);
+  const std::string json = testing::byte_tokenizer_json();
+  const text::Tokenizer tokenizer = text::Tokenizer::from_json(json, "bytes");
   std::string text;
   for (int i = 0; i < 20; ++i) {
     text += concat("{\"text\": \"", std::string(static_cast<size_t>(37 * i), 'x'), i, "\"}\n");

@@ -32,6 +32,15 @@ uint64_t fingerprint_of(const SourceSpec& spec, std::string_view tokenizer_json)
   return fnv1a64(text);
 }
 
+void warn_if_older(const std::string& path, const SourceSpec& spec) {
+  std::error_code ignored;
+  const auto built = std::filesystem::last_write_time(path, ignored);
+  for (const std::string& file : spec.files) {
+    if (std::filesystem::last_write_time(file, ignored) <= built) continue;
+    log::warn("data", file, " is newer than ", path, ": delete the latter if the text changed");
+  }
+}
+
 /// Encodes documents in batches on all threads and keeps their order.
 class Encoder {
  public:
@@ -180,7 +189,10 @@ std::string build_token_shards(const SourceSpec& spec,
   const uint64_t fingerprint = fingerprint_of(spec, tokenizer_json);
   std::filesystem::create_directories(folder);
   const std::string path = fmt::format("{}/{}-{:016x}.tokens", folder, spec.name, fingerprint);
-  if (std::filesystem::exists(path)) return path;
+  if (std::filesystem::exists(path)) {
+    warn_if_older(path, spec);
+    return path;
+  }
   Encoder encoder(spec, tokenizer);
   for (const std::string& file : spec.files) {
     log::info("data", "tokenising ", file);

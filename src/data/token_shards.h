@@ -2,8 +2,9 @@
 //
 // The file is a safetensors file with `tokens` [tokens] I32, `documents` [documents + 1] I64 (where
 // each begins) and, for conversations, `scored` [tokens] U8. Its name holds a fingerprint of what
-// it was made from (tokenizer, files with size and time, kind), so a stale file is never used and
-// sources can share a folder. Building is parallel over documents; the order is that of the files.
+// it was made from (tokenizer, names and sizes of the files, kind), so sources can share a folder
+// and the folder can move. A text changed without changing its size goes unnoticed by that; when
+// its time says that it may have been, a warning names the file to delete. Building is parallel over documents; the order is that of the files.
 #pragma once
 
 #include <cstdint>

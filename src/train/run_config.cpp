@@ -77,6 +77,14 @@ class Reader {
     HADAL_INPUT_CHECK(!config_.sources.empty(), json_.where("sources"), ": no sources");
   }
 
+  static ops::Numerics numerics(const JsonObject& item) {
+    try {
+      return ops::parse_numerics(item.string_or("numerics", "bf16"));
+    } catch (const InputError& error) {
+      throw InputError(concat(item.where("numerics"), ": ", error.what()));
+    }
+  }
+
   void stages() {
     for (const JsonObject& item : json_.objects("stages")) {
       Stage stage;
@@ -84,7 +92,7 @@ class Reader {
       stage.tokens = item.integer("tokens", 1, kMaxTokens);
       stage.row_length = item.integer("row_length", 2, int64_t{1} << 24);
       stage.mode = parse_attention_mode(item.string("attention"), item.where("attention"));
-      stage.numerics = ops::parse_numerics(item.string_or("numerics", "bf16"));
+      stage.numerics = numerics(item);
       stage.learning_rate = item.number_or("learning_rate", 0.0, 0.0, 1.0);
       const JsonObject mix = item.object("mix");
       for (const std::string& name : mix.keys()) {

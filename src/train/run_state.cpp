@@ -86,6 +86,27 @@ void save_state(const std::string& out,
   }
 }
 
+void remove_leftovers(const std::string& out) {
+  // AtomicFile and AtomicDirectory write under the name, this and six characters.
+  constexpr std::string_view kMark = ".tmp-";
+  for (const fs::path& folder : {fs::path(out), fs::path(out) / "checkpoints", fs::path(out) / "tokens"}) {
+    if (!fs::is_directory(folder)) continue;
+    std::vector<fs::path> leftovers;
+    for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
+      const std::string name = entry.path().filename().string();
+      const size_t mark = name.rfind(kMark);
+      if (mark != std::string::npos && mark + kMark.size() + 6 == name.size()) {
+        leftovers.push_back(entry.path());
+      }
+    }
+    for (const fs::path& path : leftovers) {
+      log::info("train", "removing ", path.string(), ", which was not finished");
+      std::error_code ignored;  // a leftover too many is no reason to stop
+      fs::remove_all(path, ignored);
+    }
+  }
+}
+
 std::optional<std::string> newest_state(const std::string& out) {
   const auto all = states(out);
   if (all.empty()) return std::nullopt;

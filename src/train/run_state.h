@@ -32,6 +32,10 @@ void save_state(const std::string& out,
                 model::Transformer& model,
                 Optimizer& optimizer);
 
+/// Removes what a process that was killed while it wrote has left below a run's folder: unfinished
+/// checkpoints, token files, metrics and models. Only for whoever holds the run's lock.
+void remove_leftovers(const std::string& out);
+
 /// The newest complete checkpoint below a run's folder; none: nullopt.
 std::optional<std::string> newest_state(const std::string& out);
 

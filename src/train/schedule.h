@@ -13,7 +13,7 @@ namespace hadal::train {
 /// A stretch of training with one way of attending, one row length and one mixture of sources.
 struct Stage {
   std::string name;
-  int64_t tokens = 0;  ///< consumed in this stage, padding included; rounded up to whole rows
+  int64_t tokens = 0;  ///< taken from the sources; padding comes on top
   int64_t row_length = 0;
   model::AttentionMode mode = model::AttentionMode::kDense;
   ops::Numerics numerics = ops::Numerics::kBf16;

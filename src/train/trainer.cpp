@@ -34,13 +34,15 @@ at::Device pick_device(const std::string& name) {
   return at::Device(name == "cpu" || !has_cuda ? at::kCPU : at::kCUDA);
 }
 
-std::vector<int64_t> token_counts(const std::vector<data::TokenShards>& sources, int64_t vocab) {
+std::vector<int64_t> token_counts(const RunConfig& config,
+                                  const std::vector<data::TokenShards>& sources,
+                                  int64_t vocab) {
   std::vector<int64_t> counts(static_cast<size_t>(vocab), 0);
   for (const data::TokenShards& source : sources) {
     for (int64_t document = 0; document < source.num_documents(); ++document) {
       for (const int32_t id : source.document(document)) {
-        HADAL_INPUT_CHECK(id >= 0 && id < vocab, "the tokenizer knows id ", id,
-                          ", but the model's vocab_size is ", vocab);
+        HADAL_INPUT_CHECK(id >= 0 && id < vocab, config.tokenizer, ": the text holds token ", id,
+                          ", but the vocab_size of ", config.model, " is ", vocab);
         ++counts[static_cast<size_t>(id)];
       }
     }
@@ -48,16 +50,26 @@ std::vector<int64_t> token_counts(const std::vector<data::TokenShards>& sources,
   return counts;
 }
 
-model::Transformer build_model(const RunConfig& config,
-                               const std::vector<data::TokenShards>& sources) {
-  const model::ModelConfig model_config = model::load_config(config.model);
-  const std::vector<int64_t> counts = token_counts(sources, model_config.vocab_size);
+/// The model's configuration, and whether the stages can be trained with it.
+model::ModelConfig checked_model_config(const RunConfig& config) {
+  model::ModelConfig result = model::load_config(config.model);
+  const auto check_length = [&](const std::string& where, int64_t row_length) {
+    HADAL_INPUT_CHECK(row_length <= result.max_position_embeddings, config.path, ": ", where,
+                      ": row_length ", row_length, " exceeds max_position_embeddings ",
+                      result.max_position_embeddings);
+  };
   for (const Stage& stage : config.stages) {
-    if (stage.numerics == ops::Numerics::kReleased) model_config.check_released();
-    HADAL_INPUT_CHECK(stage.row_length <= model_config.max_position_embeddings, config.path,
-                      ": stage ", stage.name, ": row_length ", stage.row_length,
-                      " exceeds max_position_embeddings ", model_config.max_position_embeddings);
+    if (stage.numerics == ops::Numerics::kReleased) result.check_released();
+    check_length(concat("stage ", stage.name), stage.row_length);
   }
+  check_length("validation", config.validation.row_length);
+  return result;
+}
+
+model::Transformer build_model(const RunConfig& config,
+                               const model::ModelConfig& model_config,
+                               const std::vector<data::TokenShards>& sources) {
+  const std::vector<int64_t> counts = token_counts(config, sources, model_config.vocab_size);
   if (!config.init_checkpoint.empty()) {
     model::Transformer model =
         checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
@@ -81,11 +93,13 @@ model::Transformer build_model(const RunConfig& config,
 struct Trainer::Impl {
   explicit Impl(RunConfig run)
       : config(std::move(run)),
+        // What can be wrong with the configuration is found before anything is written.
+        model_config(checked_model_config(config)),
+        device(pick_device(config.device)),
         lock(prepare_folder(config)),
         sources(open_sources(config)),
         plan(config, sources),
-        device(pick_device(config.device)),
-        model(build_model(config, sources)) {
+        model(build_model(config, model_config, sources)) {
     // Reductions inside LibTorch depend on its thread count; our own kernels do not.
     if (device.is_cpu()) at::set_num_threads(1);
     model::move_to(model, device);
@@ -97,12 +111,20 @@ struct Trainer::Impl {
           validation_rows(sources[index], config.sources[index].kind == data::SourceKind::kText,
                           config.validation.rows, config.validation.row_length);
     }
+    remove_leftovers(config.out);
     restore();
     metrics = std::make_unique<MetricsWriter>(config.out, progress.step);
     bar = std::make_unique<Progress>("train", plan.total_tokens(), "tokens");
   }
 
   static std::string prepare_folder(const RunConfig& config) {
+    const auto expect_file = [](const std::string& path) {
+      HADAL_INPUT_CHECK(std::filesystem::is_regular_file(path), path, ": no such file");
+    };
+    expect_file(config.tokenizer);
+    for (const data::SourceSpec& source : config.sources) {
+      for (const std::string& file : source.files) expect_file(file);
+    }
     std::filesystem::create_directories(config.out);
     return config.out + "/lock";
   }
@@ -130,25 +152,39 @@ struct Trainer::Impl {
 
   RunOutcome run(const std::function<bool()>& stop) {
     last_save = Clock::now();
+    if (!finished()) {
+      set_earlier_model_aside();
+      begin_stage();
+    }
     while (!finished()) {
-      const auto index = static_cast<size_t>(progress.stage);
-      if (progress.row == 0) begin_stage(index);
-      while (progress.row < plan.num_rows(index)) {
-        if (stop()) {
-          save();
-          return RunOutcome::kStopped;
-        }
-        step();
-        if (save_is_due()) save();
+      if (progress.row == plan.num_rows(static_cast<size_t>(progress.stage))) {
+        end_stage();
+        continue;
       }
-      validate("validation", stage());
-      ++progress.stage;
-      progress.row = 0;
+      if (stop()) {
+        save();
+        return RunOutcome::kStopped;
+      }
+      step();
+      // What a step reports comes before its checkpoint: a run that goes on from there has all of
+      // it, and one that goes on from an earlier checkpoint reports all of it again.
+      if (progress.row == plan.num_rows(static_cast<size_t>(progress.stage))) end_stage();
+      if (save_is_due()) save();
     }
     save();
     bar->finish();
     export_model();
     return RunOutcome::kFinished;
+  }
+
+  /// A run that was finished and got further stages since: its model is no longer the last word.
+  void set_earlier_model_aside() {
+    const std::string folder = config.out + "/model";
+    if (!std::filesystem::exists(folder)) return;
+    const std::string aside = concat(folder, "-step-", progress.step);
+    std::filesystem::remove_all(aside);
+    std::filesystem::rename(folder, aside);
+    log::info("train", "the model of an earlier end of this run is now in ", aside);
   }
 
   /// The trained weights and the tokenizer as a checkpoint folder that every command reads.
@@ -164,13 +200,22 @@ struct Trainer::Impl {
     log::info("train", "the trained model is in ", folder);
   }
 
-  void begin_stage(size_t index) {
-    if (progress.plan.size() <= index) progress.plan.push_back(plan.fingerprint(index));
+  void begin_stage() {
+    const auto index = static_cast<size_t>(progress.stage);
     log::info("train", "stage ", stage().name, ": ", plan.num_rows(index), " rows of ",
               stage().row_length, ", attention ", attention_mode_name(stage().mode), ", numerics ",
               ops::numerics_name(stage().numerics), ", ", plan.summary(index));
+    if (progress.plan.size() > index) return;  // begun before this process
+    progress.plan.push_back(plan.fingerprint(index));
     // The same weights under the new rules: what the switch costs before any training.
     if (index > 0) validate("validation_at_switch", stage());
+  }
+
+  void end_stage() {
+    validate("validation", stage());
+    ++progress.stage;
+    progress.row = 0;
+    if (!finished()) begin_stage();
   }
 
   void step() {
@@ -332,10 +377,11 @@ struct Trainer::Impl {
   }
 
   RunConfig config;
+  model::ModelConfig model_config;
+  at::Device device;
   FileLock lock;
   std::vector<data::TokenShards> sources;
   RowPlan plan;
-  at::Device device;
   model::Transformer model;
   std::unique_ptr<Optimizer> optimizer;
   PackedRows validation;
