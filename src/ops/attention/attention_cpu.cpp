@@ -12,10 +12,10 @@ using cpu::F16;
 constexpr int64_t kChunk = 64;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-/// Scratch of one token: chunk keys and the query in FP32, accumulators, logits, and per head max
-/// and sum.
+/// Scratch of one token: chunk keys and the query in FP32, accumulators, logits, and per head max,
+/// sum and factor.
 struct Scratch {
-  float *keys, *q, *acc, *logits, *max, *sum;
+  float *keys, *q, *acc, *logits, *max, *sum, *rescale;
   Scratch(float* memory, int64_t heads, int64_t dim) {
     keys = memory;
     q = keys + kChunk * dim;
@@ -23,6 +23,7 @@ struct Scratch {
     logits = acc + heads * dim;
     max = logits + heads * kChunk;
     sum = max + heads;
+    rescale = sum + heads;
   }
 };
 
@@ -33,52 +34,66 @@ void widen(float* out, const T* row, int64_t dim) {
 }
 
 /// logits[h][k] = (q_h . key_k) * scale: each dot its own 16-lane accumulator along ascending
-/// channels, then the tree.
+/// channels, then the tree. Places beyond count, up to a multiple of 16, get numbers of no meaning.
 void chunk_logits(const AttentionCpuParams& p, const Scratch& s, int64_t count) {
-  for (int64_t head = 0; head < p.heads; ++head) {
-    const float* q = s.q + head * p.dim;
-    float* logits = s.logits + head * kChunk;
-    int64_t key = 0;
-    for (; key + 4 <= count; key += 4) {
-      const float* k = s.keys + key * p.dim;
-      F16 acc[4] = {cpu::splat(0.0f), cpu::splat(0.0f), cpu::splat(0.0f), cpu::splat(0.0f)};
-      cpu::for_lanes(p.dim, [&](int64_t i, int64_t n) {
-        const F16 query = cpu::load_n(q + i, n);
-        for (int r = 0; r < 4; ++r)
-          acc[r] = cpu::fma(query, cpu::load_n(k + r * p.dim + i, n), acc[r]);
-      });
-      for (int r = 0; r < 4; ++r) logits[key + r] = cpu::sum(acc[r]) * p.scale;
+  const F16 scale = cpu::splat(p.scale);
+  for (int64_t key = 0; key < count; key += 16) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      float* logits = s.logits + head * kChunk + key;
+      cpu::dots16(s.q + head * p.dim, s.keys + key * p.dim, p.dim, logits);
+      cpu::store(logits, cpu::load(logits) * scale);
     }
-    for (; key < count; ++key) logits[key] = cpu::dot(q, s.keys + key * p.dim, p.dim) * p.scale;
   }
 }
 
-/// acc[h] = acc[h] * rescale + sum_k p[k] key_k, k ascending.
-void add_values(const AttentionCpuParams& p,
-                const Scratch& s,
-                int64_t head,
-                float rescale,
-                const float* weights,
-                int64_t count) {
+#if defined(HADAL_ISA_avx512)
+constexpr int kValueHeads = 3;  // heads that share a key's load: 12 accumulators of 32 registers
+#else
+constexpr int kValueHeads = 1;
+#endif
+
+/// acc[h] = acc[h] * rescale[h] + sum_k p[h][k] key_k, k ascending, for kHeads heads from `head`
+/// on.
+template <int kHeads>
+void add_values(const AttentionCpuParams& p, const Scratch& s, int64_t head, int64_t count) {
+  const float* weights = s.logits + head * kChunk;
   float* acc = s.acc + head * p.dim;
   int64_t i = 0;
   for (; i + 64 <= p.dim; i += 64) {
-    F16 a[4];
-    for (int r = 0; r < 4; ++r) a[r] = cpu::load(acc + i + r * 16) * cpu::splat(rescale);
-    for (int64_t key = 0; key < count; ++key) {
-      const F16 w = cpu::splat(weights[key]);
-      const float* row = s.keys + key * p.dim + i;
-      for (int r = 0; r < 4; ++r) a[r] = cpu::fma(w, cpu::load(row + r * 16), a[r]);
+    F16 a[kHeads][4];
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+      const F16 rescale = cpu::splat(s.rescale[head + h]);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) a[h][r] = cpu::load(acc + h * p.dim + i + r * 16) * rescale;
     }
-    for (int r = 0; r < 4; ++r) cpu::store(acc + i + r * 16, a[r]);
+    for (int64_t key = 0; key < count; ++key) {
+      F16 row[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) row[r] = cpu::load(s.keys + key * p.dim + i + r * 16);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const F16 w = cpu::splat(weights[h * kChunk + key]);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) a[h][r] = cpu::fma(w, row[r], a[h][r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) cpu::store(acc + h * p.dim + i + r * 16, a[h][r]);
+    }
   }
   for (; i < p.dim; i += 16) {
     const int64_t n = p.dim - i < 16 ? p.dim - i : 16;
-    F16 a = cpu::load_n(acc + i, n) * cpu::splat(rescale);
-    for (int64_t key = 0; key < count; ++key) {
-      a = cpu::fma(cpu::splat(weights[key]), cpu::load_n(s.keys + key * p.dim + i, n), a);
+    for (int h = 0; h < kHeads; ++h) {
+      F16 a = cpu::load_n(acc + h * p.dim + i, n) * cpu::splat(s.rescale[head + h]);
+      for (int64_t key = 0; key < count; ++key) {
+        const F16 w = cpu::splat(weights[h * kChunk + key]);
+        a = cpu::fma(w, cpu::load_n(s.keys + key * p.dim + i, n), a);
+      }
+      cpu::store_n(acc + h * p.dim + i, a, n);
     }
-    cpu::store_n(acc + i, a, n);
   }
 }
 
@@ -88,27 +103,38 @@ float exp_scalar(float x) {
   return lanes[0];
 }
 
-/// max, rescale, exp, FP32 sum, weights into the value product (reference: fold_chunk)
+/// max, rescale, exp, FP32 sum: a head's logits become the weights of the value product.
+void chunk_weights(const AttentionCpuParams& p, const Scratch& s, int64_t head, int64_t count) {
+  float* logits = s.logits + head * kChunk;
+  int64_t places = (count + 15) / 16 * 16;
+  for (int64_t k = count; k < places; ++k) logits[k] = kMinusInfinity;
+  F16 highest = cpu::splat(s.max[head]);
+  for (int64_t k = 0; k < places; k += 16) highest = cpu::max(cpu::load(logits + k), highest);
+  const float seen = cpu::max_lane(highest);
+  if (seen == kMinusInfinity) {  // no usable logit: here alone the empty places have weights too
+    for (; places < kChunk; ++places) logits[places] = kMinusInfinity;
+  }
+  const float rescale = s.max[head] == kMinusInfinity ? 0.0f : exp_scalar(s.max[head] - seen);
+  // Four 16-lane sums of the chunk's 64 places are added in order before the tree.
+  F16 total = cpu::splat(0.0f);
+  for (int64_t k = 0; k < places; k += 16) {
+    const F16 weight = cpu::exp(cpu::load(logits + k) - cpu::splat(seen));
+    total = total + weight;
+    cpu::store(logits + k, p.round_probabilities ? cpu::round_bf16(weight) : weight);
+  }
+  s.sum[head] = s.sum[head] * rescale + cpu::sum(total);
+  s.max[head] = seen;
+  s.rescale[head] = rescale;
+}
+
+/// Adds a chunk (reference: fold_chunk).
 void fold_chunk(const AttentionCpuParams& p, const Scratch& s, int64_t count) {
   chunk_logits(p, s, count);
-  for (int64_t head = 0; head < p.heads; ++head) {
-    float* logits = s.logits + head * kChunk;
-    for (int64_t k = count; k < kChunk; ++k) logits[k] = kMinusInfinity;
-    F16 highest = cpu::splat(s.max[head]);
-    for (int64_t k = 0; k < kChunk; k += 16) highest = cpu::max(cpu::load(logits + k), highest);
-    const float seen = cpu::max_lane(highest);
-    const float rescale = s.max[head] == kMinusInfinity ? 0.0f : exp_scalar(s.max[head] - seen);
-    // Four 16-lane sums of the chunk's 64 places are added in order before the tree.
-    F16 total = cpu::splat(0.0f);
-    for (int64_t k = 0; k < kChunk; k += 16) {
-      const F16 weight = cpu::exp(cpu::load(logits + k) - cpu::splat(seen));
-      total = total + weight;
-      cpu::store(logits + k, p.round_probabilities ? cpu::round_bf16(weight) : weight);
-    }
-    s.sum[head] = s.sum[head] * rescale + cpu::sum(total);
-    s.max[head] = seen;
-    add_values(p, s, head, rescale, logits, count);
-  }
+  for (int64_t head = 0; head < p.heads; ++head) chunk_weights(p, s, head, count);
+  int64_t head = 0;
+  for (; head + kValueHeads <= p.heads; head += kValueHeads)
+    add_values<kValueHeads>(p, s, head, count);
+  for (; head < p.heads; ++head) add_values<1>(p, s, head, count);
 }
 
 template <typename T>
@@ -151,31 +177,46 @@ void attention_token(const AttentionCpuParams& p, const AttentionKeysCpu& keys) 
   }
 }
 
-float round_scalar(float x) { return cpu::bf16_to_float(cpu::float_to_bf16(x)); }
+/// I[c] = sum_h relu(q_h . key_c) * w_h for 16 keys c, heads ascending in 16 sums, head by head in
+/// turn, then the tree over these.
+template <typename T>
+F16 score_block(const IndexScoresCpuParams& p, const T* q, const T* w) {
+  const auto round = [&](F16 x) { return p.round_bf16 ? cpu::round_bf16(x) : x; };
+  const F16 zero = cpu::splat(0.0f);
+  F16 sums[16];
+  for (F16& sum : sums) sum = zero;
+  for (int64_t head = 0; head < p.heads; ++head) {
+    float dots[16], weight[16];
+    cpu::dots16(q + head * p.dim, p.scratch, p.dim, dots);
+    cpu::to_array(weight, cpu::load_n(w + head, 1));
+    const F16 positive = cpu::max(round(cpu::load(dots)), zero);
+    sums[head & 15] = sums[head & 15] + round(positive * cpu::splat(weight[0]));
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+  }
+  return round(sums[0]);
+}
 
-/// I[c] = sum_h relu(q_h . key_c) * w_h, heads ascending in four 16-lane sums, then the tree.
 template <typename T>
 void score_keys(const IndexScoresCpuParams& p) {
-  const T* q = static_cast<const T*>(p.q);
-  const T* w = static_cast<const T*>(p.w);
-  for (int64_t key = 0; key < p.num_keys; ++key) {
-    const T* row = static_cast<const T*>(p.rows[key]);
-    float lanes[16] = {};
-    for (int64_t head = 0; head < p.heads; ++head) {
-      float dot = cpu::dot(q + head * p.dim, row, p.dim);
-      float weight[16];
-      cpu::to_array(weight, cpu::load_n(w + head, 1));
-      if (p.round_bf16) dot = round_scalar(dot);
-      float product = (dot > 0.0f ? dot : 0.0f) * weight[0];
-      if (p.round_bf16) product = round_scalar(product);
-      lanes[head & 15] = lanes[head & 15] + product;
+  int64_t most = 0;
+  for (int64_t t = 0; t < p.tokens; ++t) most = p.num_keys[t] > most ? p.num_keys[t] : most;
+  for (int64_t first = 0; first < most; first += 16) {
+    const int64_t count = most - first < 16 ? most - first : 16;
+    for (int64_t key = 0; key < count; ++key)
+      widen(p.scratch + key * p.dim, static_cast<const T*>(p.rows[first + key]), p.dim);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const int64_t left = p.num_keys[t] - first;
+      if (left <= 0) continue;
+      const F16 scores = score_block(p, static_cast<const T*>(p.q) + t * p.heads * p.dim,
+                                     static_cast<const T*>(p.w) + t * p.heads);
+      cpu::store_n(p.scores + t * p.scores_row + first, scores, left < 16 ? left : 16);
     }
-    const float total = cpu::sum(cpu::load(lanes));
-    p.scores[key] = p.round_bf16 ? round_scalar(total) : total;
   }
 }
 
-void index_scores_token(const IndexScoresCpuParams& p) {
+void index_scores_tokens(const IndexScoresCpuParams& p) {
   if (p.dtype == ElementType::kF32) {
     score_keys<float>(p);
   } else {
@@ -184,7 +225,7 @@ void index_scores_token(const IndexScoresCpuParams& p) {
 }
 
 const bool filled_attention = attention_cpu.fill(cpu::kIsa, attention_token);
-const bool filled_scores = index_scores_cpu.fill(cpu::kIsa, index_scores_token);
+const bool filled_scores = index_scores_cpu.fill(cpu::kIsa, index_scores_tokens);
 
 }  // namespace
 }  // namespace hadal::ops

@@ -1,5 +1,5 @@
-// CPU kernel contracts of attention and indexer: one token at a time, keys found by pointer, so
-// that chunk, ring and pages look alike. Every sum runs in the order of the contract
+// CPU kernel contracts of attention and indexer: keys found by pointer, so that chunk, ring and
+// pages look alike. Every sum runs in the order of the contract
 // (sparse_attn.h), which no batch, chunking or thread count changes.
 #pragma once
 
@@ -33,12 +33,15 @@ constexpr int64_t attention_scratch_floats(int64_t heads, int64_t dim) {
   return 64 * dim + heads * dim + heads * 64 + 3 * heads + dim * heads + 64;
 }
 
+/// Consecutive tokens of one sequence: a block of keys is read once for all of them.
 struct IndexScoresCpuParams {
-  const void* q;            ///< [heads, dim] of the token
-  const void* w;            ///< [heads]
-  const void* const* rows;  ///< [num_keys] each [dim]
-  float* scores;            ///< [num_keys]
-  int64_t heads, dim, num_keys;
+  const void* q;            ///< [tokens, heads, dim]
+  const void* w;            ///< [tokens, heads]
+  const void* const* rows;  ///< [largest num_keys] each [dim]
+  const int64_t* num_keys;  ///< [tokens] how many of the rows a token sees
+  float* scores;            ///< [tokens, scores_row], the first num_keys of each row are written
+  float* scratch;           ///< [16 * dim]
+  int64_t tokens, heads, dim, scores_row;
   ElementType dtype;
   bool round_bf16;  ///< `released`: dots, products and the sum rounded to BF16
 };

@@ -100,6 +100,9 @@ void choose(
   std::fill(chosen + taken, chosen + k, -1);
 }
 
+/// Tokens that share a pass over the keys.
+constexpr int64_t kScoreTokens = 8;
+
 /// Scores every token's visible blocks and hands them to use(token, scores, count).
 template <typename Use>
 void score_tokens(const std::vector<at::Tensor>& in,
@@ -114,31 +117,39 @@ void score_tokens(const std::vector<at::Tensor>& in,
   const auto* q_data = static_cast<const char*>(q.const_data_ptr());
   const auto* w_data = static_cast<const char*>(w.const_data_ptr());
   const auto* row_data = static_cast<const char*>(rows.const_data_ptr());
+  const int64_t most = max_visible(batch, ratio);
   parallel_for(batch.num_tokens(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<const void*> key_rows;
-    std::vector<float> scores;
+    std::vector<const void*> key_rows(static_cast<size_t>(most));
+    std::vector<float> scores(static_cast<size_t>(kScoreTokens * most)),
+        scratch(static_cast<size_t>(16 * dim));
     int64_t seq = 0, known = 0;
-    for (int64_t token = begin; token < end; ++token) {
+    for (int64_t token = begin; token < end;) {
       while (batch.end(seq) <= token) {
         ++seq;
         known = 0;
       }
-      const int64_t visible = (batch.host_pos()[static_cast<size_t>(token)] + 1) / ratio;
-      key_rows.resize(static_cast<size_t>(visible));
-      for (; known < visible; ++known) {
+      const int64_t count = std::min({kScoreTokens, end - token, batch.end(seq) - token});
+      int64_t num_keys[kScoreTokens];
+      for (int64_t t = 0; t < count; ++t) {
+        num_keys[t] = (batch.host_pos()[static_cast<size_t>(token + t)] + 1) / ratio;
+      }
+      for (; known < num_keys[count - 1]; ++known) {
         key_rows[static_cast<size_t>(known)] = row_data + keys.row(seq, known) * dim * bytes;
       }
-      scores.resize(static_cast<size_t>(visible));
       index_scores_cpu({.q = q_data + token * heads * dim * bytes,
                         .w = w_data + token * heads * bytes,
                         .rows = key_rows.data(),
+                        .num_keys = num_keys,
                         .scores = scores.data(),
+                        .scratch = scratch.data(),
+                        .tokens = count,
                         .heads = heads,
                         .dim = dim,
-                        .num_keys = visible,
+                        .scores_row = most,
                         .dtype = element_type(q),
                         .round_bf16 = numerics == Numerics::kReleased});
-      use(token, scores.data(), visible);
+      for (int64_t t = 0; t < count; ++t) use(token + t, scores.data() + t * most, num_keys[t]);
+      token += count;
     }
   });
 }

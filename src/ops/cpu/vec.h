@@ -46,15 +46,23 @@ HADAL_INLINE F16 load(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
 HADAL_INLINE void store(float* p, F16 x) { _mm512_storeu_ps(p, x.v); }
-HADAL_INLINE void store(uint16_t* p, F16 x) {
+/// The BF16 value of every lane in its upper half; what the lower half holds does not count.
+HADAL_INLINE __m512i round_to_bf16(F16 x) {
   // Written out rather than vcvtneps2bf16, which flushes subnormal inputs.
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+HADAL_INLINE void store(uint16_t* p, F16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(x), 16)));
+}
+/// The nearest BF16 value.
+HADAL_INLINE F16 round_bf16(F16 x) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(round_to_bf16(x), high))};
 }
 HADAL_INLINE F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 HADAL_INLINE F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -77,6 +85,8 @@ HADAL_INLINE F16 if_less(F16 a, F16 b, F16 x, F16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 HADAL_INLINE void to_array(float (&out)[16], F16 x) { _mm512_storeu_ps(out, x.v); }
+HADAL_INLINE __m256 low_half(F16 x) { return _mm512_castps512_ps256(x.v); }
+HADAL_INLINE __m256 high_half(F16 x) { return _mm512_extractf32x8_ps(x.v, 1); }
 
 #elif defined(HADAL_ISA_avx2)
 
@@ -147,6 +157,12 @@ HADAL_INLINE F16 if_less(F16 a, F16 b, F16 x, F16 y) {
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
 HADAL_INLINE void to_array(float (&out)[16], F16 x) { store(out, x); }
+HADAL_INLINE __m256 low_half(F16 x) { return x.lo; }
+HADAL_INLINE __m256 high_half(F16 x) { return x.hi; }
+HADAL_INLINE F16 round_bf16(F16 x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(round_to_bf16(x.lo), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(round_to_bf16(x.hi), 16))};
+}
 
 #else
 
@@ -216,6 +232,9 @@ HADAL_INLINE F16 if_less(F16 a, F16 b, F16 x, F16 y) {
   return each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
 }
 HADAL_INLINE void to_array(float (&out)[16], F16 x) { store(out, x); }
+HADAL_INLINE F16 round_bf16(F16 x) {
+  return each([&](int i) { return bf16_to_float(float_to_bf16(x.v[i])); });
+}
 
 #endif
 
@@ -234,6 +253,20 @@ HADAL_INLINE void store_partial(T* p, F16 x, int64_t count) {
 }
 
 /// The one tree of every horizontal sum: lanes i and i + 8, then 4, 2, 1.
+#if defined(HADAL_ISA_avx512) || defined(HADAL_ISA_avx2)
+HADAL_INLINE float sum(F16 x) {
+  const __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+HADAL_INLINE float max_lane(F16 x) {
+  const __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 HADAL_INLINE float sum(F16 x) {
   float v[16];
   to_array(v, x);
@@ -250,6 +283,7 @@ HADAL_INLINE float max_lane(F16 x) {
   }
   return v[0];
 }
+#endif
 
 /// exp(x) within two units in the last place; 0 below -87, exp(88) above 88.
 HADAL_INLINE F16 exp(F16 x) {
@@ -270,13 +304,6 @@ HADAL_INLINE F16 exp(F16 x) {
 }
 
 HADAL_INLINE F16 sigmoid(F16 x) { return splat(1.0f) / (splat(1.0f) + exp(splat(0.0f) - x)); }
-
-/// The nearest BF16 value.
-HADAL_INLINE F16 round_bf16(F16 x) {
-  uint16_t buffer[16];
-  store(buffer, x);
-  return load(buffer);
-}
 
 /// sum over i of a[i] * b[i]: one 16-lane accumulator along ascending i, then the tree.
 template <typename A, typename B>
@@ -305,6 +332,52 @@ HADAL_INLINE void store_n(T* p, F16 x, int64_t n) {
     store(p, x);
   } else {
     store_partial(p, x, n);
+  }
+}
+
+#if defined(HADAL_ISA_avx512)
+/// Sums that dots16 has in flight.
+inline constexpr int kDotRows = 16;
+
+/// sum() of 16 vectors: the tree is walked for all at once, a level halving the vectors.
+HADAL_INLINE void store_sums(float* out, const F16 (&x)[16]) {
+  const auto halves = [](F16 a, F16 b) {  // [a0 + a8 .. a7 + a15, b likewise]
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44),
+                         _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+  };
+  const auto quarters = [&](int i) {  // four floats each of x[i], x[i + 4], x[i + 8], x[i + 12]
+    const __m512 a = halves(x[i], x[i + 4]), b = halves(x[i + 8], x[i + 12]);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const auto pairs = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  const __m512 a = pairs(quarters(0), quarters(1)), b = pairs(quarters(2), quarters(3));
+  _mm512_storeu_ps(out,
+                   _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)));
+}
+#else
+inline constexpr int kDotRows = 4;
+
+HADAL_INLINE void store_sums(float* out, const F16 (&x)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+}
+#endif
+
+/// out[r] = dot(a, rows + r * count, count) for 16 rows.
+template <typename A>
+HADAL_INLINE void dots16(const A* a, const float* rows, int64_t count, float* out) {
+  for (int first = 0; first < 16; first += kDotRows) {
+    F16 acc[kDotRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kDotRows; ++r) acc[r] = splat(0.0f);
+    for_lanes(count, [&](int64_t i, int64_t n) {
+      const F16 x = load_n(a + i, n);
+#pragma GCC unroll 16
+      for (int r = 0; r < kDotRows; ++r)
+        acc[r] = fma(x, load_n(rows + (first + r) * count + i, n), acc[r]);
+    });
+    store_sums(out + first, acc);
   }
 }
 
