@@ -30,7 +30,7 @@ function(hadal_library name)
       target_compile_definitions(${target}_${isa} PRIVATE HADAL_ISA=${isa} HADAL_ISA_${isa})
       target_compile_options(${target}_${isa} PRIVATE ${HADAL_ISA_FLAGS_${isa}} -ffp-contract=off -fno-math-errno -O3
         # g++ 12 warns about its own AVX-512 headers.
-        -Wno-maybe-uninitialized)
+        -Wno-maybe-uninitialized -Wno-uninitialized)
       list(APPEND objects $<TARGET_OBJECTS:${target}_${isa}>)
     endforeach()
   endif()
