@@ -139,7 +139,7 @@ class Product {
               .x_type = x_type_};
       const RowForm form = row_form(run.rows);
       if (!form.bf16) run.x_type = ElementType::kF32;
-      if (run.rows > kFewRows || in_ != w_.in || run.x_type != x_type_) {
+      if (run.rows > kFewRows || in_ != w_.in || run.x_type != x_type_ || form.exact) {
         run.packed = packed_bytes_;
         // Tiles are read whole, so the last one may reach beyond the rows.
         const int64_t rows = form.exact ? run.rows + kUnitRows - 1 : run.rows;

@@ -258,7 +258,10 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_unit_rows(const GemmTask&
   alignas(64) float y[kTaskRows * kBlockWidth];
   alignas(64) __m512i decoded[kBlockPanels * kPairs];  // [panel][pair][16 outputs][2]
   alignas(64) float sums[2][2][kUnitRows * kPanelWidth];
-  const TileConfig config;
+  TileConfig config;
+  // Sums (0, 1) and rows of x (6): fewer rows take less time.
+  const auto unit_rows = static_cast<uint8_t>(t.rows < kUnitRows ? t.rows : kUnitRows);
+  for (const int unit : {0, 1, 6}) config.rows[unit] = unit_rows;
   _tile_loadconfig(&config);
   const auto* x = static_cast<const uint16_t*>(t.x);
   const uint8_t* weights = t.weights;
@@ -270,6 +273,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_unit_rows(const GemmTask&
     for (int64_t g = 0; g < kGroups; ++g) {
       for (int64_t q = 0; q < t.panels; ++q) {
         const uint8_t* group = weights + (g * t.panels + q) * Fp4Pairs::kBytes;
+        __builtin_prefetch(group + kPrefetchBytes);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) decoded[q * kPairs + g * 4 + j] = w.pair(group, j).v;
       }
@@ -417,7 +421,7 @@ void row_form([[maybe_unused]] int64_t rows,
               [[maybe_unused]] WeightFormat format,
               [[maybe_unused]] RowForm* form) {
 #if defined(HADAL_ISA_avx512)
-  form->exact = format == WeightFormat::kFp4 && rows > kFewRows && has_tiles();
+  form->exact = format == WeightFormat::kFp4 && rows >= kFewRows && has_tiles();
   form->bf16 = form->exact || rows == 1 || cpu::dot_products_are_fast();
 #endif
 }

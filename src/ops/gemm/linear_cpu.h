@@ -38,8 +38,8 @@ inline constexpr int64_t kBlockWidth = kPanelWidth * kBlockPanels;
 inline constexpr int64_t kGroupInputs = 8;
 /// Rows of one task at most.
 inline constexpr int64_t kTaskRows = 96;
-/// Tasks of up to this many rows decode in registers; those with more decode each slab once and
-/// want x packed.
+/// Tasks of up to this many rows decode in registers (FP4 on matrix units: of fewer); those with
+/// more decode each slab once and want x packed.
 inline constexpr int64_t kFewRows = 4;
 /// E8M0 bytes that the kernel takes.
 inline constexpr int kMinScaleByte = 127 - 60, kMaxScaleByte = 127 + 60;
