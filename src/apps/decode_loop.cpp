@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
 
 #include "apps/model_folder.h"
 #include "base/check.h"
@@ -48,7 +49,7 @@ bool Sequence::append(const std::vector<int64_t>& ids, const StopFunction& stop)
       length() + static_cast<int64_t>(ids.size()) <= loaded_.config().max_position_embeddings,
       "the text has ", length() + static_cast<int64_t>(ids.size()),
       " tokens, the model's last position is ", loaded_.config().max_position_embeddings);
-  const at::NoGradGuard no_grad;
+  const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
   for (auto begin = ids.begin(); begin != ids.end();) {
     if (begin != ids.begin() && stop && stop()) return false;
     const auto end = begin + std::min<int64_t>(kChunk, ids.end() - begin);

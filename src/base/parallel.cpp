@@ -71,8 +71,9 @@ class ThreadPool {
   }
 
  private:
-  /// About 100 us: longer than the gaps between the regions of one decode step.
-  static constexpr int kSpins = 4000;
+  /// About 1 ms: longer than any gap between the regions of one decode step, so that none of them
+  /// has to wake a sleeper.
+  static constexpr int kSpins = 20000;
 
   static int64_t tasks_left(uint64_t region) { return static_cast<int64_t>(region & 0xffffffffu); }
 

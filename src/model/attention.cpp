@@ -72,12 +72,15 @@ ops::BlockView compress_step(const Compressor& compressor,
   const ops::Compressed result =
       ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio);
   const ops::BlockPlan& plan = batch.blocks(ratio);
-  at::Tensor rows =
-      ops::rms_norm(result.pooled.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
-  rows = ops::rope(rows, rope_table.cos_sin(plan.pos, plan.max_pos));
-  rows = rings.blocks == BlockKind::kIndexKeys
-             ? quantise_index(rows, context.numerics)
-             : quantise_latent(rows, config.rope_head_dim, context.numerics);
+  at::Tensor rows = result.pooled;
+  // A step that completes no block, as most decode steps, has nothing to compute here.
+  if (plan.num_blocks() > 0 || context.kv == nullptr) {
+    rows = ops::rms_norm(rows.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
+    rows = ops::rope(rows, rope_table.cos_sin(plan.pos, plan.max_pos));
+    rows = rings.blocks == BlockKind::kIndexKeys
+               ? quantise_index(rows, context.numerics)
+               : quantise_latent(rows, config.rope_head_dim, context.numerics);
+  }
   if (context.kv == nullptr) return blocks_of_step(rows, plan);
   const ops::BlockView view = context.kv->append_blocks(block, rings.blocks, rows);
   context.kv->commit(block, rings.kv, kv);

@@ -1,6 +1,7 @@
 #include "model/contiguous_kv.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include <ATen/ATen.h>
 
@@ -11,6 +12,21 @@ namespace {
 
 at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
   return at::tensor(values, at::kLong).to(device);
+}
+
+/// Row from[i] of x becomes row to[i] of y; both on the CPU, contiguous and of one type.
+void copy_rows(const at::Tensor& x,
+               const std::vector<int64_t>& from,
+               const at::Tensor& y,
+               const std::vector<int64_t>& to) {
+  HADAL_CHECK(x.size(1) == y.size(1), "contiguous_kv: rows of ", x.size(1), " channels for ",
+              y.size(1));
+  const int64_t bytes = x.size(1) * x.element_size();
+  const auto* source = static_cast<const char*>(x.const_data_ptr());
+  auto* target = static_cast<char*>(y.mutable_data_ptr());
+  for (size_t i = 0; i < from.size(); ++i) {
+    std::memcpy(target + to[i] * bytes, source + from[i] * bytes, static_cast<size_t>(bytes));
+  }
 }
 
 }  // namespace
@@ -126,7 +142,9 @@ ops::BlockView ContiguousKv::append_blocks(int64_t block, BlockKind kind, const 
   for (size_t i = 0; i < active_.size(); ++i) {
     const int64_t slot = active_[i], first = length(slot) / ratio;
     const int64_t count = (length(slot) + active_lengths_[i]) / ratio - first;
-    store.rows[slot].narrow(0, first, count).copy_(rows.narrow(0, next, count));
+    if (count > 0) {
+      store.rows[slot].narrow(0, first, count).copy_(rows.narrow(0, next, count));
+    }
     view.page_start.push_back({slot * store.capacity});
     next += count;
   }
@@ -145,6 +163,10 @@ void ContiguousKv::commit(int64_t block, RingKind kind, const at::Tensor& rows) 
       to.push_back(active_[i] * ring.size + (start + t) % ring.size);
     }
     token += count;
+  }
+  if (device_.is_cpu() && rows.scalar_type() == ring.rows.scalar_type()) {
+    copy_rows(rows.contiguous(), from, ring.rows, to);
+    return;
   }
   ring.rows.index_copy_(0, upload(to, device_), rows.index_select(0, upload(from, device_)));
 }

@@ -1,8 +1,13 @@
 #include "ops/moe/permute.h"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "base/check.h"
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
 #include "ops/op.h"
@@ -55,6 +60,51 @@ at::Tensor run_cpu(const at::Tensor& rows, const at::Tensor& place, const at::Te
   return out;
 }
 
+bool wants_gradient(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+
+/// The same permutation by counting, without a tensor operation for every step of it.
+Permutation permute_on_cpu(const at::Tensor& experts_any, int64_t num_experts) {
+  const at::Tensor experts = experts_any.contiguous();
+  const int64_t pairs = experts.numel(), topk = experts.size(1);
+  const Permutation result{.token = at::empty({pairs}, at::kLong),
+                           .slot = at::empty({pairs}, at::kLong),
+                           .place = at::empty({pairs}, at::kLong),
+                           .offsets = at::empty({num_experts + 1}, at::kLong)};
+  const int64_t* expert = experts.const_data_ptr<int64_t>();
+  int64_t* token = result.token.mutable_data_ptr<int64_t>();
+  int64_t* slot = result.slot.mutable_data_ptr<int64_t>();
+  int64_t* place = result.place.mutable_data_ptr<int64_t>();
+  int64_t* offsets = result.offsets.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
+  for (int64_t i = 0; i < pairs; ++i) {
+    HADAL_CHECK(expert[i] >= 0 && expert[i] < num_experts, "permute: expert ", expert[i], " of ",
+                num_experts);
+    ++next[static_cast<size_t>(expert[i]) + 1];
+  }
+  for (size_t e = 1; e < next.size(); ++e) next[e] += next[e - 1];
+  std::copy(next.begin(), next.end(), offsets);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t to = next[static_cast<size_t>(expert[i])]++;
+    place[i] = to;
+    slot[to] = i;
+    token[to] = i / topk;
+  }
+  return result;
+}
+
+at::Tensor copy_rows(const at::Tensor& x_any, const at::Tensor& token) {
+  const at::Tensor x = x_any.contiguous();
+  const int64_t count = token.size(0), bytes = x.size(1) * x.element_size();
+  at::Tensor out = at::empty({count, x.size(1)}, x.options());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t* rows = token.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(to + i * bytes, from + rows[i] * bytes, static_cast<size_t>(bytes));
+  }
+  return out;
+}
+
 struct Combine : torch::autograd::Function<Combine> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& rows,
@@ -83,6 +133,9 @@ constinit CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
 
 Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
   check_shape(experts, {-1, -1}, "permute: experts");
+  if (experts.is_cpu() && experts.scalar_type() == at::kLong) {
+    return permute_on_cpu(experts, num_experts);
+  }
   const auto [sorted, slot] =
       at::sort(experts.flatten(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const at::Tensor bounds = at::arange(num_experts + 1, experts.options());
@@ -96,12 +149,17 @@ Permutation permute_by_expert(const at::Tensor& experts, int64_t num_experts) {
 
 at::Tensor permute_rows(const at::Tensor& x, const Permutation& order) {
   check_shape(x, {order.place.size(0) * x.size(0) / order.token.size(0), -1}, "permute_rows: x");
+  if (x.is_cpu() && !wants_gradient(x)) return copy_rows(x, order.token);
   return PermuteRows::apply(x, order.token, order.place);
 }
 
 at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::Tensor& shared) {
   const int64_t tokens = shared.size(0), topk = order.place.size(0) / tokens;
   check_shape(rows, {tokens * topk, shared.size(1)}, "combine: rows");
+  if (use_cpu_kernel(shared) && rows.scalar_type() == shared.scalar_type() &&
+      !wants_gradient(rows) && !wants_gradient(shared)) {
+    return run_cpu(rows, order.place, shared);
+  }
   return Combine::apply(rows, shared, order.place, order.token);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -110,12 +111,33 @@ constinit CpuSlot<void(const RmsNormCpuParams&, int64_t, int64_t)> rms_norm_cpu;
 
 namespace {
 
+/// A weight as the kernel reads it. BF16, as checkpoints store it, is widened into memory of its
+/// own: for one row a tensor operation would take longer than the norm.
+class FloatWeight {
+ public:
+  explicit FloatWeight(const at::Tensor& weight) {
+    if (!weight.defined()) return;
+    if (weight.scalar_type() != at::kBFloat16) {
+      tensor_ = weight.to(at::kFloat).contiguous();
+      return;
+    }
+    tensor_ = weight.contiguous();
+    const auto* values = tensor_.const_data_ptr<at::BFloat16>();
+    widened_.assign(values, values + tensor_.numel());
+  }
+  const float* data() const { return widened_.empty() ? float_data(tensor_) : widened_.data(); }
+
+ private:
+  at::Tensor tensor_;
+  std::vector<float> widened_;
+};
+
 at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bool bf16_chain) {
   const at::Tensor input = x.contiguous();
-  const at::Tensor w = weight.defined() ? weight.to(at::kFloat).contiguous() : weight;
+  const FloatWeight w(weight);
   at::Tensor out = at::empty_like(input);
   const RmsNormCpuParams params{.x = input.const_data_ptr(),
-                                .weight = w.defined() ? w.const_data_ptr<float>() : nullptr,
+                                .weight = w.data(),
                                 .out = out.mutable_data_ptr(),
                                 .dim = x.size(-1),
                                 .eps = static_cast<float>(eps),

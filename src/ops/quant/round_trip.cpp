@@ -82,7 +82,7 @@ at::Tensor run_cpu(const CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_
                    int64_t group) {
   HADAL_CHECK(dim > 0 && dim <= x.size(-1) && dim % group == 0, "round_trip: ", dim, " of ",
               x.sizes(), " is no multiple of the group ", group);
-  const at::Tensor input = x.detach().contiguous();
+  const at::Tensor input = x.contiguous();
   at::Tensor out = at::empty_like(input);
   const RoundTripCpuParams params{.x = input.const_data_ptr(),
                                   .out = out.mutable_data_ptr(),
