@@ -119,7 +119,8 @@ TEST_F(RowPlanTest, EveryPieceIsThereOnceAndMixturesHold) {
       if (rows.scored[i] != 0) ++histogram[rows.tokens[i]];
     }
   }
-  const double passes = (3000 * 0.75 + 9000 * 8.0 / 9.0) / static_cast<double>(sources_[0].num_tokens());
+  const double passes =
+      (3000 * 0.75 + 9000 * 8.0 / 9.0) / static_cast<double>(sources_[0].num_tokens());
   EXPECT_GT(passes, 1.2) << "the test wants repetition";
   std::map<int32_t, int64_t> once;
   for (int64_t document = 0; document < sources_[0].num_documents(); ++document) {
@@ -180,7 +181,7 @@ TEST_F(RowPlanTest, BestFitCutsNoMoreThanConcatenation) {
     EXPECT_GT(short_cut, 0) << "concatenation cuts documents that fit a row; best fit none";
     for (const data::Piece& piece : pieces) {
       const auto size = static_cast<int64_t>(sources_[0].document(piece.document).size());
-      if (size <= row_length) EXPECT_EQ(piece.length, size);
+      EXPECT_TRUE(size > row_length || piece.length == size);
     }
     // And it pays little padding for that.
     const double used = static_cast<double>(sources_[0].num_tokens()) /

@@ -128,7 +128,7 @@ TEST_F(RunConfigTest, EveryDefectNamesItsKey) {
 }
 
 TEST_F(RunConfigTest, TheRecipeOfTheProjectIsValid) {
-  const std::string folder = std::string(HADAL_SOURCE_DIR) + "/recipes/hadal-nano";
+  const std::string folder = concat(HADAL_SOURCE_DIR, "/recipes/hadal-nano");
   const RunConfig config = load_run_config(folder + "/pretrain.json");
   EXPECT_EQ(config.model, folder + "/config.json");
   EXPECT_GT(config.total_tokens(), 0);

@@ -32,8 +32,8 @@ TEST(Schedule, LearningRateAtItsBreakpoints) {
 TEST(Schedule, LearningRateRisesThenFallsAndDependsOnTokensAlone) {
   for (int64_t tokens = 1; tokens < 1100; ++tokens) {
     const double before = kRate.at(tokens - 1, 4), now = kRate.at(tokens, 4);
-    if (tokens + 2 < 100) EXPECT_GT(now, before) << tokens;
-    if (tokens + 1 >= 100) EXPECT_LE(now, before) << tokens;
+    EXPECT_TRUE(tokens + 2 >= 100 || now > before) << tokens;
+    EXPECT_TRUE(tokens + 1 < 100 || now <= before) << tokens;
     EXPECT_EQ(now, kRate.at(tokens, 4));
     EXPECT_GE(now, 0.0);
     EXPECT_LE(now, kRate.peak);
