@@ -4,7 +4,8 @@
 // each begins) and, for conversations, `scored` [tokens] U8. Its name holds a fingerprint of what
 // it was made from (tokenizer, names and sizes of the files, kind), so sources can share a folder
 // and the folder can move. A text changed without changing its size goes unnoticed by that; when
-// its time says that it may have been, a warning names the file to delete. Building is parallel over documents; the order is that of the files.
+// its time says that it may have been, a warning names the file to delete. Building is parallel
+// over documents; the order is that of the files.
 #pragma once
 
 #include <cstdint>

@@ -89,7 +89,8 @@ void save_state(const std::string& out,
 void remove_leftovers(const std::string& out) {
   // AtomicFile and AtomicDirectory write under the name, this and six characters.
   constexpr std::string_view kMark = ".tmp-";
-  for (const fs::path& folder : {fs::path(out), fs::path(out) / "checkpoints", fs::path(out) / "tokens"}) {
+  for (const fs::path& folder :
+       {fs::path(out), fs::path(out) / "checkpoints", fs::path(out) / "tokens"}) {
     if (!fs::is_directory(folder)) continue;
     std::vector<fs::path> leftovers;
     for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {

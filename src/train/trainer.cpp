@@ -192,11 +192,11 @@ struct Trainer::Impl {
     const std::string folder = config.out + "/model";
     if (std::filesystem::exists(folder)) return;
     const bool quantised = model.config().quantized;
-    checkpoint::save_model(model, folder,
-                           {.format = quantised ? checkpoint::SaveFormat::kOfficial
-                                                : checkpoint::SaveFormat::kBf16,
-                            .max_shard_bytes = config.export_shard_bytes,
-                            .tokenizer = config.tokenizer});
+    checkpoint::save_model(
+        model, folder,
+        {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
+         .max_shard_bytes = config.export_shard_bytes,
+         .tokenizer = config.tokenizer});
     log::info("train", "the trained model is in ", folder);
   }
 
