@@ -185,7 +185,12 @@ if ! fetch "$deps/download/torch" "${torch_wheels[@]}"; then
   exit 2
 fi
 unpacked=$deps/unpacked
-for wheel in "$deps"/download/torch/*.whl; do unzip -q -o "$wheel" 'torch/include/*' 'torch/lib/*' 'nvidia/cu13/lib/*' -d "$unpacked" || [ $? -eq 11 ]; done
+for wheel in "$deps"/download/torch/*.whl; do
+  case "$wheel" in
+    */torch-*) unzip -q -o "$wheel" 'torch/include/*' 'torch/lib/*' -d "$unpacked" ;;
+    *) unzip -q -o "$wheel" 'nvidia/cu13/lib/*' -d "$unpacked" ;;
+  esac
+done
 mkdir "$unpacked/libtorch"
 mv "$unpacked/torch/include" "$unpacked/torch/lib" "$unpacked/libtorch/"
 mv "$unpacked"/nvidia/cu13/lib/libcudart.so.13 "$unpacked"/nvidia/cu13/lib/libcupti.so.13 "$unpacked/libtorch/lib/"

@@ -1,0 +1,431 @@
+// hadal train as people run it: killed, stopped, resumed and misused.
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <fcntl.h>
+#include <filesystem>
+#include <map>
+#include <sstream>
+#include <string>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "base/check.h"
+#include "base/file.h"
+#include "base/philox.h"
+#include "cli_fixture.h"
+#include "model/config.h"
+#include "testing/tiny_tokenizer.h"
+
+namespace hadal {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+using Clock = std::chrono::steady_clock;
+
+/// The smallest model that the released formats take, with a window, a CSA and an HCA layer.
+model::ModelConfig train_config() {
+  model::ModelConfig config;
+  config.vocab_size = testing::byte_tokenizer_size();
+  config.dim = 128;
+  config.n_layers = 3;
+  config.n_hash_layers = 1;
+  config.n_heads = 2;
+  config.head_dim = 128;
+  config.rope_head_dim = 64;
+  config.q_lora_rank = 128;
+  config.o_groups = 2;
+  config.o_lora_rank = 64;
+  config.window_size = 12;
+  config.compress_ratios = {0, 4, 16, 0};
+  config.compress_rope_theta = 160000.0;
+  config.original_seq_len = 256;
+  config.index_n_heads = 2;
+  config.index_head_dim = 64;
+  config.index_topk = 4;
+  config.n_routed_experts = 4;
+  config.n_activated_experts = 2;
+  config.moe_inter_dim = 128;
+  config.route_scale = 1.5;
+  config.hc_mult = 2;
+  config.max_position_embeddings = 4096;
+  config.quantized = true;
+  config.expert_dtype = model::ExpertDtype::kFp4;
+  return config;
+}
+
+/// A process that can be waited for and killed.
+class Child {
+ public:
+  Child(const std::vector<std::string>& arguments, const std::string& log) {
+    pid_ = ::fork();
+    if (pid_ != 0) return;
+    const int out = ::open(log.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    ::dup2(out, STDOUT_FILENO);
+    ::dup2(out, STDERR_FILENO);
+    std::vector<char*> argv;
+    for (const std::string& argument : arguments)
+      argv.push_back(const_cast<char*>(argument.data()));
+    argv.push_back(nullptr);
+    ::execv(argv[0], argv.data());
+    ::_exit(127);
+  }
+  ~Child() {
+    if (running()) kill(SIGKILL);
+    wait();
+  }
+  Child(const Child&) = delete;
+  Child& operator=(const Child&) = delete;
+
+  bool running() {
+    if (!done_ && ::waitpid(pid_, &status_, WNOHANG) == pid_) done_ = true;
+    return !done_;
+  }
+  void kill(int signal) { ::kill(pid_, signal); }
+  /// The exit code, or -signal.
+  int wait() {
+    while (!done_ && ::waitpid(pid_, &status_, 0) < 0 && errno == EINTR) {
+    }
+    done_ = true;
+    return WIFEXITED(status_) ? WEXITSTATUS(status_) : -WTERMSIG(status_);
+  }
+
+ private:
+  pid_t pid_ = -1;
+  int status_ = 0;
+  bool done_ = false;
+};
+
+class TrainCli : public CliFixture {
+ protected:
+  void SetUp() override {
+    CliFixture::SetUp();
+    write("config.json", model::to_config_json(train_config()));
+    write("tokenizer.json", testing::byte_tokenizer_json());
+    std::string documents;
+    for (int i = 0; i < 24; ++i) {
+      documents += R"({"text": ")";
+      for (int word = 0; word < 5 + i; ++word) documents += concat("w", word * i % 17, ' ');
+      documents += "\"}\n";
+    }
+    write("a.jsonl", documents);
+    write("b.txt", std::string(300, 'x') + " and the rest");
+  }
+
+  Json run_json(const std::string& out) const {
+    return Json::parse(R"({
+      "model": "config.json", "tokenizer": "tokenizer.json", "out": ")" +
+                       out + R"(", "device": "cpu", "seed": 3,
+      "sources": [{"name": "a", "files": ["a.jsonl"]}, {"name": "b", "files": ["b.txt"]}],
+      "stages": [
+        {"name": "dense", "tokens": 250, "row_length": 32, "attention": "dense", "mix": {"a": 3, "b": 1}},
+        {"name": "indexer", "tokens": 128, "row_length": 64, "attention": "indexer_warmup",
+          "learning_rate": 0.003, "mix": {"a": 1}},
+        {"name": "qat", "tokens": 256, "row_length": 64, "attention": "sparse", "numerics": "released",
+          "mix": {"a": 1, "b": 1}}],
+      "learning_rate": {"peak": 0.004, "warmup_tokens": 128, "decay_start_tokens": 256},
+      "batch": [{"from_tokens": 0, "tokens": 64}], "micro_batch_tokens": 32,
+      "validation": {"source": "b", "rows": 2, "row_length": 64, "every_tokens": 192},
+      "checkpoint": {"every_steps": 1, "keep": 2}, "count_clamps_every_steps": 4})");
+  }
+  std::string write_run(const Json& json, const std::string& name) const {
+    return write(name + ".json", json.dump(1));
+  }
+  std::string out(const std::string& name) const { return folder_ / name; }
+
+  CliResult train(const std::string& config, const std::string& flags = "") const {
+    return run("train " + config + " " + flags);
+  }
+
+  /// Names below a folder while another process changes it.
+  static std::vector<std::string> names_below(const std::string& folder) {
+    std::vector<std::string> names;
+    std::error_code changed;
+    fs::recursive_directory_iterator entry(folder, changed);
+    for (; entry != fs::recursive_directory_iterator(); entry.increment(changed)) {
+      names.push_back(entry->path().filename());
+    }
+    return names;
+  }
+  static int64_t newest_step(const std::string& out) {
+    int64_t newest = -1;
+    for (const std::string& name : names_below(out + "/checkpoints")) {
+      if (name.rfind("step-", 0) == 0 && name.find(".tmp-") == std::string::npos)
+        newest = std::max<int64_t>(newest, std::stoll(name.substr(5)));
+    }
+    return newest;
+  }
+  static bool has_temporary(const std::string& folder) {
+    const auto names = names_below(folder);
+    return std::any_of(names.begin(), names.end(), [](const std::string& name) {
+      return name.find(".tmp-") != std::string::npos;
+    });
+  }
+
+  /// All that a run leaves behind, times apart.
+  static std::map<std::string, std::string> results(const std::string& out) {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : fs::recursive_directory_iterator(out)) {
+      const std::string name = fs::relative(entry.path(), out);
+      if (!entry.is_regular_file() || name.find("tfevents") != std::string::npos) continue;
+      files[name] = slurp(entry.path());
+    }
+    std::istringstream lines(files["metrics.jsonl"]);
+    std::string kept;
+    for (std::string line; std::getline(lines, line);) {
+      Json json = Json::parse(line);
+      json.erase("time");
+      json.erase("tokens_per_second");
+      kept += json.dump() + "\n";
+    }
+    files["metrics.jsonl"] = kept;
+    return files;
+  }
+  static void expect_same_results(const std::string& a, const std::string& b) {
+    const auto left = results(a), right = results(b);
+    std::string names_left, names_right;
+    for (const auto& [name, content] : left) names_left += name + "\n";
+    for (const auto& [name, content] : right) names_right += name + "\n";
+    EXPECT_EQ(names_left, names_right);
+    EXPECT_EQ(left.at("metrics.jsonl"), right.at("metrics.jsonl"));
+    for (const auto& [name, content] : left) {
+      EXPECT_TRUE(!right.contains(name) || content == right.at(name)) << name << " differs";
+    }
+  }
+  /// One line of metrics for every step, in order.
+  static void expect_every_step_once(const std::string& out, int64_t steps) {
+    std::istringstream lines(slurp(out + "/metrics.jsonl"));
+    int64_t expected = 1;
+    for (std::string line; std::getline(lines, line);) {
+      const Json json = Json::parse(line);
+      if (!json.contains("loss/main")) continue;  // a validation
+      EXPECT_EQ(json["step"].get<int64_t>(), expected++);
+    }
+    EXPECT_EQ(expected, steps + 1);
+  }
+};
+
+TEST_F(TrainCli, KilledAtAnyMomentARunEndsWithTheSameBits) {
+  const CliResult whole = train(write_run(run_json("whole"), "whole"), "--threads 1");
+  ASSERT_EQ(whole.code, 0) << whole.error;
+  const int64_t steps = newest_step(out("whole"));
+  EXPECT_GE(steps, 10);
+  expect_every_step_once(out("whole"), steps);
+  ASSERT_TRUE(fs::exists(out("whole") + "/model/config.json"));
+
+  for (const char* threads : {"1", "2"}) {
+    const std::string name = concat("killed", threads);
+    const std::string config = write_run(run_json(name), name);
+    const Philox random(11, static_cast<uint64_t>(threads[0]));
+    const auto start = [&] {
+      return std::make_unique<Child>(
+          std::vector<std::string>{HADAL_BINARY, "train", config, "--threads", threads},
+          out("log"));
+    };
+    int kills = 0, while_writing = 0;
+    for (uint64_t attempt = 0; attempt < 8; ++attempt) {
+      auto child = start();
+      // The first two die early, the others after a step of their own: half of those while a
+      // checkpoint is being written, half at some moment of the steps after it.
+      if (attempt < 2) {
+        std::this_thread::sleep_for(
+            std::chrono::milliseconds(static_cast<int>(250 * random.uniform(attempt))));
+      } else {
+        const int64_t before = newest_step(out(name));
+        while (child->running() && newest_step(out(name)) <= before) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        if (attempt % 2 == 0) {
+          while (child->running() && !has_temporary(out(name) + "/checkpoints")) {
+          }
+        } else {
+          std::this_thread::sleep_for(
+              std::chrono::milliseconds(static_cast<int>(120 * random.uniform(attempt))));
+        }
+      }
+      if (!child->running()) break;  // finished before its death
+      child->kill(SIGKILL);
+      EXPECT_EQ(child->wait(), -SIGKILL);
+      ++kills;
+      if (has_temporary(out(name) + "/checkpoints")) ++while_writing;
+    }
+    EXPECT_GE(kills, 6);
+    EXPECT_GE(while_writing, 1);
+    std::printf("%s threads: %d kills, %d of them while a checkpoint was written\n", threads, kills,
+                while_writing);
+    EXPECT_EQ(start()->wait(), 0) << slurp(out("log"));
+    EXPECT_FALSE(has_temporary(out(name)));
+    expect_every_step_once(out(name), steps);
+    expect_same_results(out("whole"), out(name));
+  }
+}
+
+TEST_F(TrainCli, StoppedByASignalOrByTimeItGoesOnToTheSameBits) {
+  ASSERT_EQ(train(write_run(run_json("whole"), "whole")).code, 0);
+  const std::string config = write_run(run_json("stopped"), "stopped");
+
+  const CliResult at_once = train(config, "--max-seconds 0.001");
+  EXPECT_EQ(at_once.code, 1) << at_once.error;
+  EXPECT_NE(at_once.out.find("stopped after 0 of "), std::string::npos) << at_once.out;
+
+  for (const int signal : {SIGTERM, SIGINT}) {
+    const int64_t before = newest_step(out("stopped"));
+    Child child({HADAL_BINARY, "train", config, "--threads", "2"}, out("log"));
+    while (child.running() && newest_step(out("stopped")) <= before + 1) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    child.kill(signal);
+    EXPECT_EQ(child.wait(), 1) << slurp(out("log"));
+    EXPECT_NE(slurp(out("log")).find("the same command goes on from here"), std::string::npos);
+    EXPECT_FALSE(fs::exists(out("stopped") + "/model"));
+  }
+  const CliResult rest = train(config, "--threads 1");
+  EXPECT_EQ(rest.code, 0) << rest.error;
+  expect_same_results(out("whole"), out("stopped"));
+
+  // What is finished stays as it is.
+  const auto before = results(out("stopped"));
+  EXPECT_EQ(train(config).code, 0);
+  EXPECT_TRUE(before == results(out("stopped")));
+}
+
+TEST_F(TrainCli, AFinishedRunGetsFurtherStages) {
+  Json json = run_json("longer");
+  ASSERT_EQ(train(write_run(json, "longer")).code, 0);
+  const std::string first = slurp(out("longer") + "/model/model.safetensors");
+  const int64_t end = newest_step(out("longer"));
+  json["stages"].push_back(Json::parse(R"({"name": "more", "tokens": 64, "row_length": 64,
+      "attention": "sparse", "numerics": "released", "mix": {"b": 1}})"));
+  const CliResult more = train(write_run(json, "longer"));
+  ASSERT_EQ(more.code, 0) << more.error;
+  EXPECT_EQ(newest_step(out("longer")), end + 1);
+  EXPECT_TRUE(slurp(concat(out("longer"), "/model-step-", end, "/model.safetensors")) == first);
+  EXPECT_FALSE(slurp(out("longer") + "/model/model.safetensors") == first);
+}
+
+/// Exit code 2, nothing on standard output, and one line that is no log record.
+void expect_input_error(const CliResult& result, const std::string& why) {
+  EXPECT_EQ(result.code, 2) << result.out << result.error;
+  EXPECT_EQ(result.out, "");
+  std::istringstream lines(result.error);
+  int others = 0;
+  std::string last;
+  for (std::string line; std::getline(lines, line);) {
+    const bool is_log = line.size() > 24 && line[4] == '-' && line[23] == 'Z';
+    if (!is_log) ++others;
+    last = line;
+  }
+  EXPECT_EQ(others, 1) << result.error;
+  EXPECT_EQ(last.rfind("hadal: ", 0), 0U) << result.error;
+  EXPECT_NE(last.find(why), std::string::npos) << "expected: " << why << "\nfound: " << last;
+}
+
+TEST_F(TrainCli, ABadConfigurationIsRefusedBeforeAnythingIsWritten) {
+  int number = 0;
+  const auto refused = [&](const std::string& why, auto&& change) {
+    Json json = run_json("bad");
+    change(json);
+    const std::string config = write_run(json, concat("bad", number++));
+    expect_input_error(train(config), why);
+    EXPECT_FALSE(fs::exists(out("bad"))) << why;
+  };
+  expect_input_error(train(out("absent.json")), "absent.json: cannot open");
+  expect_input_error(train(write("nojson.json", "{")), "nojson.json");
+  expect_input_error(train(""), "config");
+  refused("learning_rate.peek", [](Json& json) { json["learning_rate"]["peek"] = 1; });
+  refused("colour", [](Json& json) { json["colour"] = "red"; });
+  refused("stages[1].attention", [](Json& json) { json["stages"][1]["attention"] = "lazy"; });
+  refused("stages[0].tokens", [](Json& json) { json["stages"][0]["tokens"] = 0; });
+  refused("no source is called \"c\"", [](Json& json) { json["stages"][0]["mix"]["c"] = 1; });
+  refused("no source is called \"z\"", [](Json& json) { json["validation"]["source"] = "z"; });
+  refused("shares sum to 0", [](Json& json) { json["stages"][0]["mix"] = {{"a", 0}}; });
+  refused("a second source", [](Json& json) { json["sources"][1]["name"] = "a"; });
+  refused("batch", [](Json& json) { json["batch"][0]["from_tokens"] = 5; });
+  refused("lies behind decay_end_tokens",
+          [](Json& json) { json["learning_rate"]["decay_start_tokens"] = 1000000; });
+  refused("absent.json", [](Json& json) { json["model"] = "absent.json"; });
+  refused("absent.json", [](Json& json) { json["tokenizer"] = "absent.json"; });
+  refused("absent.txt", [](Json& json) { json["sources"][1]["files"][0] = "absent.txt"; });
+  refused("exceeds max_position_embeddings 4096",
+          [](Json& json) { json["stages"][2]["row_length"] = 8192; });
+  refused("validation: row_length 5000",
+          [](Json& json) { json["validation"]["row_length"] = 5000; });
+  refused("numerics", [](Json& json) { json["stages"][0]["numerics"] = "fp3"; });
+}
+
+TEST_F(TrainCli, BadDataAreRefusedAndLeaveNothingUnfinished) {
+  Json json = run_json("damaged");
+  write("a.jsonl.xz", std::string("\xFD"
+                                  "7zXZ\0\0\4garbage",
+                                  14));
+  json["sources"][0]["files"][0] = "a.jsonl.xz";
+  expect_input_error(train(write_run(json, "damaged")), "a.jsonl.xz: the xz data are damaged");
+  EXPECT_FALSE(has_temporary(out("damaged")));
+  EXPECT_FALSE(fs::exists(out("damaged") + "/checkpoints"));
+
+  // A tokenizer with more ids than the model has rows.
+  json = run_json("ids");
+  write("more.json", testing::byte_tokenizer_json());
+  model::ModelConfig narrow = train_config();
+  narrow.vocab_size = 100;
+  write("narrow.json", model::to_config_json(narrow));
+  json["model"] = "narrow.json";
+  expect_input_error(train(write_run(json, "ids")), "narrow.json is 100");
+  EXPECT_FALSE(has_temporary(out("ids")));
+  EXPECT_FALSE(fs::exists(out("ids") + "/checkpoints"));
+
+  const FileLock lock(concat(out("ids"), "/lock"));
+  json["model"] = "config.json";
+  expect_input_error(train(write_run(json, "ids")), "lock: is locked by another process");
+}
+
+TEST_F(TrainCli, AResumedRunKeepsToWhatItBeganWith) {
+  const std::string config = write_run(run_json("begun"), "begun");
+  // Two steps, so that the first stage is under way.
+  {
+    Child child({HADAL_BINARY, "train", config}, out("log"));
+    while (child.running() && newest_step(out("begun")) < 2) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    child.kill(SIGTERM);
+    ASSERT_EQ(child.wait(), 1) << slurp(out("log"));
+  }
+  const auto before = results(out("begun"));
+  const auto refused = [&](const std::string& why, auto&& change) {
+    Json json = run_json("begun");
+    change(json);
+    expect_input_error(train(write_run(json, "changed")), why);
+    EXPECT_TRUE(before == results(out("begun"))) << why;
+  };
+  for (const char* what : {"seed", "row", "mix"}) {
+    refused("began with other rows", [&](Json& json) {
+      if (what == std::string("seed")) json["seed"] = 4;
+      if (what == std::string("row")) json["stages"][0]["row_length"] = 16;
+      if (what == std::string("mix")) json["stages"][0]["mix"]["a"] = 2;
+    });
+  }
+  refused("expected", [&](Json& json) {
+    model::ModelConfig other = train_config();
+    other.moe_inter_dim = 256;
+    write("other.json", model::to_config_json(other));
+    json["model"] = "other.json";
+  });
+
+  // A damaged checkpoint is named, not trained on.
+  const std::string state =
+      concat(out("begun"), "/checkpoints/step-", newest_step(out("begun")), "/state.safetensors");
+  const std::string content = slurp(state);
+  write_file_atomic(state, content.substr(0, content.size() - 64));
+  expect_input_error(train(config), state);
+}
+
+}  // namespace
+}  // namespace hadal
