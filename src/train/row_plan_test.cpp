@@ -48,7 +48,8 @@ class RowPlanTest : public ::testing::Test {
       "sources": [{"name": "a", "files": ["a.jsonl"]}, {"name": "b", "files": ["b.txt"]},
         {"name": "chat", "kind": "conversations", "files": ["chat.jsonl"]}],
       "stages": [
-        {"name": "one", "tokens": 3000, "row_length": 64, "attention": "dense", "mix": {"a": 3, "b": 1}},
+        {"name": "one", "tokens": 3000, "row_length": 64, "attention": "dense",
+          "mix": {"a": 3, "b": 1}},
         {"name": "two", "tokens": 9000, "row_length": 128, "attention": "sparse",
           "mix": {"a": 8, "chat": 1, "b": 0}}],
       "learning_rate": {"peak": 0.01}, "batch": [{"tokens": 256}]})");

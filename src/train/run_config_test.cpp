@@ -39,8 +39,10 @@ class RunConfigTest : public ::testing::Test {
 const std::string kSmallest = R"({
   "model": "m/config.json", "tokenizer": "/t/tokenizer.json", "out": "../runs/x",
   "sources": [{"name": "books", "files": ["a.txt", "/data/b.jsonl.xz"]}],
-  "stages": [{"name": "dense", "tokens": 1000, "row_length": 64, "attention": "dense", "mix": {"books": 1}},
-    {"name": "sparse", "tokens": 500, "row_length": 128, "attention": "sparse", "mix": {"books": 1}}],
+  "stages": [{"name": "dense", "tokens": 1000, "row_length": 64, "attention": "dense",
+      "mix": {"books": 1}},
+    {"name": "sparse", "tokens": 500, "row_length": 128, "attention": "sparse",
+      "mix": {"books": 1}}],
   "learning_rate": {"peak": 0.01},
   "batch": [{"tokens": 256}])";
 
