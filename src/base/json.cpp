@@ -141,16 +141,16 @@ std::string JsonObject::string(const std::string& key) const {
 
 namespace {
 
-const json& as_array(const json& value, const std::string& where) {
+void expect_array(const json& value, const std::string& where) {
   HADAL_INPUT_CHECK(value.is_array(), where, ": expected an array, found ", found(value));
-  return value;
 }
 
 /// Applies convert(item, "where[i]") to every item of an array.
 template <typename T, typename Convert>
 std::vector<T> convert_items(const json& value, const std::string& where, Convert convert) {
   std::vector<T> result;
-  for (const json& item : as_array(value, where))
+  expect_array(value, where);
+  for (const json& item : value)
     result.push_back(convert(item, concat(where, "[", result.size(), "]")));
   return result;
 }
@@ -186,7 +186,8 @@ JsonObject JsonObject::object(const std::string& key) const {
 std::vector<JsonObject> JsonObject::objects(const std::string& key) const {
   std::vector<JsonObject> result;
   const std::string path = path_.empty() ? key : path_ + "." + key;
-  for (const json& item : as_array(at(key), where(key)))
+  expect_array(at(key), where(key));
+  for (const json& item : at(key))
     result.push_back(JsonObject(document_, &item, origin_, concat(path, "[", result.size(), "]")));
   return result;
 }

@@ -84,7 +84,7 @@ MetricsWriter::MetricsWriter(const std::string& folder, int64_t resume_step)
   for (const std::string& name : earlier) {
     // Cut, not replaced: a running TensorBoard goes on to the next file only from one that is
     // there.
-    const std::string path = folder + "/" + name;
+    const std::string path = concat(folder, "/", name);
     std::filesystem::resize_file(path, kept_event_bytes(read_file(path), resume_step));
   }
   const double time = now();

@@ -107,7 +107,7 @@ void read_event(std::string_view record, EventFile& file) {
 EventFile read_events(const std::string& folder) {
   EventFile file;
   for (const std::string& name : event_files(folder)) {
-    const std::string text = read_file(folder + "/" + name);
+    const std::string text = read_file(concat(folder, "/", name));
     std::string_view rest = text;
     while (rest.size() >= 12) {
       const uint64_t length = little_endian(rest, 8);

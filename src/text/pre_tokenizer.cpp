@@ -119,7 +119,7 @@ const std::vector<std::string>& PreTokenizer::official_patterns() {
   return patterns;
 }
 
-PreTokenizer::PreTokenizer(std::vector<std::string> patterns, bool use_fast_path)
+PreTokenizer::PreTokenizer(const std::vector<std::string>& patterns, bool use_fast_path)
     : official_(use_fast_path && patterns == official_patterns()) {
   if (official_) return;
   for (const std::string& pattern : patterns) stages_.emplace_back(pattern);

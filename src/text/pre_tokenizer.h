@@ -20,7 +20,7 @@ class PreTokenizer {
 
   /// Errors: InputError for an expression PCRE2 cannot compile (named with its position).
   /// use_fast_path = false runs the official expressions on PCRE2, too.
-  explicit PreTokenizer(std::vector<std::string> patterns, bool use_fast_path = true);
+  explicit PreTokenizer(const std::vector<std::string>& patterns, bool use_fast_path = true);
   ~PreTokenizer();
   PreTokenizer(PreTokenizer&&) noexcept;
   PreTokenizer& operator=(PreTokenizer&&) noexcept;

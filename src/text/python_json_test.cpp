@@ -74,33 +74,19 @@ TEST(PyJson, ManyKeysKeepOrderAndLastValue) {
 }
 
 TEST(PyJson, RefusesWhatPythonRefuses) {
-  for (const char* text : {"",
-                           " ",
-                           "01",
-                           "1.",
-                           ".5",
-                           "+1",
-                           "-",
-                           "1e",
-                           "tru",
-                           "nan",
-                           "[1,]",
-                           "[1",
-                           "{\"a\"}",
-                           "{a:1}",
-                           "{\"a\":1,}",
-                           "\"a",
-                           "\"\\x\"",
-                           "\"\\u12g4\"",
-                           "\"\\u12",
-                           "\"\n\"",
-                           "1 2",
-                           "\xEF\xBB\xBF"
-                           "1",
-                           "\"\xFF\"",
-                           "'a'",
-                           "[1 2]",
-                           "\"\\"}) {
+  for (const char* text : {"",           " ",
+                           "01",         "1.",
+                           ".5",         "+1",
+                           "-",          "1e",
+                           "tru",        "nan",
+                           "[1,]",       "[1",
+                           "{\"a\"}",    "{a:1}",
+                           "{\"a\":1,}", "\"a",
+                           "\"\\x\"",    "\"\\u12g4\"",
+                           "\"\\u12",    "\"\n\"",
+                           "1 2",        "\xEF\xBB\2771",
+                           "\"\xFF\"",   "'a'",
+                           "[1 2]",      "\"\\"}) {
     EXPECT_THROW(PyJson::parse(text, "t"), InputError) << text;
   }
   EXPECT_THROW(PyJson::parse(std::string(100000, '['), "t"), InputError);

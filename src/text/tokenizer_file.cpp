@@ -245,7 +245,7 @@ void Reader::read_merges(const Json& model) {
     std::string left;
     std::string right;
     if (entry.is_string()) {
-      const std::string& both = entry.get_ref<const std::string&>();
+      const auto& both = entry.get_ref<const std::string&>();
       const size_t space = both.find(' ');
       require(space != std::string::npos && both.find(' ', space + 1) == std::string::npos,
               "merge ", rank, " is '", both, "', expected two tokens with a space between");
