@@ -29,17 +29,30 @@ int64_t largest(std::span<const float> logits) {
 std::vector<bool> outside_top_p(const std::vector<double>& scaled, double top_p) {
   std::vector<int64_t> order(scaled.size());
   std::iota(order.begin(), order.end(), 0);
-  const auto score = [&](int64_t i) { return scaled[static_cast<size_t>(i)]; };
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return score(a) > score(b) || (score(a) == score(b) && a < b);
-  });
+  std::vector<double> weight(scaled.size());
   double total = 0.0;
-  for (const double x : scaled) total += std::exp(x);
-  std::vector<bool> outside(scaled.size(), false);
+  for (size_t i = 0; i < scaled.size(); ++i) {
+    weight[i] = std::exp(scaled[i]);
+    total += weight[i];
+  }
+  const auto likelier = [&](int64_t a, int64_t b) {
+    const double x = scaled[static_cast<size_t>(a)], y = scaled[static_cast<size_t>(b)];
+    return x > y || (x == y && a < b);
+  };
+  std::vector<bool> outside(scaled.size(), true);
+  // The set is small, so only as much of the order is made as it needs.
   double mass = 0.0;
-  for (const int64_t i : order) {
-    outside[static_cast<size_t>(i)] = mass >= top_p * total;
-    mass += std::exp(score(i));
+  auto end = order.begin();
+  for (int64_t step = 256; end != order.end(); step *= 2) {
+    const auto begin = end;
+    end += std::min(step, order.end() - begin);
+    if (end != order.end()) std::nth_element(begin, end, order.end(), likelier);
+    std::sort(begin, end, likelier);
+    for (auto i = begin; i != end; ++i) {
+      if (mass >= top_p * total) return outside;
+      outside[static_cast<size_t>(*i)] = false;
+      mass += weight[static_cast<size_t>(*i)];
+    }
   }
   return outside;
 }
