@@ -48,7 +48,7 @@ run() {
 }
 
 case "${1:-}" in
-  "") build; run ;;
+  "") tools/install_deps.sh --gpu; build; run ;;
   pack) pack ;;
   run) run "${2:-*}" ;;
   *) sed -n '2,9p' "$0"; exit 2 ;;

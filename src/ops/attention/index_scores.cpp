@@ -172,7 +172,8 @@ at::Tensor hidden_blocks(const Batch& batch, int64_t seq, int64_t ratio, int64_t
 /// Until the indexer has kernels of its own, BF16 training on CUDA scores with library products:
 /// the dot products of one sequence at a time, rounded to BF16, recomputed by the backward pass.
 struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
-  /// key_rows [num_rows, dim]: block c of sequence s is row first_row[s] + c.
+  /// key_rows [num_rows, dim]: block c of sequence s is row first_row[s] + c. The batch has to live
+  /// until the backward pass, as it does for every op of a training step.
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& q,
                             const at::Tensor& w,
