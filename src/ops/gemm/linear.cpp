@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include <ATen/ATen.h>
@@ -90,21 +91,41 @@ constinit CpuSlot<void(const RowPacking&)> pack_rows_cpu;
 
 namespace {
 
-/// Scratch memory that begins at a cache line.
-class AlignedBytes {
+/// Memory for the packed rows of one product at a time, begun at a cache line. A thread keeps up to
+/// 16 MiB of it for its next product: new pages cost as much as packing into them.
+class Scratch {
  public:
-  explicit AlignedBytes(int64_t size)
-      : data_(size > 0 ? static_cast<char*>(::operator new(static_cast<size_t>(size), kAlign))
-                       : nullptr) {}
-  ~AlignedBytes() { ::operator delete(data_, kAlign); }
-  AlignedBytes(const AlignedBytes&) = delete;
-  AlignedBytes& operator=(const AlignedBytes&) = delete;
+  explicit Scratch(int64_t size) {
+    if (size > kept_.size) {
+      kept_.data.reset();
+      kept_.data.reset(static_cast<char*>(::operator new(static_cast<size_t>(size), kAlign)));
+      kept_.size = size;
+    }
+    data_ = kept_.data.get();
+  }
+  ~Scratch() {
+    if (kept_.size > kMostKept) kept_ = {};
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  /// From any thread.
   char* get() const { return data_; }
 
  private:
   static constexpr std::align_val_t kAlign{64};
+  static constexpr int64_t kMostKept = int64_t{16} << 20;
+  struct Delete {
+    void operator()(char* data) const { ::operator delete(data, kAlign); }
+  };
+  struct Kept {
+    std::unique_ptr<char, Delete> data;
+    int64_t size = 0;
+  };
+  static thread_local Kept kept_;
   char* data_;
 };
+
+thread_local Scratch::Kept Scratch::kept_;
 
 /// Rows that meet one matrix.
 struct Part {
@@ -156,16 +177,17 @@ class Product {
   }
 
   void compute() {
-    const AlignedBytes packed(packed_bytes_);
+    const Scratch packed(packed_bytes_);
     // Below some 64K products a second thread costs more than it brings.
     const int64_t blocks = w_.blocks(), num_runs = static_cast<int64_t>(runs_.size());
     const int64_t products =
         std::max<int64_t>(1, rows_ * in_ * kBlockWidth / std::max<int64_t>(1, num_runs));
     const int64_t grain = ceil_div(65536, products);
     if (packed_bytes_ > 0) {
-      parallel_for(num_runs, ceil_div(grain, 8), [&](int64_t begin, int64_t end) {
+      const int64_t pieces = ceil_div(in_, kPackInputs);
+      parallel_for(num_runs * pieces, ceil_div(grain, 8), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          pack_rows(runs_[static_cast<size_t>(i)], packed.get());
+          pack_rows(runs_[static_cast<size_t>(i / pieces)], i % pieces, packed.get());
       });
     }
     parallel_for(num_runs * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -191,7 +213,10 @@ class Product {
     return form;
   }
 
-  void pack_rows(const Run& run, char* packed) const {
+  /// Inputs that one thread packs at a time: a multiple of every slab.
+  static constexpr int64_t kPackInputs = 1024;
+
+  void pack_rows(const Run& run, int64_t piece, char* packed) const {
     if (run.packed < 0) return;
     pack_rows_cpu(
         {.x = run.x,
@@ -199,6 +224,8 @@ class Product {
          .rows = run.rows,
          .in = w_.in,
          .slab = slab_,
+         .begin = piece * kPackInputs,
+         .end = std::min(w_.in, (piece + 1) * kPackInputs),
          .packed = packed + run.packed,
          .from = x_type_,
          .to = run.x_type,

@@ -41,7 +41,8 @@ constexpr int kTilePanels = 1, kTileRows = 4;  // 8 of 16
 constexpr int kTilePanels = 1, kTileRows = 2;
 #endif
 
-/// Far enough ahead of one row's decoding: 92 % of the read rate, 1 KiB gives 87 %.
+/// Far enough ahead of one row's decoding (92 % of the read rate, 1 KiB gives 87 %), and into the
+/// second-level cache: the first has too few buffers for what is under way from memory.
 constexpr int64_t kPrefetchBytes = 4096;
 
 HADAL_INLINE int64_t slab_groups(const GemmTask& t, int64_t k) {
@@ -81,7 +82,7 @@ void few_rows(const GemmTask& t) {
         for (int q = 0; q < kTile; ++q) {
           const uint8_t* group = weights + (g * panels + first + q) * W::kBytes;
           for (int64_t line = 0; line < W::kBytes; line += 64)
-            __builtin_prefetch(group + kPrefetchBytes + line);
+            __builtin_prefetch(group + kPrefetchBytes + line, 0, 2);
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) {
             const typename W::Pair pair = w.pair(group, j);
@@ -218,8 +219,8 @@ bool has_tiles() {
   static const bool usable = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kBitCounts = 1u << 12;
+    if ((d & kBf16) == 0 || (d & kTile) == 0 || (c & kBitCounts) == 0) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
@@ -236,87 +237,136 @@ static_assert(sizeof(TileConfig) == 64);
 
 using Fp4Pairs = cpu::Fp4Weights<cpu::DotProducts>;
 
-/// y [16 rows][16 outputs of a panel] += sums [16][16] times the panel's scales, for marked rows.
-HADAL_INLINE void add_tile(
-    const Fp4Pairs& w, const float* sums, int64_t panel, unsigned marks, float* y) {
-  const auto add = [&](int64_t r) {
-    float* out = y + r * kBlockWidth + panel * kPanelWidth;
-    cpu::store(out, w.scaled(cpu::load(out), cpu::load(sums + r * kPanelWidth), panel));
-  };
-  if (marks == 0xffff) {
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < kUnitRows; ++r) add(r);
-    return;
+constexpr int64_t kUnitGroups = 32 / kGroupInputs, kUnitPairs = 16;
+/// Slabs whose weights are decoded at a time: 16 KiB a panel.
+constexpr int64_t kUnitSlabs = 8;
+/// Slab sums on their way from tiles to registers.
+constexpr int kSums = 4, kAhead = 2;
+
+/// The sums of one slab and panel for the rows whose mark is not set, by the vector kernel.
+///   pairs [16 pairs], x [16 rows] of the slab, sums [16 rows][16 outputs]
+__attribute__((noinline)) void inexact_sums(
+    const __m512i* pairs, const uint16_t* x, int64_t x_row, unsigned missing, float* sums) {
+  for (; missing != 0; missing &= missing - 1) {
+    const int64_t row = __builtin_ctz(missing);
+    F16 acc = cpu::splat(0.0f);
+    for (int64_t p = 0; p < kUnitPairs; ++p) {
+      const auto value = Fp4Pairs::row(x + row * x_row + 2 * p, 0);
+      acc = Fp4Pairs::add(acc, Fp4Pairs::operand({pairs[p]}, 0), value);
+    }
+    cpu::store(sums + row * kPanelWidth, acc);
   }
-  for (; marks != 0; marks &= marks - 1) add(__builtin_ctz(marks));
+}
+
+/// y [16 rows][16 outputs of one panel] += the slabs' sums times their scales, slab by slab.
+///   pairs  [slabs][16 pairs], scales [slabs][16], marks [slabs] rows for the tiles (`tiles` apart)
+__attribute__((target("amx-tile,amx-bf16"))) void tile_unit(const GemmTask& t,
+                                                            int64_t slabs,
+                                                            const __m512i* pairs,
+                                                            const float* scales,
+                                                            const uint16_t* x,
+                                                            const uint16_t* marks,
+                                                            int64_t tiles,
+                                                            unsigned rows,
+                                                            float* y) {
+  alignas(64) float sums[kSums][kUnitRows * kPanelWidth];
+  __m512 acc[kUnitRows];
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kUnitRows; ++r) acc[r] = _mm512_load_ps(y + r * kBlockWidth);
+  const auto correct = [&](int64_t slab) __attribute__((always_inline)) {
+    const unsigned missing = rows & ~unsigned{marks[slab * tiles]};
+    if (__builtin_expect(missing != 0, 0)) {
+      inexact_sums(pairs + slab * kUnitPairs, x + slab * t.x_slab, t.x_row, missing,
+                   sums[slab % kSums]);
+    }
+  };
+  const auto multiply = [&](int64_t slab)
+      __attribute__((always_inline, target("amx-tile,amx-bf16"))) {
+    if (slab % 2 == 0) {
+      _tile_loadd(4, pairs + slab * kUnitPairs, 64);
+      _tile_loadd(6, x + slab * t.x_slab, 64);
+      _tile_zero(0);
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_stored(0, sums[slab % kSums], 64);
+    } else {
+      _tile_loadd(5, pairs + slab * kUnitPairs, 64);
+      _tile_loadd(7, x + slab * t.x_slab, 64);
+      _tile_zero(1);
+      _tile_dpbf16ps(1, 7, 5);
+      _tile_stored(1, sums[slab % kSums], 64);
+    }
+    correct(slab);
+  };
+  const auto add = [&](int64_t slab) __attribute__((always_inline)) {
+    const __m512 scale = _mm512_load_ps(scales + slab * kPanelWidth);
+    const float* sum = sums[slab % kSums];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kUnitRows; ++r)
+      acc[r] = _mm512_fmadd_ps(_mm512_load_ps(sum + r * kPanelWidth), scale, acc[r]);
+  };
+  // A tile's sums reach memory late: they are added while the next slabs are at work.
+  const auto walk = [&](int64_t count) __attribute__((always_inline, target("amx-tile,amx-bf16"))) {
+#pragma GCC unroll 32
+    for (int64_t slab = 0; slab < count + kAhead; ++slab) {
+      if (slab < count) multiply(slab);
+      if (slab >= kAhead) add(slab - kAhead);
+    }
+  };
+  if (slabs == kUnitSlabs) {
+    walk(kUnitSlabs);
+  } else {
+    walk(slabs);
+  }
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kUnitRows; ++r) _mm512_store_ps(y + r * kBlockWidth, acc[r]);
 }
 
 /// many_rows() for FP4 weights: marked rows go through tiles, 16 at a time, the others through the
 /// vector kernel.
 __attribute__((target("amx-tile,amx-bf16"))) void tile_unit_rows(const GemmTask& t) {
-  constexpr int64_t kGroups = 32 / kGroupInputs, kPairs = 16;
   alignas(64) float y[kTaskRows * kBlockWidth];
-  alignas(64) __m512i decoded[kBlockPanels * kPairs];  // [panel][pair][16 outputs][2]
-  alignas(64) float sums[2][2][kUnitRows * kPanelWidth];
+  alignas(64)
+      __m512i decoded[kBlockPanels * kUnitSlabs * kUnitPairs];        // [panel][slab][pair][16][2]
+  alignas(64) float scales[kBlockPanels * kUnitSlabs * kPanelWidth];  // [panel][slab][16]
   TileConfig config;
-  // Sums (0, 1) and rows of x (6): fewer rows take less time.
+  // Sums (0, 1) and rows of x (6, 7): fewer rows take less time.
   const auto unit_rows = static_cast<uint8_t>(t.rows < kUnitRows ? t.rows : kUnitRows);
-  for (const int unit : {0, 1, 6}) config.rows[unit] = unit_rows;
+  for (const int unit : {0, 1, 6, 7}) config.rows[unit] = unit_rows;
   _tile_loadconfig(&config);
   const auto* x = static_cast<const uint16_t*>(t.x);
   const uint8_t* weights = t.weights;
   const uint16_t* exact = t.exact;
   const int64_t tiles = (t.rows + kUnitRows - 1) / kUnitRows;
-  std::memset(y, 0, static_cast<size_t>(t.rows * kBlockWidth) * sizeof(float));
-  for (int64_t k = 0; k < t.in; k += t.slab, x += t.x_slab, exact += tiles) {
-    const Fp4Pairs w(t, k);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      for (int64_t q = 0; q < t.panels; ++q) {
-        const uint8_t* group = weights + (g * t.panels + q) * Fp4Pairs::kBytes;
-        __builtin_prefetch(group + kPrefetchBytes);
+  std::memset(y, 0, static_cast<size_t>(tiles * kUnitRows * kBlockWidth) * sizeof(float));
+  for (int64_t k = 0; k < t.in; k += kUnitSlabs * t.slab) {
+    const int64_t left = (t.in - k) / t.slab;
+    const int64_t slabs = left < kUnitSlabs ? left : kUnitSlabs;
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      const Fp4Pairs w(t, k + slab * t.slab);
+      for (int64_t q = 0; q < t.panels; ++q)
+        cpu::store(scales + (q * kUnitSlabs + slab) * kPanelWidth, w.scale(q));
+      for (int64_t g = 0; g < kUnitGroups; ++g) {
+        for (int64_t q = 0; q < t.panels; ++q, weights += Fp4Pairs::kBytes) {
+          __builtin_prefetch(weights + kPrefetchBytes);
+          __m512i* pairs = decoded + (q * kUnitSlabs + slab) * kUnitPairs + g * 4;
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) decoded[q * kPairs + g * 4 + j] = w.pair(group, j).v;
+          for (int j = 0; j < 4; ++j) pairs[j] = w.pair(weights, j).v;
+        }
       }
     }
     // The tile loads do not tell the compiler what they read.
     __asm__ volatile("" ::: "memory");
-    for (int64_t q = 0; q < t.panels; q += 2) {
-      const bool two = q + 1 < t.panels;
-      _tile_loadd(4, decoded + q * kPairs, 64);
-      if (two) _tile_loadd(5, decoded + (q + 1) * kPairs, 64);
-      // Sums are added while the tiles of the next rows are at work: they reach memory late.
-      int64_t pending = -1;
-      const auto add_pending = [&] {
-        if (pending < 0) return;
-        const auto& sum = sums[pending % 2];
-        float* out = y + pending * kUnitRows * kBlockWidth;
-        add_tile(w, sum[0], q, exact[pending], out);
-        if (two) add_tile(w, sum[1], q + 1, exact[pending], out);
-      };
-      for (int64_t tile_row = 0; tile_row < tiles; ++tile_row) {
-        _tile_loadd(6, x + tile_row * kUnitRows * t.x_row, 64);
-        _tile_zero(0);
-        _tile_dpbf16ps(0, 6, 4);
-        if (two) {
-          _tile_zero(1);
-          _tile_dpbf16ps(1, 6, 5);
-        }
-        _tile_stored(0, sums[tile_row % 2][0], 64);
-        if (two) _tile_stored(1, sums[tile_row % 2][1], 64);
-        add_pending();
-        pending = tile_row;
-      }
-      add_pending();
-    }
-    for (int64_t row = 0; row < t.rows; ++row) {
-      if ((exact[row / kUnitRows] >> (row % kUnitRows) & 1) != 0) continue;
-      Fp4Pairs::Pair pairs[kGroups * 4];
-      for (int64_t q = 0; q < t.panels; ++q) {
-        for (int64_t p = 0; p < kPairs; ++p) pairs[p] = {decoded[q * kPairs + p]};
-        tile<Fp4Pairs, 1, 1>(t, w, pairs, 1, kGroups, q, x + row * t.x_row, y + row * kBlockWidth);
+    for (int64_t q = 0; q < t.panels; ++q) {
+      for (int64_t unit = 0; unit < tiles; ++unit) {
+        const int64_t rows = t.rows - unit * kUnitRows;
+        tile_unit(t, slabs, decoded + q * kUnitSlabs * kUnitPairs,
+                  scales + q * kUnitSlabs * kPanelWidth, x + unit * kUnitRows * t.x_row,
+                  exact + unit, tiles, rows < kUnitRows ? (1u << rows) - 1 : 0xffffu,
+                  y + unit * kUnitRows * kBlockWidth + q * kPanelWidth);
       }
     }
-    weights += kGroups * t.panels * Fp4Pairs::kBytes;
+    x += slabs * t.x_slab;
+    exact += slabs * tiles;
   }
   _tile_release();
   for (int64_t row = 0; row < t.rows; ++row) {
@@ -327,38 +377,39 @@ __attribute__((target("amx-tile,amx-bf16"))) void tile_unit_rows(const GemmTask&
 
 /// Whether 12 sum |x| <= 2^24 u over 32 values, u the smallest last set bit among them; see
 /// RowPacking::exact. Not where values are so small that products may be subnormal, or no numbers.
-HADAL_INLINE bool sums_are_exact(const uint16_t* x) {
-  __m512 total = _mm512_setzero_ps(), unit = _mm512_set1_ps(0x1p120f);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i bits = _mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + half * 16))),
-        16);
-    const __m512 magnitude = _mm512_abs_ps(_mm512_castsi512_ps(bits));
-    total = _mm512_add_ps(total, magnitude);
-    // The last set bit of the significand, as a float: what is left when the bits above are taken
-    // away.
-    const __m512i significand = _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff)),
-                                                _mm512_set1_epi32(0x800000));
-    const __m512i last =
-        _mm512_and_si512(significand, _mm512_sub_epi32(_mm512_setzero_si512(), significand));
-    const __m512i exponent = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000));
-    // 2^(e - 127) * last * 2^-23
-    const __m512 value =
-        _mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(exponent), _mm512_cvtepi32_ps(last)),
-                      _mm512_set1_ps(0x1p-23f));
-    const __mmask16 nonzero = _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    unit = _mm512_mask_min_ps(unit, nonzero, unit, value);
-  }
-  const float u = _mm512_reduce_min_ps(unit);
-  // The sum is rounded; 2^-18 is more than that can make.
-  const float bound = _mm512_reduce_add_ps(total) * (12.0f * (1.0f + 0x1p-18f));
-  return u >= 0x1p-100f && bound <= u * 0x1p24f && bound < 0x1p100f;
+__attribute__((target("avx512bitalg"))) inline bool sums_are_exact(const uint16_t* x) {
+  const __m512i bits = _mm512_loadu_si512(x);
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+  // Sums of pairs: exact products with one, rounded sums.
+  const __m512 pairs = _mm512_dpbf16_ps(_mm512_setzero_ps(), reinterpret_cast<__m512bh>(magnitude),
+                                        reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80)));
+  // The last set bit of a value is 2^(exponent + zeros below it in the significand - 134).
+  const __m512i ones = _mm512_set1_epi16(-1);
+  const __m512i significand = _mm512_or_si512(magnitude, _mm512_set1_epi16(0x80));
+  const __m512i zeros =
+      _mm512_popcnt_epi16(_mm512_andnot_si512(significand, _mm512_add_epi16(significand, ones)));
+  const __m512i last = _mm512_add_epi16(_mm512_srli_epi16(magnitude, 7), zeros);
+  const __m512i lasts =
+      _mm512_mask_mov_epi16(ones, _mm512_test_epi16_mask(magnitude, magnitude), last);
+  const __m256i half =
+      _mm256_min_epu16(_mm512_castsi512_si256(lasts), _mm512_extracti64x4_epi64(lasts, 1));
+  const __m128i quarter =
+      _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const int smallest = _mm_extract_epi16(_mm_minpos_epu16(quarter), 0);
+  if (smallest == 0xffff) return true;
+  if (smallest < 34) return false;  // u < 2^-100
+  // u 2^24; a sum is rounded six times, 2^-18 is more than that can make.
+  const float limit =
+      __builtin_bit_cast(float, static_cast<uint32_t>(smallest - 7) << 23) * 0x1p24f;
+  const float bound = _mm512_reduce_add_ps(pairs) * (12.0f * (1.0f + 0x1p-18f));
+  return bound <= limit && bound < 0x1p100f;
 }
 
 void mark_exact(const RowPacking& p) {
-  const auto* x = static_cast<const uint16_t*>(p.packed);
-  uint16_t* exact = p.exact;
-  for (int64_t k = 0; k < p.in; k += p.slab, x += p.rows * p.slab) {
+  const int64_t units = (p.rows + kUnitRows - 1) / kUnitRows;
+  const auto* x = static_cast<const uint16_t*>(p.packed) + p.begin * p.rows;
+  uint16_t* exact = p.exact + p.begin / p.slab * units;
+  for (int64_t k = p.begin; k < p.end; k += p.slab, x += p.rows * p.slab) {
     for (int64_t first = 0; first < p.rows; first += kUnitRows) {
       const int64_t end = first + kUnitRows < p.rows ? first + kUnitRows : p.rows;
       unsigned marks = 0;
@@ -438,8 +489,8 @@ void pack_row(const From* x, To* out, int64_t count) {
 
 template <typename From, typename To>
 void pack_typed(const RowPacking& p) {
-  auto* out = static_cast<To*>(p.packed);
-  for (int64_t k = 0; k < p.in; k += p.slab) {
+  auto* out = static_cast<To*>(p.packed) + p.begin * p.rows;
+  for (int64_t k = p.begin; k < p.end; k += p.slab) {
     const int64_t width = p.in - k < p.slab ? p.in - k : p.slab;
     for (int64_t row = 0; row < p.rows; ++row, out += p.slab) {
       pack_row(static_cast<const From*>(p.x) + row * p.x_row + k, out, width);

@@ -93,7 +93,8 @@ inline constexpr int64_t kUnitRows = 16;
 struct RowPacking {
   const void* x;
   int64_t x_row, rows, in, slab;
-  void* packed;
+  int64_t begin, end;    ///< the inputs to pack in this call: slabs, or up to `in`
+  void* packed;          ///< of all slabs
   ElementType from, to;  ///< BF16 may become FP32
   /// [slabs][ceil(rows / 16)], or null: a bit for each of 16 rows, set where no sum of products of
   /// the row's slab with FP4 codes is ever rounded, whatever its order. All products are multiples

@@ -201,11 +201,13 @@ struct Fp4Weights : Products {
     const __m512i codes = j == 0 ? v : _mm512_srli_epi16(v, static_cast<unsigned>(4 * j));
     return Products::of(_mm512_permutexvar_epi16(codes, table_));
   }
-  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t panel) const {
+  HADAL_INLINE F16 scale(int64_t panel) const {
     const __m128i bytes =
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_ + panel * kPanelWidth));
-    const __m512i power = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
-    return {_mm512_fmadd_ps(slab.v, _mm512_castsi512_ps(power), y.v)};
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23))};
+  }
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t panel) const {
+    return {_mm512_fmadd_ps(slab.v, scale(panel).v, y.v)};
   }
 
  private:
