@@ -1,0 +1,47 @@
+// The engine as everybody above it sees it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "engine_core/request.h"
+
+namespace hadal::engine {
+
+enum class Submitted : uint8_t { kAccepted, kQueueFull, kStopping };
+
+struct EngineStats {
+  int64_t running = 0, waiting = 0;
+  int64_t pages_total = 0, pages_free = 0, pages_cached = 0;  ///< cached: held by the tree alone
+  int64_t state_slots_total = 0, state_slots_free = 0;
+  int64_t snapshot_bytes = 0;
+  int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0, generated_tokens = 0;  ///< ever
+  int64_t preemptions = 0, steps = 0, finished = 0, cancelled = 0, failed = 0;
+  int64_t drafted = 0, accepted = 0;
+  int64_t disk_bytes = 0, disk_hits = 0, disk_misses = 0, disk_errors = 0;
+  double model_seconds = 0, overhead_seconds = 0;  ///< inside and outside the model
+};
+
+/// What a server must know to check requests before it submits them.
+struct EngineInfo {
+  std::string model_name;
+  int64_t vocab_size = 0;   ///< ids of the tokenizer
+  int64_t max_context = 0;  ///< prompt and answer together
+  int64_t max_choices = 0;  ///< n
+  int64_t eos_token = 0;
+};
+
+/// Thread-safe.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual const EngineInfo& info() const = 0;
+  /// Queues a valid request (InputError names what is not). On kAccepted `*id` is its number.
+  virtual Submitted submit(Request request, std::shared_ptr<Sink> sink, uint64_t* id) = 0;
+  /// All choices end with kCancelled within one step; unknown and finished ids are ignored.
+  virtual void cancel(uint64_t id) = 0;
+  virtual EngineStats stats() const = 0;
+};
+
+}  // namespace hadal::engine

@@ -1,0 +1,107 @@
+// What a client asks of the engine and what it gets back, token by token.
+//
+// Torch-free: the server builds requests, the engine answers them, tests answer with a script.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace hadal::engine {
+
+/// How the next token is drawn. Randomness is keyed by (seed, choice, position) alone, so that a
+/// request with a seed gives the same tokens alone, in a batch, after preemption and on resume.
+struct Sampling {
+  double temperature = 1.0;         ///< 0: the largest logit
+  double top_p = 1.0;               ///< (0, 1]
+  double min_p = 0.0;               ///< [0, 1): of the most likely token's probability
+  int64_t top_k = 0;                ///< 0: no limit
+  double repetition_penalty = 1.0;  ///< > 0; on every token of the prompt and the answer
+  double presence_penalty = 0.0;    ///< [-2, 2]; on tokens of the answer
+  double frequency_penalty = 0.0;   ///< [-2, 2]
+  std::vector<std::pair<int64_t, double>> logit_bias;  ///< token, added to its logit
+  uint64_t seed = 0;
+};
+
+/// What the text of an answer must be (after `</think>` in thinking mode).
+struct Grammar {
+  enum class Kind : uint8_t { kNone, kJsonObject, kJsonSchema, kRegex, kEbnf, kToolCalls };
+  Kind kind = Kind::kNone;
+  /// A JSON schema, a regular expression, an EBNF grammar; for kToolCalls a JSON list of
+  /// {"name", "parameters": schema, "strict": bool}.
+  std::string text;
+  friend bool operator==(const Grammar&, const Grammar&) = default;
+};
+
+struct Request {
+  std::vector<int64_t> prompt;  ///< token ids, at least one
+  int64_t max_tokens = 16;      ///< of each choice
+  int64_t n = 1;                ///< choices; they share the prompt's pages
+  Sampling sampling;
+  std::vector<std::string> stop;  ///< bytes; the answer ends before the first that appears
+  Grammar grammar;
+  bool thinking = false;      ///< the answer begins inside <think>: the grammar waits for its end
+  bool ignore_eos = false;    ///< for load tests
+  int64_t top_logprobs = -1;  ///< -1: none; k: the token's and those of the k most likely
+  int priority = 0;           ///< higher first
+  std::string client;         ///< the fair queue shares the machine among clients
+  std::optional<std::chrono::steady_clock::time_point> deadline;
+  bool use_prefix_cache = true;
+};
+
+enum class FinishReason : uint8_t {
+  kStop,  ///< EOS, or the grammar is complete
+  kStopString,
+  kLength,  ///< max_tokens, or the model's last position
+  kCancelled,
+  kDeadline,
+  kError,
+};
+
+struct TokenLogprob {
+  int64_t token = 0;
+  double logprob = 0;
+};
+
+struct OutputToken {
+  int64_t token = 0;
+  /// Bytes that are certain not to belong to a stop string; empty while they might. Whole
+  /// characters only. EOS has none.
+  std::string text;
+  double logprob = 0;  ///< with top_logprobs >= 0
+  std::vector<TokenLogprob> top;
+};
+
+/// Why prompt tokens had to be computed.
+struct CacheReport {
+  int64_t prompt_tokens = 0;
+  int64_t cached_tokens = 0;  ///< of the prompt, memory and disk
+  int64_t disk_tokens = 0;    ///< of them from disk
+  const char* miss = "";  ///< why the rest missed: "new", "evicted", "tail", "off", "disk error"
+};
+
+/// News of one choice of one request.
+struct Update {
+  int64_t choice = 0;
+  std::vector<OutputToken> tokens;
+  std::optional<FinishReason> finish;  ///< set once per choice, in its last update
+  std::string matched_stop;            ///< with kStopString
+  std::string error;                   ///< with kError
+  CacheReport cache;                   ///< from the first update on
+  int64_t completion_tokens = 0;       ///< of the choice so far
+  int64_t accepted_drafts = 0, drafted = 0;
+};
+
+/// Gets the updates of one request, from the engine's thread, in order: never block in it. After
+/// the last choice's finish it is not called again and is released.
+class Sink {
+ public:
+  virtual ~Sink() = default;
+  virtual void on_update(Update update) = 0;
+};
+
+}  // namespace hadal::engine

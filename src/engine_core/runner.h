@@ -1,0 +1,58 @@
+// What the scheduler asks of the model and of the memory behind the caches: plain numbers and
+// bytes, so that tests can script both.
+//
+// Two memories (training.md 3.2). Pages: `page_tokens` positions each, with the compressed entries
+// and index keys of all layers; shared by reference count, immutable once full. State slots: window
+// rings and compressor rows of all layers, a function of the current position alone.
+//
+// A snapshot is what of a state slot a resumption at position `pos` needs, as bytes.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace hadal::engine {
+
+class CacheMemory {
+ public:
+  virtual ~CacheMemory() = default;
+  virtual int64_t page_tokens() const = 0;
+  virtual int64_t num_pages() const = 0;
+  virtual int64_t num_slots() const = 0;
+  virtual int64_t page_bytes() const = 0;
+  virtual int64_t state_bytes() const = 0;
+  virtual int64_t snapshot_bytes(int64_t pos) const = 0;
+
+  virtual void copy_page(int64_t from, int64_t to) = 0;
+  virtual void read_page(int64_t page, std::span<std::byte> out) const = 0;
+  virtual void write_page(int64_t page, std::span<const std::byte> in) = 0;
+  /// Of the state after exactly `pos` tokens.
+  virtual void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const = 0;
+  virtual void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) = 0;
+};
+
+/// One sequence's part of a step.
+struct SequenceStep {
+  int64_t slot = 0;
+  int64_t start = 0;                ///< position of the first token; the state is at `start`
+  std::span<const int64_t> tokens;  ///< at least one
+  std::span<const int64_t> pages;   ///< ceil((start + tokens) / page_tokens) page numbers
+  int64_t num_logits = 0;           ///< of the last so many tokens
+};
+
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual int64_t vocab_size() const = 0;
+  /// How far back rewind() goes: the longest draft.
+  virtual int64_t slack() const = 0;
+  /// Runs the step; afterwards logits(i, j) are those of the j-th asked-for token of sequence i,
+  /// [vocab_size] FP32, valid until the next run(). The states are behind the last tokens.
+  virtual void run(std::span<const SequenceStep> steps) = 0;
+  virtual std::span<const float> logits(int64_t sequence, int64_t token) const = 0;
+  /// The state of a slot goes back to `pos`, at most slack() tokens.
+  virtual void rewind(int64_t slot, int64_t pos) = 0;
+};
+
+}  // namespace hadal::engine
