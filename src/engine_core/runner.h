@@ -8,6 +8,7 @@
 // A snapshot is what of a state slot a resumption at position `pos` needs, as bytes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
