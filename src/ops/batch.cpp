@@ -122,10 +122,10 @@ const at::Tensor& Batch::key_tiles(int64_t size, int64_t ratio) const {
 
 at::Tensor BlockView::gather(int64_t seq, int64_t from, int64_t to) const {
   if (from / page_blocks == (to - 1) / page_blocks)
-    return rows.narrow(0, row(seq, from), to - from);
+    return dense_rows(rows.narrow(0, row(seq, from), to - from), format);
   std::vector<int64_t> numbers;
   for (int64_t block = from; block < to; ++block) numbers.push_back(row(seq, block));
-  return rows.index_select(0, upload(numbers, rows.device()));
+  return dense_rows(rows.index_select(0, upload(numbers, rows.device())), format);
 }
 
 }  // namespace hadal::ops

@@ -14,6 +14,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/attention/kv_rows.h"
+
 namespace hadal::ops {
 
 /// The compressed blocks of ratio m that a step completes: for each sequence the blocks
@@ -85,22 +87,26 @@ class Batch {
 /// Rows that belong to positions before this step, addressed by position: row(seq, pos) =
 /// first_row[seq] + pos mod ring. An undefined tensor means no history (every start is 0).
 struct RingView {
-  at::Tensor rows;                 ///< [num_rows, width]
+  at::Tensor rows;                 ///< [num_rows, width], or packed bytes
   std::vector<int64_t> first_row;  ///< [num_seqs]
   int64_t ring = 1;
+  RowFormat format = {};
 };
 
 /// Compressed rows addressed by block number: row(seq, c) = page_start[seq][c / page_blocks] + c
 /// mod page_blocks. Contiguous storage is the case of one page a sequence.
 struct BlockView {
-  at::Tensor rows;  ///< [num_rows, width]
+  at::Tensor rows;  ///< [num_rows, width], or packed bytes
   std::vector<std::vector<int64_t>> page_start;
   int64_t page_blocks = INT64_MAX;
+  RowFormat format = {};
+  int64_t width() const { return format.packed() ? format.width : rows.size(1); }
   int64_t row(int64_t seq, int64_t block) const {
     return page_start[static_cast<size_t>(seq)][static_cast<size_t>(block / page_blocks)] +
            block % page_blocks;
   }
-  /// Rows of the blocks [from, to) of a sequence, [to - from, width]; differentiable.
+  /// Rows of the blocks [from, to) of a sequence, [to - from, width], unpacked;
+  /// differentiable where they are dense.
   at::Tensor gather(int64_t seq, int64_t from, int64_t to) const;
 };
 

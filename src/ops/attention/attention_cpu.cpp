@@ -1,6 +1,7 @@
 #include "ops/attention/attention_cpu.h"
 
 #include "ops/cpu/isa.h"
+#include "ops/cpu/packed_row.h"
 #include "ops/cpu/vec.h"
 
 namespace hadal::ops {
@@ -150,7 +151,12 @@ void attend(const AttentionCpuParams& p, const AttentionKeysCpu& keys) {
   for (int32_t chunk = 0; chunk < keys.num_chunks; ++chunk) {
     const int64_t count = keys.chunk_ends[chunk] - first;
     for (int64_t key = 0; key < count; ++key) {
-      widen(s.keys + key * p.dim, static_cast<const T*>(keys.rows[first + key]), p.dim);
+      const void* row = keys.rows[first + key];
+      if (keys.packed != nullptr && keys.packed[first + key]) {
+        cpu::widen_packed(s.keys + key * p.dim, static_cast<const uint8_t*>(row), p.format);
+      } else {
+        widen(s.keys + key * p.dim, static_cast<const T*>(row), p.dim);
+      }
     }
     fold_chunk(p, s, count);
     first += count;
@@ -204,8 +210,14 @@ void score_keys(const IndexScoresCpuParams& p) {
   for (int64_t t = 0; t < p.tokens; ++t) most = p.num_keys[t] > most ? p.num_keys[t] : most;
   for (int64_t first = 0; first < most; first += 16) {
     const int64_t count = most - first < 16 ? most - first : 16;
-    for (int64_t key = 0; key < count; ++key)
-      widen(p.scratch + key * p.dim, static_cast<const T*>(p.rows[first + key]), p.dim);
+    for (int64_t key = 0; key < count; ++key) {
+      const void* row = p.rows[first + key];
+      if (p.format.packed()) {
+        cpu::widen_packed(p.scratch + key * p.dim, static_cast<const uint8_t*>(row), p.format);
+      } else {
+        widen(p.scratch + key * p.dim, static_cast<const T*>(row), p.dim);
+      }
+    }
     for (int64_t t = 0; t < p.tokens; ++t) {
       const int64_t left = p.num_keys[t] - first;
       if (left <= 0) continue;

@@ -6,14 +6,16 @@
 #include <cstdint>
 
 #include "base/cpu.h"
+#include "ops/attention/kv_rows.h"
 #include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
 
 /// One query token's keys, in fold order and cut into chunks of at most 64.
 struct AttentionKeysCpu {
-  const void* const* rows;    ///< [num_keys] each [dim]
-  const int32_t* chunk_ends;  ///< [num_chunks] running number of keys
+  const void* const* rows;       ///< [num_keys] each [dim]
+  const bool* packed = nullptr;  ///< [num_keys] whether a row is packed; null: none is
+  const int32_t* chunk_ends;     ///< [num_chunks] running number of keys
   int32_t num_chunks;
 };
 
@@ -26,6 +28,7 @@ struct AttentionCpuParams {
   int64_t heads, dim;
   float scale;
   ElementType dtype;
+  RowFormat format = {};     ///< of packed rows
   bool round_probabilities;  ///< `released`: BF16 probabilities into the value product
 };
 
@@ -37,12 +40,13 @@ constexpr int64_t attention_scratch_floats(int64_t heads, int64_t dim) {
 struct IndexScoresCpuParams {
   const void* q;            ///< [tokens, heads, dim]
   const void* w;            ///< [tokens, heads]
-  const void* const* rows;  ///< [largest num_keys] each [dim]
+  const void* const* rows;  ///< [largest num_keys] each [dim], all as `format` says
   const int64_t* num_keys;  ///< [tokens] how many of the rows a token sees
   float* scores;            ///< [tokens, scores_row], the first num_keys of each row are written
   float* scratch;           ///< [16 * dim]
   int64_t tokens, heads, dim, scores_row;
   ElementType dtype;
+  RowFormat format = {};
   bool round_bf16;  ///< `released`: dots, products and the sum rounded to BF16
 };
 

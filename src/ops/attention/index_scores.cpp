@@ -112,8 +112,9 @@ void score_tokens(const std::vector<at::Tensor>& in,
                   Numerics numerics,
                   Use&& use) {
   const at::Tensor q = in[0].contiguous(), w = in[1].to(q.scalar_type()).contiguous(),
-                   rows = in[2].to(q.scalar_type()).contiguous();
+                   rows = keys.format.packed() ? in[2] : in[2].to(q.scalar_type()).contiguous();
   const int64_t heads = q.size(1), dim = q.size(2), bytes = q.element_size();
+  const int64_t row_bytes = rows.stride(0) * rows.element_size();
   const auto* q_data = static_cast<const char*>(q.const_data_ptr());
   const auto* w_data = static_cast<const char*>(w.const_data_ptr());
   const auto* row_data = static_cast<const char*>(rows.const_data_ptr());
@@ -134,7 +135,7 @@ void score_tokens(const std::vector<at::Tensor>& in,
         num_keys[t] = (batch.host_pos()[static_cast<size_t>(token + t)] + 1) / ratio;
       }
       for (; known < num_keys[count - 1]; ++known) {
-        key_rows[static_cast<size_t>(known)] = row_data + keys.row(seq, known) * dim * bytes;
+        key_rows[static_cast<size_t>(known)] = row_data + keys.row(seq, known) * row_bytes;
       }
       index_scores_cpu({.q = q_data + token * heads * dim * bytes,
                         .w = w_data + token * heads * bytes,
@@ -147,6 +148,7 @@ void score_tokens(const std::vector<at::Tensor>& in,
                         .dim = dim,
                         .scores_row = most,
                         .dtype = element_type(q),
+                        .format = keys.format,
                         .round_bf16 = numerics == Numerics::kReleased});
       for (int64_t t = 0; t < count; ++t) use(token + t, scores.data() + t * most, num_keys[t]);
       token += count;
@@ -260,7 +262,7 @@ at::Tensor index_scores(const at::Tensor& q,
                         const Batch& batch,
                         int64_t ratio,
                         Numerics numerics) {
-  check_shape(q, {batch.num_tokens(), -1, keys.rows.size(1)}, "index_scores: q");
+  check_shape(q, {batch.num_tokens(), -1, keys.width()}, "index_scores: q");
   check_shape(w, {batch.num_tokens(), q.size(1)}, "index_scores: w");
   if (use_cpu_kernel(q)) {
     return with_reference_gradient(

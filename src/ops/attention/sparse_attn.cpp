@@ -4,6 +4,7 @@
 #include <limits>
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
@@ -67,8 +68,9 @@ at::Tensor window_rows(const at::Tensor& kv,
     for (int64_t pos = std::max<int64_t>(from, 0); pos < std::min(start, to); ++pos) {
       rows.push_back(history.first_row[static_cast<size_t>(seq)] + pos % history.ring);
     }
-    parts.push_back(
-        history.rows.index_select(0, at::tensor(rows, at::kLong).to(kv.device())).to(type));
+    const at::Tensor past =
+        history.rows.index_select(0, at::tensor(rows, at::kLong).to(kv.device()));
+    parts.push_back(dense_rows(past, history.format).to(type));
   }
   const int64_t end = start + batch.length(seq);
   if (std::min(to, end) > std::max(from, start)) {
@@ -312,21 +314,27 @@ class KeyList {
  public:
   void clear() {
     rows_.clear();
+    packed_.clear();
     ends_.clear();
   }
-  void add(const void* row) { rows_.push_back(row); }
+  void add(const void* row, bool packed) {
+    rows_.push_back(row);
+    packed_.push_back(packed);
+  }
   void end_chunk() {
     const auto count = static_cast<int32_t>(rows_.size());
     if (count > (ends_.empty() ? 0 : ends_.back())) ends_.push_back(count);
   }
   AttentionKeysCpu view() const {
     return {.rows = rows_.data(),
+            .packed = packed_.data(),
             .chunk_ends = ends_.data(),
             .num_chunks = static_cast<int32_t>(ends_.size())};
   }
 
  private:
   std::vector<const void*> rows_;
+  c10::SmallVector<bool, 512> packed_;  // std::vector<bool> holds no bools
   std::vector<int32_t> ends_;
 };
 
@@ -361,9 +369,13 @@ void list_keys(KeyList& keys,
   keys.clear();
   for (int64_t p = std::max<int64_t>(0, pos - step.params.window + 1); p <= pos; ++p) {
     if (p % kFoldChunk == 0) keys.end_chunk();
-    keys.add(p >= start ? kv.row(begin + p - start)
-                        : history.row(step.history.first_row[static_cast<size_t>(seq)] +
-                                      p % step.history.ring));
+    if (p >= start) {
+      keys.add(kv.row(begin + p - start), false);
+    } else {
+      keys.add(
+          history.row(step.history.first_row[static_cast<size_t>(seq)] + p % step.history.ring),
+          step.history.format.packed());
+    }
   }
   keys.end_chunk();
   const int64_t visible = ratio > 0 ? (pos + 1) / ratio : 0;
@@ -372,15 +384,23 @@ void list_keys(KeyList& keys,
     const int32_t* chosen = step.selection.const_data_ptr<int32_t>() + token * k;
     for (int64_t rank = 0; rank < k && chosen[rank] >= 0; ++rank) {
       if (rank % kFoldChunk == 0) keys.end_chunk();
-      keys.add(compressed.row(step.blocks.row(seq, chosen[rank])));
+      keys.add(compressed.row(step.blocks.row(seq, chosen[rank])), step.blocks.format.packed());
     }
   } else {
     for (int64_t block = 0; block < visible; ++block) {
       if (block % kFoldChunk == 0) keys.end_chunk();
-      keys.add(compressed.row(step.blocks.row(seq, block)));
+      keys.add(compressed.row(step.blocks.row(seq, block)), step.blocks.format.packed());
     }
   }
   keys.end_chunk();
+}
+
+void check_rows(const at::Tensor& rows, const RowFormat& format, const at::Tensor& q) {
+  if (!rows.defined()) return;
+  HADAL_CHECK(format.packed() ? rows.scalar_type() == at::kByte && format.width == q.size(2)
+                              : rows.scalar_type() == q.scalar_type(),
+              "sparse_attn: queries are ", q.scalar_type(), " of ", q.size(2),
+              " channels, cached rows are ", rows.scalar_type());
 }
 
 std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep& step) {
@@ -388,10 +408,12 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
                    compressed = in[2].defined() ? in[2].contiguous() : in[2],
                    sink = in[3].to(at::kFloat).contiguous();
   const at::Tensor& past = step.history.rows;
-  HADAL_CHECK((!past.defined() || past.scalar_type() == q.scalar_type()) &&
-                  (!compressed.defined() || compressed.scalar_type() == q.scalar_type()),
-              "sparse_attn: queries are ", q.scalar_type(), ", cached rows are not");
   const int64_t heads = q.size(1), dim = q.size(2);
+  check_rows(past, step.history.format, q);
+  check_rows(compressed, step.blocks.format, q);
+  const RowFormat format = step.history.format.packed() ? step.history.format : step.blocks.format;
+  HADAL_CHECK(!step.blocks.format.packed() || step.blocks.format == format,
+              "sparse_attn: window and blocks are packed differently");
   at::Tensor out = at::empty_like(q), lse = at::empty({q.size(0), heads}, sink.options());
   const RowTable table_q(q), table_kv(kv), table_past(past), table_blocks(compressed);
   char* out_rows = static_cast<char*>(out.mutable_data_ptr());
@@ -413,6 +435,7 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
                      .dim = dim,
                      .scale = static_cast<float>(step.params.scale),
                      .dtype = element_type(q),
+                     .format = format,
                      .round_probabilities = step.params.numerics == Numerics::kReleased},
                     keys.view());
     }

@@ -1,0 +1,105 @@
+// The memory of the caches (training.md 3.1, 3.2): pages of compressed rows, state slots with
+// rings, in the precision of the numerics; what the model reads and writes through KvAccess.
+//
+//   page   page_tokens positions of one sequence or of several that share them: for every layer
+//   with
+//          ratio m its page_tokens / m compressed rows, for CSA layers as many index keys
+//   slot   what a sequence needs besides, a function of its position: for every layer the window
+//          ring, for compressed layers the rings of compressor inputs (FP32)
+// `released` packs latents and index keys (ops/attention/kv_rows.h), `bf16` keeps BF16 and `ideal`
+// FP32 rows. All memory is allocated at once. One thread at a time. docs/kv_cache.md
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "engine_core/runner.h"
+#include "model/config.h"
+#include "model/kv_access.h"
+#include "ops/op.h"
+
+namespace hadal::engine {
+
+/// The smallest multiple of lcm(ratios > 0) that is at least 256.
+int64_t page_tokens_of(const model::ModelConfig& config);
+
+struct KvCacheOptions {
+  ops::Numerics numerics = ops::Numerics::kReleased;
+  int64_t num_pages = 0;
+  int64_t num_slots = 0;
+  int64_t slack = 8;      ///< tokens a sequence can be taken back
+  bool with_mtp = false;  ///< the MTP block has a cache, too
+};
+
+class KvCache final : public CacheMemory, public model::KvAccess {
+ public:
+  /// On the CPU. Errors: Error for counts below 1.
+  KvCache(const model::ModelConfig& config, const KvCacheOptions& options);
+
+  int64_t page_tokens() const override { return page_tokens_; }
+  int64_t num_pages() const override { return options_.num_pages; }
+  int64_t num_slots() const override { return options_.num_slots; }
+  /// Bytes a page has in all layers together: the closed form.
+  int64_t page_bytes() const override;
+  int64_t state_bytes() const override;
+  /// Bytes that the tensors really hold; pages * page_bytes() + slots * state_bytes().
+  int64_t allocated_bytes() const;
+  /// min(pos, n_win) window rows of every layer, and of every compressor the inputs of its
+  /// unfinished block, with the block before it where blocks overlap.
+  int64_t snapshot_bytes(int64_t pos) const override;
+
+  void copy_page(int64_t from, int64_t to) override;
+  void read_page(int64_t page, std::span<std::byte> out) const override;
+  void write_page(int64_t page, std::span<const std::byte> in) override;
+  void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
+  void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
+
+  /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
+  /// too few pages, numbers out of range.
+  ops::Batch begin(std::span<const SequenceStep> steps);
+
+  ops::RingView ring(int64_t block, model::RingKind kind) override;
+  ops::BlockView append_blocks(int64_t block,
+                               model::BlockKind kind,
+                               const at::Tensor& rows) override;
+  void commit(int64_t block, model::RingKind kind, const at::Tensor& rows) override;
+
+ private:
+  struct Ring {
+    at::Tensor rows;      // [slots * size, width or bytes]
+    int64_t size = 0;     // positions
+    int64_t overlap = 0;  // blocks before the unfinished one that a resumption needs; -1: a window
+    int64_t ratio = 0;
+    ops::RowFormat format;
+    int64_t row_bytes() const { return rows.size(1) * rows.element_size(); }
+    /// Positions that a snapshot at `pos` holds: the last so many.
+    int64_t kept(int64_t pos, int64_t window) const;
+  };
+  struct Rows {
+    at::Tensor rows;  // [pages * page_blocks, width or bytes]
+    int64_t page_blocks = 0;
+    int64_t ratio = 0;
+    ops::RowFormat format;
+    int64_t page_bytes() const { return page_blocks * rows.size(1) * rows.element_size(); }
+  };
+  struct Active {
+    int64_t slot, start, length;
+    std::vector<int64_t> pages;
+  };
+  template <typename Visit>
+  void visit_snapshot(int64_t slot, int64_t pos, Visit&& visit) const;
+
+  model::ModelConfig config_;
+  KvCacheOptions options_;
+  int64_t page_tokens_;
+  std::map<std::pair<int64_t, model::RingKind>, Ring> rings_;
+  std::map<std::pair<int64_t, model::BlockKind>, Rows> blocks_;
+  std::vector<Active> active_;
+};
+
+}  // namespace hadal::engine
