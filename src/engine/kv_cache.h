@@ -41,6 +41,7 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   /// On the CPU. Errors: Error for counts below 1.
   KvCache(const model::ModelConfig& config, const KvCacheOptions& options);
 
+  const KvCacheOptions& options() const { return options_; }
   int64_t page_tokens() const override { return page_tokens_; }
   int64_t num_pages() const override { return options_.num_pages; }
   int64_t num_slots() const override { return options_.num_slots; }

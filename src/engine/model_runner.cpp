@@ -1,5 +1,7 @@
 #include "engine/model_runner.h"
 
+#include <algorithm>
+
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
@@ -7,11 +9,18 @@
 
 namespace hadal::engine {
 
-ModelRunner::ModelRunner(const model::Transformer& model,
-                         ops::Numerics numerics,
-                         KvCache& cache,
-                         int64_t slack)
-    : model_(model), numerics_(numerics), cache_(cache), slack_(slack) {}
+ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
+    : model_(model),
+      cache_(cache),
+      numerics_(cache.options().numerics),
+      drafts_(cache.options().with_mtp),
+      kept_streams_(cache.options().slack + 2) {
+  if (!drafts_) return;
+  const model::ModelConfig& config = model.config();
+  const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
+  streams_ = at::zeros({cache.num_slots() * kept_streams_, config.hc_mult, config.dim}, type);
+  followed_.resize(static_cast<size_t>(cache.num_slots()));
+}
 
 void ModelRunner::run(std::span<const SequenceStep> steps) {
   HADAL_CHECK(!steps.empty(), "model_runner: a step without sequences");
@@ -35,6 +44,7 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   context.numerics = numerics_;
   context.kv = &cache_;
   const at::Tensor streams = model_.forward(at::tensor(ids, at::kLong), context);
+  if (drafts_) follow(steps, streams);
   logits_ = at::Tensor();
   if (asked.empty()) return;
   const at::Tensor rows =
@@ -49,6 +59,90 @@ std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) cons
   return {logits_.const_data_ptr<float>() + row * vocab_size(), static_cast<size_t>(vocab_size())};
 }
 
-void ModelRunner::rewind(int64_t /*slot*/, int64_t /*pos*/) {}
+void ModelRunner::rewind(int64_t slot, int64_t pos) {
+  if (!drafts_) return;
+  Followed& done = followed_.at(static_cast<size_t>(slot));
+  done.end = std::min(done.end, pos);
+  // The position before `pos` saw a token that is no longer there.
+  done.next = std::min(done.next, std::max<int64_t>(0, pos - 1));
+}
+
+int64_t ModelRunner::stream_row(int64_t slot, int64_t pos) const {
+  return slot * kept_streams_ + pos % kept_streams_;
+}
+
+void ModelRunner::follow(std::span<const SequenceStep> steps, const at::Tensor& streams) {
+  std::vector<SequenceStep> parts;
+  std::vector<at::Tensor> rows;
+  int64_t row = 0;
+  for (const SequenceStep& step : steps) {
+    const auto count = static_cast<int64_t>(step.tokens.size()), begin = step.start,
+               end = begin + count;
+    Followed& done = followed_[static_cast<size_t>(step.slot)];
+    if (begin == 0) done = {};
+    // Position p needs the token at p + 1. The one before this step has its streams kept, unless
+    // the sequence came from elsewhere; those a later query cannot see are left out.
+    const bool before = begin > 0 && done.end == begin && done.first < begin && done.next < begin;
+    const int64_t from =
+        std::max(before ? begin - 1 : begin, end - 1 - model_.config().window_size);
+    if (from < end - 1) {
+      if (from < begin) {
+        rows.push_back(streams_.narrow(0, stream_row(step.slot, from), 1));
+        if (count > 1) rows.push_back(streams.narrow(0, row, count - 1));
+      } else {
+        rows.push_back(streams.narrow(0, row + from - begin, end - 1 - from));
+      }
+      parts.push_back({.slot = step.slot,
+                       .start = from,
+                       .tokens = step.tokens.subspan(static_cast<size_t>(from + 1 - begin)),
+                       .pages = step.pages,
+                       .num_logits = 0});
+    }
+    done.next = end - 1;
+    const int64_t kept = std::min(count, kept_streams_);
+    done.first = count >= kept_streams_ || done.end != begin
+                     ? end - kept
+                     : std::max(done.first, end - kept_streams_);
+    done.end = end;
+    for (int64_t p = end - kept; p < end; ++p)
+      streams_[stream_row(step.slot, p)].copy_(streams[row + p - begin]);
+    row += count;
+  }
+  if (parts.empty()) return;
+  static_cast<void>(run_mtp(parts, at::cat(rows)));
+}
+
+at::Tensor ModelRunner::run_mtp(std::span<const SequenceStep> parts, const at::Tensor& streams) {
+  std::vector<int64_t> ids;
+  for (const SequenceStep& part : parts)
+    ids.insert(ids.end(), part.tokens.begin(), part.tokens.end());
+  const ops::Batch batch = cache_.begin(parts);
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics_;
+  context.kv = &cache_;
+  return model_.mtp_head_input(streams, at::tensor(ids, at::kLong), context);
+}
+
+at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
+  HADAL_CHECK(drafts_, "model_runner: no room for the MTP block");
+  const c10::InferenceMode inference;
+  std::vector<SequenceStep> parts;
+  std::vector<int64_t> rows;
+  for (const DraftStep& step : steps) {
+    Followed& done = followed_.at(static_cast<size_t>(step.slot));
+    HADAL_CHECK(step.pos >= 1 && done.end == step.pos, "model_runner: a draft of slot ", step.slot,
+                " at position ", step.pos, ", its state is at ", done.end);
+    rows.push_back(stream_row(step.slot, step.pos - 1));
+    parts.push_back({.slot = step.slot,
+                     .start = step.pos - 1,
+                     .tokens = {&step.token, 1},
+                     .pages = step.pages,
+                     .num_logits = 0});
+    done.next = step.pos;
+  }
+  const at::Tensor head = run_mtp(parts, streams_.index_select(0, at::tensor(rows, at::kLong)));
+  return model_.logits(head, numerics_).contiguous();
+}
 
 }  // namespace hadal::engine

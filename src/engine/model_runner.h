@@ -1,4 +1,10 @@
-// Runs steps of many sequences through the model over the paged caches.
+// Runs steps of many sequences through the model over the paged caches, and the MTP block for
+// drafts.
+//
+// The MTP block at position p takes the main model's streams at p and the token at p + 1. run()
+// feeds it every position whose next token is known, draft() the last one. What it says is only
+// ever proposed: positions that it missed (after a resumption) make drafts worse and change no
+// answer.
 #pragma once
 
 #include <cstdint>
@@ -13,29 +19,53 @@
 
 namespace hadal::engine {
 
+/// One sequence's part of a draft.
+struct DraftStep {
+  int64_t slot = 0;
+  int64_t pos = 0;                 ///< of the token that is to be run next: one behind the state
+  int64_t token = 0;               ///< that token
+  std::span<const int64_t> pages;  ///< as for the step that will run it
+};
+
 class ModelRunner final : public Runner {
  public:
-  /// Both must outlive the runner. The cache's numerics must be `numerics`.
-  ModelRunner(const model::Transformer& model,
-              ops::Numerics numerics,
-              KvCache& cache,
-              int64_t slack);
+  /// Both must outlive the runner. Drafts when the cache has room for the MTP block.
+  ModelRunner(const model::Transformer& model, KvCache& cache);
 
   int64_t vocab_size() const override { return model_.config().vocab_size; }
-  int64_t slack() const override { return slack_; }
+  int64_t slack() const override { return cache_.options().slack; }
   /// Errors: Error for an id outside the vocabulary or a step that the cache refuses.
   void run(std::span<const SequenceStep> steps) override;
   std::span<const float> logits(int64_t sequence, int64_t token) const override;
   /// Rings are addressed by position, so nothing moves.
   void rewind(int64_t slot, int64_t pos) override;
 
+  bool drafts() const { return drafts_; }
+  /// The MTP block's logits [steps, vocab] for the token behind each step's token. The slots' last
+  /// step must have ended at `pos`. Error unless drafts().
+  at::Tensor draft(std::span<const DraftStep> steps);
+
  private:
   const model::Transformer& model_;
-  ops::Numerics numerics_;
   KvCache& cache_;
-  int64_t slack_;
+  ops::Numerics numerics_;
   at::Tensor logits_;                  // [asked-for tokens, vocab] FP32
   std::vector<int64_t> first_logits_;  // [sequences + 1]
+
+  /// Feeds the MTP block the positions of the step just run.
+  void follow(std::span<const SequenceStep> steps, const at::Tensor& streams);
+  /// The MTP block over parts whose tokens are the next ids -> its head input.
+  at::Tensor run_mtp(std::span<const SequenceStep> parts, const at::Tensor& streams);
+  /// Row of streams_ that holds position pos of a slot.
+  int64_t stream_row(int64_t slot, int64_t pos) const;
+  bool drafts_;
+  int64_t kept_streams_;
+  at::Tensor streams_;  // [slots * kept, hc_mult, dim] the latest positions' streams
+  struct Followed {
+    int64_t next = 0;            ///< the MTP block has had every position before
+    int64_t first = 0, end = 0;  ///< positions whose streams are kept
+  };
+  std::vector<Followed> followed_;  // [slots]
 };
 
 }  // namespace hadal::engine

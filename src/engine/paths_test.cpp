@@ -47,7 +47,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
         config_,
         KvCacheOptions{
             .numerics = numerics_, .num_pages = kPages, .num_slots = kSlots, .slack = kSlack});
-    runner_ = std::make_unique<ModelRunner>(*model_, numerics_, *cache_, kSlack);
+    runner_ = std::make_unique<ModelRunner>(*model_, *cache_);
   }
 
   at::Tensor reference(const std::vector<int64_t>& ids) const {
@@ -61,6 +61,24 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
     context.kv = &kv;
     const at::Tensor streams = model_->forward(at::tensor(ids, at::kLong), context);
     return model_->logits(model_->head_input(streams, numerics_), numerics_);
+  }
+
+  /// [length - 1, vocab]: the MTP block's logits at every position.
+  at::Tensor mtp_reference(const std::vector<int64_t>& ids) const {
+    const c10::InferenceMode inference;
+    const auto length = static_cast<int64_t>(ids.size());
+    model::ContiguousKv kv(config_, 1, 1024,
+                           numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16, at::kCPU);
+    const ops::Batch batch = kv.begin({0}, {length});
+    model::ForwardContext context;
+    context.batch = &batch;
+    context.numerics = numerics_;
+    context.kv = &kv;
+    const at::Tensor all = at::tensor(ids, at::kLong);
+    const at::Tensor streams = model_->forward(all, context);
+    const at::Tensor next = at::cat({all.narrow(0, 1, length - 1), all.narrow(0, 0, 1)});
+    const at::Tensor head = model_->mtp_head_input(streams, next, context);
+    return model_->logits(head, numerics_).narrow(0, 0, length - 1);
   }
 
   struct Live {
@@ -170,6 +188,35 @@ TEST_P(EnginePaths, RandomSchedulesGiveTheSameBits) {
             break;
         }
       }
+    }
+  }
+}
+
+TEST_P(EnginePaths, DraftsAreTheMtpBlocksAndChangeNothing) {
+  // Chunks, then token by token with right and wrong drafts; every logit stays, and while no
+  // position was missed the draft's logits are those of the one-shot pass of the MTP block.
+  cache_ = std::make_unique<KvCache>(config_, KvCacheOptions{.numerics = numerics_,
+                                                             .num_pages = kPages,
+                                                             .num_slots = kSlots,
+                                                             .slack = kSlack,
+                                                             .with_mtp = true});
+  runner_ = std::make_unique<ModelRunner>(*model_, *cache_);
+  const std::vector<int64_t>& ids = sequences_[3];
+  const at::Tensor wanted = mtp_reference(ids);
+  Live live{.sequence = 3, .slot = 2, .pages = {5}};
+  step({{&live, 30}});
+  while (live.pos < static_cast<int64_t>(ids.size()) - 4) {
+    const int64_t token = ids[static_cast<size_t>(live.pos)];
+    const std::vector<DraftStep> drafts = {
+        {.slot = live.slot, .pos = live.pos, .token = token, .pages = live.pages}};
+    const at::Tensor logits = runner_->draft(drafts);
+    ASSERT_TRUE(at::equal(logits[0], wanted[live.pos - 1])) << "draft behind " << live.pos;
+    const int64_t count = 1 + static_cast<int64_t>(random_() % 3);
+    step({{&live, count}});
+    if (HasFatalFailure()) return;
+    if (count > 1 && random_() % 2 == 0) {
+      live.pos -= 1;
+      runner_->rewind(live.slot, live.pos);
     }
   }
 }

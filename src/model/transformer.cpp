@@ -244,12 +244,17 @@ at::Tensor Transformer::run_block(const Block& block,
   return streams;
 }
 
-at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
+void Transformer::fill_rope(ForwardContext& context) const {
   const ops::Batch& batch = *context.batch;
-  ops::check_shape(ids, {batch.num_tokens()}, "transformer: ids");
   const int64_t max_pos = batch.max_end_pos() - 1;
   context.rope_window = rope_window_.cos_sin(batch.pos(), max_pos);
   context.rope_compressed = rope_compressed_.cos_sin(batch.pos(), max_pos);
+}
+
+at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
+  const ops::Batch& batch = *context.batch;
+  ops::check_shape(ids, {batch.num_tokens()}, "transformer: ids");
+  fill_rope(context);
   const at::Tensor embedded = ops::embedding(ids, embed_.operand(context.numerics));
   at::Tensor streams =
       embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
@@ -273,6 +278,7 @@ at::Tensor Transformer::mtp_head_input(const at::Tensor& streams,
                                        const at::Tensor& next_ids,
                                        ForwardContext& context) const {
   HADAL_CHECK(mtp_.has_value(), "transformer: this model has no MTP block");
+  if (!context.rope_window.defined()) fill_rope(context);
   const ops::Numerics numerics = context.numerics;
   const int64_t tokens = streams.size(0), n = config_.hc_mult, dim = config_.dim;
   const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed_.operand(numerics)),

@@ -58,7 +58,7 @@ class Transformer {
 
   /// The MTP block: streams of the last main block at p and the ids of the tokens at p + 1 -> its
   /// head input [tokens, dim], which predicts the token at p + 2. `context` is the one forward()
-  /// was given.
+  /// was given, or a new one with a batch of its own, whose rope_* it fills.
   at::Tensor mtp_head_input(const at::Tensor& streams,
                             const at::Tensor& next_ids,
                             ForwardContext& context) const;
@@ -68,6 +68,7 @@ class Transformer {
   void visit(const std::function<void(const Parameter&)>& visitor) const;
 
  private:
+  void fill_rope(ForwardContext& context) const;
   at::Tensor run_block(const Block& block,
                        int64_t index,
                        at::Tensor streams,
