@@ -8,6 +8,7 @@
 
 #include "apps/command.h"
 #include "base/check.h"
+#include "base/memory.h"
 
 namespace {
 
@@ -42,6 +43,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  hadal::keep_freed_memory();
   try {
     return run(argc, argv);
   } catch (const hadal::InputError& error) {

@@ -13,6 +13,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include "base/memory.h"
 #include "base/parallel.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -192,6 +193,7 @@ ggml_backend_buffer_type_t repack_type() {
 int main(int argc, char** argv) {
   const Shape shape{argc > 2 ? std::atol(argv[1]) : 4096, argc > 2 ? std::atol(argv[2]) : 4096};
   const int rounds = argc > 3 ? std::atoi(argv[3]) : 15;
+  hadal::keep_freed_memory();  // as hadal does
   const c10::InferenceMode no_grad;
   ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   const double matrix_bytes = static_cast<double>(shape.out * shape.in) * 17 / 32;
