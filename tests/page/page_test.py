@@ -104,6 +104,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path.path == "/v1/models":
             self.json(200, {"object": "list", "data": [{"id": "hadal-nano"}, {"id": "other-model"}]})
         elif path.path == "/v1/hadal/context":
+            if not self.script.context:
+                self.json(404, {"error": {"message": "Nothing is kept of this answer."}})
+                return
             wanted = urllib.parse.parse_qs(path.query)["id"][0]
             self.json(200, dict(self.script.context, id=wanted))
         elif path.path == "/favicon.ico":
@@ -185,6 +188,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def play_endless(self, _):
         for i in range(3000):
             self.text(f"word{i} ", pause=.01)
+
+    def play_list(self, _):
+        self.text("".join(f"- item {i}\n" for i in range(300)), pause=0, piece=200)
+        self.script.gate.wait(10)
+        self.text("".join(f"- item {i}\n" for i in range(300, 400)), pause=0, piece=200)
+        self.finish()
 
     def play_broken(self, _):
         self.text("Half a sentence")
@@ -275,7 +284,7 @@ class Browser:
         prelude = "const q = (s) => document.querySelector(s), qa = (s) => [...document.querySelectorAll(s)]; return "
         return self.post("/execute/sync", {"script": prelude + code, "args": list(arguments)})
 
-    def wait(self, code, what=None, limit=15):
+    def wait(self, code, what=None, limit=30):
         deadline = time.time() + limit
         while not (value := self.js(code)):
             if time.time() > deadline:
@@ -389,7 +398,7 @@ class Checks:
         equal(b.js("q('.markdown pre').textContent"), "print('<b>')")
         equal(b.js("q('.markdown h2').textContent"), "Title")
         figures = b.js("q('.figures').textContent")
-        for pattern in (r"first token \d+ ms", r"\d+\.\d tokens/s", "37 tokens", "1,024 of 1,200 prompt tokens cached"):
+        for pattern in (r"first token [\d.]+ m?s", r"[\d.,]+ tokens/s", "37 tokens", "1,024 of 1,200 prompt tokens cached"):
             if not re.search(pattern, figures):
                 raise AssertionError(f"figures lack {pattern}: {figures}")
         spoken = b.js("q('#spoken').textContent")
@@ -410,6 +419,7 @@ class Checks:
         equal(b.js("q('details').open"), True, "stays open")
         equal(b.js("q('details .text').innerText"), "First I consider the question. Then I am sure.")
         equal(b.js("q('.markdown').innerText"), "The answer is 42.")
+        equal(b.js("q('#spoken').textContent"), "Thinking.The answer is 42.", "the live region")
         b.js("q('summary').focus()")
         b.press("Enter")
         equal(b.js("q('details').open"), False, "closed by the keyboard")
@@ -461,6 +471,20 @@ class Checks:
             equal(b.js("lastMessage().content.includes('word3')"), True, "what arrived is kept")
             equal(b.js("qa('.note').pop().textContent"), "Stopped.")
             equal(self.script.left.wait(10), True, "the request is aborted")
+
+    def check_scrolling(self):
+        b = self.b
+        at_end = "(n => n.scrollTop + n.clientHeight >= n.scrollHeight - 2)(q('#log'))"
+        self.ask("list")
+        b.wait(at_end, "the log follows the answer")
+        self.script.gate.clear()
+        self.ask("list", wait=False)
+        b.wait("lastMessage().content.includes('item 299') && " + at_end)
+        b.js("q('#log').scrollTop = 100")
+        self.script.gate.set()
+        self.done()
+        equal(b.js("q('#log').scrollTop"), 100, "a reader who went back is left there")
+        equal(b.js("qa('.markdown').pop().querySelectorAll('li').length"), 400)
 
     def check_regenerate_and_edit(self):
         b = self.b
@@ -528,7 +552,7 @@ class Checks:
 
     def check_errors(self):
         b = self.b
-        self.allowed = r"429|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_CONNECTION|503"
+        self.allowed = r"429|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_CONNECTION|503|404"
         self.ask("refuse")
         equal(b.js("qa('article .error').pop().innerText"), "Error 429: The queue is full. Try again in 7 s.")
         self.ask("midway")
@@ -540,6 +564,9 @@ class Checks:
         self.shot("errors")
         self.ask("hello")
         equal(any("tool_calls" in m for m in self.script.requests[-1]["messages"]), False, "a half call is not sent")
+        self.script.context = None
+        b.click("#show-context")
+        b.wait("q('#context-summary').textContent === 'Error 404: Nothing is kept of this answer.'")
         self.script.health = 503
         b.js("connect()")
         b.wait("q('#status').textContent === 'not ready'")
