@@ -195,6 +195,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.text("".join(f"- item {i}\n" for i in range(300, 400)), pause=0, piece=200)
         self.finish()
 
+    def play_flood(self, _):
+        for mark in ("`", "*", "**a ", "`a``", "- ", "1. ", "*a ", "_", "```\n", "# "):
+            self.text("\n\nx " + mark * (60000 // len(mark)), pause=0, piece=2000)
+        self.finish()
+
     def play_broken(self, _):
         self.text("Half a sentence")
         self.delta(tool_calls=[{"index": 0, "id": "call-9", "function": {"name": "weather", "arguments": '{"ci'}}])
@@ -485,6 +490,14 @@ class Checks:
         self.done()
         equal(b.js("q('#log').scrollTop"), 100, "a reader who went back is left there")
         equal(b.js("qa('.markdown').pop().querySelectorAll('li').length"), 400)
+
+    def check_degenerate_text(self):
+        started = time.time()
+        self.ask("flood")
+        equal(self.b.js("lastMessage().state"), "done")
+        took = time.time() - started
+        print(f"    600 KB of repeated marks: {took:.1f} s")
+        equal(took < 30, True, f"rendering keeps up: {took:.1f} s")
 
     def check_regenerate_and_edit(self):
         b = self.b
