@@ -5,6 +5,7 @@
 # name before it is whole. Does nothing when everything is there.
 #   --check  only reports what is missing
 #   --tools  installs what only checks and fuzzers need (clang-format, clang 19, clang-tidy 19)
+#   --browser installs what the test of the web page needs (Debian's chromium and chromium-driver)
 #   --gpu    also the CUDA libraries that LibTorch needs to run on a GPU (about 2.4 GB, PyPI), under .deps/nvidia
 #   --cuda   unpacks a CUDA compiler under .deps/ when there is no nvcc; enough to compile the kernels, not to run them
 set -euo pipefail
@@ -12,8 +13,8 @@ cd "$(dirname "$0")/.."
 
 mode=${1:-}
 case "$mode" in
-  "" | --check | --tools | --cuda | --gpu) ;;
-  *) echo "install_deps: no option $mode; --check, --tools, --gpu and --cuda are known" >&2; exit 2 ;;
+  "" | --check | --tools | --browser | --cuda | --gpu) ;;
+  *) echo "install_deps: no option $mode; --check, --tools, --browser, --gpu and --cuda are known" >&2; exit 2 ;;
 esac
 
 packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
@@ -22,6 +23,9 @@ packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
 comforts=(ccache mold git)  # builds are faster with them; nothing fails without
 if [ "$mode" = --tools ]; then
   packages=(clang-format clang-19 clang-tidy-19 libclang-rt-19-dev)
+  comforts=()
+elif [ "$mode" = --browser ]; then
+  packages=(chromium chromium-driver fonts-dejavu-core)
   comforts=()
 fi
 
@@ -79,7 +83,7 @@ if [ ${#wanted[@]} -gt 0 ]; then
     rm -f "$log"
   fi
 fi
-[ "$mode" = --tools ] && exit 0
+case "$mode" in --tools | --browser) exit 0 ;; esac
 
 # --- wheels ----------------------------------------------------------------------------------------
 # fetch FOLDER REQUIREMENT...: wheels for Linux on x86_64, one by one; what is there already is not fetched again.
