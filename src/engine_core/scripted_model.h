@@ -10,12 +10,18 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
+#include <optional>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
 #include "base/math.h"
+#include "engine_core/prefix_store.h"
 #include "engine_core/runner.h"
 #include "engine_core/sampler.h"
 
@@ -108,6 +114,10 @@ class ScriptedModel : public CacheMemory, public Runner {
   int64_t slack() const override { return options_.slack; }
   void run(std::span<const SequenceStep> steps) override {
     if (on_run) on_run(steps);
+    run_part(steps);
+  }
+  /// run() without on_run.
+  void run_part(std::span<const SequenceStep> steps) {
     logits_.assign(steps.size(), {});
     for (size_t i = 0; i < steps.size(); ++i) run_one(steps[i], logits_[i]);
   }
@@ -259,6 +269,51 @@ class ScriptedDrafter : public Drafter {
  private:
   const ScriptedModel& model_;
   uint64_t right_, count_ = 0;
+};
+
+/// A prefix store in memory that can be made to throw and to damage what it gives.
+class ScriptedStore : public PrefixStore {
+ public:
+  explicit ScriptedStore(int64_t page_tokens) : page_tokens_(page_tokens) {}
+
+  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
+                                   int64_t from_page,
+                                   int64_t max_pos) override {
+    if (throws) throw std::runtime_error("store: gone");
+    for (int64_t pos = max_pos / page_tokens_ * page_tokens_; pos > 0; pos -= page_tokens_) {
+      const auto found = snapshots_.find(key(tokens, pos));
+      if (found == snapshots_.end()) continue;
+      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = found->second};
+      bool complete = true;
+      for (int64_t page = from_page; page < pos / page_tokens_ && complete; ++page) {
+        const auto stored = pages_.find(key(tokens, (page + 1) * page_tokens_));
+        complete = stored != pages_.end();
+        if (complete) result.pages.push_back(stored->second);
+      }
+      if (!complete) continue;
+      if (truncates && !result.pages.empty()) result.pages.back().pop_back();
+      return result;
+    }
+    return std::nullopt;
+  }
+  void save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
+    if (throws) throw std::runtime_error("store: full");
+    pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+  }
+  void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
+    snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
+  }
+
+  bool throws = false, truncates = false;
+
+ private:
+  using Tokens = std::vector<int64_t>;
+  static Tokens key(std::span<const int64_t> tokens, int64_t count) {
+    return Tokens(tokens.begin(), tokens.begin() + count);
+  }
+
+  int64_t page_tokens_;
+  std::map<Tokens, std::vector<std::byte>> pages_, snapshots_;
 };
 
 }  // namespace hadal::engine

@@ -1,10 +1,8 @@
 #include "engine_core/sequence_cache.h"
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <set>
-#include <stdexcept>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -17,49 +15,6 @@ namespace hadal::engine {
 namespace {
 
 using Tokens = std::vector<int64_t>;
-
-// A prefix store in memory that may lose, damage and throw.
-class MapStore : public PrefixStore {
- public:
-  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
-                                   int64_t from_page,
-                                   int64_t max_pos) override {
-    ++loads;
-    if (throws) throw std::runtime_error("store: gone");
-    for (int64_t pos = max_pos / page_tokens * page_tokens; pos > 0; pos -= page_tokens) {
-      const auto found = snapshots.find(key(tokens, pos));
-      if (found == snapshots.end()) continue;
-      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = found->second};
-      bool complete = true;
-      for (int64_t page = from_page; page < pos / page_tokens && complete; ++page) {
-        const auto stored = pages.find(key(tokens, (page + 1) * page_tokens));
-        complete = stored != pages.end();
-        if (complete) result.pages.push_back(stored->second);
-      }
-      if (!complete) continue;
-      if (truncates && !result.pages.empty()) result.pages.back().pop_back();
-      return result;
-    }
-    return std::nullopt;
-  }
-  void save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
-    if (throws) throw std::runtime_error("store: full");
-    pages[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
-  }
-  void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
-    snapshots[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
-  }
-
-  int64_t page_tokens = 4;
-  bool throws = false, truncates = false;
-  int64_t loads = 0;
-  std::map<Tokens, std::vector<std::byte>> pages, snapshots;
-
- private:
-  static Tokens key(std::span<const int64_t> tokens, int64_t count) {
-    return Tokens(tokens.begin(), tokens.begin() + count);
-  }
-};
 
 // Random sequences over one cache, each step compared with the model without caches.
 class World {
@@ -210,7 +165,7 @@ TEST(SequenceCache, HundredThousandRandomOperations) {
 
 TEST(SequenceCache, RandomOperationsWithAStore) {
   log::set_level(log::Level::kError);  // hundreds of warnings that are meant
-  MapStore store;
+  ScriptedStore store(4);
   World world({.page_tokens = 4, .num_pages = 24, .num_slots = 4, .slack = 0},
               {.snapshot_interval = 0, .snapshot_budget_bytes = 200}, &store, 12);
   for (int i = 0; i < 12000; ++i) {
