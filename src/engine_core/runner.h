@@ -36,7 +36,7 @@ class CacheMemory {
 /// One sequence's part of a step.
 struct SequenceStep {
   int64_t slot = 0;
-  int64_t start = 0;                ///< position of the first token; the state is at `start`
+  int64_t start = 0;                ///< of the first token; the state is there, at 0 a new one
   std::span<const int64_t> tokens;  ///< at least one
   std::span<const int64_t> pages;   ///< ceil((start + tokens) / page_tokens) page numbers
   int64_t num_logits = 0;           ///< of the last so many tokens

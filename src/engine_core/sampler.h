@@ -1,0 +1,84 @@
+// How the scheduler draws a token and what else it needs from above or beside: a sampler, a filter
+// between tokens and text (stop strings, grammar), a drafter. All are called from the engine's
+// thread, except AnswerFilters::create.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine_core/request.h"
+
+namespace hadal::engine {
+
+/// One token to draw. The result depends on these values alone.
+struct SampleInput {
+  std::span<const float> logits;  ///< [vocab_size]
+  const Sampling& sampling;
+  int64_t choice = 0;
+  int64_t pos = 0;  ///< of the token to be drawn: prompt and answer before it
+  std::span<const int64_t> prompt, answer;
+  /// Bit t % 32 of word t / 32: token t is allowed. Empty: all are.
+  std::span<const int32_t> mask;
+  int64_t top_logprobs = -1;  ///< as in Request
+};
+
+struct Sampled {
+  int64_t token = 0;
+  double logprob = 0;  ///< with top_logprobs >= 0
+  std::vector<TokenLogprob> top;
+};
+
+class Sampler {
+ public:
+  virtual ~Sampler() = default;
+  virtual Sampled sample(const SampleInput& input) = 0;
+};
+
+/// Between the tokens of one choice and its text. Keeps its state through preemption.
+class AnswerFilter {
+ public:
+  enum class Verdict : uint8_t {
+    kContinue,
+    kStopString,  ///< `matched_stop` appeared: the text ends before it
+    kComplete,    ///< nothing may follow (a finished grammar): ends with kStop
+  };
+  struct Accepted {
+    Verdict verdict = Verdict::kContinue;
+    std::string text;  ///< certain not to belong to a stop string; whole characters
+    std::string matched_stop;
+  };
+
+  virtual ~AnswerFilter() = default;
+  /// Tokens allowed next, as SampleInput::mask; valid until accept().
+  virtual std::span<const int32_t> mask() = 0;
+  virtual Accepted accept(int64_t token) = 0;
+  /// The answer ends (EOS, which accept() does not see, or a limit): text that was held back.
+  virtual std::string finish() = 0;
+};
+
+class AnswerFilters {
+ public:
+  virtual ~AnswerFilters() = default;
+  /// For one choice. Thread-safe. Errors: InputError for a grammar or stop string that cannot be.
+  virtual std::unique_ptr<AnswerFilter> create(const Request& request) = 0;
+};
+
+/// A sequence to guess ahead of.
+struct DraftRequest {
+  int64_t slot = 0;
+  std::span<const int64_t> tokens;  ///< all so far; the state is behind the last but one
+  std::span<const int64_t> pages;   ///< for all tokens and max_drafts more
+  int64_t max_drafts = 0;           ///< at least one
+  std::vector<int64_t> drafts;      ///< the answer, at most max_drafts
+};
+
+class Drafter {
+ public:
+  virtual ~Drafter() = default;
+  virtual void draft(std::span<DraftRequest> requests) = 0;
+};
+
+}  // namespace hadal::engine

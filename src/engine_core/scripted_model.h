@@ -1,0 +1,319 @@
+// A model and its caches for tests: logits are a hash of all tokens so far, computed through what
+// pages and states hold, so that any mistake in bookkeeping changes them.
+//
+// Each position leaves one 8-byte entry in its page; a state is a ring of the last `window` hashes
+// and `slack` more. Included by tests only.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "base/math.h"
+#include "engine_core/prefix_store.h"
+#include "engine_core/runner.h"
+#include "engine_core/sampler.h"
+
+namespace hadal::engine {
+
+struct ScriptedOptions {
+  int64_t page_tokens = 4;
+  int64_t num_pages = 64;
+  int64_t num_slots = 8;
+  int64_t vocab_size = 32;
+  int64_t window = 3;
+  int64_t slack = 4;
+};
+
+class ScriptedModel : public CacheMemory, public Runner {
+ public:
+  explicit ScriptedModel(const ScriptedOptions& options)
+      : options_(options),
+        pages_(static_cast<size_t>(options.num_pages * options.page_tokens), 0xdead),
+        states_(static_cast<size_t>(options.num_slots)) {
+    for (State& state : states_) state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+  }
+
+  /// Before each step; may throw.
+  std::function<void(std::span<const SequenceStep>)> on_run;
+
+  static uint64_t mix(uint64_t state, uint64_t value) {
+    state = (state ^ (value + 0x9e3779b97f4a7c15ull)) * 0xbf58476d1ce4e5b9ull;
+    return state ^ (state >> 27);
+  }
+
+  /// Logits after `tokens`, without caches: what every schedule must give.
+  std::vector<float> reference(std::span<const int64_t> tokens) const {
+    std::vector<uint64_t> hashes;
+    uint64_t hash = 0;
+    for (const int64_t token : tokens) {
+      hash = mix(hash, static_cast<uint64_t>(token));
+      hashes.push_back(hash);
+    }
+    uint64_t all = 1;
+    for (const uint64_t entry : hashes) all = mix(all, entry);
+    const auto size = static_cast<int64_t>(hashes.size());
+    for (int64_t back = std::max(size - options_.window, int64_t{0}); back < size; ++back) {
+      all = mix(all, hashes[static_cast<size_t>(back)]);
+    }
+    return spread(all);
+  }
+
+  int64_t page_tokens() const override { return options_.page_tokens; }
+  int64_t num_pages() const override { return options_.num_pages; }
+  int64_t num_slots() const override { return options_.num_slots; }
+  int64_t page_bytes() const override { return options_.page_tokens * 8; }
+  int64_t state_bytes() const override { return 8 + ring() * 8; }
+  int64_t snapshot_bytes(int64_t pos) const override { return std::min(pos, options_.window) * 8; }
+
+  void copy_page(int64_t from, int64_t to) override {
+    std::ranges::copy(page(from), page(to).begin());
+  }
+  void read_page(int64_t number, std::span<std::byte> out) const override {
+    const auto bytes =
+        std::as_bytes(std::span(pages_).subspan(static_cast<size_t>(number * options_.page_tokens),
+                                                static_cast<size_t>(options_.page_tokens)));
+    HADAL_CHECK(out.size() == bytes.size(), "scripted: page of ", out.size(), " bytes");
+    std::ranges::copy(bytes, out.begin());
+  }
+  void write_page(int64_t number, std::span<const std::byte> in) override {
+    const auto bytes = std::as_writable_bytes(page(number));
+    HADAL_CHECK(in.size() == bytes.size(), "scripted: page of ", in.size(), " bytes");
+    std::ranges::copy(in, bytes.begin());
+  }
+  void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const override {
+    const State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(state.pos == pos, "scripted: state at ", state.pos, ", snapshot of ", pos);
+    HADAL_CHECK(static_cast<int64_t>(out.size()) == snapshot_bytes(pos), "scripted: snapshot size");
+    for (int64_t i = 0; i < snapshot_bytes(pos) / 8; ++i) {
+      std::memcpy(out.data() + i * 8, &state.ring[index(pos - 1 - i)], 8);
+    }
+  }
+  void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) override {
+    State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(static_cast<int64_t>(in.size()) == snapshot_bytes(pos), "scripted: snapshot size");
+    state.pos = pos;
+    state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+    for (int64_t i = 0; i < snapshot_bytes(pos) / 8; ++i) {
+      std::memcpy(&state.ring[index(pos - 1 - i)], in.data() + i * 8, 8);
+    }
+  }
+
+  int64_t vocab_size() const override { return options_.vocab_size; }
+  int64_t slack() const override { return options_.slack; }
+  void run(std::span<const SequenceStep> steps) override {
+    if (on_run) on_run(steps);
+    run_part(steps);
+  }
+  /// run() without on_run.
+  void run_part(std::span<const SequenceStep> steps) {
+    logits_.assign(steps.size(), {});
+    for (size_t i = 0; i < steps.size(); ++i) run_one(steps[i], logits_[i]);
+  }
+  std::span<const float> logits(int64_t sequence, int64_t token) const override {
+    return logits_.at(static_cast<size_t>(sequence)).at(static_cast<size_t>(token));
+  }
+  void rewind(int64_t slot, int64_t pos) override {
+    State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(pos <= state.pos && state.pos - pos <= options_.slack, "scripted: rewind from ",
+                state.pos, " to ", pos);
+    state.pos = pos;
+  }
+
+ private:
+  struct State {
+    int64_t pos = 0;
+    std::vector<uint64_t> ring;
+  };
+
+  int64_t ring() const { return options_.window + options_.slack; }
+  size_t index(int64_t pos) const { return static_cast<size_t>(pos % ring()); }
+  std::span<uint64_t> page(int64_t number) {
+    HADAL_CHECK(number >= 0 && number < options_.num_pages, "scripted: no page ", number);
+    return std::span(pages_).subspan(static_cast<size_t>(number * options_.page_tokens),
+                                     static_cast<size_t>(options_.page_tokens));
+  }
+  std::vector<float> spread(uint64_t all) const {
+    std::vector<float> logits;
+    for (int64_t token = 0; token < options_.vocab_size; ++token) {
+      logits.push_back(static_cast<float>(mix(all, static_cast<uint64_t>(token)) >> 40));
+    }
+    return logits;
+  }
+
+  void run_one(const SequenceStep& step, std::vector<std::vector<float>>& logits) {
+    State& state = states_.at(static_cast<size_t>(step.slot));
+    const auto count = static_cast<int64_t>(step.tokens.size());
+    HADAL_CHECK(count > 0 && step.num_logits <= count, "scripted: empty step");
+    HADAL_CHECK(static_cast<int64_t>(step.pages.size()) ==
+                    ceil_div(step.start + count, options_.page_tokens),
+                "scripted: ", step.pages.size(), " pages for ", step.start + count, " tokens");
+    if (step.start == 0) state.pos = 0;
+    HADAL_CHECK(state.pos == step.start, "scripted: state at ", state.pos, ", step at ",
+                step.start);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t pos = step.start + i;
+      const uint64_t before = pos == 0 ? 0 : state.ring[index(pos - 1)];
+      const uint64_t hash = mix(before, static_cast<uint64_t>(step.tokens[static_cast<size_t>(i)]));
+      state.ring[index(pos)] = hash;
+      state.pos = pos + 1;
+      page(step.pages[static_cast<size_t>(pos / options_.page_tokens)])[static_cast<size_t>(
+          pos % options_.page_tokens)] = hash;
+      if (i < count - step.num_logits) continue;
+      uint64_t all = 1;
+      for (int64_t past = 0; past <= pos; ++past) {
+        all = mix(
+            all,
+            page(step.pages[static_cast<size_t>(past / options_.page_tokens)])[static_cast<size_t>(
+                past % options_.page_tokens)]);
+      }
+      for (int64_t back = std::max(pos + 1 - options_.window, int64_t{0}); back <= pos; ++back) {
+        all = mix(all, state.ring[index(back)]);
+      }
+      logits.push_back(spread(all));
+    }
+  }
+
+  ScriptedOptions options_;
+  std::vector<uint64_t> pages_;  ///< [num_pages, page_tokens]
+  std::vector<State> states_;
+  std::vector<std::vector<std::vector<float>>> logits_;
+};
+
+/// The largest of logit + temperature x noise of (seed, choice, position, token).
+class ScriptedSampler : public Sampler {
+ public:
+  Sampled sample(const SampleInput& input) override {
+    Sampled best;
+    double best_score = 0;
+    for (size_t token = 0; token < input.logits.size(); ++token) {
+      if (!input.mask.empty() &&
+          ((static_cast<uint32_t>(input.mask[token / 32]) >> (token % 32)) & 1u) == 0) {
+        continue;
+      }
+      uint64_t key = ScriptedModel::mix(input.sampling.seed, static_cast<uint64_t>(input.choice));
+      key = ScriptedModel::mix(key, static_cast<uint64_t>(input.pos));
+      const auto noise = static_cast<double>(ScriptedModel::mix(key, token) >> 40);
+      const double score =
+          static_cast<double>(input.logits[token]) + input.sampling.temperature * noise;
+      if (token > 0 && score <= best_score) continue;
+      best_score = score;
+      best.token = static_cast<int64_t>(token);
+    }
+    best.logprob = best_score;
+    return best;
+  }
+};
+
+/// Every token's text is one letter; Request::stop are matched without holding back.
+class ScriptedFilters : public AnswerFilters {
+ public:
+  std::unique_ptr<AnswerFilter> create(const Request& request) override {
+    return std::make_unique<Filter>(request.stop);
+  }
+
+ private:
+  class Filter : public AnswerFilter {
+   public:
+    explicit Filter(std::vector<std::string> stop) : stop_(std::move(stop)) {}
+    std::span<const int32_t> mask() override { return {}; }
+    Accepted accept(int64_t token) override {
+      const std::string letter(1, static_cast<char>('A' + token % 26));
+      text_ += letter;
+      for (const std::string& stop : stop_) {
+        if (text_.ends_with(stop)) {
+          return {.verdict = Verdict::kStopString, .text = "", .matched_stop = stop};
+        }
+      }
+      return {.verdict = Verdict::kContinue, .text = letter, .matched_stop = ""};
+    }
+    std::string finish() override { return "."; }
+
+   private:
+    std::vector<std::string> stop_;
+    std::string text_;
+  };
+};
+
+/// Guesses right with a chance of `right` in 256, by knowing the model and the sampling of greedy
+/// requests.
+class ScriptedDrafter : public Drafter {
+ public:
+  ScriptedDrafter(const ScriptedModel& model, uint64_t right) : model_(model), right_(right) {}
+  void draft(std::span<DraftRequest> requests) override {
+    for (DraftRequest& request : requests) {
+      std::vector<int64_t> tokens(request.tokens.begin(), request.tokens.end());
+      for (int64_t i = 0; i < request.max_drafts; ++i) {
+        const std::vector<float> logits = model_.reference(tokens);
+        auto guess = std::ranges::max_element(logits) - logits.begin();
+        if (ScriptedModel::mix(static_cast<uint64_t>(guess), ++count_) % 256 >= right_) {
+          guess = (guess + 1) % model_.vocab_size();
+        }
+        tokens.push_back(guess);
+        request.drafts.push_back(guess);
+      }
+    }
+  }
+
+ private:
+  const ScriptedModel& model_;
+  uint64_t right_, count_ = 0;
+};
+
+/// A prefix store in memory that can be made to throw and to damage what it gives.
+class ScriptedStore : public PrefixStore {
+ public:
+  explicit ScriptedStore(int64_t page_tokens) : page_tokens_(page_tokens) {}
+
+  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
+                                   int64_t from_page,
+                                   int64_t max_pos) override {
+    if (throws) throw std::runtime_error("store: gone");
+    for (int64_t pos = max_pos / page_tokens_ * page_tokens_; pos > 0; pos -= page_tokens_) {
+      const auto found = snapshots_.find(key(tokens, pos));
+      if (found == snapshots_.end()) continue;
+      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = found->second};
+      bool complete = true;
+      for (int64_t page = from_page; page < pos / page_tokens_ && complete; ++page) {
+        const auto stored = pages_.find(key(tokens, (page + 1) * page_tokens_));
+        complete = stored != pages_.end();
+        if (complete) result.pages.push_back(stored->second);
+      }
+      if (!complete) continue;
+      if (truncates && !result.pages.empty()) result.pages.back().pop_back();
+      return result;
+    }
+    return std::nullopt;
+  }
+  void save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
+    if (throws) throw std::runtime_error("store: full");
+    pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+  }
+  void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
+    snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
+  }
+
+  bool throws = false, truncates = false;
+
+ private:
+  using Tokens = std::vector<int64_t>;
+  static Tokens key(std::span<const int64_t> tokens, int64_t count) {
+    return Tokens(tokens.begin(), tokens.begin() + count);
+  }
+
+  int64_t page_tokens_;
+  std::map<Tokens, std::vector<std::byte>> pages_, snapshots_;
+};
+
+}  // namespace hadal::engine

@@ -1,0 +1,247 @@
+#include "engine_core/sequence_cache.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/math.h"
+
+namespace hadal::engine {
+
+SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, PrefixStore* store)
+    : memory_(memory),
+      store_(store),
+      page_tokens_(memory.page_tokens()),
+      snapshot_interval_(options.snapshot_interval == 0 ? page_tokens_ : options.snapshot_interval),
+      pages_(memory.num_pages()),
+      slots_(memory.num_slots()),
+      tree_(page_tokens_, options.snapshot_budget_bytes, pages_) {
+  HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
+              "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",
+              page_tokens_);
+}
+
+int64_t SequenceCache::next_snapshot(int64_t pos) const {
+  return (pos / snapshot_interval_ + 1) * snapshot_interval_;
+}
+
+int64_t SequenceCache::num_pages_for(int64_t num_tokens) const {
+  return ceil_div(num_tokens, page_tokens_);
+}
+
+PrefixMatch SequenceCache::match(std::span<const int64_t> tokens, bool use_tree) {
+  if (use_tree) return tree_.match(tokens, static_cast<int64_t>(tokens.size()) - 1);
+  PrefixMatch none;
+  none.miss = "off";
+  return none;
+}
+
+int64_t SequenceCache::pages_taken(const PrefixMatch& match, int64_t num_tokens) const {
+  int64_t live = 0;  // shared with a running sequence: they cost nothing
+  for (int64_t page = 0; page < match.pos / page_tokens_; ++page) {
+    live += pages_.references(match.pages[static_cast<size_t>(page)]) > 1 ? 1 : 0;
+  }
+  return num_pages_for(num_tokens) - live;
+}
+
+std::optional<int64_t> SequenceCache::allocate() {
+  for (;;) {
+    if (const std::optional<int64_t> page = pages_.allocate()) return page;
+    if (!tree_.evict_page()) return std::nullopt;
+  }
+}
+
+bool SequenceCache::open(std::span<const int64_t> tokens,
+                         const PrefixMatch& match,
+                         bool use_tree,
+                         CachedSequence& sequence,
+                         Opened& opened) {
+  HADAL_CHECK(sequence.slot < 0, "sequence_cache: opened twice");
+  const std::optional<int64_t> slot = slots_.allocate();
+  if (!slot) return false;
+  sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
+  opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
+  if (use_tree && store_ != nullptr && load_stored(tokens, match, sequence, opened)) return true;
+  if (match.pos == 0) return true;  // a step at position 0 begins with a new state
+  for (int64_t page = 0; page < match.pos / page_tokens_; ++page) {
+    sequence.pages.push_back(match.pages[static_cast<size_t>(page)]);
+  }
+  if (match.tail_page >= 0) sequence.pages.push_back(match.tail_page);
+  for (const int64_t page : sequence.pages) pages_.share(page);
+  memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
+  sequence.pos = match.pos;
+  return true;
+}
+
+bool SequenceCache::usable(const StoredPrefix& stored,
+                           int64_t from_page,
+                           int64_t after,
+                           int64_t max_pos) const {
+  if (stored.pos <= after || stored.pos > max_pos || stored.pos % page_tokens_ != 0) return false;
+  const int64_t num_pages = std::max(stored.pos / page_tokens_ - from_page, int64_t{0});
+  const auto is_page = [&](const std::vector<std::byte>& page) {
+    return static_cast<int64_t>(page.size()) == memory_.page_bytes();
+  };
+  return static_cast<int64_t>(stored.pages.size()) == num_pages &&
+         std::ranges::all_of(stored.pages, is_page) &&
+         static_cast<int64_t>(stored.snapshot.size()) == memory_.snapshot_bytes(stored.pos);
+}
+
+bool SequenceCache::load_stored(std::span<const int64_t> tokens,
+                                const PrefixMatch& match,
+                                CachedSequence& sequence,
+                                Opened& opened) {
+  const int64_t max_pos = static_cast<int64_t>(tokens.size()) - 1;
+  const auto from_page = static_cast<int64_t>(match.pages.size());
+  if (max_pos / page_tokens_ * page_tokens_ <= match.pos) return false;
+  std::optional<StoredPrefix> stored;
+  try {
+    stored = store_->load(tokens, from_page, max_pos);
+  } catch (const std::exception& error) {
+    log::warn("engine", "prefix store: ", error.what());
+    ++counters_.disk_errors;
+    opened.miss = "disk error";
+    return false;
+  }
+  if (!stored || !usable(*stored, from_page, match.pos, max_pos)) {
+    ++counters_.disk_misses;
+    return false;
+  }
+  // What memory has is held first, so that making room does not evict it: the match may yet be
+  // used.
+  if (match.tail_page >= 0) pages_.share(match.tail_page);
+  std::vector<int64_t> held;
+  bool complete = true;
+  for (int64_t page = 0; page < stored->pos / page_tokens_; ++page) {
+    if (page < from_page) {
+      held.push_back(match.pages[static_cast<size_t>(page)]);
+      pages_.share(held.back());
+      continue;
+    }
+    const std::optional<int64_t> fresh = allocate();
+    complete = fresh.has_value();
+    if (!complete) break;
+    memory_.write_page(*fresh, stored->pages[static_cast<size_t>(page - from_page)]);
+    held.push_back(*fresh);
+  }
+  if (match.tail_page >= 0) pages_.release(match.tail_page);
+  if (!complete) {
+    for (const int64_t page : held) pages_.release(page);
+    return false;
+  }
+  sequence.pages = std::move(held);
+  sequence.pos = stored->pos;
+  memory_.load_snapshot(sequence.slot, stored->pos, stored->snapshot);
+  opened.cached_tokens = stored->pos;
+  opened.disk_tokens = stored->pos - match.pos;
+  if (max_pos - stored->pos < page_tokens_) opened.miss = "tail";
+  ++counters_.disk_hits;
+  tree_.insert(tokens.first(static_cast<size_t>(stored->pos)), sequence.pages,
+               std::move(stored->snapshot));
+  return true;
+}
+
+// The page that position pos lies in is written next: it must have no other reader.
+bool SequenceCache::own_last_page(CachedSequence& sequence) {
+  const auto at = static_cast<size_t>(sequence.pos / page_tokens_);
+  if (sequence.pos % page_tokens_ == 0 || at >= sequence.pages.size()) return true;
+  const int64_t page = sequence.pages[at];
+  if (pages_.references(page) == 1) return true;
+  if (const std::optional<int64_t> copy = allocate()) {
+    memory_.copy_page(page, *copy);
+    pages_.release(page);
+    sequence.pages[at] = *copy;
+    return true;
+  }
+  if (pages_.references(page) == 2 && pages_.in_tree(page)) tree_.forget_tail(page);
+  return pages_.references(page) == 1;
+}
+
+bool SequenceCache::reserve(CachedSequence& sequence, int64_t num_tokens) {
+  if (num_tokens > sequence.pos && !own_last_page(sequence)) return false;
+  while (static_cast<int64_t>(sequence.pages.size()) < num_pages_for(num_tokens)) {
+    const std::optional<int64_t> page = allocate();
+    if (!page) return false;
+    sequence.pages.push_back(*page);
+  }
+  return true;
+}
+
+std::optional<CachedSequence> SequenceCache::fork(const CachedSequence& sequence) {
+  const std::optional<int64_t> slot = slots_.allocate();
+  if (!slot) return std::nullopt;
+  CachedSequence other = sequence;
+  other.slot = *slot;
+  other.pages.resize(static_cast<size_t>(num_pages_for(sequence.pos)));
+  for (const int64_t page : other.pages) pages_.share(page);
+  std::vector<std::byte> state(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
+  memory_.save_snapshot(sequence.slot, sequence.pos, state);
+  memory_.load_snapshot(other.slot, sequence.pos, state);
+  return other;
+}
+
+void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> tokens) {
+  if (!sequence.use_tree || sequence.pos == 0) return;
+  const auto prefix = tokens.first(static_cast<size_t>(sequence.pos));
+  if (tree_.has_snapshot(prefix)) {
+    tree_.insert(prefix, sequence.pages, std::nullopt);
+    return;
+  }
+  std::vector<std::byte> snapshot(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
+  memory_.save_snapshot(sequence.slot, sequence.pos, snapshot);
+  std::vector<std::byte> for_store;
+  const bool page_end = sequence.pos % page_tokens_ == 0;
+  if (store_ != nullptr && page_end) for_store = snapshot;
+  const int64_t first_new = tree_.insert(prefix, sequence.pages, std::move(snapshot));
+  if (store_ != nullptr) store_new(sequence, prefix, first_new, for_store);
+}
+
+void SequenceCache::store_new(const CachedSequence& sequence,
+                              std::span<const int64_t> tokens,
+                              int64_t first_new,
+                              std::span<const std::byte> snapshot) {
+  try {
+    std::vector<std::byte> bytes(static_cast<size_t>(memory_.page_bytes()));
+    for (int64_t page = first_new; page < sequence.pos / page_tokens_; ++page) {
+      memory_.read_page(sequence.pages[static_cast<size_t>(page)], bytes);
+      store_->save_page(tokens.first(static_cast<size_t>((page + 1) * page_tokens_)), bytes);
+    }
+    if (!snapshot.empty()) store_->save_snapshot(tokens, snapshot);
+  } catch (const std::exception& error) {
+    log::warn("engine", "prefix store: ", error.what());
+    ++counters_.disk_errors;
+  }
+}
+
+void SequenceCache::close(CachedSequence& sequence) {
+  if (sequence.slot < 0) return;
+  // Last pages first: handed out again in order.
+  for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) {
+    pages_.release(*page);
+  }
+  slots_.release(sequence.slot);
+  sequence = {};
+}
+
+int64_t SequenceCache::bytes_in_use() const {
+  return pages_.num_in_use() * memory_.page_bytes() +
+         (slots_.num_slots() - slots_.num_free()) * memory_.state_bytes() + tree_.snapshot_bytes();
+}
+
+void SequenceCache::check_integrity(std::span<const CachedSequence* const> open) const {
+  std::vector<int64_t> expected(static_cast<size_t>(pages_.num_pages()));
+  std::vector<int64_t> slots;
+  for (const CachedSequence* sequence : open) {
+    for (const int64_t page : sequence->pages) ++expected.at(static_cast<size_t>(page));
+    slots.push_back(sequence->slot);
+    HADAL_CHECK(static_cast<int64_t>(sequence->pages.size()) >= num_pages_for(sequence->pos),
+                "sequence_cache: ", sequence->pages.size(), " pages for ", sequence->pos,
+                " tokens");
+  }
+  tree_.check_integrity(expected);
+  pages_.check_integrity(expected);
+  slots_.check_integrity(slots);
+}
+
+}  // namespace hadal::engine
