@@ -40,11 +40,13 @@ std::vector<PrefixDigest> PrefixKeys::chain(std::span<const int64_t> tokens) {
   return {digests.begin(), digests.begin() + static_cast<std::ptrdiff_t>(pages)};
 }
 
-PrefixDigest PrefixKeys::last(std::span<const int64_t> tokens) {
+PrefixDigest PrefixKeys::last(std::span<const int64_t> tokens, PrefixDigest* before) {
   const size_t pages = tokens.size() / static_cast<size_t>(page_tokens_);
   HADAL_CHECK(pages > 0, "prefix_key: ", tokens.size(), " tokens are no whole page");
   const std::lock_guard lock(mutex_);
-  return extend(tokens).digests[pages - 1];
+  const std::vector<PrefixDigest>& digests = extend(tokens).digests;
+  if (before) *before = pages > 1 ? digests[pages - 2] : root_;
+  return digests[pages - 1];
 }
 
 int64_t PrefixKeys::hashed_pages() const {

@@ -30,8 +30,9 @@ class PrefixKeys {
 
   /// The digests behind every whole page of `tokens`.
   std::vector<PrefixDigest> chain(std::span<const int64_t> tokens);
-  /// The last of them; `tokens` hold at least one page.
-  PrefixDigest last(std::span<const int64_t> tokens);
+  /// The last of them; `tokens` hold at least one page. `before`, if given, gets the one before
+  /// (of the first page: that of no tokens).
+  PrefixDigest last(std::span<const int64_t> tokens, PrefixDigest* before = nullptr);
 
   int64_t hashed_pages() const;  ///< so far
 

@@ -31,8 +31,13 @@ void RecencyIndex::add(const std::string& key, const Node& node) {
   bytes_ += node.entry.bytes;
 }
 
-void RecencyIndex::insert(const std::string& key, int64_t pos, int64_t bytes) {
-  add(key, {.entry = {.pos = pos, .bytes = bytes, .last_used = now_}});
+void RecencyIndex::insert(const std::string& key,
+                          int64_t pos,
+                          int64_t bytes,
+                          const std::string& like) {
+  const auto kin = nodes_.find(like);
+  const uint64_t used = kin == nodes_.end() ? now_ : kin->second.entry.last_used;
+  add(key, {.entry = {.pos = pos, .bytes = bytes, .last_used = used}});
 }
 
 void RecencyIndex::restore(const std::string& key, const IndexEntry& entry) {

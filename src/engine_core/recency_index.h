@@ -6,6 +6,7 @@
 // Not thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -23,18 +24,21 @@ class RecencyIndex {
   enum class State : uint8_t { kAbsent, kQueued, kStored };
 
   State state(const std::string& key) const;
-  /// A new key, used now. It waits in the queue until mark_stored().
-  void insert(const std::string& key, int64_t pos, int64_t bytes);
+  /// A new key, which waits in the queue until mark_stored(). It counts as used when `like` was
+  /// (an earlier page of its prefix, if held), else now: a prefix goes as a whole, from its end.
+  void insert(const std::string& key, int64_t pos, int64_t bytes, const std::string& like = {});
   /// A key as found on disk.
   void restore(const std::string& key, const IndexEntry& entry);
   void mark_stored(const std::string& key);
   /// Uses of one begin_use() count as simultaneous.
   void begin_use() { ++now_; }
+  void advance_to(uint64_t now) { now_ = std::max(now_, now); }
   void touch(const std::string& key);
   void erase(const std::string& key);
   void clear();
 
   const IndexEntry& at(const std::string& key) const { return nodes_.at(key).entry; }
+  uint64_t now() const { return now_; }
   int64_t bytes() const { return bytes_; }
   int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
   /// The next to go; the index is not empty.

@@ -30,6 +30,22 @@ TEST(RecencyIndex, GoesByUseThenDepthThenSize) {
   EXPECT_EQ(index.bytes(), 0);
 }
 
+TEST(RecencyIndex, APrefixThatGrowsGoesFromItsEnd) {
+  RecencyIndex index;
+  index.insert("page 1", 256, 10);
+  index.begin_use();
+  index.insert("other", 256, 10);
+  index.begin_use();
+  index.insert("page 2", 512, 10, "page 1");
+  index.insert("page 9", 2304, 10, "unknown");
+  std::vector<std::string> order;
+  while (index.size() > 0) {
+    order.push_back(index.victim());
+    index.erase(order.back());
+  }
+  EXPECT_EQ(order, (std::vector<std::string>{"page 2", "page 1", "other", "page 9"}));
+}
+
 TEST(RecencyIndex, RandomUseKeepsItsSumsAndARestoredOneItsOrder) {
   std::mt19937_64 random(3);
   RecencyIndex index;
