@@ -1,5 +1,11 @@
-// What the scheduler asks of a prefix cache beyond memory (the disk): full pages and snapshots, by
-// the tokens that led to them. Called from the engine's thread only.
+// What the engine asks of a store of prefixes that outlives the process: pages and the bytes to
+// resume behind them, found again by the token ids alone.
+//
+// How the window rows are kept is the store's policy (docs/kv_cache_disk.md):
+//   full      the window rows of every page are stored beside it: any page boundary resumes
+//   periodic  a snapshot every `period` tokens: the last one resumes, the tail is recomputed
+//   zero      neither: the caller recomputes the L(n_win - 1) tokens before the boundary
+// The bytes of pages, snapshots and windows are the caller's; a store only keeps them.
 #pragma once
 
 #include <cstddef>
@@ -10,26 +16,40 @@
 
 namespace hadal::engine {
 
+enum class WindowPolicy : uint8_t { kFull, kPeriodic, kZero };
+
 struct StoredPrefix {
-  int64_t pos = 0;  ///< the snapshot's: tokens that need not be computed
-  /// Pages `from_page` to pos / page_tokens - 1, page_bytes() each.
-  std::vector<std::vector<std::byte>> pages;
-  std::vector<std::byte> snapshot;
+  int64_t pos = 0;                            ///< tokens it covers, a page boundary
+  std::vector<std::vector<std::byte>> pages;  ///< from `from_page` up to `pos`
+  std::vector<std::byte> snapshot;            ///< at `pos`; kPeriodic only
+  /// kFull only: what save_window() was given for the last pages before `pos`, in their order, as
+  /// many as the window reaches back.
+  std::vector<std::vector<std::byte>> windows;
 };
 
 class PrefixStore {
  public:
   virtual ~PrefixStore() = default;
-  /// The longest stored prefix of `tokens` that ends at or before `max_pos`. The caller has the
-  /// pages before `from_page`.
+  /// The longest stored prefix of `tokens`, at most `max_pos` tokens; pages from `from_page` on.
+  /// `pos` may lie before page `from_page` (then without pages): what resumes there is stored
+  /// although its pages are the caller's. Absent when nothing is stored that the caller lacks.
   virtual std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
                                            int64_t from_page,
                                            int64_t max_pos) = 0;
-  /// Returns at once: what it keeps it copies.
-  virtual void save_page(std::span<const int64_t> prefix_tokens_through_page_end,
+  /// `prefix_tokens` end where the page ends.
+  virtual void save_page(std::span<const int64_t> prefix_tokens,
                          std::span<const std::byte> page) = 0;
+  /// Kept only where wants_snapshot(prefix_tokens.size()).
   virtual void save_snapshot(std::span<const int64_t> prefix_tokens,
                              std::span<const std::byte> snapshot) = 0;
+
+  virtual WindowPolicy policy() const { return WindowPolicy::kPeriodic; }
+  /// Whether a snapshot at this position would be kept; asks before the caller gathers its bytes.
+  virtual bool wants_snapshot([[maybe_unused]] int64_t pos) const { return true; }
+  /// Under kFull: the window rows of the last page's tokens, and what else a resumption at its end
+  /// needs. Other policies ignore it.
+  virtual void save_window([[maybe_unused]] std::span<const int64_t> prefix_tokens,
+                           [[maybe_unused]] std::span<const std::byte> window) {}
 };
 
 }  // namespace hadal::engine
