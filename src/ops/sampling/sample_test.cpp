@@ -1,11 +1,14 @@
 #include "ops/sampling/sample.h"
 
 #include <cmath>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "base/philox.h"
 
 namespace hadal::ops {
 namespace {
@@ -57,6 +60,155 @@ TEST(Sample, DependsOnSeedAndPositionAlone) {
     equal += sample_token(logits, {.seed = 9}, i) == sample_token(logits, {.seed = 10}, i);
   }
   EXPECT_LT(equal, 12);
+}
+
+// What the first version chose: texts recorded with a seed must not change.
+TEST(Sample, ChoosesAsEver) {
+  const Philox random(3, 0);
+  std::vector<float> logits(1000);
+  for (size_t i = 0; i < logits.size(); ++i) {
+    logits[i] = static_cast<float>(random.block(i)[0] % 64) / 8.0f;
+  }
+  const std::vector<std::pair<double, std::vector<int64_t>>> cases = {
+      {1.0, {941, 599, 640, 521, 856, 536, 228, 596}},
+      {0.9, {941, 599, 640, 521, 874, 536, 228, 596}},
+      {0.5, {981, 599, 640, 521, 600, 858, 228, 596}}};
+  for (const auto& [top_p, tokens] : cases) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const SamplingParams params{.temperature = 0.7, .top_p = top_p, .seed = 42};
+      EXPECT_EQ(sample_token(logits, params, static_cast<int64_t>(1000 * i)), tokens[i]) << top_p;
+    }
+  }
+}
+
+/// Draws at positions 0 to 39,999 against weights (not normalised; 0: never): the chi-square of
+/// tokens that may come, and none of the others.
+void expect_distribution(const std::vector<float>& logits,
+                         const SamplingParams& params,
+                         const std::vector<double>& weights,
+                         double bound) {
+  constexpr int kDraws = 40000;
+  std::vector<int> counts(logits.size(), 0);
+  for (int i = 0; i < kDraws; ++i) {
+    ++counts[static_cast<size_t>(sample_token(logits, params, i))];
+  }
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  double chi_square = 0.0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double expected = kDraws * weights[i] / total;
+    if (weights[i] == 0.0) {
+      EXPECT_EQ(counts[i], 0) << i;
+    } else {
+      chi_square += (counts[i] - expected) * (counts[i] - expected) / expected;
+    }
+  }
+  EXPECT_LT(chi_square, bound);
+}
+
+std::vector<float> logs(const std::vector<double>& weights) {
+  std::vector<float> logits;
+  for (const double weight : weights) logits.push_back(static_cast<float>(std::log(weight)));
+  return logits;
+}
+
+// Bounds are the 0.1 % points of 1, 2 and 3 degrees of freedom.
+TEST(Sample, TopKTopPMinPRestrictTheDistribution) {
+  const std::vector<double> p = {0.05, 0.4, 0.25, 0.2, 0.1};
+  const std::vector<float> logits = logs(p);
+  expect_distribution(logits, {.seed = 2, .top_k = 3}, {0, 0.4, 0.25, 0.2, 0}, 13.82);
+  expect_distribution(logits, {.seed = 3, .min_p = 0.24}, {0, 0.4, 0.25, 0.2, 0.1}, 16.27);
+  expect_distribution(logits, {.seed = 4, .min_p = 0.6}, {0, 0.4, 0.25, 0, 0}, 10.83);
+  // Of the three, the first two hold 0.65 / 0.85 of the mass; of all, 0.65.
+  expect_distribution(logits, {.top_p = 0.7, .seed = 5, .top_k = 3}, {0, 0.4, 0.25, 0, 0}, 10.83);
+  expect_distribution(logits, {.top_p = 0.7, .seed = 5}, {0, 0.4, 0.25, 0.2, 0}, 13.82);
+  expect_distribution(logits, {.top_p = 0.7, .seed = 6, .min_p = 0.6}, {0, 0.4, 0.25, 0, 0}, 10.83);
+  // The temperature comes first: at 0.5 the shares are squared.
+  expect_distribution(logits, {.temperature = 0.5, .seed = 7, .min_p = 0.24},
+                      {0, 0.16, 0.0625, 0.04, 0}, 13.82);
+}
+
+TEST(Sample, RestrictionsKeepTheLowestOfEqual) {
+  const std::vector<float> logits = {1.0f, 2.0f, 2.0f, NAN, 2.0f};
+  for (int64_t i = 0; i < 50; ++i) {
+    EXPECT_EQ(sample_token(logits, {.seed = 8, .top_k = 1}, i), 1);
+    EXPECT_EQ(sample_token(logits, {.top_p = 1e-9, .seed = 8}, i), 1);
+    EXPECT_NE(sample_token(logits, {.seed = 8, .top_k = 2}, i), 4);
+    EXPECT_NE(sample_token(logits, {.seed = 8, .min_p = 1.0}, i), 0);
+    EXPECT_NE(sample_token(logits, {.seed = 8, .top_k = 100}, i), 3);
+  }
+}
+
+TEST(Sample, ChoicesDifferAndEachFollowsTheDistribution) {
+  const std::vector<double> p = {0.5, 0.3, 0.2};
+  const std::vector<float> logits = logs(p);
+  expect_distribution(logits, {.seed = 9, .choice = 1}, p, 13.82);
+  int equal = 0;
+  for (int64_t i = 0; i < 10000; ++i) {
+    equal += sample_token(logits, {.seed = 9, .choice = 1}, i) ==
+             sample_token(logits, {.seed = 9, .choice = 2}, i);
+  }
+  // 0.38 of them, five standard deviations allowed.
+  EXPECT_NEAR(equal, 3800, 243);
+}
+
+TEST(Sample, BiasThenPenalties) {
+  TokenHistory history;
+  const std::vector<int64_t> prompt = {0, 1, 0};
+  history.add_prompt(prompt);
+  for (const int64_t token : {1, 2, 2, 3}) history.add(token);
+  history.remove(3);
+  const std::vector<float> row = {2.0f, -2.0f, 1.0f, 4.0f, NAN, 0.0f};
+  const SamplingParams params{.repetition_penalty = 2.0,
+                              .presence_penalty = 0.25,
+                              .frequency_penalty = 0.5,
+                              .logit_bias = {{0, 2.0}, {5, -100.0}, {0, 1.0}}};
+  EXPECT_TRUE(adjusts_logits(params));
+  std::vector<float> logits = row;
+  adjust_logits(logits, params, history, {});
+  EXPECT_EQ(logits[0], 2.5f);    // (2 + 3) / 2: only in the prompt
+  EXPECT_EQ(logits[1], -4.75f);  // -2 * 2 - 0.5 - 0.25
+  EXPECT_EQ(logits[2], -0.75f);  // 1 / 2 - 2 * 0.5 - 0.25
+  EXPECT_EQ(logits[3], 4.0f);    // taken back
+  EXPECT_TRUE(std::isnan(logits[4]));
+  EXPECT_EQ(logits[5], -100.0f);
+  std::vector<float> same = row;
+  EXPECT_FALSE(adjusts_logits({}));
+  adjust_logits(same, {}, history, {});
+  EXPECT_EQ(std::vector<float>(same.begin(), same.begin() + 4),
+            std::vector<float>(row.begin(), row.begin() + 4));
+  EXPECT_THROW(history.remove(3), Error);
+  EXPECT_THROW(adjust_logits(same, {.logit_bias = {{6, 1.0}}}, history, {}), Error);
+}
+
+TEST(Sample, MaskedTokensAreNeverChosen) {
+  std::vector<float> row(70);
+  for (size_t i = 0; i < row.size(); ++i) row[i] = static_cast<float>(i);
+  std::vector<float> logits = row;
+  adjust_logits(logits, {}, {}, std::vector<uint32_t>{0, 1u << 5});  // the third word is missing
+  for (int64_t i = 0; i < 20; ++i) {
+    EXPECT_EQ(sample_token(logits, {.temperature = 100.0, .seed = 1}, i), 37);
+    EXPECT_EQ(sample_token(logits, {.top_p = 0.5, .seed = 1, .top_k = 5, .min_p = 0.1}, i), 37);
+  }
+  EXPECT_EQ(sample_token(logits, {.temperature = 0.0}, 0), 37);
+  logits = row;
+  adjust_logits(logits, {}, {}, std::vector<uint32_t>{~0u, ~0u, ~0u});
+  EXPECT_EQ(logits, row);
+  adjust_logits(logits, {}, {}, std::vector<uint32_t>{0, 0, 0});
+  EXPECT_THROW(sample_token(logits, {}, 0), Error);
+  EXPECT_THROW(sample_token(logits, {.temperature = 0.0}, 0), Error);
+}
+
+TEST(Sample, TopLogProbabilitiesAreSorted) {
+  const std::vector<float> logits = {0.5f, NAN, 2.0f, 0.5f, -INFINITY};
+  const std::vector<TokenLogprob> top = top_log_probabilities(logits, 3);
+  ASSERT_EQ(top.size(), 3u);
+  EXPECT_EQ(top[0].token, 2);
+  EXPECT_EQ(top[1].token, 0);
+  EXPECT_EQ(top[2].token, 3);
+  for (const TokenLogprob& x : top) EXPECT_EQ(x.logprob, log_probability(logits, x.token));
+  EXPECT_NEAR(std::exp(top[0].logprob) + 2 * std::exp(top[1].logprob), 1.0, 1e-12);
+  EXPECT_EQ(top_log_probabilities(logits, 20).size(), 4u);
+  EXPECT_TRUE(top_log_probabilities(logits, 0).empty());
 }
 
 TEST(Sample, LogProbabilitySumsToOne) {
