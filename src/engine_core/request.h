@@ -34,6 +34,7 @@ struct Grammar {
   /// A JSON schema, a regular expression, an EBNF grammar; for kToolCalls a JSON list of
   /// {"name", "parameters": schema, "strict": bool}.
   std::string text;
+  bool must_call = false;  ///< with kToolCalls: the answer is calls, no text before them
   friend bool operator==(const Grammar&, const Grammar&) = default;
 };
 

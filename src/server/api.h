@@ -1,0 +1,58 @@
+// The server's routes: who may ask, what they ask for, and every refusal in the right API's words.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine_core/engine.h"
+#include "server/chat_job.h"
+#include "server/http.h"
+#include "server/metrics.h"
+
+namespace hadal::server {
+
+class Api final : public HttpHandler {
+ public:
+  /// All arguments outlive it.
+  Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options);
+  ~Api() override;
+
+  /// Where /metrics and /health learn about connections.
+  void watch(std::function<HttpStats()> stats, std::function<bool()> draining);
+  /// Serves a constant under GET `path`, without a key.
+  void add_page(std::string path, std::string content_type, std::string body);
+
+  void handle(HttpRequest request, std::shared_ptr<Responder> responder) override;
+  HttpResponse error(int status, std::string_view message, std::string_view path) override;
+
+ private:
+  struct Keys;
+  using Reader = Job (*)(const Context&, const Json&);
+
+  void route(const HttpRequest& request, const std::shared_ptr<Responder>& responder);
+  void generate(const HttpRequest& request,
+                const std::shared_ptr<Responder>& responder,
+                Reader read,
+                int key);
+  void check_method(const HttpRequest& request, std::string_view allowed) const;
+  HttpResponse refuse(const RequestError& error, std::string_view path) const;
+  HttpResponse models(std::string_view path) const;
+  HttpResponse tokenize(const HttpRequest& request) const;
+  HttpResponse detokenize(const HttpRequest& request) const;
+  HttpResponse health() const;
+  HttpResponse metrics_page() const;
+
+  const Context context_;
+  std::shared_ptr<Keys> keys_;
+  ApiMetrics metrics_;
+  std::function<HttpStats()> stats_;
+  std::function<bool()> draining_;
+  std::map<std::string, HttpResponse, std::less<>> pages_;
+  const int64_t created_;
+};
+
+}  // namespace hadal::server

@@ -1,0 +1,289 @@
+#include "server/chat_job.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+
+#include "text/chat_tokens.h"
+
+namespace hadal::server {
+namespace {
+
+struct Effort {
+  bool thinking;
+  text::ReasoningEffort effort;
+};
+
+Effort effort_of(const std::string& name) {
+  using text::ReasoningEffort;
+  if (name == "none") return {false, ReasoningEffort::kNone};
+  if (name == "minimal" || name == "low" || name == "medium" || name == "high")
+    return {true, ReasoningEffort::kHigh};
+  if (name == "xhigh" || name == "max") return {true, ReasoningEffort::kMax};
+  throw RequestError(400,
+                     concat("reasoning effort '", name.substr(0, 40),
+                            "': expected none, minimal, low, medium, high, xhigh or max"),
+                     "reasoning_effort");
+}
+
+bool is_function_name(std::string_view name) {
+  return !name.empty() && name.size() <= 128 && std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+           c == '-' || c == '.';
+  });
+}
+
+const Json& function_of(const Json& tool) { return *tool.find("function"); }
+
+bool is_strict(const Json& tool) {
+  const Json* strict = function_of(tool).find_set("strict");
+  return strict != nullptr && strict->truthy();
+}
+
+/// How the conversation is rendered.
+struct Rendered {
+  text::ThinkingMode mode;
+  std::vector<int64_t> tokens;
+  std::string opening;
+};
+
+Rendered render(const Context& context, const ChatJob& chat) {
+  bool thinking = chat.thinking.value_or(chat.default_thinking);
+  text::ChatOptions options;
+  if (!chat.effort.empty()) {
+    const Effort effort = effort_of(chat.effort);
+    if (!chat.thinking) thinking = effort.thinking;
+    options.effort = effort.effort;
+  }
+  const bool forced =
+      chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
+  const Json* last_role = chat.messages.empty() ? nullptr : chat.messages.back().find("role");
+  const bool prefill = last_role != nullptr && last_role->text() == "assistant";
+  // What the answer begins with is given, or the task's answer has no reasoning.
+  if (forced || prefill || !chat.task.empty()) thinking = false;
+  options.thinking_mode = thinking ? text::ThinkingMode::kThinking : text::ThinkingMode::kChat;
+
+  Json messages = Json::array(chat.messages);
+  const bool show_tools = !chat.tools.empty() && chat.tool_choice != ToolChoice::kNone;
+  if (show_tools || !chat.format_schema.is_null()) {
+    // Tools and formats belong to a system message.
+    const Json* role = messages.items().empty() ? nullptr : messages.items()[0].find("role");
+    if (role == nullptr || role->text() != "system") {
+      messages.items().insert(messages.items().begin(),
+                              Json::object({{"role", js("system")}, {"content", js("")}}));
+    }
+    Json& system = messages.items().front();
+    if (show_tools) {
+      Json tools = Json::array(chat.tools);
+      for (Json& tool : tools.items()) tool.find("function")->erase("strict");
+      system.set("tools", std::move(tools));
+    }
+    if (!chat.format_schema.is_null()) system.set("response_format", chat.format_schema);
+  }
+  if (!chat.task.empty()) messages.items().back().set("task", js(chat.task));
+  if (prefill) messages.items().back().set("wo_eos", js(true));
+
+  Rendered rendered{options.thinking_mode, {}, {}};
+  const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_strict);
+  if (forced && !strict) {
+    // The answer begins with the call; what follows is the model's.
+    rendered.opening = concat(text::tool_block_start(), ">\n", text::dsml::kInvoke);
+    if (chat.tool_choice == ToolChoice::kNamed)
+      rendered.opening += concat(" name=\"", chat.tool_name, "\">\n");
+  }
+  try {
+    text::ChatPrompt prompt = text::render_chat(messages, options);
+    prompt.text += rendered.opening;
+    const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.user_text);
+    rendered.tokens.assign(ids.begin(), ids.end());
+  } catch (const RequestError&) {
+    throw;
+  } catch (const InputError& error) {
+    throw RequestError(400, error.what(), "messages");
+  }
+  return rendered;
+}
+
+}  // namespace
+
+int64_t Context::max_context() const {
+  const int64_t engines = engine.info().max_context;
+  return options.max_context > 0 ? std::min(options.max_context, engines) : engines;
+}
+
+Job make_chat_job(const Context& context, ChatJob chat) {
+  const bool forced =
+      chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
+  if (forced && chat.tools.empty())
+    throw RequestError(400, "tool_choice asks for a call, but there are no tools", "tool_choice");
+  if (forced && chat.thinking.value_or(false))
+    throw RequestError(400, "tool_choice cannot force a call while thinking is on", "tool_choice");
+  if (chat.tool_choice == ToolChoice::kNamed) {
+    const auto named = [&](const Json& tool) {
+      return function_of(tool).find("name")->text() == chat.tool_name;
+    };
+    if (std::none_of(chat.tools.begin(), chat.tools.end(), named))
+      throw RequestError(400, concat("tool_choice: no tool is named '", chat.tool_name, "'"),
+                         "tool_choice");
+  }
+  Rendered rendered = render(context, chat);
+  engine::Request request = std::move(chat.base);
+  request.prompt = std::move(rendered.tokens);
+  request.thinking = rendered.mode == text::ThinkingMode::kThinking;
+  request.grammar = std::move(chat.format);
+  const bool tools = !chat.tools.empty() && chat.tool_choice != ToolChoice::kNone;
+  if (tools && request.grammar.kind == engine::Grammar::Kind::kNone &&
+      std::any_of(chat.tools.begin(), chat.tools.end(), is_strict)) {
+    Json list = Json::array();
+    for (const Json& tool : chat.tools) {
+      const Json& function = function_of(tool);
+      if (chat.tool_choice == ToolChoice::kNamed && function.find("name")->text() != chat.tool_name)
+        continue;
+      const Json* parameters = function.find_set("parameters");
+      list.items().push_back(
+          Json::object({{"name", *function.find("name")},
+                        {"parameters", parameters != nullptr ? *parameters : Json::object()},
+                        {"strict", js(is_strict(tool))}}));
+    }
+    request.grammar = {engine::Grammar::Kind::kToolCalls, list.dump(), forced};
+  }
+  fit_context(context, request);
+  Job job;
+  job.chat = true;
+  job.mode = rendered.mode;
+  job.opening = std::move(rendered.opening);
+  job.one_call = !chat.parallel_calls;
+  job.requests.push_back(std::move(request));
+  return job;
+}
+
+std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& chat) {
+  return render(context, chat).tokens;
+}
+
+void read_sampling(const Fields& body, engine::Request& request) {
+  engine::Sampling& sampling = request.sampling;
+  sampling.temperature = body.number_or("temperature", 1.0, 0.0, 2.0);
+  // 0 means the most likely token alone, which the smallest share gives.
+  sampling.top_p = std::max(body.number_or("top_p", 1.0, 0.0, 1.0), 1e-9);
+  sampling.min_p = body.number_or("min_p", 0.0, 0.0, 0.999999);
+  sampling.top_k = std::max<int64_t>(0, body.integer_or("top_k", 0, -1, int64_t{1} << 31));
+  sampling.repetition_penalty = body.number_or("repetition_penalty", 1.0, 0.01, 10.0);
+  sampling.presence_penalty = body.number_or("presence_penalty", 0.0, -2.0, 2.0);
+  sampling.frequency_penalty = body.number_or("frequency_penalty", 0.0, -2.0, 2.0);
+  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  sampling.seed = body.has("seed")
+                      ? static_cast<uint64_t>(body.integer_or("seed", 0, -kAny - 1, kAny))
+                      : random_seed();
+  request.priority = static_cast<int>(body.integer_or("priority", 0, -100, 100));
+  request.ignore_eos = body.boolean_or("ignore_eos", false);
+  request.use_prefix_cache = body.boolean_or("use_prefix_cache", true);
+}
+
+std::vector<std::string> read_stop(const Fields& body,
+                                   std::string_view key,
+                                   const ServerOptions& options) {
+  std::vector<std::string> stops;
+  const Json* value = body.find(key);
+  if (value == nullptr) return stops;
+  if (value->is_string()) {
+    stops.push_back(value->text());
+  } else {
+    for (const Json& item : body.array_or_null(key)->items()) {
+      if (!item.is_string()) body.fail(key, concat("expected strings, found ", item.kind_name()));
+      stops.push_back(item.text());
+      if (stops.size() > options.max_stop_strings)
+        body.fail(key, concat("more than ", options.max_stop_strings, " strings"));
+    }
+  }
+  for (const std::string& stop : stops) {
+    if (stop.empty()) body.fail(key, "a stop string is empty");
+    if (stop.size() > 1024) body.fail(key, "a stop string is longer than 1024 bytes");
+  }
+  return stops;
+}
+
+int64_t read_max_tokens(const Fields& body, std::string_view key) {
+  return body.integer_or(key, 0, 1, int64_t{1} << 40);
+}
+
+void fit_context(const Context& context, engine::Request& request) {
+  const int64_t limit = context.max_context();
+  const int64_t left = limit - std::ssize(request.prompt);
+  if (left < 1)
+    throw RequestError(400,
+                       concat("the prompt has ", request.prompt.size(), " tokens; the context of ",
+                              limit, " leaves nothing for an answer"),
+                       "messages", "context_length_exceeded");
+  int64_t wanted = request.max_tokens > 0 ? request.max_tokens : context.options.default_max_tokens;
+  if (wanted <= 0) wanted = left;
+  request.max_tokens = std::min(wanted, left);
+  const auto timeout = context.options.request_timeout;
+  if (timeout.count() > 0) request.deadline = std::chrono::steady_clock::now() + timeout;
+}
+
+std::string read_model(const Context& context, const Fields& body) {
+  const std::string& own = context.engine.info().model_name;
+  const std::string name = body.string_or("model", own);
+  const auto& aliases = context.options.model_aliases;
+  if (name == own || context.options.any_model ||
+      std::find(aliases.begin(), aliases.end(), name) != aliases.end())
+    return name;
+  throw RequestError(404, concat("there is no model '", name.substr(0, 100), "'; this is ", own),
+                     "model", "model_not_found");
+}
+
+Json read_function(const Fields& function) {
+  const std::string name = function.string("name");
+  if (!is_function_name(name))
+    function.fail("name", "expected 1 to 128 letters, digits, '_', '-' or '.'");
+  Json out = Json::object({{"name", js(name)}});
+  if (function.has("description")) out.set("description", js(function.string("description")));
+  if (const Json* parameters = function.object_or_null("parameters"))
+    out.set("parameters", *parameters);
+  if (function.boolean_or("strict", false)) out.set("strict", js(true));
+  return Json::object({{"type", js("function")}, {"function", std::move(out)}});
+}
+
+void read_format(const Fields& format, const Fields& schema, ChatJob& chat) {
+  using Kind = engine::Grammar::Kind;
+  const std::string type = format.string("type");
+  if (type == "text") return;
+  if (type == "json_object") {
+    chat.format = {Kind::kJsonObject, ""};
+  } else if (type == "json_schema") {
+    const Json* object = schema.object_or_null("schema");
+    if (object == nullptr) schema.fail("schema", "expected a JSON schema, found nothing");
+    chat.format = {Kind::kJsonSchema, object->dump()};
+    chat.format_schema = *object;
+  } else if (type == "regex") {
+    chat.format = {Kind::kRegex, format.string("regex")};
+  } else if (type == "grammar") {
+    chat.format = {Kind::kEbnf, format.string("grammar")};
+  } else {
+    format.fail("type", "expected text, json_object, json_schema, regex or grammar");
+  }
+}
+
+std::string read_text(const Fields& message,
+                      std::string_view key,
+                      std::initializer_list<std::string_view> types) {
+  const Json* content = message.find(key);
+  if (content == nullptr) return {};
+  if (content->is_string()) return content->text();
+  if (!content->is_array())
+    message.fail(key, concat("expected a string or a list of parts, found ", content->kind_name()));
+  std::string text;
+  for (size_t i = 0; i < content->items().size(); ++i) {
+    const Fields part(content->items()[i], concat(message.path(key), "[", i, "]"));
+    const std::string type = part.string("type");
+    if (std::find(types.begin(), types.end(), type) == types.end())
+      part.fail("type",
+                concat("'", type.substr(0, 40), "' is not supported; this model reads text"));
+    if (i > 0) text += "\n\n";
+    text += part.string("text");
+  }
+  return text;
+}
+
+}  // namespace hadal::server

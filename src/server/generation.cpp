@@ -1,0 +1,281 @@
+#include "server/generation.h"
+
+#include <random>
+
+#include "base/log.h"
+#include "text/chat_tokens.h"
+
+namespace hadal::server {
+
+namespace {
+std::mt19937_64& random_source() {
+  thread_local std::mt19937_64 source = [] {
+    std::random_device device;
+    std::seed_seq seeds{device(), device(), device(), device()};
+    return std::mt19937_64(seeds);
+  }();
+  return source;
+}
+}  // namespace
+
+uint64_t random_seed() { return random_source()(); }
+
+std::string random_id(std::string_view prefix) {
+  constexpr std::string_view kAlphabet = "abcdefghijklmnopqrstuvwxyz0123456789";
+  std::string id(prefix);
+  for (int i = 0; i < 24; ++i) id += kAlphabet[random_source()() % kAlphabet.size()];
+  return id;
+}
+
+int64_t Answer::completion_tokens() const {
+  int64_t sum = 0;
+  for (const Choice& choice : choices) sum += choice.completion_tokens;
+  return sum;
+}
+int64_t Answer::reasoning_tokens() const {
+  int64_t sum = 0;
+  for (const Choice& choice : choices) sum += choice.reasoning_tokens;
+  return sum;
+}
+
+/// Brings updates from the engine's thread to the answer's strand.
+class Generation::PostingSink final : public engine::Sink {
+ public:
+  PostingSink(std::shared_ptr<Generation> generation, size_t first_choice)
+      : generation_(std::move(generation)), first_choice_(first_choice) {}
+  void on_update(engine::Update update) override {
+    generation_->responder_->post(
+        [generation = generation_, first = first_choice_, update = std::move(update)] {
+          generation->update(first, update);
+        });
+  }
+
+ private:
+  std::shared_ptr<Generation> generation_;
+  size_t first_choice_;
+};
+
+Generation::Generation(engine::Engine& engine,
+                       const text::Tokenizer& tokenizer,
+                       ApiMetrics& metrics,
+                       std::chrono::seconds retry_after,
+                       std::shared_ptr<Responder> responder,
+                       Job job,
+                       Lease lease)
+    : engine_(engine),
+      tokenizer_(tokenizer),
+      metrics_(metrics),
+      retry_after_(retry_after),
+      responder_(std::move(responder)),
+      job_(std::move(job)),
+      lease_(std::move(lease)),
+      began_(std::chrono::steady_clock::now()) {
+  answer_.id = job_.id;
+  answer_.model = job_.model;
+  answer_.created = std::chrono::duration_cast<std::chrono::seconds>(
+                        std::chrono::system_clock::now().time_since_epoch())
+                        .count();
+  for (const engine::Request& request : job_.requests) {
+    open_choices_ += static_cast<size_t>(request.n);
+    answer_.prompt_tokens += std::ssize(request.prompt);
+  }
+  answer_.choices.resize(open_choices_);
+  progress_.resize(open_choices_);
+  if (!job_.chat) return;
+  if (const auto id = tokenizer.find(text::kThinkEnd)) think_end_ = *id;
+  for (Progress& progress : progress_) {
+    progress.parser.emplace(job_.mode);
+    progress.in_reasoning = job_.mode == text::ThinkingMode::kThinking;
+    if (!job_.opening.empty()) progress.parser->push(job_.opening);
+  }
+}
+
+void Generation::start() {
+  std::vector<uint64_t> ids;
+  size_t first = 0;
+  // The answer's parts are numbered before the first update can come.
+  for (engine::Request& request : job_.requests) {
+    const auto choices = static_cast<size_t>(request.n);
+    uint64_t id = 0;
+    engine::Submitted submitted = engine::Submitted::kStopping;
+    try {
+      submitted = engine_.submit(std::move(request),
+                                 std::make_shared<PostingSink>(shared_from_this(), first), &id);
+    } catch (const InputError& error) {
+      for (const uint64_t earlier : ids) engine_.cancel(earlier);
+      throw RequestError(400, error.what());
+    }
+    if (submitted != engine::Submitted::kAccepted) {
+      // What was accepted before ends unheard.
+      responder_->post([self = shared_from_this()] { self->over_ = true; });
+      for (const uint64_t earlier : ids) engine_.cancel(earlier);
+      if (submitted == engine::Submitted::kStopping)
+        throw RequestError(503, "the server is stopping");
+      metrics_.queue_full.add();
+      throw RequestError(429, "the queue is full; try again later", "", "queue_full");
+    }
+    ids.push_back(id);
+    first += choices;
+  }
+  responder_->post([self = shared_from_this(), ids] {
+    self->ids_ = ids;
+    if (self->over_) self->cancel_all();
+  });
+  responder_->on_close([self = shared_from_this(), ids] {
+    self->over_ = true;
+    for (const uint64_t id : ids) self->engine_.cancel(id);
+    self->metrics_.cancelled.add();
+    self->lease_.reset();
+  });
+}
+
+void Generation::update(size_t first_choice, const engine::Update& update) {
+  if (over_) return;
+  const size_t index = first_choice + static_cast<size_t>(update.choice);
+  HADAL_CHECK(index < progress_.size(), "server: an update of choice ", update.choice);
+  if (update.finish == engine::FinishReason::kError)
+    return fail(RequestError(500, update.error.empty() ? "the engine failed" : update.error));
+  if (update.finish == engine::FinishReason::kDeadline)
+    return fail(RequestError(504, "the request took longer than the server allows"));
+  if (update.finish == engine::FinishReason::kCancelled)
+    return fail(RequestError(503, "the request was cancelled"));
+  if (first_) {
+    first_ = false;
+    metrics_.first_token.observe(std::chrono::steady_clock::now() - began_);
+  }
+  if (!progress_[index].started) {
+    progress_[index].started = true;
+    if (update.choice == 0) {
+      answer_.cached_tokens += update.cache.cached_tokens;
+      answer_.disk_tokens += update.cache.disk_tokens;
+      if (answer_.miss.empty()) answer_.miss = update.cache.miss;
+    }
+  }
+  if (job_.stream) begin_stream();
+  if (!progress_[index].done) {
+    answer_.choices[index].completion_tokens = update.completion_tokens;
+    for (const engine::OutputToken& token : update.tokens) {
+      take_token(index, token);
+      if (progress_[index].done) break;
+    }
+  }
+  if (update.finish && !progress_[index].done) {
+    answer_.choices[index].matched_stop = update.matched_stop;
+    finish_choice(index, *update.finish);
+  }
+  if (streaming_ && !out_.empty()) responder_->write(std::exchange(out_, {}));
+  if (open_choices_ == 0) close();
+}
+
+void Generation::take_token(size_t index, const engine::OutputToken& token) {
+  Progress& progress = progress_[index];
+  Choice& choice = answer_.choices[index];
+  if (progress.in_reasoning) {
+    ++choice.reasoning_tokens;
+    if (token.token == think_end_) progress.in_reasoning = false;
+  }
+  if (token.token != think_end_ && !(token.text.empty() && token.token == engine_.info().eos_token))
+    progress.pending.push_back(token);
+  std::vector<text::CompletionEvent> events;
+  if (progress.parser) {
+    events = progress.parser->push(token.text);
+  } else if (!token.text.empty()) {
+    events.push_back({Format::Kind::kContent, token.text, {}});
+  }
+  take_events(index, events);
+  if (progress.done) return;
+  if (progress.parser && progress.parser->malformed())
+    finish_choice(index, engine::FinishReason::kStop);
+}
+
+void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& events) {
+  Progress& progress = progress_[index];
+  Choice& choice = answer_.choices[index];
+  for (text::CompletionEvent& event : events) {
+    if (event.kind == Format::Kind::kToolCall) {
+      progress.pending.clear();
+      if (job_.one_call && !choice.calls.empty()) continue;
+      choice.calls.push_back({random_id("call_"), event.call.name, event.call.arguments});
+      if (streaming_) job_.format->call(answer_, index, out_);
+      continue;
+    }
+    const bool is_content = event.kind == Format::Kind::kContent;
+    (is_content ? choice.content : choice.reasoning) += event.text;
+    auto& info = is_content ? choice.content_tokens_info : choice.reasoning_tokens_info;
+    for (engine::OutputToken& token : progress.pending) info.push_back(std::move(token));
+    progress.pending.clear();
+    if (streaming_) job_.format->text(answer_, index, event.kind, event.text, out_);
+  }
+  if (job_.one_call && !choice.calls.empty() && !progress.done)
+    finish_choice(index, engine::FinishReason::kStop);
+}
+
+void Generation::finish_choice(size_t index, engine::FinishReason reason) {
+  Progress& progress = progress_[index];
+  Choice& choice = answer_.choices[index];
+  progress.done = true;  // before events come that could end it again
+  if (progress.parser) {
+    std::vector<text::CompletionEvent> events;
+    const bool was_malformed = progress.parser->malformed();
+    const bool whole = reason == engine::FinishReason::kStop && !was_malformed &&
+                       !(job_.one_call && !choice.calls.empty());
+    if (whole) events = progress.parser->push(text::kEos);
+    const text::Completion completion = progress.parser->finish(events);
+    take_events(index, events);
+    if ((whole || was_malformed) && !completion.ok) {
+      choice.malformed = completion.error;
+      metrics_.malformed.add();
+    }
+  }
+  choice.finish = reason;
+  --open_choices_;
+  if (streaming_) job_.format->finished(answer_, index, out_);
+}
+
+void Generation::begin_stream() {
+  if (streaming_) return;
+  streaming_ = true;
+  HttpResponse head;
+  head.content_type = "text/event-stream; charset=utf-8";
+  head.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
+  responder_->begin_stream(std::move(head));
+  job_.format->begin(answer_, out_);
+}
+
+void Generation::close() {
+  over_ = true;
+  cancel_all();  // choices that ended before the engine knew
+  lease_.reset();
+  metrics_.finished.add();
+  metrics_.duration.observe(std::chrono::steady_clock::now() - began_);
+  if (streaming_) {
+    job_.format->end(answer_, out_);
+    responder_->write(std::exchange(out_, {}));
+    responder_->end_stream();
+  } else {
+    HttpResponse response;
+    response.body = job_.format->whole(answer_);
+    responder_->send(std::move(response));
+  }
+}
+
+void Generation::fail(const RequestError& error) {
+  over_ = true;
+  cancel_all();
+  lease_.reset();
+  metrics_.failed.add();
+  log::warn("server", answer_.id, ": ", error.what());
+  if (streaming_) {
+    job_.format->stream_error(error, out_);
+    responder_->write(std::exchange(out_, {}));
+    responder_->end_stream();
+  } else {
+    responder_->send(job_.format->error(error));
+  }
+}
+
+void Generation::cancel_all() {
+  for (const uint64_t id : ids_) engine_.cancel(id);
+}
+
+}  // namespace hadal::server

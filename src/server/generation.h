@@ -1,0 +1,131 @@
+// One answer under way: from a checked job to the bytes of an API, fed by the engine's updates.
+//
+// A Generation lives on its connection's strand; the engine's thread only posts to it. A Format
+// turns what happens into the events of one API, or the whole answer into its JSON.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine_core/engine.h"
+#include "server/http.h"
+#include "server/json_reader.h"
+#include "server/metrics.h"
+#include "text/completion_parser.h"
+#include "text/tokenizer.h"
+
+namespace hadal::server {
+
+struct CallRecord {
+  std::string id, name, arguments;
+};
+
+/// What is known of one choice so far.
+struct Choice {
+  std::string reasoning, content;
+  std::vector<CallRecord> calls;
+  std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
+  std::optional<engine::FinishReason> finish;
+  std::string matched_stop;
+  std::string malformed;  ///< what is wrong with the model's markup; the answer ends there
+  int64_t completion_tokens = 0, reasoning_tokens = 0;
+};
+
+struct Answer {
+  std::string id, model;
+  int64_t created = 0;  ///< seconds since 1970
+  std::vector<Choice> choices;
+  int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0;
+  std::string miss;
+  int64_t completion_tokens() const;
+  int64_t reasoning_tokens() const;
+};
+
+/// Writes one API's answer. `out` takes the stream's bytes.
+class Format {
+ public:
+  using Kind = text::CompletionEvent::Kind;
+  virtual ~Format() = default;
+  virtual void begin(const Answer&, std::string& /*out*/) {}
+  /// Reasoning or content, already part of the answer.
+  virtual void text(const Answer&, size_t, Kind, const std::string&, std::string& /*out*/) {}
+  /// The last call of the choice is new.
+  virtual void call(const Answer&, size_t, std::string& /*out*/) {}
+  virtual void finished(const Answer&, size_t, std::string& /*out*/) {}
+  virtual void end(const Answer&, std::string& /*out*/) {}
+  virtual std::string whole(const Answer&) = 0;
+  virtual HttpResponse error(const RequestError&) = 0;
+  virtual void stream_error(const RequestError&, std::string& out) = 0;
+};
+
+/// A request that passed all checks.
+struct Job {
+  std::vector<engine::Request> requests;  ///< one a prompt; choices are numbered through
+  bool chat = false;                      ///< the answer is reasoning, content and calls
+  text::ThinkingMode mode = text::ThinkingMode::kChat;
+  std::string opening;    ///< of the answer, which the prompt ends with already
+  bool one_call = false;  ///< the answer ends behind its first call
+  bool stream = false;
+  std::string id, model;
+  std::unique_ptr<Format> format;
+};
+
+/// Counts a key's generations: given back when destroyed.
+using Lease = std::shared_ptr<void>;
+
+class Generation : public std::enable_shared_from_this<Generation> {
+ public:
+  Generation(engine::Engine& engine,
+             const text::Tokenizer& tokenizer,
+             ApiMetrics& metrics,
+             std::chrono::seconds retry_after,
+             std::shared_ptr<Responder> responder,
+             Job job,
+             Lease lease);
+  /// Submits the job. Errors: RequestError where the engine refuses it.
+  void start();
+
+ private:
+  struct Progress {
+    std::optional<text::CompletionParser> parser;
+    std::vector<engine::OutputToken> pending;  ///< tokens whose text is held back
+    bool in_reasoning = false, started = false, done = false;
+  };
+  class PostingSink;
+
+  void update(size_t first_choice, const engine::Update& update);
+  void take_token(size_t index, const engine::OutputToken& token);
+  void take_events(size_t index, std::vector<text::CompletionEvent>& events);
+  void finish_choice(size_t index, engine::FinishReason reason);
+  void fail(const RequestError& error);
+  void begin_stream();
+  void close();
+  void cancel_all();
+
+  engine::Engine& engine_;
+  const text::Tokenizer& tokenizer_;
+  ApiMetrics& metrics_;
+  const std::chrono::seconds retry_after_;
+  const std::shared_ptr<Responder> responder_;
+  Job job_;
+  Lease lease_;
+  const std::chrono::steady_clock::time_point began_;
+  int64_t think_end_ = -1;
+  Answer answer_;
+  std::vector<Progress> progress_;
+  std::vector<uint64_t> ids_;
+  std::string out_;
+  size_t open_choices_ = 0;
+  bool streaming_ = false, over_ = false, first_ = true;
+};
+
+/// "prefix" and 24 random characters.
+std::string random_id(std::string_view prefix);
+uint64_t random_seed();
+
+}  // namespace hadal::server

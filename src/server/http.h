@@ -1,0 +1,92 @@
+// HTTP/1.1 and TLS: sockets on one side, a handler on the other.
+//
+// I/O threads own the sockets and only move bytes; requests are handled on handler threads; a
+// request's answer is made on its connection's strand (Responder::post), so that what belongs to
+// one answer needs no locks. An exception in one answer becomes its error, never another's. A
+// client that leaves, reads too slowly or stalls is dropped and its answer told (on_close).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "server/options.h"
+
+namespace hadal::server {
+
+struct HttpRequest {
+  std::string method, path, query;  ///< path and query as sent, without '?'
+  std::vector<std::pair<std::string, std::string>> headers;  ///< names in lower case
+  std::string body;
+  /// The value of a header (lower-case name), or empty.
+  std::string_view header(std::string_view name) const;
+};
+
+struct HttpResponse {
+  int status = 200;
+  std::string content_type = "application/json";
+  std::string body;
+  std::vector<std::pair<std::string, std::string>> headers;
+};
+
+/// Where the answer to one request goes; thread-safe. Either send(), or begin_stream(), write() any
+/// number of times and end_stream(). Nothing happens once the client has left.
+class Responder {
+ public:
+  virtual ~Responder() = default;
+  /// Runs `work` in order with all else of this answer; dropped once the client has left.
+  virtual void post(std::function<void()> work) = 0;
+  virtual void send(HttpResponse response) = 0;
+  virtual void begin_stream(HttpResponse head) = 0;  ///< its body is ignored
+  virtual void write(std::string bytes) = 0;
+  virtual void end_stream() = 0;
+  /// `gone` runs once if the client leaves before the answer's end, at once if it has left.
+  virtual void on_close(std::function<void()> gone) = 0;
+};
+
+class HttpHandler {
+ public:
+  virtual ~HttpHandler() = default;
+  /// On a handler thread. May throw: the client gets 500.
+  virtual void handle(HttpRequest request, std::shared_ptr<Responder> responder) = 0;
+  /// The answer to what is no request, too large or failed. `path` may be empty. Must not throw.
+  virtual HttpResponse error(int status, std::string_view message, std::string_view path) = 0;
+};
+
+struct HttpStats {
+  int64_t connections = 0, active = 0;  ///< now; active: with an answer under way
+  int64_t accepted = 0, refused = 0, slow_dropped = 0, left = 0;  ///< ever
+};
+
+class HttpServer {
+ public:
+  /// Listens, so that clients wait from here on; `handler` must outlive it. Errors: InputError when
+  /// the address is taken or wrong, or the TLS files are no good.
+  HttpServer(const ServerOptions& options, HttpHandler& handler);
+  ~HttpServer();  ///< stop()
+  HttpServer(const HttpServer&) = delete;
+  HttpServer& operator=(const HttpServer&) = delete;
+
+  void start();  ///< serves from here on; once
+  uint16_t port() const;
+  HttpStats stats() const;
+  /// Accepts nobody any more, lets open answers end (at most drain_timeout), then closes what is
+  /// left. May be called again and from any thread but the server's own.
+  void stop();
+  bool draining() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// One whole request out of bytes, with the server's limits: 0 and the request, or the status that
+/// refuses it (400 also where bytes are missing). For tests and fuzzing: the same parser and
+/// checks.
+int parse_http_request(std::string_view bytes, const ServerOptions& options, HttpRequest& request);
+
+}  // namespace hadal::server

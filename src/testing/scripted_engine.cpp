@@ -1,0 +1,177 @@
+#include "testing/scripted_engine.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "text/chat_tokens.h"
+
+namespace hadal::testing {
+
+using engine::FinishReason;
+
+ScriptedEngine::ScriptedEngine(const text::Tokenizer& tokenizer,
+                               Script script,
+                               ScriptedEngineOptions options)
+    : tokenizer_(tokenizer), script_(std::move(script)), options_(options) {
+  info_.model_name = "scripted";
+  info_.vocab_size = tokenizer.vocab_size();
+  info_.max_context = options.max_context;
+  info_.max_choices = 8;
+  info_.eos_token = tokenizer.id_of(text::kEos);
+  if (!options_.inline_steps) thread_ = std::thread([this] { loop(); });
+}
+
+ScriptedEngine::~ScriptedEngine() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+engine::Submitted ScriptedEngine::submit(engine::Request request,
+                                         std::shared_ptr<engine::Sink> sink,
+                                         uint64_t* id) {
+  HADAL_INPUT_CHECK(!request.prompt.empty() && request.max_tokens > 0, "an empty request");
+  HADAL_INPUT_CHECK(std::ssize(request.prompt) + request.max_tokens <= info_.max_context,
+                    "the context is too long");
+  Running running;
+  for (int64_t choice = 0; choice < request.n; ++choice) {
+    ChoiceState state;
+    const std::string text = script_(request, choice);
+    if (text.starts_with('!')) {
+      state.error = text.substr(1);
+    } else {
+      state.tokens = tokenizer_.encode(text, text::SpecialTokens::kRecognise);
+    }
+    running.choices.push_back(std::move(state));
+  }
+  running.sink = std::move(sink);
+  const std::lock_guard lock(mutex_);
+  if (running_.size() >= options_.max_requests) return engine::Submitted::kQueueFull;
+  seen_.push_back(request);
+  stats_.prompt_tokens += std::ssize(request.prompt);
+  running.request = std::move(request);
+  *id = next_id_++;
+  if (options_.inline_steps) {
+    while (!step(running)) {
+    }
+    return engine::Submitted::kAccepted;
+  }
+  running_.emplace(*id, std::move(running));
+  changed_.notify_all();
+  return engine::Submitted::kAccepted;
+}
+
+void ScriptedEngine::cancel(uint64_t id) {
+  const std::lock_guard lock(mutex_);
+  const auto found = running_.find(id);
+  if (found == running_.end() || found->second.cancelled) return;
+  found->second.cancelled = true;
+  ++stats_.cancelled;
+  changed_.notify_all();
+}
+
+engine::EngineStats ScriptedEngine::stats() const {
+  const std::lock_guard lock(mutex_);
+  engine::EngineStats stats = stats_;
+  stats.running = std::ssize(running_);
+  return stats;
+}
+
+void ScriptedEngine::hold(bool held) {
+  const std::lock_guard lock(mutex_);
+  held_ = held;
+  changed_.notify_all();
+}
+
+bool ScriptedEngine::wait_cancelled(int64_t count) const {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, std::chrono::seconds(5),
+                           [&] { return stats_.cancelled >= count; });
+}
+
+bool ScriptedEngine::wait_running(int64_t count) const {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, std::chrono::seconds(5),
+                           [&] { return std::ssize(running_) >= count; });
+}
+
+std::vector<engine::Request> ScriptedEngine::requests() const {
+  const std::lock_guard lock(mutex_);
+  return seen_;
+}
+
+engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& choice) {
+  engine::Update update;
+  update.cache = {std::ssize(running.request.prompt), std::ssize(running.request.prompt) / 2, 0,
+                  "tail"};
+  if (running.cancelled) {
+    update.finish = FinishReason::kCancelled;
+  } else if (!choice.error.empty()) {
+    update.finish = FinishReason::kError;
+    update.error = choice.error;
+  } else if (static_cast<int64_t>(choice.next) >= running.request.max_tokens) {
+    update.finish = FinishReason::kLength;
+  } else {
+    engine::OutputToken token;
+    const bool ends = choice.next >= choice.tokens.size();
+    token.token = ends ? info_.eos_token : choice.tokens[choice.next];
+    ++choice.next;
+    if (ends) {
+      update.finish = FinishReason::kStop;
+    } else {
+      token.text = tokenizer_.token_bytes(static_cast<int32_t>(token.token));
+      choice.text += token.text;
+      for (const std::string& stop : running.request.stop) {
+        if (!choice.text.ends_with(stop)) continue;
+        update.finish = FinishReason::kStopString;
+        update.matched_stop = stop;
+        token.text.clear();
+      }
+    }
+    if (running.request.top_logprobs >= 0) {
+      token.logprob = -0.5;
+      for (int64_t i = 0; i < running.request.top_logprobs; ++i)
+        token.top.push_back({token.token, -0.5 - static_cast<double>(i)});
+    }
+    update.tokens.push_back(std::move(token));
+    ++stats_.generated_tokens;
+  }
+  update.completion_tokens = static_cast<int64_t>(choice.next);
+  return update;
+}
+
+bool ScriptedEngine::step(Running& running) {
+  bool over = true;
+  for (size_t i = 0; i < running.choices.size(); ++i) {
+    ChoiceState& choice = running.choices[i];
+    if (choice.done) continue;
+    engine::Update update = next_token(running, choice);
+    update.choice = static_cast<int64_t>(i);
+    choice.done = update.finish.has_value();
+    over = over && choice.done;
+    running.sink->on_update(std::move(update));
+  }
+  if (over) ++stats_.finished;
+  return over;
+}
+
+void ScriptedEngine::loop() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [&] { return stop_ || (!held_ && !running_.empty()); });
+    if (stop_) return;
+    ++stats_.steps;
+    for (auto it = running_.begin(); it != running_.end();)
+      it = step(it->second) ? running_.erase(it) : std::next(it);
+    changed_.notify_all();
+    lock.unlock();
+    std::this_thread::sleep_for(options_.step);
+    lock.lock();
+  }
+}
+
+}  // namespace hadal::testing

@@ -1,0 +1,82 @@
+// An engine that answers from a script, token by token, for tests of what stands above engines.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine_core/engine.h"
+#include "text/tokenizer.h"
+
+namespace hadal::testing {
+
+struct ScriptedEngineOptions {
+  std::chrono::microseconds step{0};  ///< pause between steps; each gives every choice one token
+  size_t max_requests = 100'000;      ///< running; more find the queue full
+  int64_t max_context = 8192;
+  bool inline_steps = false;  ///< no thread: submit() answers before it returns
+};
+
+/// The script maps a request and a choice to the text of the answer, chat markup included; EOS
+/// follows it. A text that begins with "!" ends the choice with the error behind it.
+class ScriptedEngine final : public engine::Engine {
+ public:
+  using Script = std::function<std::string(const engine::Request&, int64_t choice)>;
+  ScriptedEngine(const text::Tokenizer& tokenizer,
+                 Script script,
+                 ScriptedEngineOptions options = {});
+  ~ScriptedEngine() override;
+
+  const engine::EngineInfo& info() const override { return info_; }
+  engine::Submitted submit(engine::Request request,
+                           std::shared_ptr<engine::Sink> sink,
+                           uint64_t* id) override;
+  void cancel(uint64_t id) override;
+  engine::EngineStats stats() const override;
+
+  /// While held, no step is taken.
+  void hold(bool held);
+  /// Waits until this many requests were cancelled; false after five seconds.
+  bool wait_cancelled(int64_t count) const;
+  bool wait_running(int64_t count) const;
+  /// Requests as they came.
+  std::vector<engine::Request> requests() const;
+
+ private:
+  struct ChoiceState {
+    std::vector<int32_t> tokens;
+    std::string error, text;
+    size_t next = 0;
+    bool done = false;
+  };
+  struct Running {
+    engine::Request request;
+    std::shared_ptr<engine::Sink> sink;
+    std::vector<ChoiceState> choices;
+    bool cancelled = false;
+  };
+  void loop();
+  /// One token of every choice; whether the request is over. Under the lock.
+  bool step(Running& running);
+  engine::Update next_token(const Running& running, ChoiceState& choice);
+
+  const text::Tokenizer& tokenizer_;
+  const Script script_;
+  const ScriptedEngineOptions options_;
+  engine::EngineInfo info_;
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  std::map<uint64_t, Running> running_;
+  std::vector<engine::Request> seen_;
+  engine::EngineStats stats_;
+  uint64_t next_id_ = 1;
+  bool held_ = false, stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace hadal::testing
