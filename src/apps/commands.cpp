@@ -7,6 +7,7 @@ namespace hadal::apps {
 std::function<int()> define_verify(CLI::App& app);
 std::function<int()> define_logits(CLI::App& app);
 std::function<int()> define_generate(CLI::App& app);
+std::function<int()> define_serve(CLI::App& app);
 std::function<int()> define_eval(CLI::App& app);
 std::function<int()> define_chat(CLI::App& app);
 std::function<int()> define_convert(CLI::App& app);
@@ -26,6 +27,11 @@ const std::vector<Command>& commands() {
        "  hadal chat --thinking-mode thinking --temperature 0.7 --seed 1\n"
        "  printf 'Who are you?\\nAnd who am I?\\n' | hadal chat --json",
        define_chat},
+      {"serve", "answer requests of OpenAI's and Anthropic's clients, with a page to chat",
+       "  hadal serve --port 8000\n"
+       "  curl localhost:8000/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", "
+       "\"content\": \"Hi\"}]}'",
+       define_serve},
       {"eval", "how well a model predicts a text", "  hadal eval perplexity book.txt --model DIR",
        define_eval},
       {"verify", "compare a checkpoint's outputs with recorded ones",

@@ -67,6 +67,12 @@ void ModelRunner::rewind(int64_t slot, int64_t pos) {
   done.next = std::min(done.next, std::max<int64_t>(0, pos - 1));
 }
 
+bool ModelRunner::can_draft(int64_t slot, int64_t pos) const {
+  if (!drafts_) return false;
+  const Followed& done = followed_.at(static_cast<size_t>(slot));
+  return done.end == pos && done.first < pos;
+}
+
 int64_t ModelRunner::stream_row(int64_t slot, int64_t pos) const {
   return slot * kept_streams_ + pos % kept_streams_;
 }

@@ -41,6 +41,8 @@ class ModelRunner final : public Runner {
   void rewind(int64_t slot, int64_t pos) override;
 
   bool drafts() const { return drafts_; }
+  /// Whether the streams of the token before `pos` are there.
+  bool can_draft(int64_t slot, int64_t pos) const;
   /// The MTP block's logits [steps, vocab] for the token behind each step's token. The slots' last
   /// step must have ended at `pos`. Error unless drafts().
   at::Tensor draft(std::span<const DraftStep> steps);

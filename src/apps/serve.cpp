@@ -1,0 +1,120 @@
+// hadal serve: the model behind the APIs that clients know.
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+
+#include <CLI/CLI.hpp>
+
+#include "apps/command.h"
+#include "apps/decode_loop.h"
+#include "base/check.h"
+#include "base/log.h"
+#include "checkpoint/digest.h"
+#include "engine/local_engine.h"
+#include "server/page.h"
+#include "server/server.h"
+
+namespace hadal::apps {
+namespace {
+
+struct Flags {
+  std::string model, numerics, key_file;
+  double cache_gib = 0.5, disk_gib = 16;
+  engine::LocalEngineOptions engine;
+  server::ServerOptions server;
+};
+
+std::vector<std::string> read_keys(const std::string& path) {
+  std::ifstream file(path);
+  HADAL_INPUT_CHECK(file.good(), "--api-keys: cannot read ", path);
+  std::vector<std::string> keys;
+  for (std::string line; std::getline(file, line);) {
+    while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();
+    if (!line.empty()) keys.push_back(line);
+  }
+  HADAL_INPUT_CHECK(!keys.empty(), "--api-keys: ", path, " holds no key");
+  return keys;
+}
+
+/// Blocks until SIGINT or SIGTERM; call block_signals() before any thread starts.
+sigset_t block_signals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  sigaddset(&set, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  return set;
+}
+
+int run(Flags flags) {
+  std::signal(SIGPIPE, SIG_IGN);
+  const sigset_t signals = block_signals();
+  const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  flags.engine.numerics = loaded.numerics;
+  flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
+  flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
+  if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
+  if (flags.engine.model_name.empty()) {
+    std::string folder = loaded.folder;
+    while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
+    flags.engine.model_name = folder.substr(folder.find_last_of('/') + 1);
+  }
+  const std::string digest =
+      flags.engine.disk.folder.empty() ? "" : checkpoint::weights_digest(loaded.folder);
+  engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
+  server::Server server(local.engine(), loaded.tokenizer, flags.server);
+  server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()));
+  server.start();
+  std::fprintf(stderr, "hadal: %s at %s://%s:%u, a page to chat at /; Ctrl-C ends it\n",
+               flags.engine.model_name.c_str(),
+               flags.server.tls_certificate.empty() ? "http" : "https", flags.server.host.c_str(),
+               static_cast<unsigned>(server.port()));
+  int signal = 0;
+  sigwait(&signals, &signal);
+  log::info("serve", "signal ", signal, ": open answers may end");
+  server.stop();
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> define_serve(CLI::App& app) {
+  auto flags = std::make_shared<Flags>();
+  engine::LocalEngineOptions& engine = flags->engine;
+  server::ServerOptions& server = flags->server;
+  app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
+  app.add_option("--numerics", flags->numerics, "released, bf16 or ideal; default: as stored");
+  app.add_option("--name", engine.model_name, "model name in the APIs; default: the folder's");
+  app.add_option("--host", server.host, "address to listen on")->capture_default_str();
+  app.add_option("--port", server.port, "0: any free one")->capture_default_str();
+  app.add_option("--api-keys", flags->key_file, "file with one key a line; default: no keys");
+  app.add_option("--tls-certificate", server.tls_certificate, "PEM file");
+  app.add_option("--tls-key", server.tls_key, "PEM file");
+  app.add_option("--cache-gib", flags->cache_gib, "memory of pages and state slots")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--max-running", engine.max_running, "sequences in a step")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--max-waiting", engine.max_waiting, "requests in the queue")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
+      ->check(CLI::Range(0, 8))
+      ->capture_default_str();
+  app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
+  app.add_option("--disk-gib", flags->disk_gib, "its budget")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  return [flags] { return run(*flags); };
+}
+
+}  // namespace hadal::apps

@@ -1,0 +1,57 @@
+// The engine on this machine: a model, its caches, sampler, drafter and stores, and the loop that
+// serves them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "engine/kv_cache.h"
+#include "engine/model_runner.h"
+#include "engine_core/disk_store.h"
+#include "engine_core/serving_loop.h"
+#include "model/transformer.h"
+#include "text/tokenizer.h"
+
+namespace hadal::engine {
+
+struct LocalEngineOptions {
+  ops::Numerics numerics = ops::Numerics::kReleased;
+  std::string model_name;
+  int64_t max_running = 64;                     ///< sequences in a step
+  int64_t max_waiting = 1024;                   ///< requests that wait
+  int64_t cache_bytes = int64_t{512} << 20;     ///< pages and slots together
+  int64_t snapshot_bytes = int64_t{256} << 20;  ///< of the prefix tree, besides
+  int64_t snapshot_interval = 0;                ///< tokens; 0: the page
+  int64_t max_context = 0;                      ///< 0: what model and pages allow
+  int64_t step_tokens = 256;                    ///< rows of a step while answers are running
+  int64_t prompt_tokens = 1024;                 ///< rows of a step of prompts alone
+  int64_t max_drafts = 0;                       ///< 0: no speculation; the MTP block gives 1
+  /// Empty folder: no store on disk. Its identity and page size are filled in.
+  DiskStoreOptions disk;
+};
+
+class LocalEngine {
+ public:
+  /// `model` and `tokenizer` must outlive it. `weights_digest` names the weights on disk. Errors:
+  /// InputError when the memory does not hold a sequence of one page.
+  LocalEngine(const model::Transformer& model,
+              const text::Tokenizer& tokenizer,
+              const std::string& weights_digest,
+              const LocalEngineOptions& options);
+  ~LocalEngine();
+  LocalEngine(const LocalEngine&) = delete;
+  LocalEngine& operator=(const LocalEngine&) = delete;
+
+  Engine& engine();
+  ServingLoop& loop();
+  const KvCache& cache() const;
+  /// Null without one.
+  const DiskStore* disk() const;
+
+ private:
+  struct Parts;
+  std::unique_ptr<Parts> parts_;
+};
+
+}  // namespace hadal::engine

@@ -1,0 +1,20 @@
+// The scheduler's sampler over ops::sample_token.
+#pragma once
+
+#include <cstdint>
+
+#include "engine_core/sampler.h"
+
+namespace hadal::engine {
+
+class ModelSampler final : public Sampler {
+ public:
+  /// Ids from `vocab_size` on have no text and are never chosen.
+  explicit ModelSampler(int64_t vocab_size) : vocab_size_(vocab_size) {}
+  Sampled sample(const SampleInput& input) override;
+
+ private:
+  int64_t vocab_size_;
+};
+
+}  // namespace hadal::engine
