@@ -14,6 +14,7 @@ struct StoredPrefix {
   int64_t pos = 0;  ///< the snapshot's: tokens that need not be computed
   /// Pages `from_page` to pos / page_tokens - 1, page_bytes() each.
   std::vector<std::vector<std::byte>> pages;
+  /// Empty: not kept; CacheMemory::rebuild() makes the state again where it can.
   std::vector<std::byte> snapshot;
 };
 

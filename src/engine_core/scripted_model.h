@@ -109,6 +109,22 @@ class ScriptedModel : public CacheMemory, public Runner {
       std::memcpy(&state.ring[index(pos - 1 - i)], in.data() + i * 8, 8);
     }
   }
+  bool can_rebuild() const override { return true; }
+  void rebuild(int64_t slot,
+               std::span<const int64_t> tokens,
+               std::span<const int64_t> pages) override {
+    State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(static_cast<int64_t>(tokens.size()) ==
+                    static_cast<int64_t>(pages.size()) * options_.page_tokens,
+                "scripted: rebuilt inside a page");
+    state.pos = static_cast<int64_t>(tokens.size());
+    state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+    // An entry is the hash itself: the window is in the last pages.
+    for (int64_t pos = std::max(state.pos - options_.window, int64_t{0}); pos < state.pos; ++pos) {
+      state.ring[index(pos)] = page(pages[static_cast<size_t>(
+          pos / options_.page_tokens)])[static_cast<size_t>(pos % options_.page_tokens)];
+    }
+  }
 
   int64_t vocab_size() const override { return options_.vocab_size; }
   int64_t slack() const override { return options_.slack; }
@@ -292,6 +308,7 @@ class ScriptedStore : public PrefixStore {
       }
       if (!complete) continue;
       if (truncates && !result.pages.empty()) result.pages.back().pop_back();
+      if (forgets_states) result.snapshot.clear();
       return result;
     }
     return std::nullopt;
@@ -304,7 +321,7 @@ class ScriptedStore : public PrefixStore {
     snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
 
-  bool throws = false, truncates = false;
+  bool throws = false, truncates = false, forgets_states = false;
 
  private:
   using Tokens = std::vector<int64_t>;

@@ -171,6 +171,7 @@ TEST(SequenceCache, RandomOperationsWithAStore) {
   for (int i = 0; i < 12000; ++i) {
     store.throws = i % 1000 > 950;
     store.truncates = i % 1000 > 900;
+    store.forgets_states = i / 1000 % 2 == 1;
     if (i % 3000 == 2999) world.cache.clear_tree();
     world.operate();
     if (HasFatalFailure()) return;
