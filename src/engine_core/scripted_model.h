@@ -232,18 +232,26 @@ class ScriptedSampler : public Sampler {
   }
 };
 
-/// Every token's text is one letter; Request::stop are matched without holding back.
+/// Every token's text is one letter; Request::stop are matched without holding back. With a grammar
+/// the i-th token is one of those equal to i modulo 3, and nine tokens are complete.
 class ScriptedFilters : public AnswerFilters {
  public:
   std::unique_ptr<AnswerFilter> create(const Request& request) override {
-    return std::make_unique<Filter>(request.stop);
+    return std::make_unique<Filter>(request);
   }
 
  private:
   class Filter : public AnswerFilter {
    public:
-    explicit Filter(std::vector<std::string> stop) : stop_(std::move(stop)) {}
-    std::span<const int32_t> mask() override { return {}; }
+    explicit Filter(const Request& request)
+        : stop_(request.stop), grammar_(request.grammar.kind != Grammar::Kind::kNone) {}
+    std::span<const int32_t> mask() override {
+      if (!grammar_) return {};
+      uint32_t bits = 0;
+      for (size_t token = text_.size() % 3; token < 32; token += 3) bits |= uint32_t{1} << token;
+      mask_.assign(8, static_cast<int32_t>(bits));
+      return mask_;
+    }
     Accepted accept(int64_t token) override {
       const std::string letter(1, static_cast<char>('A' + token % 26));
       text_ += letter;
@@ -252,12 +260,17 @@ class ScriptedFilters : public AnswerFilters {
           return {.verdict = Verdict::kStopString, .text = "", .matched_stop = stop};
         }
       }
-      return {.verdict = Verdict::kContinue, .text = letter, .matched_stop = ""};
+      const bool complete = grammar_ && text_.size() == 9;
+      return {.verdict = complete ? Verdict::kComplete : Verdict::kContinue,
+              .text = letter,
+              .matched_stop = ""};
     }
     std::string finish() override { return "."; }
 
    private:
     std::vector<std::string> stop_;
+    bool grammar_;
+    std::vector<int32_t> mask_;
     std::string text_;
   };
 };
