@@ -21,7 +21,8 @@ enum class WindowPolicy : uint8_t { kFull, kPeriodic, kZero };
 struct StoredPrefix {
   int64_t pos = 0;                            ///< tokens it covers, a page boundary
   std::vector<std::vector<std::byte>> pages;  ///< from `from_page` up to `pos`
-  std::vector<std::byte> snapshot;            ///< at `pos`; kPeriodic only
+  /// At `pos`. Empty where none is kept: CacheMemory::rebuild() makes the state again where it can.
+  std::vector<std::byte> snapshot;
   /// kFull only: what save_window() was given for the last pages before `pos`, in their order, as
   /// many as the window reaches back.
   std::vector<std::vector<std::byte>> windows;

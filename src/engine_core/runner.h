@@ -31,6 +31,13 @@ class CacheMemory {
   /// Of the state after exactly `pos` tokens.
   virtual void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const = 0;
   virtual void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) = 0;
+
+  /// Whether rebuild() works: the state behind `tokens` (full pages) from their entries in `pages`
+  /// and the tokens alone, by running the last of them again. For stores that keep no states.
+  virtual bool can_rebuild() const { return false; }
+  virtual void rebuild(int64_t /*slot*/,
+                       std::span<const int64_t> /*tokens*/,
+                       std::span<const int64_t> /*pages*/) {}
 };
 
 /// One sequence's part of a step.

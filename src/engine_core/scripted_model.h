@@ -109,6 +109,22 @@ class ScriptedModel : public CacheMemory, public Runner {
       std::memcpy(&state.ring[index(pos - 1 - i)], in.data() + i * 8, 8);
     }
   }
+  bool can_rebuild() const override { return true; }
+  void rebuild(int64_t slot,
+               std::span<const int64_t> tokens,
+               std::span<const int64_t> pages) override {
+    State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(static_cast<int64_t>(tokens.size()) ==
+                    static_cast<int64_t>(pages.size()) * options_.page_tokens,
+                "scripted: rebuilt inside a page");
+    state.pos = static_cast<int64_t>(tokens.size());
+    state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+    // An entry is the hash itself: the window is in the last pages.
+    for (int64_t pos = std::max(state.pos - options_.window, int64_t{0}); pos < state.pos; ++pos) {
+      state.ring[index(pos)] = page(pages[static_cast<size_t>(
+          pos / options_.page_tokens)])[static_cast<size_t>(pos % options_.page_tokens)];
+    }
+  }
 
   int64_t vocab_size() const override { return options_.vocab_size; }
   int64_t slack() const override { return options_.slack; }
@@ -216,18 +232,26 @@ class ScriptedSampler : public Sampler {
   }
 };
 
-/// Every token's text is one letter; Request::stop are matched without holding back.
+/// Every token's text is one letter; Request::stop are matched without holding back. With a grammar
+/// the i-th token is one of those equal to i modulo 3, and nine tokens are complete.
 class ScriptedFilters : public AnswerFilters {
  public:
   std::unique_ptr<AnswerFilter> create(const Request& request) override {
-    return std::make_unique<Filter>(request.stop);
+    return std::make_unique<Filter>(request);
   }
 
  private:
   class Filter : public AnswerFilter {
    public:
-    explicit Filter(std::vector<std::string> stop) : stop_(std::move(stop)) {}
-    std::span<const int32_t> mask() override { return {}; }
+    explicit Filter(const Request& request)
+        : stop_(request.stop), grammar_(request.grammar.kind != Grammar::Kind::kNone) {}
+    std::span<const int32_t> mask() override {
+      if (!grammar_) return {};
+      uint32_t bits = 0;
+      for (size_t token = text_.size() % 3; token < 32; token += 3) bits |= uint32_t{1} << token;
+      mask_.assign(8, static_cast<int32_t>(bits));
+      return mask_;
+    }
     Accepted accept(int64_t token) override {
       const std::string letter(1, static_cast<char>('A' + token % 26));
       text_ += letter;
@@ -236,12 +260,17 @@ class ScriptedFilters : public AnswerFilters {
           return {.verdict = Verdict::kStopString, .text = "", .matched_stop = stop};
         }
       }
-      return {.verdict = Verdict::kContinue, .text = letter, .matched_stop = ""};
+      const bool complete = grammar_ && text_.size() == 9;
+      return {.verdict = complete ? Verdict::kComplete : Verdict::kContinue,
+              .text = letter,
+              .matched_stop = ""};
     }
     std::string finish() override { return "."; }
 
    private:
     std::vector<std::string> stop_;
+    bool grammar_;
+    std::vector<int32_t> mask_;
     std::string text_;
   };
 };
@@ -292,6 +321,7 @@ class ScriptedStore : public PrefixStore {
       }
       if (!complete) continue;
       if (truncates && !result.pages.empty()) result.pages.back().pop_back();
+      if (forgets_states) result.snapshot.clear();
       return result;
     }
     return std::nullopt;
@@ -304,7 +334,7 @@ class ScriptedStore : public PrefixStore {
     snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
 
-  bool throws = false, truncates = false;
+  bool throws = false, truncates = false, forgets_states = false;
 
  private:
   using Tokens = std::vector<int64_t>;

@@ -74,18 +74,17 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
   return true;
 }
 
-bool SequenceCache::usable(const StoredPrefix& stored,
-                           int64_t from_page,
-                           int64_t after,
-                           int64_t max_pos) const {
-  if (stored.pos <= after || stored.pos > max_pos || stored.pos % page_tokens_ != 0) return false;
+bool SequenceCache::usable(const StoredPrefix& stored, int64_t from_page, int64_t max_pos) const {
+  if (stored.pos <= 0 || stored.pos > max_pos || stored.pos % page_tokens_ != 0) return false;
   const int64_t num_pages = std::max(stored.pos / page_tokens_ - from_page, int64_t{0});
   const auto is_page = [&](const std::vector<std::byte>& page) {
     return static_cast<int64_t>(page.size()) == memory_.page_bytes();
   };
-  return static_cast<int64_t>(stored.pages.size()) == num_pages &&
-         std::ranges::all_of(stored.pages, is_page) &&
-         static_cast<int64_t>(stored.snapshot.size()) == memory_.snapshot_bytes(stored.pos);
+  const bool has_state = stored.snapshot.empty() ? memory_.can_rebuild()
+                                                 : static_cast<int64_t>(stored.snapshot.size()) ==
+                                                       memory_.snapshot_bytes(stored.pos);
+  return has_state && static_cast<int64_t>(stored.pages.size()) == num_pages &&
+         std::ranges::all_of(stored.pages, is_page);
 }
 
 bool SequenceCache::load_stored(std::span<const int64_t> tokens,
@@ -104,10 +103,11 @@ bool SequenceCache::load_stored(std::span<const int64_t> tokens,
     opened.miss = "disk error";
     return false;
   }
-  if (!stored || !usable(*stored, from_page, match.pos, max_pos)) {
+  if (!stored || !usable(*stored, from_page, max_pos)) {
     ++counters_.disk_misses;
     return false;
   }
+  if (stored->pos <= match.pos) return false;
   // What memory has is held first, so that making room does not evict it: the match may yet be
   // used.
   if (match.tail_page >= 0) pages_.share(match.tail_page);
@@ -132,13 +132,19 @@ bool SequenceCache::load_stored(std::span<const int64_t> tokens,
   }
   sequence.pages = std::move(held);
   sequence.pos = stored->pos;
-  memory_.load_snapshot(sequence.slot, stored->pos, stored->snapshot);
+  const auto prefix = tokens.first(static_cast<size_t>(stored->pos));
+  if (stored->snapshot.empty()) {
+    memory_.rebuild(sequence.slot, prefix, sequence.pages);
+    stored->snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored->pos)));
+    memory_.save_snapshot(sequence.slot, stored->pos, stored->snapshot);
+  } else {
+    memory_.load_snapshot(sequence.slot, stored->pos, stored->snapshot);
+  }
   opened.cached_tokens = stored->pos;
   opened.disk_tokens = stored->pos - match.pos;
   if (max_pos - stored->pos < page_tokens_) opened.miss = "tail";
   ++counters_.disk_hits;
-  tree_.insert(tokens.first(static_cast<size_t>(stored->pos)), sequence.pages,
-               std::move(stored->snapshot));
+  tree_.insert(prefix, sequence.pages, std::move(stored->snapshot));
   return true;
 }
 

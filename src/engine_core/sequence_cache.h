@@ -94,7 +94,7 @@ class SequenceCache {
                    const PrefixMatch& match,
                    CachedSequence& sequence,
                    Opened& opened);
-  bool usable(const StoredPrefix& stored, int64_t from_page, int64_t after, int64_t max_pos) const;
+  bool usable(const StoredPrefix& stored, int64_t from_page, int64_t max_pos) const;
   void store_new(const CachedSequence& sequence,
                  std::span<const int64_t> tokens,
                  int64_t first_new,
