@@ -20,11 +20,11 @@ using hadal::testing::save_all;
 using hadal::testing::TemporaryFolder;
 
 constexpr const char* kFolderVariable = "HADAL_DISK_STORE_TEST_FOLDER";
-constexpr uint64_t kPrompts = 40;
+constexpr uint64_t kPrompts = 30;
 
 DiskStoreOptions killed_options(const std::string& folder) {
   DiskStoreOptions options = disk_options(folder, WindowPolicy::kFull);
-  options.max_bytes = int64_t{1} << 20;  // evicts, compacts and drops blob files all the time
+  options.max_bytes = int64_t{1} << 19;  // evicts, compacts and drops blob files all the time
   return options;
 }
 
