@@ -56,7 +56,7 @@ int64_t PrefixKeys::hashed_pages() const {
 
 /// A remembered chain that covers all whole pages of `tokens`.
 const PrefixKeys::Chain& PrefixKeys::extend(std::span<const int64_t> tokens) {
-  const size_t page = static_cast<size_t>(page_tokens_);
+  const auto page = static_cast<size_t>(page_tokens_);
   tokens = tokens.first(tokens.size() / page * page);
   auto best = recent_.end();
   size_t shared = 0;  // whole pages in common with `best`
