@@ -82,10 +82,10 @@ ParsedRecord parse_record(std::span<const std::byte> bytes) {
   if (std::memcmp(bytes.data(), kMagic, sizeof(kMagic)) != 0) return {{}, "not a record"};
   if (read_at<uint16_t>(bytes, 4) != kVersion) return {{}, "of another version"};
   if (!checksum_holds(bytes)) return {{}, "wrong checksum"};
-  const uint8_t kind = read_at<uint8_t>(bytes, 6);
-  const int64_t pos = read_at<int64_t>(bytes, 8);
+  const auto kind = read_at<uint8_t>(bytes, 6);
+  const auto pos = read_at<int64_t>(bytes, 8);
   const uint64_t tokens = read_at<uint32_t>(bytes, 16);
-  const uint64_t payload = read_at<uint64_t>(bytes, 24);
+  const auto payload = read_at<uint64_t>(bytes, 24);
   const uint64_t body = bytes.size() - kHeaderBytes - kChecksumBytes;
   if (kind >= kRecordKinds || read_at<uint8_t>(bytes, 7) != 0 || read_at<uint32_t>(bytes, 20) != 0)
     return {{}, "unknown kind"};

@@ -53,8 +53,7 @@ class DiskStore::Impl {
   void save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
   void flush() { queue_->flush(); }
   DiskStoreStats stats() const;
-
-  const DiskStoreOptions options_;
+  const DiskStoreOptions& options() const { return options_; }
 
  private:
   struct Lookup {
@@ -77,6 +76,7 @@ class DiskStore::Impl {
   void write_touched();
   void after_failure(const std::string& reason);
 
+  const DiskStoreOptions options_;
   PrefixKeys keys_;
   DiskDb db_;
   mutable std::mutex mutex_;  // of what follows
@@ -375,7 +375,7 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
       if (index_.state(put.key) == RecencyIndex::State::kAbsent)
         continue;  // found damaged meanwhile
       index_.mark_stored(put.key);
-      DiskStoreStats::Traffic& traffic = stats_.traffic[static_cast<size_t>(put.key[0])];
+      DiskStoreStats::Traffic& traffic = stats_.traffic[static_cast<unsigned char>(put.key[0])];
       const int64_t bytes = std::ssize(put.record);
       ++traffic.written;
       traffic.written_bytes += bytes - record_bytes(options_.page_tokens, 0);
@@ -461,10 +461,10 @@ void DiskStore::save_window(std::span<const int64_t> prefix_tokens,
   if (policy() == WindowPolicy::kFull) impl_->save(RecordKind::kWindow, prefix_tokens, window);
 }
 
-WindowPolicy DiskStore::policy() const { return impl_->options_.policy; }
+WindowPolicy DiskStore::policy() const { return impl_->options().policy; }
 
 bool DiskStore::wants_snapshot(int64_t pos) const {
-  return policy() == WindowPolicy::kPeriodic && pos > 0 && pos % impl_->options_.period == 0;
+  return policy() == WindowPolicy::kPeriodic && pos > 0 && pos % impl_->options().period == 0;
 }
 
 void DiskStore::flush() { impl_->flush(); }

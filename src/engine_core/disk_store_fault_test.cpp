@@ -220,7 +220,7 @@ TEST(DiskStoreFaults, DamagedFilesCostEntriesOrTheStoreButNeverAnAnswer) {
   }
   const size_t files = files_below(pristine + "/db").size();
   int64_t whole = 0, partly = 0, lost = 0;
-  for (size_t round = 0; round < 5 * files; ++round) {
+  for (size_t round = 0; round < 4 * files; ++round) {
     const std::string copy = folder.path() + "/copy";
     std::filesystem::remove_all(copy);
     std::filesystem::copy(pristine, copy, std::filesystem::copy_options::recursive);

@@ -20,11 +20,13 @@ using hadal::testing::save_all;
 using hadal::testing::TemporaryFolder;
 
 constexpr const char* kFolderVariable = "HADAL_DISK_STORE_TEST_FOLDER";
-constexpr uint64_t kPrompts = 40;
+constexpr uint64_t kPrompts = 30;
 
+/// The folder's name says the policy.
 DiskStoreOptions killed_options(const std::string& folder) {
-  DiskStoreOptions options = disk_options(folder, WindowPolicy::kFull);
-  options.max_bytes = int64_t{1} << 20;  // evicts, compacts and drops blob files all the time
+  DiskStoreOptions options = disk_options(
+      folder, folder.ends_with("/full") ? WindowPolicy::kFull : WindowPolicy::kPeriodic);
+  options.max_bytes = int64_t{1} << 19;  // evicts, compacts and drops blob files all the time
   return options;
 }
 
@@ -102,20 +104,29 @@ class Child {
   int output_ = -1;
 };
 
-TEST(DiskStoreKill, FiftyKillsCorruptNothing) {
-  TemporaryFolder folder;
-  std::mt19937_64 random(17);
-  for (int round = 0; round < 50; ++round) {
-    const Child child(folder.path());
+void kill_again_and_again(const std::string& folder, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  for (int round = 0; round < 25; ++round) {
+    const Child child(folder);
     // Every fourth is killed while it starts, opens or checks.
     const std::string trouble = round % 4 == 3 ? "" : child.wait_for_mark();
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 30'000));
     child.kill();
     ASSERT_TRUE(child.was_killed() && trouble.empty()) << "round " << round << ": " << trouble;
   }
-  DiskStore store(killed_options(folder.path()));
+  DiskStore store(killed_options(folder));
   EXPECT_GT(check_everything(store), 0);
-  EXPECT_FALSE(std::filesystem::exists(folder.path() + "/damaged-1"));
+  EXPECT_FALSE(std::filesystem::exists(folder + "/damaged-1"));
+}
+
+TEST(DiskStoreKill, TwentyFiveKillsCorruptNothingUnderFull) {
+  TemporaryFolder folder;
+  kill_again_and_again(folder.path() + "/full", 17);
+}
+
+TEST(DiskStoreKill, TwentyFiveKillsCorruptNothingUnderPeriodic) {
+  TemporaryFolder folder;
+  kill_again_and_again(folder.path() + "/periodic", 18);
 }
 
 }  // namespace

@@ -270,6 +270,55 @@ TEST(DiskStore, AForeignStoreIsMovedAsideOrLeftAsTheOptionSays) {
   }
 }
 
+TEST(DiskStore, ThePolicyMayChangeBetweenStarts) {
+  TemporaryFolder folder;
+  const std::vector<int64_t> tokens = prompt(1, 6);
+  for (const WindowPolicy policy : {WindowPolicy::kZero, WindowPolicy::kPeriodic,
+                                    WindowPolicy::kFull, WindowPolicy::kPeriodic}) {
+    DiskStore store(disk_options(folder.path(), policy));
+    save_all(store, tokens);
+    store.flush();
+    EXPECT_EQ(load_all(store, tokens), 48);
+    // Pages of the first start serve all.
+    EXPECT_EQ(store.stats().of(RecordKind::kPage).written, policy == WindowPolicy::kZero ? 6 : 0);
+  }
+}
+
+TEST(DiskStore, ManyCallersAtOnceWithATightBudgetAndAFailingDisk) {
+  TemporaryFolder folder;
+  const auto faults = std::make_shared<FaultyFileSystem>();
+  const std::unique_ptr<rocksdb::Env> env = rocksdb::NewCompositeEnv(faults);
+  DiskStoreOptions options = disk_options(folder.path(), WindowPolicy::kPeriodic);
+  options.max_bytes = int64_t{1} << 19;
+  options.env = env.get();
+  DiskStore store(options);
+  std::atomic<int64_t> found{0};
+  std::vector<std::thread> callers;
+  for (uint64_t caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([&, caller] {
+      std::mt19937_64 random(caller);
+      for (int i = 0; i < 200; ++i) {
+        const std::vector<int64_t> tokens = prompt(random() % 40, 6, random() % 3, 20);
+        found += load_all(store, tokens);
+        save_all(store, tokens);
+        if (random() % 10 == 0) store.flush();
+        if (random() % 30 == 0) faults->disk_full = !faults->disk_full;
+        if (random() % 30 == 0) faults->short_reads = !faults->short_reads;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_GT(found, 0);
+  faults->disk_full = faults->short_reads = false;
+  for (int wait = 0; wait < 200 && !store.stats().writing; ++wait)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  for (int again = 0; again < 20 && load_all(store, prompt(1, 6)) < 48; ++again) {
+    save_all(store, prompt(1, 6));
+    store.flush();
+  }
+  EXPECT_EQ(load_all(store, prompt(1, 6)), 48);
+}
+
 TEST(DiskStore, ImpossibleOptionsAreRefused) {
   DiskStoreOptions options = disk_options("unused", WindowPolicy::kPeriodic);
   options.period = kPageTokens + 1;

@@ -56,7 +56,7 @@ int64_t PrefixKeys::hashed_pages() const {
 
 /// A remembered chain that covers all whole pages of `tokens`.
 const PrefixKeys::Chain& PrefixKeys::extend(std::span<const int64_t> tokens) {
-  const size_t page = static_cast<size_t>(page_tokens_);
+  const auto page = static_cast<size_t>(page_tokens_);
   tokens = tokens.first(tokens.size() / page * page);
   auto best = recent_.end();
   size_t shared = 0;  // whole pages in common with `best`
@@ -65,11 +65,13 @@ const PrefixKeys::Chain& PrefixKeys::extend(std::span<const int64_t> tokens) {
     const auto differ = std::mismatch(
         tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(common), it->tokens.begin());
     const size_t pages = static_cast<size_t>(differ.first - tokens.begin()) / page;
-    if (pages > shared) {
+    if (pages > shared || (pages == shared && pages == it->digests.size())) {
       best = it;
       shared = pages;
     }
+    // All of `tokens`, or all of a chain that lacks little: no other saves more than a hash.
     if (shared * page == tokens.size()) break;
+    if (pages == it->digests.size() && tokens.size() - pages * page <= page) break;
   }
   if (best != recent_.end() && (shared == best->digests.size() || shared * page == tokens.size())) {
     recent_.splice(recent_.begin(), recent_, best);  // one continues the other
@@ -92,7 +94,10 @@ const PrefixKeys::Chain& PrefixKeys::extend(std::span<const int64_t> tokens) {
     chain.digests.push_back(sha256(text.data(), text.size()));
     ++hashed_pages_;
   }
-  if (chain.tokens.size() < tokens.size()) chain.tokens.assign(tokens.begin(), tokens.end());
+  if (chain.tokens.size() < tokens.size())
+    chain.tokens.insert(chain.tokens.end(),
+                        tokens.begin() + static_cast<std::ptrdiff_t>(chain.tokens.size()),
+                        tokens.end());
   forget_old();
   return chain;
 }

@@ -53,7 +53,7 @@ TEST(WriteBehindThread, AFullQueueRefusesAtOnceAndTakesAgainLater) {
   std::atomic<int> written{0};
   WriteBehind queue(
       {.queue_bytes = 3000},
-      [&](std::vector<WriteItem> batch) {
+      [&](const std::vector<WriteItem>& batch) {
         blocked.release();
         go.acquire();
         written += static_cast<int>(batch.size());

@@ -68,14 +68,12 @@ inline std::vector<std::byte> bytes_for(engine::RecordKind kind, std::span<const
                        : kind == engine::RecordKind::kWindow ? kWindowBytes
                                                              : kSnapshotBytes;
   const auto raw = std::as_bytes(prefix);
-  std::mt19937_64 random(fnv1a64({reinterpret_cast<const char*>(raw.data()), raw.size()}) +
-                         static_cast<uint64_t>(kind));
+  uint64_t state = fnv1a64({reinterpret_cast<const char*>(raw.data()), raw.size()}) +
+                   static_cast<uint64_t>(kind);
   std::vector<std::byte> bytes(static_cast<size_t>(size));
-  for (size_t i = 0; i < bytes.size(); ++i) {
-    if (i % 100 == 0)
-      bytes[i] = static_cast<std::byte>(random());
-    else
-      bytes[i] = bytes[i - 1] ^ static_cast<std::byte>(i);
+  for (std::byte& byte : bytes) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    byte = static_cast<std::byte>(state >> 56);
   }
   return bytes;
 }
