@@ -21,10 +21,17 @@ namespace {
 
 struct Flags {
   std::string model, numerics, key_file;
+  std::string disk_policy = "periodic";
   double cache_gib = 0.5, disk_gib = 16;
   engine::LocalEngineOptions engine;
   server::ServerOptions server;
 };
+
+engine::WindowPolicy parse_policy(const std::string& name) {
+  if (name == "periodic") return engine::WindowPolicy::kPeriodic;
+  if (name == "zero") return engine::WindowPolicy::kZero;
+  throw InputError("--disk-policy: expected periodic or zero, found " + name);
+}
 
 std::vector<std::string> read_keys(const std::string& path) {
   std::ifstream file(path);
@@ -54,6 +61,7 @@ int run(Flags flags) {
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   flags.engine.numerics = loaded.numerics;
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
+  flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
   if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
   if (flags.engine.model_name.empty()) {
@@ -113,6 +121,9 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
   app.add_option("--disk-gib", flags->disk_gib, "its budget")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--disk-policy", flags->disk_policy,
+                 "periodic: a snapshot a page; zero: none, states are computed again")
       ->capture_default_str();
   return [flags] { return run(*flags); };
 }

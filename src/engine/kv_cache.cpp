@@ -173,6 +173,42 @@ void KvCache::load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte
   });
 }
 
+int64_t KvCache::rebuild_tokens() const {
+  const int64_t layers = options_.with_mtp ? config_.n_blocks() : config_.n_layers;
+  return layers * (config_.window_size - 1);
+}
+
+void KvCache::rebuild(int64_t slot,
+                      std::span<const int64_t> tokens,
+                      std::span<const int64_t> pages) {
+  rebuild_from(slot, tokens, pages, rebuild_tokens());
+}
+
+void KvCache::rebuild_from(int64_t slot,
+                           std::span<const int64_t> tokens,
+                           std::span<const int64_t> pages,
+                           int64_t last) {
+  HADAL_CHECK(rerun_, "kv_cache: no runner to rebuild a state with");
+  constexpr int64_t kChunk = 512;
+  const auto end = static_cast<int64_t>(tokens.size());
+  HADAL_CHECK(end % page_tokens_ == 0, "kv_cache: a state is rebuilt at page borders, not at ",
+              end);
+  struct Given {
+    bool& flag;
+    explicit Given(bool& f) : flag(f) { flag = true; }
+    ~Given() { flag = false; }
+  } given(pages_are_given_);
+  for (int64_t start = std::max<int64_t>(0, end - last); start < end;) {
+    const int64_t count = std::min(kChunk, end - start);
+    rerun_({.slot = slot,
+            .start = start,
+            .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
+            .pages = pages,
+            .num_logits = 0});
+    start += count;
+  }
+}
+
 ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
   active_.clear();
   std::vector<int64_t> lengths, starts;
@@ -216,7 +252,8 @@ ops::BlockView KvCache::append_blocks(int64_t block, BlockKind kind, const at::T
     auto& starts = view.page_start.emplace_back();
     for (const int64_t page : sequence.pages) starts.push_back(page * store.page_blocks);
   }
-  if (rows.size(0) == 0) return view;  // as in most decode steps
+  // As in most decode steps; or what is computed here stems from windows that are not right yet.
+  if (rows.size(0) == 0 || pages_are_given_) return view;
   const at::Tensor packed =
       store.format.packed() ? ops::pack_rows(rows, store.format) : rows.contiguous();
   HADAL_CHECK(packed.scalar_type() == store.rows.scalar_type(), "kv_cache: rows are ",

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <span>
 #include <utility>
@@ -60,6 +61,24 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
   void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
 
+  /// What runs tokens again for rebuild(); set by the runner.
+  using Rerun = std::function<void(const SequenceStep& step)>;
+  void set_rerun(Rerun rerun) { rerun_ = std::move(rerun); }
+  /// Tokens before a page border whose run makes the state behind it: L (n_win - 1), L the layers
+  /// that have a cache (training.md 3.3): each layer's windows are right n_win - 1 positions after
+  /// those of the layer below.
+  int64_t rebuild_tokens() const;
+  bool can_rebuild() const override { return static_cast<bool>(rerun_); }
+  /// Compressed entries are taken from the pages and not written.
+  void rebuild(int64_t slot,
+               std::span<const int64_t> tokens,
+               std::span<const int64_t> pages) override;
+  /// The same from the last `count` tokens: fewer than rebuild_tokens() make a wrong state.
+  void rebuild_from(int64_t slot,
+                    std::span<const int64_t> tokens,
+                    std::span<const int64_t> pages,
+                    int64_t count);
+
   /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
   /// too few pages, numbers out of range.
   ops::Batch begin(std::span<const SequenceStep> steps);
@@ -101,6 +120,8 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   std::map<std::pair<int64_t, model::RingKind>, Ring> rings_;
   std::map<std::pair<int64_t, model::BlockKind>, Rows> blocks_;
   std::vector<Active> active_;
+  Rerun rerun_;
+  bool pages_are_given_ = false;
 };
 
 }  // namespace hadal::engine

@@ -15,6 +15,7 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
       numerics_(cache.options().numerics),
       drafts_(cache.options().with_mtp),
       kept_streams_(cache.options().slack + 2) {
+  cache.set_rerun([this](const SequenceStep& step) { run({&step, 1}); });
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;

@@ -221,6 +221,33 @@ TEST_P(EnginePaths, DraftsAreTheMtpBlocksAndChangeNothing) {
   }
 }
 
+TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
+  const int64_t page = cache_->page_tokens();
+  Live live{.sequence = 0, .slot = 1, .pages = {7, 3, 9}};
+  step({{&live, page}});
+  step({{&live, page}});
+  // A slot that others used, whose rows are of no use.
+  Live other{.sequence = 1, .slot = 4, .pages = {1, 2}};
+  step({{&other, 290}});
+  cache_->rebuild(4, std::span(sequences_[0]).first(static_cast<size_t>(2 * page)), live.pages);
+  Live again{.sequence = 0, .slot = 4, .pos = 2 * page, .pages = live.pages};
+  const int64_t left = static_cast<int64_t>(sequences_[0].size()) - 2 * page;
+  step({{&again, 1}});
+  step({{&again, left - 1}});
+  if (HasFatalFailure() || numerics_ != Numerics::kIdeal) return;
+  // One token fewer, and the oldest row of the last layer's window is another.
+  const auto prefix = std::span(sequences_[0]).first(static_cast<size_t>(2 * page));
+  const auto oldest = [&](int64_t count) {
+    cache_->rebuild_from(4, prefix, live.pages, count);
+    const ops::RingView ring = cache_->ring(config_.n_layers - 1, model::RingKind::kWindow);
+    const int64_t row = 4 * ring.ring + (2 * page - config_.window_size + 1) % ring.ring;
+    return ring.rows[row].clone();
+  };
+  const at::Tensor right = oldest(cache_->rebuild_tokens());
+  EXPECT_TRUE(at::equal(oldest(cache_->rebuild_tokens() + 40), right));
+  EXPECT_FALSE(at::equal(oldest(cache_->rebuild_tokens() - 1), right));
+}
+
 TEST_P(EnginePaths, BytesAreTheClosedForm) {
   EXPECT_EQ(cache_->allocated_bytes(),
             kPages * cache_->page_bytes() + kSlots * cache_->state_bytes());
