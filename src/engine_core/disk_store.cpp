@@ -51,6 +51,7 @@ class DiskStore::Impl {
                                    int64_t from_page,
                                    int64_t max_pos);
   void save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
+  void touch(std::span<const int64_t> tokens) { look_up(tokens, 0, std::ssize(tokens)); }
   void flush() { queue_->flush(); }
   DiskStoreStats stats() const;
   const DiskStoreOptions& options() const { return options_; }
@@ -460,6 +461,8 @@ void DiskStore::save_window(std::span<const int64_t> prefix_tokens,
                             std::span<const std::byte> window) {
   if (policy() == WindowPolicy::kFull) impl_->save(RecordKind::kWindow, prefix_tokens, window);
 }
+
+void DiskStore::touch(std::span<const int64_t> tokens) { impl_->touch(tokens); }
 
 WindowPolicy DiskStore::policy() const { return impl_->options().policy; }
 

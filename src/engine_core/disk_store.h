@@ -73,6 +73,7 @@ class DiskStore : public PrefixStore {
                      std::span<const std::byte> snapshot) override;
   void save_window(std::span<const int64_t> prefix_tokens,
                    std::span<const std::byte> window) override;
+  void touch(std::span<const int64_t> tokens) override;
   WindowPolicy policy() const override;
   bool wants_snapshot(int64_t pos) const override;
 

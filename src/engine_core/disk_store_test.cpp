@@ -169,7 +169,7 @@ TEST(DiskStore, TimesOfUseSurviveARestart) {
       save_all(store, tokens);
     }
     store.flush();
-    EXPECT_EQ(load_all(store, first), 80);
+    store.touch(first);
   }
   options.max_bytes = 20 * record_bytes(kPageTokens, kPageBytes);
   DiskStore store(options);

@@ -44,6 +44,9 @@ class PrefixStore {
   virtual void save_snapshot(std::span<const int64_t> prefix_tokens,
                              std::span<const std::byte> snapshot) = 0;
 
+  /// The caller used this prefix without load(), from memory: it stays young here too.
+  virtual void touch([[maybe_unused]] std::span<const int64_t> tokens) {}
+
   virtual WindowPolicy policy() const { return WindowPolicy::kPeriodic; }
   /// Whether a snapshot at this position would be kept; asks before the caller gathers its bytes.
   virtual bool wants_snapshot([[maybe_unused]] int64_t pos) const { return true; }
