@@ -234,8 +234,9 @@ TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
   const int64_t left = static_cast<int64_t>(sequences_[0].size()) - 2 * page;
   step({{&again, 1}});
   step({{&again, left - 1}});
-  if (HasFatalFailure() || numerics_ != Numerics::kIdeal) return;
-  // One token fewer, and the oldest row of the last layer's window is another.
+  if (HasFatalFailure() || numerics_ != Numerics::kIdeal || GetParam().released_widths) return;
+  // One token fewer, and the oldest row of the last layer's window is another: here, where windows
+  // are so short that the missing key bears on it.
   const auto prefix = std::span(sequences_[0]).first(static_cast<size_t>(2 * page));
   const auto oldest = [&](int64_t count) {
     cache_->rebuild_from(4, prefix, live.pages, count);
