@@ -215,9 +215,8 @@ void Api::generate(const HttpRequest& request,
   }
   Job job = read(context_, parse_body(request.body, context_.options));
   for (engine::Request& part : job.requests) part.client = concat("key", key);
-  std::make_shared<Generation>(context_.engine, context_.tokenizer, metrics_,
-                               context_.options.retry_after, responder, std::move(job),
-                               std::move(lease))
+  std::make_shared<Generation>(context_.engine, context_.tokenizer, metrics_, responder,
+                               std::move(job), std::move(lease))
       ->start();
   metrics_.count_response(label(request.path), 200);
 }

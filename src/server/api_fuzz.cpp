@@ -34,17 +34,23 @@ class Recorder final : public hadal::server::Responder {
 
 struct World {
   World()
-      : tokenizer(hadal::text::Tokenizer::from_json(hadal::testing::byte_tokenizer_json(), "tiny")),
+      : tokenizer(hadal::text::Tokenizer::from_json(
+            // Few tokens an answer: what is fuzzed is the request.
+            hadal::testing::byte_tokenizer_json({call()}),
+            "tiny")),
         engine(tokenizer, answer, {.max_context = 2048, .inline_steps = true}),
         api(engine, tokenizer, options) {
     hadal::log::set_level(hadal::log::Level::kError);
   }
-  static std::string answer(const hadal::engine::Request& request, int64_t choice) {
-    static const std::string call =
+  static const std::string& call() {
+    static const std::string text =
         "\n\n" + hadal::text::write_tool_calls(
                      std::vector<hadal::text::ToolCall>{{"f", R"({"a": "b", "c": [1.5]})"}});
+    return text;
+  }
+  static std::string answer(const hadal::engine::Request& request, int64_t choice) {
     std::string text = request.thinking ? "so</think>" : "";
-    if (request.prompt.size() % 3 == 1) return text + "ok" + call;
+    if (request.prompt.size() % 3 == 1) return text + "ok" + call();
     return text + (choice == 1 ? "<think>" : "fine");
   }
   hadal::server::ServerOptions options;

@@ -83,7 +83,6 @@ class Generation : public std::enable_shared_from_this<Generation> {
   Generation(engine::Engine& engine,
              const text::Tokenizer& tokenizer,
              ApiMetrics& metrics,
-             std::chrono::seconds retry_after,
              std::shared_ptr<Responder> responder,
              Job job,
              Lease lease);
@@ -108,9 +107,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void cancel_all();
 
   engine::Engine& engine_;
-  const text::Tokenizer& tokenizer_;
   ApiMetrics& metrics_;
-  const std::chrono::seconds retry_after_;
   const std::shared_ptr<Responder> responder_;
   Job job_;
   Lease lease_;

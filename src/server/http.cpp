@@ -233,8 +233,9 @@ class Connection final : public ConnectionBase,
       void operator()() {
         if (self->over_) return;
         self->runner_ = std::this_thread::get_id();
+        const std::shared_ptr<void> reset(nullptr,
+                                          [this](void*) { self->runner_ = std::thread::id(); });
         work();
-        self->runner_ = std::thread::id();
       }
     };
 

@@ -51,6 +51,7 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
   running.sink = std::move(sink);
   const std::lock_guard lock(mutex_);
   if (running_.size() >= options_.max_requests) return engine::Submitted::kQueueFull;
+  if (seen_.size() >= 1000) seen_.erase(seen_.begin(), seen_.begin() + 500);
   seen_.push_back(request);
   stats_.prompt_tokens += std::ssize(request.prompt);
   running.request = std::move(request);

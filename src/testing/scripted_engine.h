@@ -44,7 +44,7 @@ class ScriptedEngine final : public engine::Engine {
   /// Waits until this many requests were cancelled; false after five seconds.
   bool wait_cancelled(int64_t count) const;
   bool wait_running(int64_t count) const;
-  /// Requests as they came.
+  /// The last requests, at least 500, as they came.
   std::vector<engine::Request> requests() const;
 
  private:
