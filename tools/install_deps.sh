@@ -5,6 +5,7 @@
 # name before it is whole. Does nothing when everything is there.
 #   --check  only reports what is missing
 #   --tools  installs what only checks and fuzzers need (clang-format, clang 19, clang-tidy 19)
+#   --clients installs the Python packages of OpenAI and Anthropic under .deps/clients, for the test that drives them
 #   --browser installs what the test of the web page needs (Debian's chromium and chromium-driver)
 #   --gpu    also the CUDA libraries that LibTorch needs to run on a GPU (about 2.4 GB, PyPI), under .deps/nvidia
 #   --cuda   unpacks a CUDA compiler under .deps/ when there is no nvcc; enough to compile the kernels, not to run them
@@ -13,8 +14,8 @@ cd "$(dirname "$0")/.."
 
 mode=${1:-}
 case "$mode" in
-  "" | --check | --tools | --browser | --cuda | --gpu) ;;
-  *) echo "install_deps: no option $mode; --check, --tools, --browser, --gpu and --cuda are known" >&2; exit 2 ;;
+  "" | --check | --tools | --clients | --browser | --cuda | --gpu) ;;
+  *) echo "install_deps: no option $mode; --check, --tools, --clients, --browser, --gpu and --cuda are known" >&2; exit 2 ;;
 esac
 
 packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
@@ -84,6 +85,16 @@ if [ ${#wanted[@]} -gt 0 ]; then
   fi
 fi
 case "$mode" in --tools | --browser) exit 0 ;; esac
+if [ "$mode" = --clients ]; then
+  clients=(openai==3.57.0 anthropic==2.14.0)
+  if [ "$(cat "$deps/clients/installed" 2>/dev/null)" != "${clients[*]}" ]; then
+    echo "install_deps: fetching ${clients[*]}" >&2
+    rm -rf "$deps/clients"
+    python3 -m pip install --quiet --disable-pip-version-check --target "$deps/clients" "${clients[@]}"
+    echo "${clients[*]}" >"$deps/clients/installed"
+  fi
+  exit 0
+fi
 
 # --- wheels ----------------------------------------------------------------------------------------
 # fetch FOLDER REQUIREMENT...: wheels for Linux on x86_64, one by one; what is there already is not fetched again.

@@ -2,18 +2,25 @@
 """Drives the openai and anthropic packages, unmodified, against a running server.
 
   tests/clients/client_test.py --url http://127.0.0.1:8000 --key KEY
+  tests/clients/client_test.py --hadal ./hadal --free             # `hadal serve` with the default model
   tests/clients/client_test.py --server build/core/scripted_server   # starts it, uses its address
 
-Needs `pip install openai anthropic`. With --free the wording of answers is not checked, only their form:
+Needs the packages openai and anthropic (tools/install_deps.sh --clients); exits with 77 without them. With --free the wording of answers is not checked, only their form:
 for real models, which may call tools or not.
 """
 import argparse
 import json
+import pathlib
 import subprocess
 import sys
 
-import anthropic
-import openai
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / ".deps/clients"))
+try:
+    import anthropic
+    import openai
+except ImportError as missing:
+    print("skipped:", missing, "(tools/install_deps.sh --clients)")
+    sys.exit(77)
 
 PARAMETERS = {
     "type": "object",
@@ -253,12 +260,19 @@ def main():
     parser.add_argument("--url")
     parser.add_argument("--key", default="test-key")
     parser.add_argument("--server", help="a scripted_server to start")
+    parser.add_argument("--hadal", help="a hadal binary to start as a server")
     parser.add_argument("--free", action="store_true")
     args = parser.parse_args()
     server = None
     if args.server:
         server = subprocess.Popen([args.server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         args.url = server.stdout.readline().strip()
+    if args.hadal:
+        server = subprocess.Popen([args.hadal, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True)
+        for line in server.stderr:
+            if " at http" in line:
+                args.url = line.split(" at ", 1)[1].split(",")[0]
+                break
     failed = 0
     try:
         clients = Clients(args.url.rstrip("/"), args.key, args.free)
@@ -272,8 +286,11 @@ def main():
                 failed += 1
                 print("FAILED", name, type(error).__name__, str(error)[:2000])
     finally:
-        if server:
+        if args.hadal:
+            server.terminate()
+        if args.server:
             server.stdin.close()
+        if server:
             failed += server.wait(timeout=20) != 0
     print(f"{checks} checks, {failed} failures (openai {openai.__version__}, anthropic {anthropic.__version__})")
     return 1 if failed else 0
