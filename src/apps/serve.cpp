@@ -74,6 +74,8 @@ int run(Flags flags) {
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()));
+  // Browsers ask for it; an empty one is enough.
+  server.api().add_page("/favicon.ico", "image/x-icon", "");
   server.start();
   std::fprintf(stderr, "hadal: %s at %s://%s:%u, a page to chat at /; Ctrl-C ends it\n",
                flags.engine.model_name.c_str(),

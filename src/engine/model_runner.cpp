@@ -15,6 +15,7 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
       numerics_(cache.options().numerics),
       drafts_(cache.options().with_mtp),
       kept_streams_(cache.options().slack + 2) {
+  seen_.resize(static_cast<size_t>(cache.num_slots()));
   cache.set_rerun([this](const SequenceStep& step) { run({&step, 1}); });
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
@@ -44,7 +45,19 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   context.batch = &batch;
   context.numerics = numerics_;
   context.kv = &cache_;
+  auto selections = std::make_shared<std::map<int64_t, at::Tensor>>();
+  context.on_choice = [&](int64_t block, const at::Tensor& selection) {
+    (*selections)[block] = selection;
+  };
   const at::Tensor streams = model_.forward(at::tensor(ids, at::kLong), context);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    if (steps[i].num_logits == 0) continue;
+    const int64_t row = batch.end(static_cast<int64_t>(i)) - 1;
+    seen_[static_cast<size_t>(steps[i].slot)] = {
+        .tokens = steps[i].start + static_cast<int64_t>(steps[i].tokens.size()),
+        .row = row,
+        .selections = selections};
+  }
   if (drafts_) follow(steps, streams);
   logits_ = at::Tensor();
   if (asked.empty()) return;
@@ -58,6 +71,38 @@ std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) cons
   HADAL_CHECK(token >= 0 && row < first_logits_.at(static_cast<size_t>(sequence) + 1),
               "model_runner: no logits ", token, " of sequence ", sequence);
   return {logits_.const_data_ptr<float>() + row * vocab_size(), static_cast<size_t>(vocab_size())};
+}
+
+std::shared_ptr<const ContextView> ModelRunner::context_view(int64_t slot) const {
+  const Seen& seen = seen_.at(static_cast<size_t>(slot));
+  if (seen.tokens == 0) return nullptr;
+  const model::ModelConfig& config = model_.config();
+  auto view = std::make_shared<ContextView>();
+  view->tokens = seen.tokens;
+  view->window = config.window_size;
+  view->index_topk = config.index_topk;
+  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+    const int64_t ratio = config.ratio(layer);
+    ContextView::Layer entry{.layer = layer,
+                             .ratio = ratio,
+                             .selects = config.kind(layer) == model::LayerKind::kCsa,
+                             .blocks = ratio > 0 ? seen.tokens / ratio : 0,
+                             .selected = {}};
+    if (entry.selects) {
+      const auto found = seen.selections->find(layer);
+      if (found == seen.selections->end()) {
+        for (int64_t block = 0; block < entry.blocks; ++block) entry.selected.push_back(block);
+      } else {
+        const at::Tensor row = found->second[seen.row].contiguous();
+        for (int64_t i = 0; i < row.size(0); ++i) {
+          const int32_t block = row.const_data_ptr<int32_t>()[i];
+          if (block >= 0) entry.selected.push_back(block);
+        }
+      }
+    }
+    view->layers.push_back(std::move(entry));
+  }
+  return view;
 }
 
 void ModelRunner::rewind(int64_t slot, int64_t pos) {

@@ -8,6 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -40,6 +42,8 @@ class ModelRunner final : public Runner {
   /// Rings are addressed by position, so nothing moves.
   void rewind(int64_t slot, int64_t pos) override;
 
+  std::shared_ptr<const ContextView> context_view(int64_t slot) const override;
+
   bool drafts() const { return drafts_; }
   /// Whether the streams of the token before `pos` are there.
   bool can_draft(int64_t slot, int64_t pos) const;
@@ -60,6 +64,12 @@ class ModelRunner final : public Runner {
   at::Tensor run_mtp(std::span<const SequenceStep> parts, const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.
   int64_t stream_row(int64_t slot, int64_t pos) const;
+  /// The selections of a slot's latest step with logits: tensors shared with the step's others.
+  struct Seen {
+    int64_t tokens = 0, row = 0;
+    std::shared_ptr<const std::map<int64_t, at::Tensor>> selections;  ///< by layer [tokens, k] I32
+  };
+  std::vector<Seen> seen_;  // [slots]
   bool drafts_;
   int64_t kept_streams_;
   at::Tensor streams_;  // [slots * kept, hc_mult, dim] the latest positions' streams

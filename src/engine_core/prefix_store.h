@@ -25,7 +25,7 @@ struct StoredPrefix {
   std::vector<std::byte> snapshot;
   /// kFull only: what save_window() was given for the last pages before `pos`, in their order, as
   /// many as the window reaches back.
-  std::vector<std::vector<std::byte>> windows;
+  std::vector<std::vector<std::byte>> windows = {};
 };
 
 class PrefixStore {

@@ -52,6 +52,21 @@ struct Request {
   std::string client;         ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
+  bool context_view = false;  ///< the last update of a choice tells what its last token saw
+};
+
+/// What the last token of an answer attended to.
+struct ContextView {
+  struct Layer {
+    int64_t layer = 0;
+    int64_t ratio = 0;              ///< 0: the window alone
+    bool selects = false;           ///< CSA: the indexer chose; otherwise every block is seen
+    int64_t blocks = 0;             ///< visible
+    std::vector<int64_t> selected;  ///< CSA: block numbers, ascending
+  };
+  int64_t tokens = 0;  ///< positions of the context, the last token's included
+  int64_t window = 0, index_topk = 0;
+  std::vector<Layer> layers;
 };
 
 enum class FinishReason : uint8_t {
@@ -95,6 +110,7 @@ struct Update {
   CacheReport cache;                   ///< from the first update on
   int64_t completion_tokens = 0;       ///< of the choice so far
   int64_t accepted_drafts = 0, drafted = 0;
+  std::shared_ptr<const ContextView> view;  ///< with Request::context_view, beside `finish`
 };
 
 /// Gets the updates of one request, from the engine's thread, in order: never block in it. After

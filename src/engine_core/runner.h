@@ -10,8 +10,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
+
+#include "engine_core/request.h"
 
 namespace hadal::engine {
 
@@ -61,6 +64,10 @@ class Runner {
   virtual std::span<const float> logits(int64_t sequence, int64_t token) const = 0;
   /// The state of a slot goes back to `pos`, at most slack() tokens.
   virtual void rewind(int64_t slot, int64_t pos) = 0;
+  /// What the last token with logits of a slot's latest step attended to; null where nobody knows.
+  virtual std::shared_ptr<const ContextView> context_view(int64_t /*slot*/) const {
+    return nullptr;
+  }
 };
 
 }  // namespace hadal::engine

@@ -297,6 +297,10 @@ void Scheduler::deliver(Sequence& sequence, Update update) {
 
 void Scheduler::end(Sequence& sequence, FinishReason reason, Update update) {
   RequestState& request = *sequence.request;
+  const bool whole = reason == FinishReason::kStop || reason == FinishReason::kStopString ||
+                     reason == FinishReason::kLength;
+  if (whole && request.request.context_view && sequence.cache.slot >= 0)
+    update.view = parts_.runner.context_view(sequence.cache.slot);
   release(sequence);
   update.finish = reason;
   deliver(sequence, std::move(update));

@@ -127,6 +127,7 @@ IndexerStep run_indexer(const Indexer& indexer,
     step.selection =
         ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
   }
+  if (context.on_choice && selects) context.on_choice(block, step.selection);
   if (context.on_selection && selects) context.on_selection(block, step.selection, step.scores);
   return step;
 }

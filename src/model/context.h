@@ -32,6 +32,9 @@ struct ForwardContext {
   /// A CSA layer's choice [tokens, k] and the scores [tokens, columns] it was made from.
   std::function<void(int64_t block, const at::Tensor& selection, const at::Tensor& scores)>
       on_selection;
+  /// A CSA layer's choice [tokens, k], where it makes one; asks for nothing that is not computed
+  /// anyway.
+  std::function<void(int64_t block, const at::Tensor& selection)> on_choice;
   std::function<void(int64_t block, const ops::Routing& routing)> on_routing;
   /// What the clamped SwiGLU of a block is given, for counters; the routed experts' rows, then the
   /// shared expert's.

@@ -98,6 +98,7 @@ struct Api::Keys {
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
     : context_{engine, tokenizer, options},
       keys_(std::make_shared<Keys>(options)),
+      views_(std::make_shared<ViewStore>()),
       created_(std::chrono::duration_cast<std::chrono::seconds>(
                    std::chrono::system_clock::now().time_since_epoch())
                    .count()) {}
@@ -195,6 +196,10 @@ void Api::route(const HttpRequest& request, const std::shared_ptr<Responder>& re
     check_method(request, "GET");
     return answer(models(path));
   }
+  if (path == "/v1/hadal/context") {
+    check_method(request, "GET");
+    return answer(context_view(request));
+  }
   if (path == "/metrics") {
     check_method(request, "GET");
     return answer(metrics_page());
@@ -215,10 +220,27 @@ void Api::generate(const HttpRequest& request,
   }
   Job job = read(context_, parse_body(request.body, context_.options));
   for (engine::Request& part : job.requests) part.client = concat("key", key);
+  if (job.chat) {
+    job.requests.front().context_view = true;
+    job.on_view = [views = views_, id = job.id](const engine::ContextView& view) {
+      views->put(id, view);
+    };
+  }
   std::make_shared<Generation>(context_.engine, context_.tokenizer, metrics_, responder,
                                std::move(job), std::move(lease))
       ->start();
   metrics_.count_response(label(request.path), 200);
+}
+
+HttpResponse Api::context_view(const HttpRequest& request) const {
+  constexpr std::string_view kId = "id=";
+  const std::string id =
+      request.query.starts_with(kId) ? request.query.substr(kId.size()) : std::string();
+  std::optional<std::string> view = views_->find(id);
+  if (!view) throw RequestError(404, concat("no context view of '", id.substr(0, 100), "'"), "id");
+  HttpResponse response;
+  response.body = std::move(*view);
+  return response;
 }
 
 HttpResponse Api::models(std::string_view path) const {

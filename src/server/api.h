@@ -12,6 +12,7 @@
 #include "server/chat_job.h"
 #include "server/http.h"
 #include "server/metrics.h"
+#include "server/view_store.h"
 
 namespace hadal::server {
 
@@ -43,12 +44,14 @@ class Api final : public HttpHandler {
   HttpResponse models(std::string_view path) const;
   HttpResponse tokenize(const HttpRequest& request) const;
   HttpResponse detokenize(const HttpRequest& request) const;
+  HttpResponse context_view(const HttpRequest& request) const;
   HttpResponse health() const;
   HttpResponse metrics_page() const;
 
   const Context context_;
   std::shared_ptr<Keys> keys_;
   ApiMetrics metrics_;
+  std::shared_ptr<ViewStore> views_;
   std::function<HttpStats()> stats_;
   std::function<bool()> draining_;
   std::map<std::string, HttpResponse, std::less<>> pages_;

@@ -148,6 +148,7 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
       if (answer_.miss.empty()) answer_.miss = update.cache.miss;
     }
   }
+  if (update.view && index == 0 && job_.on_view) job_.on_view(*update.view);
   if (job_.stream) begin_stream();
   if (!progress_[index].done) {
     answer_.choices[index].completion_tokens = update.completion_tokens;

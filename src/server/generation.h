@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -73,6 +74,8 @@ struct Job {
   bool stream = false;
   std::string id, model;
   std::unique_ptr<Format> format;
+  /// Gets the context view of the first choice, where its requests ask for one.
+  std::function<void(const engine::ContextView&)> on_view;
 };
 
 /// Counts a key's generations: given back when destroyed.
