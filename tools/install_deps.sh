@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what hadal needs to build and run: system packages (Debian 12, Ubuntu 24.04) and LibTorch
-# (headers and libraries of the PyPI wheel, unpacked under .deps/; no Python is used at run time).
+# (headers and libraries of the PyPI wheel, unpacked under .deps/; no Python is used at run time), and the sources of
+# xgrammar's C++ core.
 # Safe to repeat and to interrupt: wheels that arrived are kept until they are unpacked, and nothing appears under its
 # name before it is whole. Does nothing when everything is there.
 #   --check  only reports what is missing
@@ -38,6 +39,9 @@ cuda_wheels=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.
 deps=$PWD/.deps
 torch_dir=$deps/libtorch-$torch_version
 cuda_dir=$deps/cuda-13.0
+xgrammar_version=0.2.8
+xgrammar_sha256=8305646fd2b319d6c3003f51a1665e54cbbe9cba1fb636bc41d0b46434ccbb80
+xgrammar_dir=$deps/xgrammar-$xgrammar_version
 
 # --- system packages -------------------------------------------------------------------------------
 missing=()
@@ -96,6 +100,46 @@ if [ "$mode" = --clients ]; then
   exit 0
 fi
 
+# --- xgrammar ---------------------------------------------------------------------------------------
+# The source package (2.6 MB); cmake/xgrammar.cmake builds its C++ core.
+take_lock() {
+  mkdir -p "$deps/download"
+  command -v flock >/dev/null 2>&1 || return 0
+  exec 9>"$deps/download/lock"
+  flock -n 9 || { echo "install_deps: waiting for another install_deps in $deps" >&2; flock 9; }
+}
+install_xgrammar() {
+  local folder=$deps/download/xgrammar package=xgrammar-$xgrammar_version.tar.gz
+  take_lock
+  [ -e "$xgrammar_dir/.complete" ] && return
+  echo "install_deps: fetching xgrammar $xgrammar_version (about 3 MB)"
+  mkdir -p "$folder"
+  if ! echo "$xgrammar_sha256  $folder/$package" | sha256sum -c --status 2>/dev/null &&
+      ! python3 -m pip download -q --disable-pip-version-check --no-deps --no-binary=xgrammar -d "$folder" \
+        "xgrammar==$xgrammar_version"; then
+    echo "install_deps: pip could not fetch the source package of xgrammar $xgrammar_version; the same command tries again." >&2
+    echo "  Without network, unpack it into $xgrammar_dir and create $xgrammar_dir/.complete" >&2
+    exit 2
+  fi
+  if ! echo "$xgrammar_sha256  $folder/$package" | sha256sum -c --status; then
+    echo "install_deps: $folder/$package has not the SHA-256 $xgrammar_sha256" >&2
+    exit 2
+  fi
+  tar -xzf "$folder/$package" -C "$folder" "xgrammar-$xgrammar_version"/{cpp,include,LICENSE,NOTICE} \
+    "xgrammar-$xgrammar_version/3rdparty"/{dlpack/include,dlpack/LICENSE,picojson}
+  touch "$folder/xgrammar-$xgrammar_version/.complete"
+  rm -rf "$xgrammar_dir"
+  mv "$folder/xgrammar-$xgrammar_version" "$xgrammar_dir"
+  rm -rf "$folder"
+}
+if [ ! -e "$xgrammar_dir/.complete" ] && [ "$mode" != --cuda ]; then
+  if [ "$mode" = --check ]; then
+    echo "install_deps: xgrammar $xgrammar_version is missing in $xgrammar_dir; run tools/install_deps.sh" >&2
+    exit 2
+  fi
+  install_xgrammar
+fi
+
 # --- wheels ----------------------------------------------------------------------------------------
 # fetch FOLDER REQUIREMENT...: wheels for Linux on x86_64, one by one; what is there already is not fetched again.
 fetch() {
@@ -139,11 +183,7 @@ if ! python3 -m pip --version >/dev/null 2>&1; then
   echo "install_deps: python3 has no pip; install python3-pip" >&2
   exit 2
 fi
-mkdir -p "$deps/download"
-if command -v flock >/dev/null 2>&1; then
-  exec 9>"$deps/download/lock"
-  flock -n 9 || { echo "install_deps: waiting for another install_deps in $deps" >&2; flock 9; }
-fi
+take_lock
 rm -rf "$deps/download/tmp" "$deps"/download.?????? "$deps/unpacked"  # left by one that was killed
 
 if [ "$mode" = --cuda ]; then
