@@ -189,7 +189,8 @@ class Clients:
                 kinds.append(event.type)
                 if event.type == "response.output_text.delta":
                     text += event.delta
-            final = stream.get_final_response()
+            # The package's final response exists for complete ones only.
+            final = event.response
         check(kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete"), kinds)
         check(final.output_text == text)
         no_markup(text)
