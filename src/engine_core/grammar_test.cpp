@@ -407,7 +407,8 @@ const char kTools[] = R"([
      "spot": {"$ref": "#/$defs/spot"},
      "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}},
      "required": ["city", "days"], "additionalProperties": false,
-     "$defs": {"spot": {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}},
+     "$defs": {"spot": {"type": "object",
+                        "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}},
                         "required": ["x"], "additionalProperties": false}}}},
   {"name": "now", "strict": true, "parameters": {"type": "object", "properties": {}}},
   {"name": "free", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}}])";
