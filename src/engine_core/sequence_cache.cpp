@@ -63,6 +63,8 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
   sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
   opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
   if (use_tree && store_ != nullptr && load_stored(tokens, match, sequence, opened)) return true;
+  if (use_tree && store_ != nullptr && match.pos >= page_tokens_)
+    store_->touch(tokens.first(static_cast<size_t>(match.pos)));
   if (match.pos == 0) return true;  // a step at position 0 begins with a new state
   for (int64_t page = 0; page < match.pos / page_tokens_; ++page) {
     sequence.pages.push_back(match.pages[static_cast<size_t>(page)]);
