@@ -229,13 +229,15 @@ struct GrammarCompiler::Impl {
            std::promise<Result>& promise,
            std::list<std::thread>::iterator self) {
     size_t bytes = 0;
+    Result result;
+    std::exception_ptr failure;
     try {
-      const Result result = build(grammar);
+      result = build(grammar);
       bytes = std::max<size_t>(1, result->compiled.MemorySizeBytes());
-      promise.set_value(result);
     } catch (...) {
-      promise.set_exception(std::current_exception());
+      failure = std::current_exception();
     }
+    // The books first: whoever waits for the result may look at them next.
     const std::lock_guard<std::mutex> lock(mutex);
     const auto entry = entries.find(Key(grammar.kind, grammar.text));
     if (bytes > 0) {
@@ -249,6 +251,11 @@ struct GrammarCompiler::Impl {
     --compiling;
     ended.push_back(self);
     slot.notify_all();
+    if (failure) {
+      promise.set_exception(failure);
+    } else {
+      promise.set_value(result);
+    }
   }
 
   void join_ended() {

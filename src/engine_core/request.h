@@ -32,7 +32,7 @@ struct Grammar {
   enum class Kind : uint8_t { kNone, kJsonObject, kJsonSchema, kRegex, kEbnf, kToolCalls };
   Kind kind = Kind::kNone;
   /// A JSON schema, a regular expression, an EBNF grammar; for kToolCalls a JSON list of
-  /// {"name", "parameters": schema, "strict": bool}.
+  /// {"name", "parameters": schema, "strict": bool}, or an object with that list (grammar.h).
   std::string text;
   bool must_call = false;  ///< with kToolCalls: the answer is calls, no text before them
   friend bool operator==(const Grammar&, const Grammar&) = default;
