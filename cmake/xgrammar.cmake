@@ -65,5 +65,8 @@ target_include_directories(xgrammar SYSTEM PRIVATE "${XGRAMMAR_ROOT}/3rdparty/pi
 target_compile_definitions(xgrammar PUBLIC XGRAMMAR_ENABLE_CPPTRACE=0 XGRAMMAR_ENABLE_INTERNAL_CHECK=0
   XGRAMMAR_LOG_CUSTOMIZE=1)
 # Not ours to warn about, nor to judge by UBSan; without debug information it compiles faster.
-target_compile_options(xgrammar PRIVATE -w -g0 $<$<BOOL:${HADAL_SANITIZE}>:-fno-sanitize=undefined>)
+target_compile_options(xgrammar PRIVATE -w -g0)
+if(HADAL_SANITIZE)
+  target_compile_options(xgrammar PRIVATE -fno-sanitize=undefined)
+endif()
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
