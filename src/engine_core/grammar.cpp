@@ -348,7 +348,7 @@ struct GrammarSession::Impl {
     int matcher_steps;
   };
 
-  explicit Impl(std::shared_ptr<const CompiledGrammar> grammar, bool is_thinking)
+  explicit Impl(const std::shared_ptr<const CompiledGrammar>& grammar, bool is_thinking)
       : vocabulary(grammar->vocabulary), matcher(grammar->compiled), thinking(is_thinking) {}
 
   bool accept_thinking(int64_t token) {
@@ -386,6 +386,7 @@ struct GrammarSession::Impl {
   std::vector<Step> steps;
 };
 
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): the interface moves
 GrammarSession::GrammarSession(std::shared_ptr<const CompiledGrammar> grammar, bool thinking) {
   HADAL_CHECK(grammar != nullptr, "grammar: a session without a grammar");
   impl_ = std::make_unique<Impl>(std::move(grammar), thinking);
@@ -444,7 +445,7 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     words[place / 32] |= 1u << place % 32;
     return true;
   }
-  int64_t shape = static_cast<int64_t>(words.size());
+  auto shape = static_cast<int64_t>(words.size());
   int64_t stride = 1;
   DLTensor tensor{};
   tensor.data = words.data();

@@ -28,6 +28,9 @@
 #include "base/check.h"
 #include "base/log.h"
 
+// Setting up and closing sockets that may be gone: what fails there needs no answer.
+// NOLINTBEGIN(bugprone-unused-return-value)
+
 namespace hadal::server {
 namespace {
 
@@ -120,6 +123,7 @@ std::string head_of(const HttpResponse& response, bool keep_alive, std::string_v
   std::string out = concat("HTTP/1.1 ", response.status, ' ',
                            std::string_view(reason.data(), reason.size()), "\r\nServer: hadal\r\n");
   if (!response.content_type.empty()) out += "Content-Type: " + response.content_type + "\r\n";
+  // NOLINTNEXTLINE(performance-inefficient-string-concatenation)
   for (const auto& [name, value] : response.headers) out += name + ": " + value + "\r\n";
   out += framing;
   out += keep_alive ? "Connection: keep-alive\r\n\r\n" : "Connection: close\r\n\r\n";
@@ -703,3 +707,4 @@ int parse_http_request(std::string_view bytes, const ServerOptions& options, Htt
 }
 
 }  // namespace hadal::server
+// NOLINTEND(bugprone-unused-return-value)
