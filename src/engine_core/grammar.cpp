@@ -386,7 +386,7 @@ struct GrammarSession::Impl {
   std::vector<Step> steps;
 };
 
-  // NOLINTNEXTLINE(performance-unnecessary-value-param): the interface moves
+// NOLINTNEXTLINE(performance-unnecessary-value-param): the interface moves
 GrammarSession::GrammarSession(std::shared_ptr<const CompiledGrammar> grammar, bool thinking) {
   HADAL_CHECK(grammar != nullptr, "grammar: a session without a grammar");
   impl_ = std::make_unique<Impl>(std::move(grammar), thinking);
