@@ -10,7 +10,8 @@ list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
 # Faults of 0.2.8, mended in copies of its files. The automata of patterns: the end state that stood for "nothing" could
 # have edges of its own, so that a(-[0-9]+)? took "a1" and (xb+|a){2,} took "aab"; states without a way on were merged with
 # one that had been merged with another, so that (b|[ab]{1,3}|(a+){0,2}|[ab]) took "bbbb". Strings of JSON: those with a length
-# took bare control characters, all took half a surrogate pair (\ud800), which is no character.
+# took bare control characters, all took half a surrogate pair (\ud800), which is no character. Classes of characters: bytes
+# that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one.
 function(xgrammar_mend file)
   file(READ "${XGRAMMAR_ROOT}/cpp/${file}" text)
   set(pairs ${ARGN})
@@ -56,7 +57,17 @@ set(first_before "      {ByteString(\"u\"),\n       hexadecimal_character,")
 set(first_after "      {ByteString(\"u\"),\n       builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}}),")
 xgrammar_mend(json_schema_converter.cc control_before control_after escape_before escape_after first_before first_after)
 xgrammar_mend(fsm.cc optional_before optional_after sink_before sink_after)
-xgrammar_mend(fsm_builder.cc copies_before copies_after rest_before rest_after)
+set(utf8_before "  // Ensure max and min are valid unicode value.
+")
+set(utf8_after "  constexpr uint32_t well_formed[][2] = {{0, 0x7F}, {0xC280, 0xDFBF}, {0xE0A080, 0xED9FBF},
+                                         {0xEE8080, 0xEFBFBF}, {0xF0908080, 0xF48FBFBF}};
+  for (const auto& part : well_formed) {
+    const uint32_t low = std::max(min, part[0]), high = std::min(max, part[1]);
+    if (low <= high) AddSameLengthCharacterRange(fsm, from, to, low, high);
+  }
+  return;
+")
+xgrammar_mend(fsm_builder.cc copies_before copies_after rest_before rest_after utf8_before utf8_after)
 add_library(xgrammar STATIC ${xgrammar_sources})
 # cpp/ is public for support/logging.h alone: its two functions are ours (src/engine_core/grammar_log.cpp).
 target_include_directories(xgrammar SYSTEM PUBLIC "${XGRAMMAR_ROOT}/include" "${XGRAMMAR_ROOT}/3rdparty/dlpack/include"

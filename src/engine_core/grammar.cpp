@@ -42,6 +42,61 @@ struct Border {
 };
 
 /// What follows from the tokenizer alone.
+/// Where a text stands between two characters (kWhole) or inside one: what may follow is UTF-8 or
+/// it is not (Unicode 16, table 3-7). -1: it cannot be.
+enum Utf8State : int8_t {
+  kBroken = -1,
+  kWhole,
+  kOne,
+  kTwo,
+  kThree,
+  kAfterE0,
+  kAfterEd,
+  kAfterF0,
+  kAfterF4
+};
+constexpr int kUtf8States = 8;
+
+int8_t step_utf8(int8_t state, uint8_t byte) {
+  const auto in = [byte](uint8_t first, uint8_t last, int8_t next) {
+    return byte >= first && byte <= last ? next : int8_t{kBroken};
+  };
+  switch (state) {
+    case kWhole:
+      if (byte < 0x80) return kWhole;
+      if (byte >= 0xC2 && byte <= 0xDF) return kOne;
+      if (byte == 0xE0) return kAfterE0;
+      if (byte == 0xED) return kAfterEd;
+      if (byte >= 0xE1 && byte <= 0xEF) return kTwo;
+      if (byte == 0xF0) return kAfterF0;
+      if (byte >= 0xF1 && byte <= 0xF3) return kThree;
+      return byte == 0xF4 ? kAfterF4 : kBroken;
+    case kOne:
+      return in(0x80, 0xBF, kWhole);
+    case kTwo:
+      return in(0x80, 0xBF, kOne);
+    case kThree:
+      return in(0x80, 0xBF, kTwo);
+    case kAfterE0:
+      return in(0xA0, 0xBF, kOne);
+    case kAfterEd:
+      return in(0x80, 0x9F, kOne);
+    case kAfterF0:
+      return in(0x90, 0xBF, kTwo);
+    case kAfterF4:
+      return in(0x80, 0x8F, kTwo);
+    default:
+      return kBroken;
+  }
+}
+
+/// The state behind `bytes`; a token without bytes (an added one) stands between characters only.
+int8_t step_utf8(int8_t state, std::string_view bytes) {
+  if (bytes.empty()) return state == kWhole ? kWhole : kBroken;
+  for (const char byte : bytes) state = step_utf8(state, static_cast<uint8_t>(byte));
+  return state;
+}
+
 struct Vocabulary {
   int64_t size = 0;
   int32_t eos = -1;
@@ -51,6 +106,8 @@ struct Vocabulary {
   std::optional<xgrammar::TokenizerInfo> plain, with_dsml;
 
   size_t mask_words() const { return static_cast<size_t>((size + 31) / 32); }
+  /// By Utf8State: the tokens behind which the text is still UTF-8.
+  std::array<std::vector<uint32_t>, kUtf8States> utf8_masks;
 };
 
 std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokenizer, int64_t size) {
@@ -81,6 +138,15 @@ std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokeniz
         vocabulary.borders[before].push_back({.token = id, .rest = pos + 1});
         break;
       }
+    }
+  }
+  for (int8_t state = 0; state < kUtf8States; ++state) {
+    std::vector<uint32_t>& mask = vocabulary.utf8_masks[static_cast<size_t>(state)];
+    mask.resize(vocabulary.mask_words());
+    for (size_t place = 0; place < static_cast<size_t>(vocabulary.size); ++place) {
+      const std::string_view bytes =
+          place < vocabulary.bytes.size() ? vocabulary.bytes[place] : std::string_view();
+      if (step_utf8(state, bytes) != kBroken) mask[place / 32] |= 1u << place % 32;
     }
   }
   const auto info = [&](const std::vector<std::string>& bytes) {
@@ -345,6 +411,7 @@ struct GrammarSession::Impl {
   struct Step {
     bool thinking;   ///< before it
     size_t matched;  ///< of kEnd, before it
+    int8_t utf8;     ///< before it
     int matcher_steps;
   };
 
@@ -354,7 +421,7 @@ struct GrammarSession::Impl {
   bool accept_thinking(int64_t token) {
     const auto place = static_cast<size_t>(token);
     if ((vocabulary->thinking_mask[place / 32] >> place % 32 & 1u) == 0) return false;
-    Step step{.thinking = true, .matched = matched, .matcher_steps = 0};
+    Step step{.thinking = true, .matched = matched, .utf8 = kWhole, .matcher_steps = 0};
     const std::string& bytes = vocabulary->bytes[place];
     if (bytes.empty()) {  // kEnd as an added token
       thinking = false;
@@ -367,7 +434,9 @@ struct GrammarSession::Impl {
       now = step_end(now, bytes[pos]);
       if (now < kEndLength) continue;
       if (pos + 1 < bytes.size()) {
-        if (!matcher.AcceptString(bytes.substr(pos + 1))) return false;
+        const int8_t behind = step_utf8(kWhole, std::string_view(bytes).substr(pos + 1));
+        if (behind == kBroken || !matcher.AcceptString(bytes.substr(pos + 1))) return false;
+        utf8 = behind;
         step.matcher_steps = 1;
       }
       thinking = false;
@@ -383,6 +452,7 @@ struct GrammarSession::Impl {
   xgrammar::GrammarMatcher matcher;
   bool thinking;
   size_t matched = 0;
+  int8_t utf8 = kWhole;  ///< of the text that the grammar has seen
   std::vector<Step> steps;
 };
 
@@ -399,13 +469,19 @@ bool GrammarSession::accept(int64_t token) {
   HADAL_CHECK(token >= 0 && token < impl_->vocabulary->size, "grammar: token ", token, " of ",
               impl_->vocabulary->size);
   if (impl_->thinking) return impl_->accept_thinking(token);
+  const int8_t utf8 = impl_->utf8;
   if (impl_->matcher.IsTerminated()) {
     if (token != impl_->vocabulary->eos) return false;
-    impl_->steps.push_back({.thinking = false, .matched = 0, .matcher_steps = 0});
+    impl_->steps.push_back({.thinking = false, .matched = 0, .utf8 = utf8, .matcher_steps = 0});
     return true;
   }
-  if (!impl_->matcher.AcceptToken(static_cast<int32_t>(token))) return false;
-  impl_->steps.push_back({.thinking = false, .matched = 0, .matcher_steps = 1});
+  const auto place = static_cast<size_t>(token);
+  const std::vector<std::string>& bytes = impl_->vocabulary->bytes;
+  const int8_t behind =
+      step_utf8(utf8, place < bytes.size() ? std::string_view(bytes[place]) : std::string_view());
+  if (behind == kBroken || !impl_->matcher.AcceptToken(static_cast<int32_t>(token))) return false;
+  impl_->steps.push_back({.thinking = false, .matched = 0, .utf8 = utf8, .matcher_steps = 1});
+  impl_->utf8 = behind;
   return true;
 }
 
@@ -417,6 +493,7 @@ void GrammarSession::rollback(int64_t count) {
     const Impl::Step& step = impl_->steps.back();
     impl_->thinking = step.thinking;
     impl_->matched = step.matched;
+    impl_->utf8 = step.utf8;
     matcher_steps += step.matcher_steps;
     impl_->steps.pop_back();
   }
@@ -431,7 +508,8 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     std::copy(vocabulary.thinking_mask.begin(), vocabulary.thinking_mask.end(), words.begin());
     for (const Border& border : vocabulary.borders[impl_->matched]) {
       const auto place = static_cast<size_t>(border.token);
-      if (impl_->matcher.AcceptString(vocabulary.bytes[place].substr(border.rest))) {
+      const std::string rest = vocabulary.bytes[place].substr(border.rest);
+      if (step_utf8(kWhole, rest) != kBroken && impl_->matcher.AcceptString(rest)) {
         impl_->matcher.Rollback(1);
       } else {
         words[place / 32] &= ~(1u << place % 32);
@@ -454,13 +532,16 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
   tensor.dtype = xgrammar::GetBitmaskDLType();
   tensor.shape = &shape;
   tensor.strides = &stride;
-  if (impl_->matcher.FillNextTokenBitmask(&tensor)) return true;
-  std::fill(words.begin(), words.end(), ~uint32_t{0});
-  return false;
+  if (!impl_->matcher.FillNextTokenBitmask(&tensor))
+    std::fill(words.begin(), words.end(), ~uint32_t{0});
+  const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<size_t>(impl_->utf8)];
+  for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
+  return true;
 }
 
 bool GrammarSession::completed() const {
-  return !impl_->thinking && (impl_->matcher.IsTerminated() || impl_->matcher.IsCompleted());
+  return !impl_->thinking && impl_->utf8 == kWhole &&
+         (impl_->matcher.IsTerminated() || impl_->matcher.IsCompleted());
 }
 
 int64_t GrammarSession::length() const { return static_cast<int64_t>(impl_->steps.size()); }

@@ -5,8 +5,9 @@
 // cannot keep in full, and remembers compiled ones by their text. All of it is safe from many
 // threads. A GrammarSession follows one answer, on one thread; it shares the compiled grammar.
 //
-// Added tokens (`<think>`, `<|User|>`, ...) are never part of a match, except `|DSML|` in tool
-// calls. EOS is allowed exactly where the text is complete. The languages:
+// An answer is UTF-8 whatever the grammar would take. Added tokens (`<think>`, `<|User|>`, ...) are
+// never part of a match, except `|DSML|` in tool calls. EOS is allowed exactly where the text is
+// complete. The languages:
 //   kJsonObject  any JSON object
 //   kJsonSchema  JSON that the schema accepts, members in the schema's order, none that it does not
 //                name unless it says so; at most 16 characters of white space in a row

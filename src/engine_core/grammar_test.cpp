@@ -48,10 +48,9 @@ std::vector<uint32_t> mask_of(GrammarSession& session) {
 
 class Random {
  public:
-  /// Another --gtest_random_seed with --gtest_shuffle brings other draws.
+  /// --gtest_random_seed=N brings other draws.
   explicit Random(uint64_t seed)
-      : engine_(seed +
-                1000 * static_cast<uint64_t>(testing::UnitTest::GetInstance()->random_seed())) {}
+      : engine_(seed + 1000 * static_cast<uint64_t>(GTEST_FLAG_GET(random_seed))) {}
   int64_t below(int64_t count) {
     return static_cast<int64_t>(engine_() % static_cast<uint64_t>(count));
   }
@@ -115,6 +114,7 @@ std::string walk(GrammarSession& session, Random& random, int most = 400) {
     if (!session.accept(token)) ADD_FAILURE() << text << " then " << token;
     if (token == eos()) {
       EXPECT_TRUE(session.completed());
+      EXPECT_EQ(text::valid_utf8_prefix(text), text.size()) << text;
       return text;
     }
     text += tokenizer().token_bytes(static_cast<int32_t>(token));
