@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "base/cpu.h"
 #include "ops/attention/index_scores.h"
 #include "ops/attention/sparse_attn.h"
 #include "ops/quant/round_trip.h"
@@ -71,7 +72,16 @@ TEST(KvRows, KernelsReadThemToTheSameBits) {
   ring.rows = pack_rows(past, kLatent);
   ring.format = blocks.format = kLatent;
   blocks.rows = pack_rows(rows, kLatent);
-  EXPECT_TRUE(same_bits(sparse_attn(q, kv, ring, blocks, {}, sink, batch, params).out, dense));
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa > detect_isa()) continue;
+    force_isa(isa);
+    const RingView dense_ring{.rows = past, .first_row = {0, 32}, .ring = 32};
+    const BlockView dense_blocks{.rows = rows, .page_start = pages, .page_blocks = 16};
+    EXPECT_TRUE(
+        same_bits(sparse_attn(q, kv, ring, blocks, {}, sink, batch, params).out,
+                  sparse_attn(q, kv, dense_ring, dense_blocks, {}, sink, batch, params).out));
+  }
+  force_isa(detect_isa());
   {
     const ReferenceGuard guard;
     const at::Tensor reference = sparse_attn(q, kv, ring, blocks, {}, sink, batch, params).out;

@@ -7,16 +7,11 @@
 
 #include <type_traits>
 
+#include "ops/cpu/codes.h"
 #include "ops/cpu/vec.h"
 #include "ops/gemm/linear_cpu.h"
 
 namespace hadal::ops::cpu::HADAL_ISA {
-
-HADAL_INLINE float bits_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 /// Two consecutive inputs of 16 outputs as floats.
 struct FloatPair {
@@ -239,41 +234,9 @@ HADAL_INLINE __m256 even_bf16(__m256i v) { return _mm256_castsi256_ps(_mm256_sll
 HADAL_INLINE __m256 odd_bf16(__m256i v) {
   return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-/// The E4M3 byte at bit `shift`; subnormal codes (below 8) are their mantissa times 2^-9.
-HADAL_INLINE __m256 e4m3(__m256i v, int shift) {
-  const __m256i code = _mm256_srli_epi32(v, shift);
-  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
-  const __m256 normal = _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23)));
-  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
-  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
-  return _mm256_or_ps(_mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small)),
-                      _mm256_castsi256_ps(sign));
-}
-/// The E2M1 nibble at bit `shift`.
-HADAL_INLINE __m256 e2m1(__m256i v, int shift) {
-  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(v, 28 - shift),
-                                        _mm256_set1_epi32(static_cast<int>(0x80000000u)));
-  // The look-up takes the low three bits of its index alone.
-  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, _mm256_srli_epi32(v, shift)),
-                      _mm256_castsi256_ps(sign));
-}
 #else
 HADAL_INLINE float even_bf16(uint32_t v) { return bits_float(v << 16); }
 HADAL_INLINE float odd_bf16(uint32_t v) { return bits_float(v & 0xffff0000u); }
-HADAL_INLINE float e4m3(uint32_t v, int shift) {
-  const uint32_t magnitude = v >> shift & 0x7fu;
-  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
-                                    : bits_float((magnitude << 20) + (120u << 23));
-  return (v >> shift & 0x80u) != 0 ? -value : value;
-}
-HADAL_INLINE float e2m1(uint32_t v, int shift) {
-  const uint32_t m = v >> shift & 7u;
-  const float value = m < 2 ? 0.5f * static_cast<float>(m) : bits_float((m << 22) + (126u << 23));
-  return (v >> shift & 8u) != 0 ? -value : value;
-}
 #endif
 
 template <typename Products>
