@@ -26,6 +26,7 @@
 #include <type_traits>
 
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
 
 // Setting up and closing sockets that may be gone: what fails there needs no answer.
@@ -593,11 +594,15 @@ class HttpServer::Impl {
     core_->tls->set_options(net::ssl::context::default_workarounds | net::ssl::context::no_sslv2 |
                             net::ssl::context::no_sslv3 | net::ssl::context::no_tlsv1 |
                             net::ssl::context::no_tlsv1_1);
+    // OpenSSL's own words for a file that is not there say little.
+    for (const std::string& file : {options.tls_certificate, options.tls_key}) read_file(file);
     error_code error;
     core_->tls->use_certificate_chain_file(options.tls_certificate, error);
-    HADAL_INPUT_CHECK(!error, "TLS certificate ", options.tls_certificate, ": ", error.message());
+    HADAL_INPUT_CHECK(!error, "TLS certificate ", options.tls_certificate,
+                      " holds no certificate in PEM form (", error.message(), ")");
     core_->tls->use_private_key_file(options.tls_key, net::ssl::context::pem, error);
-    HADAL_INPUT_CHECK(!error, "TLS key ", options.tls_key, ": ", error.message());
+    HADAL_INPUT_CHECK(!error, "TLS key ", options.tls_key, " holds no private key in PEM form (",
+                      error.message(), ")");
   }
   void listen() {
     const ServerOptions& options = core_->options;
