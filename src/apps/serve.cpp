@@ -45,7 +45,7 @@ std::vector<std::string> read_keys(const std::string& path) {
   return keys;
 }
 
-/// Blocks until SIGINT or SIGTERM; call block_signals() before any thread starts.
+/// SIGINT and SIGTERM wait for sigwait(), in this thread and in those that it starts.
 sigset_t block_signals() {
   sigset_t set;
   sigemptyset(&set);
@@ -73,7 +73,10 @@ int run(Flags flags) {
       flags.engine.disk.folder.empty() ? "" : checkpoint::weights_digest(loaded.folder);
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
-  server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()));
+  server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
+                        {{"Content-Security-Policy",
+                          concat("default-src 'self'; script-src '", server::page_script_hash(),
+                                 "'; style-src 'unsafe-inline'")}});
   // Browsers ask for it; an empty one is enough.
   server.api().add_page("/favicon.ico", "image/x-icon", "");
   server.start();

@@ -109,10 +109,14 @@ void Api::watch(std::function<HttpStats()> stats, std::function<bool()> draining
   draining_ = std::move(draining);
 }
 
-void Api::add_page(std::string path, std::string content_type, std::string body) {
+void Api::add_page(std::string path,
+                   std::string content_type,
+                   std::string body,
+                   std::vector<std::pair<std::string, std::string>> headers) {
   HttpResponse page;
   page.content_type = std::move(content_type);
   page.body = std::move(body);
+  page.headers = std::move(headers);
   pages_[std::move(path)] = std::move(page);
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "engine_core/engine.h"
@@ -25,7 +26,10 @@ class Api final : public HttpHandler {
   /// Where /metrics and /health learn about connections.
   void watch(std::function<HttpStats()> stats, std::function<bool()> draining);
   /// Serves a constant under GET `path`, without a key.
-  void add_page(std::string path, std::string content_type, std::string body);
+  void add_page(std::string path,
+                std::string content_type,
+                std::string body,
+                std::vector<std::pair<std::string, std::string>> headers = {});
 
   void handle(HttpRequest request, std::shared_ptr<Responder> responder) override;
   HttpResponse error(int status, std::string_view message, std::string_view path) override;
