@@ -106,7 +106,7 @@ class ScriptedServer {
       while (true) {
         auto socket = std::make_shared<tcp::socket>(io_);
         boost::system::error_code error;
-        acceptor_.accept(*socket, error);
+        error = acceptor_.accept(*socket, error);
         if (error || closing_) return;
         ++connections;
         const std::lock_guard lock(mutex_);
@@ -117,7 +117,8 @@ class ScriptedServer {
   ~ScriptedServer() {
     closing_ = true;
     boost::system::error_code error;
-    tcp::socket(io_).connect(acceptor_.local_endpoint(), error);  // wakes accept()
+    // Wakes accept().
+    error = tcp::socket(io_).connect(acceptor_.local_endpoint(), error);
     accepting_.join();
     for (std::thread& thread : threads_) thread.join();
   }

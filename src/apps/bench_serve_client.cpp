@@ -78,7 +78,7 @@ class LoadClient::Impl {
                       error.message());
     if (!url.tls) return;
     tls_.emplace(asio::ssl::context::tls_client);
-    tls_->set_default_verify_paths(error);
+    tls_->set_default_verify_paths();
     tls_->set_verify_mode(options_.insecure ? asio::ssl::verify_none : asio::ssl::verify_peer);
   }
 

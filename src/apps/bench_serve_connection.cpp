@@ -35,13 +35,14 @@ class StreamConnection : public HttpConnection {
   Awaitable<Error> connect(const tcp::endpoint& to) override {
     Error error;
     tcp::socket& socket = beast::get_lowest_layer(stream_).socket();
-    socket.open(to.protocol(), error);
+    error = socket.open(to.protocol(), error);
     if (error) co_return error;
-    if (slow_) socket.set_option(asio::socket_base::receive_buffer_size(kSlowReceiveBuffer), error);
+    if (slow_)
+      error = socket.set_option(asio::socket_base::receive_buffer_size(kSlowReceiveBuffer), error);
     co_await beast::get_lowest_layer(stream_).async_connect(
         to, asio::redirect_error(asio::use_awaitable, error));
     if (error) co_return error;
-    socket.set_option(tcp::no_delay(true), error);
+    error = socket.set_option(tcp::no_delay(true), error);
     if constexpr (std::is_same_v<Stream, TlsStream>) {
       if (SSL_set_tlsext_host_name(stream_.native_handle(), host_.c_str()) != 1)
         co_return Error(asio::error::invalid_argument);
