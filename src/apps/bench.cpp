@@ -1,4 +1,4 @@
-// hadal bench: what this machine reads and multiplies.
+// hadal bench: what this machine reads and multiplies; bench_serve.h has the load test.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -12,6 +12,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "apps/bench_serve.h"
 #include "apps/command.h"
 #include "base/check.h"
 #include "base/json.h"
@@ -206,7 +207,8 @@ void print(const Options& options, double read, const std::vector<Line>& lines) 
 
 int run(const Options& options) {
   HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm",
-                    "bench: expected read or gemm, found ", options.what);
+                    "bench: expected read, gemm or serve, found ",
+                    options.what.empty() ? "nothing" : options.what);
   HADAL_INPUT_CHECK(options.in % 32 == 0 && options.in > 0 && options.out > 0,
                     "bench: --in must be a multiple of 32 and --out positive, found ", options.in,
                     " and ", options.out);
@@ -233,15 +235,16 @@ int run(const Options& options) {
 std::function<int()> define_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
   app.add_option("what", options->what,
-                 "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel")
-      ->required();
+                 "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel");
   app.add_option("--out", options->out, "outputs of each matrix")->capture_default_str();
   app.add_option("--in", options->in, "inputs of each matrix")->capture_default_str();
   app.add_option("--gib", options->gib, "distinct memory to go through")->capture_default_str();
   app.add_option("--seconds", options->seconds, "measured at least so long for each line")
       ->capture_default_str();
   app.add_flag("--json", options->json, "print JSON");
-  return [options] { return run(*options); };
+  CLI::App* serve = app.add_subcommand("serve", "load on an OpenAI-compatible server");
+  const std::function<int()> run_serve = define_bench_serve(*serve);
+  return [options, serve, run_serve] { return serve->parsed() ? run_serve() : run(*options); };
 }
 
 }  // namespace hadal::apps

@@ -53,8 +53,10 @@ const std::vector<Command>& commands() {
        define_plot},
       {"doctor", "what this machine has, and which models fit on it", "  hadal doctor --json",
        define_doctor},
-      {"bench", "memory bandwidth and the CPU's matrix kernel on this machine",
-       "  hadal bench gemm --gib 1\n  hadal bench read --json", define_bench},
+      {"bench", "memory bandwidth, the CPU's matrix kernel, and a server under load",
+       "  hadal bench gemm --gib 1\n  hadal bench read --json\n"
+       "  hadal bench serve --url http://127.0.0.1:8000 --rate 2 --duration 60",
+       define_bench},
       {"tokenize", "text to token ids",
        "  echo 'Call me Ishmael.' | hadal tokenize --tokenizer DIR/tokenizer.json\n"
        "  hadal tokenize --tokenizer DIR/tokenizer.json --jsonl texts.jsonl > ids.jsonl",

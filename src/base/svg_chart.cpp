@@ -275,7 +275,7 @@ std::vector<double> round_ticks(double low, double high, int count) {
   std::vector<double> ticks;
   const double slack = 1e-9 * (high - low);
   for (double index = std::ceil((low - slack) / step); index * step <= high + slack; index += 1)
-    ticks.push_back(index * step);
+    ticks.push_back(index * step + 0.0);  // no negative zero
   return ticks;
 }
 

@@ -124,7 +124,7 @@ TEST(Tokenizer, ManyThreadsGiveTheSameIds) {
   for (const Ids& ids : found) EXPECT_EQ(ids, expected);
 }
 
-/// Processor seconds of this thread for one encode, whose ids must spell `word`; the least of `tries`.
+/// Processor seconds of one encode in this thread, the least of `tries`; its ids must spell `word`.
 double encode_seconds(const Tokenizer& tokenizer, const std::string& word, int tries) {
   const auto now = [] {
     timespec time{};
@@ -146,7 +146,7 @@ TEST(Tokenizer, OneLongWordIsNotQuadratic) {
   std::string word;
   std::mt19937 random(9);
   while (word.size() < 800'000) word.push_back(static_cast<char>('a' + random() % 26));
-  // Sixteen times the letters: about 20 times the work where it is n log n, 256 times where it is quadratic.
+  // 16 times the letters: about 20 times the work where it is n log n, 256 times where quadratic.
   const double shorter = encode_seconds(tokenizer, word.substr(0, 50'000), 3);
   EXPECT_LT(encode_seconds(tokenizer, word, 1), 80 * shorter);
   encode_seconds(tokenizer, std::string(800'000, 'a'), 1);
