@@ -1,60 +1,29 @@
 #!/usr/bin/env python3
 """Kills `hadal serve` with SIGKILL at random moments under load, with a store on disk, and compares every answer.
 
-  tools/soak/kill_server.py --hadal ./hadal --kills 200 [--policy periodic|zero] [--seed 1]
+  tools/soak/kill_server.py --hadal ./hadal --kills 200 [--policy full|periodic|zero] [--seed 1]
 
 Answers are recorded from a server without a store, one at a time. Then, as often as asked: a server with the store starts,
 clients send random requests of the recorded ones, the server is killed. Every answer that arrived whole must be the
 recorded one; every start must succeed. Exits with 1 at the first difference. Python's standard library only.
 """
 import argparse
-import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
+
+from serving import Server
 
 
-class Server:
-    def __init__(self, hadal, *flags):
-        self.process = subprocess.Popen([hadal, "serve", "--port", "0", *flags], stderr=subprocess.PIPE, text=True)
-        self.url, self.log = None, []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if " at http" in line:
-                self.url = line.split(" at ", 1)[1].split(",")[0]
-                break
-        if self.url is None:
-            sys.exit("the server did not start:\n" + "".join(self.log))
-        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
-        self.reader.start()
-
-    def ask(self, request):
-        """The answer's text, tokens and cached tokens; None if the server went away."""
-        body = urllib.request.Request(self.url + "/v1/completions", json.dumps(request).encode(),
-                                      {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(body, timeout=300) as reply:
-                answer = json.load(reply)
-        except (OSError, ValueError, urllib.error.URLError):
-            return None
-        details = answer["usage"]["prompt_tokens_details"]
-        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"], details
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(timeout=60)
+def ask(server, request):
+    """The answer's text, tokens and cached tokens; None if the server went away."""
+    answer = server.post("/v1/completions", request)
+    if answer is None:
+        return None
+    return answer["choices"][0]["text"], answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens_details"]
 
 
 def main():
@@ -75,7 +44,7 @@ def main():
         requests.append({"prompt": prompt, "max_tokens": rng.randrange(1, 40), "seed": index, "ignore_eos": True,
                          "temperature": rng.choice([0, 0.8])})
     server = Server(args.hadal)
-    wanted = [server.ask(request)[:2] for request in requests]
+    wanted = [ask(server, request)[:2] for request in requests]
     server.stop()
 
     folder = tempfile.mkdtemp(prefix="hadal-soak-")
@@ -90,7 +59,7 @@ def main():
                 local = random.Random(seed)
                 while time.monotonic() < deadline + 1:
                     index = local.randrange(len(requests))
-                    answer = server.ask(requests[index])
+                    answer = ask(server, requests[index])
                     if answer is None:
                         counts["cut off"] += 1
                         return
@@ -108,7 +77,7 @@ def main():
             server.kill()
             for thread in clients:
                 thread.join()
-            trouble = [line for line in server.log if " W " in line or " E " in line]
+            trouble = server.trouble()
             if trouble:
                 counts["warnings"] = counts.get("warnings", 0) + len(trouble)
                 print("kill", kill, *trouble[:3], sep="\n  ")

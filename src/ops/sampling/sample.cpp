@@ -1,31 +1,33 @@
 #include "ops/sampling/sample.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
 #include <mutex>
-#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "base/check.h"
 #include "base/hash.h"
 #include "base/parallel.h"
 #include "base/philox.h"
+#include "ops/sampling/sample_cpu.h"
 
 namespace hadal::ops {
+
+constinit CpuSlot<void(const ReachParams&, int64_t, int64_t, uint64_t*)> reaching_cpu;
+constinit CpuSlot<void(const MassParams&, double*)> masses_cpu;
+constinit CpuSlot<void(const float*, int64_t, int64_t*)> largest_cpu;
+
 namespace {
 
 /// The place of the largest logit that is neither NaN nor -infinity, or -1.
 int64_t find_largest(std::span<const float> logits) {
-  int64_t best = -1;
-  float highest = -INFINITY;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (!(logits[i] > highest)) continue;
-    best = static_cast<int64_t>(i);
-    highest = logits[i];
-  }
-  return best;
+  int64_t place = -1;
+  largest_cpu(logits.data(), static_cast<int64_t>(logits.size()), &place);
+  return place;
 }
 
 /// Orders places of a row by value, ties to the lower place.
@@ -37,45 +39,20 @@ auto likelier_in(const Row& row) {
   };
 }
 
-/// Marks the tokens outside the top_k most likely (0: all), and of those outside the smallest most
-/// likely set of mass >= top_p.
-std::vector<bool> outside_top(const std::vector<double>& scaled, int64_t top_k, double top_p) {
-  std::vector<int64_t> order(scaled.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto likelier = likelier_in(scaled);
-  auto last = order.end();
-  if (top_k > 0 && top_k < static_cast<int64_t>(order.size())) {
-    last = order.begin() + top_k;
-    std::nth_element(order.begin(), last, order.end(), likelier);
-    std::sort(order.begin(), last);  // their mass is summed in the order of the row
+/// The row with -infinity for all but its `count` most likely tokens.
+std::vector<float> keep_top(std::span<const float> logits, int64_t count) {
+  std::vector<int64_t> order;
+  order.reserve(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!std::isnan(logits[i])) order.push_back(static_cast<int64_t>(i));
   }
-  std::vector<bool> outside(scaled.size(), true);
-  if (top_p >= 1.0) {
-    for (auto i = order.begin(); i != last; ++i) outside[static_cast<size_t>(*i)] = false;
-    return outside;
-  }
-  std::vector<double> weight(scaled.size());
-  double total = 0.0;
+  std::vector<float> kept(logits.size(), -INFINITY);
+  const auto last = order.begin() + std::min(count, static_cast<int64_t>(order.size()));
+  std::nth_element(order.begin(), last, order.end(), likelier_in(logits));
   for (auto i = order.begin(); i != last; ++i) {
-    const auto place = static_cast<size_t>(*i);
-    weight[place] = std::exp(scaled[place]);
-    total += weight[place];
+    kept[static_cast<size_t>(*i)] = logits[static_cast<size_t>(*i)];
   }
-  // The set is small, so only as much of the order is made as it needs.
-  double mass = 0.0;
-  auto end = order.begin();
-  for (int64_t step = 256; end != last; step *= 2) {
-    const auto begin = end;
-    end += std::min(step, last - begin);
-    if (end != last) std::nth_element(begin, end, last, likelier);
-    std::sort(begin, end, likelier);
-    for (auto i = begin; i != end; ++i) {
-      if (mass >= top_p * total) return outside;
-      outside[static_cast<size_t>(*i)] = false;
-      mass += weight[static_cast<size_t>(*i)];
-    }
-  }
-  return outside;
+  return kept;
 }
 
 /// A candidate and its key: log p + Gumbel noise. The largest key wins, ties to the lower id.
@@ -91,44 +68,86 @@ bool beats(const Candidate& a, const Candidate& b) {
 /// The keys of one row.
 class Keys {
  public:
-  Keys(std::span<const float> logits,
-       double highest,
-       const SamplingParams& params,
-       int64_t position)
+  Keys(std::span<const float> logits, int64_t best, const SamplingParams& params, int64_t position)
       : logits_(logits),
-        highest_(highest),
+        best_(best),
+        highest_(logits[static_cast<size_t>(best)]),
         temperature_(params.temperature),
-        inverse_(1.0 / params.temperature),
-        choice_(uint64_t{params.choice} << 32),
-        random_(params.seed, fnv1a64("sample") ^ static_cast<uint64_t>(position)) {}
+        inverse_(static_cast<float>(1.0 / params.temperature)),
+        choice_(params.choice),
+        seed_(params.seed),
+        stream_(fnv1a64("sample") ^ static_cast<uint64_t>(position)),
+        random_(seed_, stream_) {}
 
   double scaled(int64_t token) const {
-    return (logits_[static_cast<size_t>(token)] - highest_) / temperature_;
+    return (logit(token) - static_cast<double>(highest_)) / temperature_;
   }
-  double key(int64_t token) const {
+  Candidate candidate(int64_t token) const {
     // Minus the logarithm of an exponential draw, which must not be 0.
-    const double uniform = random_.uniform(counter(token));
-    return scaled(token) - std::log(std::max(-std::log1p(-uniform), 1e-300));
+    const double uniform = random_.uniform(uint64_t{choice_} << 32 | static_cast<uint64_t>(token));
+    const double exponential = std::max(-std::log1p(-uniform), 1e-300);
+    return {.key = scaled(token) - std::log(exponential), .token = token};
   }
-  /// Whether the key can be as large as `bound`, without a logarithm: a uniform draw of at least
-  /// 2^-n has noise of at most n ln 2, because -log(1 - u) >= u.
-  bool may_reach(int64_t token, double bound) const {
-    const uint32_t leading = random_.block(counter(token))[0];
-    if (leading == 0) return true;
-    const double noise = 0.6931472 * (1 + std::countl_zero(leading));
-    const double apart = logits_[static_cast<size_t>(token)] - highest_;
-    return !(apart * inverse_ + noise + kSlack < bound);
+  /// The largest key, of the tokens likelier than `excluded` if there is one.
+  Candidate largest(std::optional<int64_t> excluded) const {
+    constexpr int64_t kPiece = 256;  // tokens between two looks at the best key so far
+    const auto likelier = likelier_in(logits_);
+    Candidate chosen = candidate(best_);
+    std::mutex mutex;
+    const auto vocab = static_cast<int64_t>(logits_.size());
+    parallel_for(vocab, 16'384, [&, first = chosen](int64_t begin, int64_t end) {
+      Candidate local = first;
+      for (int64_t piece = begin; piece < end; piece += kPiece) {
+        std::array<uint64_t, kPiece / 64> words{};
+        reaching_cpu(reach(local.key, excluded), piece, std::min(piece + kPiece, end),
+                     words.data());
+        for (size_t w = 0; w < words.size(); ++w) {
+          for (uint64_t left = words[w]; left != 0; left &= left - 1) {
+            const int64_t token = piece + static_cast<int64_t>(64 * w) + std::countr_zero(left);
+            if (std::isnan(logit(token)) || (excluded && !likelier(token, *excluded))) continue;
+            if (const Candidate other = candidate(token); beats(other, local)) local = other;
+          }
+        }
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (beats(local, chosen)) chosen = local;
+    });
+    return chosen;
+  }
+  /// Whether the tokens likelier than `token` have less than `share` of the mass.
+  bool within(int64_t token, double share) const {
+    std::array<double, 2> masses{};
+    masses_cpu({.logits = logits_.data(),
+                .vocab = static_cast<int64_t>(logits_.size()),
+                .highest = highest_,
+                .inverse = inverse_,
+                .token = token},
+               masses.data());
+    return masses[1] < share * masses[0];
   }
 
  private:
-  static constexpr double kSlack = 1e-3;  ///< far above every rounding on the way
-
-  /// Token ids stay below 2^32.
-  uint64_t counter(int64_t token) const { return choice_ | static_cast<uint64_t>(token); }
+  float logit(int64_t token) const { return logits_[static_cast<size_t>(token)]; }
+  /// What the kernel needs to find the tokens whose keys can be as large as `bound`.
+  ReachParams reach(double bound, std::optional<int64_t> excluded) const {
+    constexpr double kSlack = 1e-3;  // far above every rounding on the way
+    return {.logits = logits_.data(),
+            .highest = highest_,
+            .inverse = inverse_,
+            .bound = static_cast<float>(bound - kSlack),
+            .floor = excluded ? logit(*excluded) : -INFINITY,
+            .seed = seed_,
+            .stream = stream_,
+            .choice = choice_};
+  }
 
   std::span<const float> logits_;
-  double highest_, temperature_, inverse_;
-  uint64_t choice_;
+  int64_t best_;
+  float highest_;
+  double temperature_;
+  float inverse_;
+  uint32_t choice_;
+  uint64_t seed_, stream_;
   Philox random_;
 };
 
@@ -211,35 +230,22 @@ int64_t sample_token(std::span<const float> logits,
   const int64_t best = find_largest(logits);
   HADAL_CHECK(best >= 0, "sample: no usable logit among ", logits.size());
   if (params.temperature <= 0.0) return best;
-  const Keys keys(logits, logits[static_cast<size_t>(best)], params, position);
-  const auto count = static_cast<int64_t>(logits.size());
-  std::vector<bool> outside;
-  if (params.top_p < 1.0 || (params.top_k > 0 && params.top_k < count)) {
-    std::vector<double> scaled(logits.size(), -INFINITY);
-    for (int64_t i = 0; i < count; ++i) {
-      const auto place = static_cast<size_t>(i);
-      if (!std::isnan(logits[place])) scaled[place] = keys.scaled(i);
-    }
-    outside = outside_top(scaled, params.top_k, params.top_p);
+  std::vector<float> top;
+  if (params.top_k > 0 && params.top_k < static_cast<int64_t>(logits.size())) {
+    top = keep_top(logits, params.top_k);
+    logits = top;
   }
+  const Keys keys(logits, best, params, position);
   // The likeliest token's scaled logit is 0.
-  const double least = params.min_p > 0.0 ? std::log(std::min(params.min_p, 1.0))
-                                          : -std::numeric_limits<double>::max();
-  // The most likely token is always inside: its key sets what the others have to reach.
-  Candidate chosen{.key = keys.key(best), .token = best};
-  std::mutex mutex;
-  parallel_for(count, 2048, [&, first = chosen](int64_t begin, int64_t end) {
-    Candidate local = first;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto place = static_cast<size_t>(i);
-      if (std::isnan(logits[place]) || (!outside.empty() && outside[place])) continue;
-      if (!keys.may_reach(i, local.key) || keys.scaled(i) < least) continue;
-      const Candidate candidate{.key = keys.key(i), .token = i};
-      if (beats(candidate, local)) local = candidate;
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (beats(local, chosen)) chosen = local;
-  });
+  const double least = params.min_p > 0.0 ? std::log(std::min(params.min_p, 1.0)) : -INFINITY;
+  // Whom top-p or min-p excludes, they exclude with everybody who is less likely, so the next best
+  // is looked for among the likelier ones. The most likely token is never excluded.
+  Candidate chosen = keys.largest({});
+  while (chosen.token != best &&
+         (keys.scaled(chosen.token) < least ||
+          (params.top_p < 1.0 && !keys.within(chosen.token, params.top_p)))) {
+    chosen = keys.largest(chosen.token);
+  }
   return chosen.token;
 }
 

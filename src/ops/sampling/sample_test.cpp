@@ -1,13 +1,19 @@
 #include "ops/sampling/sample.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
+#include <random>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "base/cpu.h"
+#include "base/hash.h"
 #include "base/philox.h"
 
 namespace hadal::ops {
@@ -78,6 +84,51 @@ TEST(Sample, ChoosesAsEver) {
       const SamplingParams params{.temperature = 0.7, .top_p = top_p, .seed = 42};
       EXPECT_EQ(sample_token(logits, params, static_cast<int64_t>(1000 * i)), tokens[i]) << top_p;
     }
+  }
+}
+
+/// What sample_token() chooses, by the definition: the largest log p + Gumbel noise.
+int64_t choose_by_definition(std::span<const float> logits,
+                             const SamplingParams& params,
+                             int64_t position) {
+  const Philox random(params.seed, fnv1a64("sample") ^ static_cast<uint64_t>(position));
+  double highest = -INFINITY;
+  for (const float x : logits) highest = x > highest ? x : highest;
+  int64_t best = -1;
+  double best_key = -INFINITY;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (std::isnan(logits[i])) continue;
+    const double uniform = random.uniform((uint64_t{params.choice} << 32) | i);
+    const double exponential = std::max(-std::log1p(-uniform), 1e-300);
+    const double key = (logits[i] - highest) / params.temperature - std::log(exponential);
+    if (best >= 0 && !(key > best_key)) continue;
+    best = static_cast<int64_t>(i);
+    best_key = key;
+  }
+  return best;
+}
+
+TEST(Sample, EveryInstructionSetChoosesByTheDefinition) {
+  const Isa before = current_isa();
+  std::mt19937 random(8);
+  for (int round = 0; round < 300; ++round) {
+    std::vector<float> logits(1 + random() % 1500);
+    const float spread = std::array{0.1f, 3.0f, 20.0f, 4000.0f}[static_cast<size_t>(round % 4)];
+    for (float& x : logits) {
+      x = spread * (static_cast<float>(random()) / 4294967296.0f - 0.5f);
+      if (random() % 50 == 0) x = random() % 2 == 0 ? -INFINITY : NAN;
+    }
+    logits[random() % logits.size()] = spread;
+    const SamplingParams params{.temperature = std::array{1.0, 0.3, 2.5}[random() % 3],
+                                .seed = random(),
+                                .choice = static_cast<uint32_t>(random() % 4)};
+    const auto position = static_cast<int64_t>(random());
+    const int64_t expected = choose_by_definition(logits, params, position);
+    for (int isa = 0; isa <= static_cast<int>(detect_isa()); ++isa) {
+      force_isa(static_cast<Isa>(isa));
+      EXPECT_EQ(sample_token(logits, params, position), expected) << isa_name(current_isa());
+    }
+    force_isa(before);
   }
 }
 
