@@ -20,7 +20,8 @@ struct EngineStats {
   int64_t preemptions = 0, steps = 0, finished = 0, cancelled = 0, failed = 0;
   int64_t drafted = 0, accepted = 0;
   int64_t disk_bytes = 0, disk_hits = 0, disk_misses = 0, disk_errors = 0;
-  double model_seconds = 0, overhead_seconds = 0;  ///< inside and outside the model
+  double model_seconds = 0, sampling_seconds = 0;
+  double overhead_seconds = 0;  ///< of steps, outside model and sampler
 };
 
 /// What a server must know to check requests before it submits them.

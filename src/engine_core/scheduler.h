@@ -151,6 +151,7 @@ class Scheduler {
   EngineStats stats_;
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
   double model_seconds_ = 0;      ///< of the step being made
+  double sampling_seconds_ = 0;   ///< of the step being made
   int64_t num_waiting_requests_ = 0;
   int64_t max_tokens_ = 0;      ///< of a sequence: context and memory
   int64_t blocked_spare_ = 0;   ///< spare pages when the front did not fit

@@ -18,7 +18,7 @@ using Seconds = std::chrono::duration<double>;
 
 bool Scheduler::step() {
   const Clock::time_point begin = Clock::now();
-  model_seconds_ = 0;
+  model_seconds_ = sampling_seconds_ = 0;
   expire();
   admit();
   plan();
@@ -41,7 +41,9 @@ bool Scheduler::step() {
   planned_.clear();
   forget_finished();
   stats_.model_seconds += model_seconds_;
-  stats_.overhead_seconds += Seconds(Clock::now() - begin).count() - model_seconds_;
+  stats_.sampling_seconds += sampling_seconds_;
+  stats_.overhead_seconds +=
+      Seconds(Clock::now() - begin).count() - model_seconds_ - sampling_seconds_;
   return !requests_.empty();
 }
 
@@ -284,6 +286,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   const Request& request = sequence.request->request;
   const auto prompt_size = request.prompt.size();
   const std::span<const int64_t> tokens = sequence.tokens;
+  const Clock::time_point begin = Clock::now();
   Sampled sampled = parts_.sampler.sample({.logits = parts_.runner.logits(index, row),
                                            .sampling = request.sampling,
                                            .choice = sequence.choice,
@@ -292,6 +295,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
                                            .answer = tokens.subspan(prompt_size),
                                            .mask = sequence.filter->mask(),
                                            .top_logprobs = request.top_logprobs});
+  sampling_seconds_ += Seconds(Clock::now() - begin).count();
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);
   sequence.tokens.push_back(sampled.token);

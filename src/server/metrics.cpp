@@ -97,7 +97,9 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   total("disk_misses_total", "disk entries not found", engine.disk_misses);
   total("disk_errors_total", "disk entries unusable", engine.disk_errors);
   total("model_seconds_total", "seconds inside the model", engine.model_seconds);
-  total("overhead_seconds_total", "seconds of steps outside the model", engine.overhead_seconds);
+  total("sampling_seconds_total", "seconds inside the sampler", engine.sampling_seconds);
+  total("overhead_seconds_total", "seconds of steps outside model and sampler",
+        engine.overhead_seconds);
   return out;
 }
 

@@ -4,7 +4,7 @@
   tools/soak/batch_server.py --hadal ./hadal [--batch 16] [--tokens 200] [--rounds 3]
 
 Each round sends the same requests one after another, then all at once; the texts must be equal. Prints tokens a second of
-both, their ratio, and the time outside the model, which may be 50 us a step and 2 us a sequence. Exits with 1 at a
+both, their ratio, and the time outside model and sampler, which may be 50 us a step and 2 us a sequence. Exits with 1 at a
 difference. Quiet machines only. Python's standard library only.
 """
 import argparse
@@ -14,6 +14,8 @@ import sys
 import time
 
 from serving import Server, percentile, random_tokens
+
+COUNTERS = ("hadal_steps_total", "hadal_sampling_seconds_total", "hadal_overhead_seconds_total")
 
 
 def main():
@@ -36,23 +38,26 @@ def main():
 
         texts = {}
         for way, workers in (("one at a time", 1), ("together", args.batch)):
-            steps, spent = server.metric("hadal_steps_total"), server.metric("hadal_overhead_seconds_total")
+            steps, *spent = [server.metric(name) for name in COUNTERS]
             began = time.monotonic()
             with concurrent.futures.ThreadPoolExecutor(workers) as pool:
                 texts[way] = list(pool.map(ask, requests))
             rates[way].append(args.batch * args.tokens / (time.monotonic() - began))
-            steps = server.metric("hadal_steps_total") - steps
-            outside.setdefault(way, []).append((server.metric("hadal_overhead_seconds_total") - spent) / steps * 1e6)
+            steps = server.metric(COUNTERS[0]) - steps
+            outside.setdefault(way, []).append([(server.metric(name) - before) / steps * 1e6
+                                                for name, before in zip(COUNTERS[1:], spent)])
         if texts["together"] != texts["one at a time"]:
             print("texts differ")
             return 1
         print(f"round {number + 1}: {rates['one at a time'][-1]:.0f} and {rates['together'][-1]:.0f} tokens/s, "
-              f"{rates['together'][-1] / rates['one at a time'][-1]:.2f} times; outside the model "
-              f"{outside['one at a time'][-1]:.1f} and {outside['together'][-1]:.1f} us a step", flush=True)
+              f"{rates['together'][-1] / rates['one at a time'][-1]:.2f} times; sampling {outside['one at a time'][-1][0]:.1f} and "
+              f"{outside['together'][-1][0]:.1f} us a step, the rest {outside['one at a time'][-1][1]:.1f} and "
+              f"{outside['together'][-1][1]:.1f} us", flush=True)
     server.stop()
     ratio = percentile(rates["together"], 0.5) / percentile(rates["one at a time"], 0.5)
-    print(f"medians: {ratio:.2f} times (bar 3), outside the model {percentile(outside['one at a time'], 0.5):.1f} us (bar 52) and "
-          f"{percentile(outside['together'], 0.5):.1f} us a step of {args.batch} (bar {50 + 2 * args.batch})")
+    rest = {way: percentile([times[1] for times in all_times], 0.5) for way, all_times in outside.items()}
+    print(f"medians: {ratio:.2f} times (bar 3), outside model and sampler {rest['one at a time']:.1f} us (bar 52) and "
+          f"{rest['together']:.1f} us a step of {args.batch} (bar {50 + 2 * args.batch})")
     return int(ratio < 3)
 
 
