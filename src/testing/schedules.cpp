@@ -1,0 +1,259 @@
+#include "testing/schedules.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <numeric>
+#include <optional>
+#include <unistd.h>
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+#include "base/hash.h"
+#include "engine/kv_cache.h"
+#include "engine/model_runner.h"
+#include "engine/mtp_drafter.h"
+#include "engine/sampler.h"
+#include "engine_core/scheduler.h"
+
+namespace hadal::testing {
+
+using engine::Request;
+
+namespace {
+
+/// Samples as the engine does and remembers.
+class RecordingSampler final : public engine::Sampler {
+ public:
+  explicit RecordingSampler(int64_t vocab) : sampler_(vocab) {}
+  engine::Sampled sample(const engine::SampleInput& input) override {
+    engine::Sampled sampled = sampler_.sample(input);
+    const std::string_view bytes(reinterpret_cast<const char*>(input.logits.data()),
+                                 input.logits.size_bytes());
+    drawn[{input.sampling.seed, input.choice, input.pos}] = {fnv1a64(bytes), sampled.token};
+    return sampled;
+  }
+  std::map<Schedules::Key, Drawn> drawn;
+
+ private:
+  engine::ModelSampler sampler_;
+};
+
+class NoFilter final : public engine::AnswerFilter {
+ public:
+  std::span<const int32_t> mask() override { return {}; }
+  Accepted accept(int64_t) override { return {}; }
+  std::string finish() override { return {}; }
+};
+class NoFilters final : public engine::AnswerFilters {
+ public:
+  std::unique_ptr<engine::AnswerFilter> create(const Request&) override {
+    return std::make_unique<NoFilter>();
+  }
+};
+
+struct Answer final : engine::Sink {
+  void on_update(engine::Update update) override {
+    if (!update.error.empty()) error = update.error;
+    for (const engine::OutputToken& token : update.tokens)
+      tokens[update.choice].push_back(token.token);
+    cached = update.cache.cached_tokens;
+    disk = update.cache.disk_tokens;
+    if (update.finish) ++finished;
+  }
+  std::map<int64_t, std::vector<int64_t>> tokens;
+  std::string error;
+  int64_t cached = 0, disk = 0;
+  int finished = 0;
+};
+
+}  // namespace
+
+/// A model with its engine, without the thread.
+struct Schedules::Machine {
+  engine::KvCache cache;
+  engine::ModelRunner runner;
+  RecordingSampler sampler;
+  NoFilters filters;
+  std::unique_ptr<engine::MtpDrafter> drafter;
+  std::unique_ptr<engine::Scheduler> scheduler;
+  uint64_t next_id = 1;
+
+  Machine(const model::Transformer& model,
+          const engine::KvCacheOptions& memory,
+          const engine::SchedulerOptions& options,
+          engine::PrefixStore* store)
+      : cache(model.config(), memory), runner(model, cache), sampler(model.config().vocab_size) {
+    if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner);
+    const engine::EngineInfo info{
+        .model_name = "test",
+        .vocab_size = model.config().vocab_size,
+        .max_context = std::min<int64_t>(memory.num_pages * cache.page_tokens(), 4096),
+        .max_choices = 4,
+        .eos_token = -1};
+    scheduler = std::make_unique<engine::Scheduler>(info, options,
+                                                    engine::SchedulerParts{.runner = runner,
+                                                                           .memory = cache,
+                                                                           .sampler = sampler,
+                                                                           .filters = filters,
+                                                                           .drafter = drafter.get(),
+                                                                           .store = store});
+  }
+  std::shared_ptr<Answer> add(const Request& request) {
+    auto answer = std::make_shared<Answer>();
+    scheduler->add(next_id++, scheduler->prepare(request, answer));
+    return answer;
+  }
+};
+
+std::string ScheduleCounts::to_string() const {
+  return concat(schedules, " schedules, ", tokens, " tokens compared, company up to ",
+                largest_company, ", ", preempted, " preemptions, ", cached, " tokens cached, ",
+                full, "/", periodic, "/", zero, " from disk (full/periodic/zero), ", drafted,
+                " drafted, ", accepted, " accepted");
+}
+
+Schedules::Schedules(const model::Transformer& model,
+                     ops::Numerics numerics,
+                     const ScheduleShape& shape,
+                     uint64_t seed)
+    : model_(model),
+      numerics_(numerics),
+      shape_(shape),
+      random_(seed),
+      folder_(
+          (std::filesystem::temp_directory_path() / concat("hadal-schedules-", getpid(), "-", seed))
+              .string()) {
+  std::vector<int64_t> shared(static_cast<size_t>(shape.shared));
+  for (int64_t& id : shared) id = random(0, model.config().vocab_size - 1);
+  for (int i = 0; i < shape.num_requests; ++i) {
+    requests_.push_back(draw_request(static_cast<uint64_t>(1000 + i), shared));
+  }
+  for (const Request& request : requests_) {
+    Machine machine(model_, {.numerics = numerics_, .num_pages = 16, .num_slots = 4, .slack = 3},
+                    {}, nullptr);
+    const auto answer = machine.add(request);
+    while (machine.scheduler->step()) {
+    }
+    EXPECT_EQ(answer->error, "");
+    alone_.insert(machine.sampler.drawn.begin(), machine.sampler.drawn.end());
+    tokens_.push_back(answer->tokens);
+  }
+}
+
+Schedules::~Schedules() { std::filesystem::remove_all(folder_); }
+
+int64_t Schedules::random(int64_t least, int64_t most) {
+  return least + static_cast<int64_t>(random_() % static_cast<uint64_t>(most - least + 1));
+}
+
+// Prompts begin with all of the shared beginning, with some of it, or with none.
+Request Schedules::draw_request(uint64_t seed, const std::vector<int64_t>& shared) {
+  const int64_t common[] = {0, shape_.shared / 6, shape_.shared / 2, shape_.shared,
+                            random(0, shape_.shared)};
+  Request request;
+  request.prompt.assign(shared.begin(), shared.begin() + common[seed % std::size(common)]);
+  for (int64_t own = random(1, shape_.max_own); own > 0; --own) {
+    request.prompt.push_back(random(0, model_.config().vocab_size - 1));
+  }
+  request.max_tokens = random(1, shape_.max_answer);
+  request.n = seed % 5 == 4 ? 2 : 1;
+  request.sampling.temperature = seed % 3 == 0 ? 0.0 : 0.9;
+  request.sampling.top_p = 0.9;
+  request.sampling.seed = seed;
+  request.priority = static_cast<int>(seed % 2);
+  return request;
+}
+
+void Schedules::run() {
+  // Few schedules shall see everything: every fourth begins with all the company there is, two of
+  // three have a store on disk, the second of them finds what the first left.
+  const int64_t round = counts_.schedules;
+  const bool crowd = round % 4 == 0;
+  engine::SchedulerOptions options;
+  options.max_running = crowd
+                            ? shape_.max_company
+                            : static_cast<int64_t>(std::exp2(static_cast<double>(random(0, 1000)) /
+                                                             1000 * std::log2(shape_.max_company)));
+  options.step_tokens = 4 + random(0, 120);
+  options.prompt_tokens = options.step_tokens + random(0, 300);
+  constexpr std::array kPolicies = {engine::WindowPolicy::kPeriodic, engine::WindowPolicy::kZero};
+  const auto policy = static_cast<size_t>(round / 3) % kPolicies.size();
+  const bool on_disk = round % 3 != 0;
+  const bool drafts = on_disk ? round / 3 / std::ssize(kPolicies) % 2 == 1 : random(0, 1) == 1;
+  options.max_drafts = drafts ? 1 : 0;
+  options.always_draft = drafts;
+  std::vector<size_t> order(requests_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::shuffle(order.begin(), order.end(), random_);
+  if (!crowd) order.resize(static_cast<size_t>(random(1, shape_.num_requests)));
+  const engine::KvCacheOptions memory{
+      .numerics = numerics_,
+      .num_pages = random(0, 1) == 0 ? shape_.small_memory : shape_.large_memory,
+      .num_slots = options.max_running + 2,
+      .slack = 3,
+      .with_mtp = drafts};
+
+  std::unique_ptr<engine::DiskStore> store;
+  int64_t* from_disk = nullptr;
+  if (on_disk) {
+    from_disk = std::array{&counts_.periodic, &counts_.zero}[policy];
+    engine::DiskStoreOptions disk;
+    disk.policy = kPolicies[policy];
+    // What is stored with the MTP block's rows is another layout.
+    disk.folder = concat(folder_, "/", policy, drafts ? "-drafts" : "");
+    disk.identity = "schedules";
+    disk.page_tokens = engine::page_tokens_of(model_.config());
+    disk.period = disk.page_tokens;
+    std::filesystem::create_directories(folder_);
+    store = std::make_unique<engine::DiskStore>(disk);
+  }
+  Machine machine(model_, memory, options, store.get());
+  int64_t tokens_from_disk = 0;
+  std::vector<std::shared_ptr<Answer>> answers;
+  const auto step = [&] {
+    const bool more = machine.scheduler->step();
+    machine.scheduler->check_integrity();
+    counts_.largest_company = std::max(counts_.largest_company, machine.scheduler->stats().running);
+    return more;
+  };
+  const int64_t pause = crowd ? 0 : random(0, 1) * random(0, 4);  // at most, between two arrivals
+  for (const size_t i : order) {
+    answers.push_back(machine.add(requests_[i]));
+    for (int64_t steps = random(0, pause); steps > 0; --steps) step();
+  }
+  while (step()) {
+  }
+  for (size_t i = 0; i < answers.size(); ++i) {
+    ASSERT_EQ(answers[i]->error, "");
+    ASSERT_EQ(answers[i]->finished, requests_[order[i]].n);
+    ASSERT_EQ(answers[i]->tokens, tokens_[order[i]]) << "request " << order[i];
+    counts_.cached += answers[i]->cached;
+    tokens_from_disk += answers[i]->disk;
+  }
+  for (const auto& [key, drawn] : machine.sampler.drawn) {
+    const auto wanted = alone_.find(key);
+    // Behind a rejected draft or the end of an answer nothing was drawn alone.
+    if (wanted == alone_.end()) continue;
+    ++counts_.tokens;
+    ASSERT_EQ(drawn, wanted->second)
+        << "seed " << std::get<0>(key) << " position " << std::get<2>(key);
+  }
+  const engine::EngineStats stats = machine.scheduler->stats();
+  counts_.preempted += stats.preemptions;
+  counts_.drafted += stats.drafted;
+  counts_.accepted += stats.accepted;
+  if (from_disk != nullptr) *from_disk += tokens_from_disk;
+  if (store != nullptr) store->flush();
+  ++counts_.schedules;
+}
+
+int64_t schedules_wanted(int64_t usual) {
+  const char* text = std::getenv("HADAL_SCHEDULES");
+  return text == nullptr ? usual : std::atoll(text);
+}
+
+}  // namespace hadal::testing
