@@ -1,5 +1,6 @@
 #include "apps/bench_serve.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -112,22 +113,23 @@ class LoadProgress {
  public:
   explicit LoadProgress(const ClientOptions& options)
       : by_time_(options.requests == 0),
-        progress_("load",
-                  by_time_ ? static_cast<int64_t>(options.duration) : options.requests,
-                  by_time_ ? "s" : "requests") {}
+        total_(by_time_ ? static_cast<int64_t>(options.duration) : options.requests),
+        progress_("load", total_, by_time_ ? "s" : "requests") {}
 
   void update(const ClientState& state) {
     const double seconds = state.seconds - last_.seconds;
     if (seconds < 1 && last_.seconds > 0) return;
     const double rate = static_cast<double>(state.pieces - last_.pieces) / seconds;
+    // After the last request is sent, time does not tell when the last answer comes.
     progress_.update(
-        by_time_ ? static_cast<int64_t>(state.seconds) : state.ended,
+        by_time_ ? std::min(static_cast<int64_t>(state.seconds), total_) : state.ended,
         fmt::format("{} open, {} tokens/s", state.sent - state.ended, short_number(rate)));
     last_ = state;
   }
 
  private:
   bool by_time_;
+  int64_t total_;
   Progress progress_;
   ClientState last_;
 };
