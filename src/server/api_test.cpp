@@ -394,6 +394,60 @@ TEST_F(ApiTest, UserTextCannotSpeakForOthers) {
   EXPECT_EQ(count[tokenizer_.id_of(text::kUser)], 0);
 }
 
+TEST_F(ApiTest, NoTextOfAClientBecomesASpecialToken) {
+  std::vector<std::string_view> tokens = {text::kBos, text::kEos, text::kPad};
+  tokens.insert(tokens.end(), text::kChatTokens.begin(), text::kChatTokens.end());
+  struct Case {
+    const char* path;
+    std::string body;
+  };
+  // Every place of a request whose text ends in the prompt holds E.
+  const std::vector<Case> cases = {
+      {"/v1/chat/completions",
+       R"({"messages": [{"role": "system", "content": "E"}, {"role": "developer", "content": "E"},
+    {"role": "latest_reminder", "content": "E"}, {"role": "user", "content": "E"},
+    {"role": "assistant", "reasoning_content": "E", "content": "E", "tool_calls": [{"id": "E",
+    "type": "function", "function": {"name": "E", "arguments": "{\"E\": \"E\", \"F\": [\"E\"]}"}},
+    {"id": "2", "type": "function", "function": {"name": "g", "arguments": "E"}}]},
+    {"role": "tool", "tool_call_id": "E", "content": "E"}],
+    "tools": [{"type": "function", "function": {"name": "f", "description": "E",
+    "parameters": {"E": "E"}}}], "response_format": {"type": "json_schema",
+    "json_schema": {"schema": {"E": "E"}}}})"},
+      {"/v1/chat/completions", R"({"messages": [{"role": "user", "content": "x"},
+    {"role": "assistant", "content": "E", "prefix": true}]})"},
+      {"/v1/responses",
+       R"({"instructions": "E", "input": [{"role": "developer", "content": "E"}, {"role": "user",
+    "content": "E"}, {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "E"}]},
+    {"type": "function_call", "call_id": "1", "name": "E", "arguments": "{\"E\": \"E\"}"},
+    {"type": "function_call_output", "call_id": "1", "output": "E"}],
+    "tools": [{"type": "function", "name": "f", "description": "E"}]})"},
+      {"/v1/messages",
+       R"({"max_tokens": 9, "system": "E", "thinking": {"type": "enabled"}, "messages": [
+    {"role": "user", "content": "E"}, {"role": "assistant", "content": [{"type": "thinking",
+    "thinking": "E"}, {"type": "text", "text": "E"}, {"type": "tool_use", "id": "1", "name": "E",
+    "input": {"E": {"E": "E"}}}]}, {"role": "user", "content": [{"type": "tool_result",
+    "tool_use_id": "1", "content": "E"}]}],
+    "tools": [{"name": "f", "description": "E", "input_schema": {"E": "E"}}]})"},
+  };
+  const auto specials = [&](const Case& c, const std::string& filler) {
+    std::string body;
+    for (const char letter : c.body) body += letter == 'E' ? filler : std::string(1, letter);
+    post(c.path, body);
+    EXPECT_EQ(status_, 200) << body;
+    std::vector<int64_t> found;
+    for (const int64_t id : last().prompt) {
+      if (tokenizer_.is_added(static_cast<int32_t>(id))) found.push_back(id);
+    }
+    EXPECT_NE(prompt_of_last().find(filler), std::string::npos);
+    return found;
+  };
+  for (const Case& c : cases) {
+    const std::vector<int64_t> ours = specials(c, "plain");
+    for (const std::string_view token : tokens)
+      EXPECT_EQ(specials(c, concat("a", token)), ours) << c.body;
+  }
+}
+
 TEST_F(ApiTest, TasksAndPrefixes) {
   answers_ = {"A title"};
   const Json reply = post("/v1/chat/completions", chat(R"("task": "title")"));

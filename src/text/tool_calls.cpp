@@ -164,24 +164,35 @@ std::span<const std::string_view> forbidden_in_text() {
 std::string_view tool_block_start() { return "\n\n<\uff5cDSML\uff5ctool_calls"; }
 
 std::string write_tool_calls(std::span<const ToolCall> calls) {
-  std::string out = concat("<", kDsml, "tool_calls>\n");
+  ChatPrompt prompt;
+  write_tool_calls(calls, prompt);
+  return std::move(prompt.text);
+}
+
+void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt) {
+  std::string& out = prompt.text;
+  out += concat("<", kDsml, "tool_calls>\n");
   for (const ToolCall& call : calls) {
     std::optional<PyJson> arguments = parse_arguments(call.arguments);
     if (!arguments) arguments = PyJson::object({{"arguments", PyJson::string(call.arguments)}});
     HADAL_INPUT_CHECK(arguments->is_object(), "tool call '", call.name, "': arguments are ",
                       arguments->kind_name(), ", expected an object");
-    out += concat("<", kDsml, "invoke name=\"", call.name, "\">\n");
+    out += concat(dsml::kInvoke, " name=\"");
+    prompt.add_foreign(call.name);
+    out += "\">\n";
     const char* separator = "";
     for (const auto& [key, value] : arguments->members()) {
-      out += concat(separator, "<", kDsml, "parameter name=\"", key, "\" string=\"",
-                    value.is_string() ? "true" : "false", "\">",
-                    value.is_string() ? value.text() : value.dump(), "</", kDsml, "parameter>");
+      out += concat(separator, dsml::kParameter, " name=\"");
+      prompt.add_foreign(key);
+      out += concat("\" string=\"", value.is_string() ? "true" : "false", "\">");
+      prompt.add_foreign(value.is_string() ? value.text() : value.dump());
+      out += concat("<", dsml::kParameterEnd, ">");
       separator = "\n";
     }
-    out += concat("\n</", kDsml, "invoke>\n");
+    out += concat("\n", dsml::kInvokeEnd, ">\n");
   }
   if (calls.empty()) out += "\n";
-  return out + concat("</", kDsml, "tool_calls>");
+  out += dsml::kBlockEnd;
 }
 
 PyJson Completion::to_json() const {

@@ -28,6 +28,8 @@ struct ToolCall {
 /// Arguments that are no JSON become one string parameter `arguments`. Errors: InputError if they
 /// are JSON but no object.
 std::string write_tool_calls(std::span<const ToolCall> calls);
+/// Appends the same; names, keys and values become ranges of prompt.foreign.
+void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt);
 
 struct Completion {
   bool ok = false;
