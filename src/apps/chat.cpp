@@ -71,7 +71,8 @@ class Display {
     if (event.kind == CompletionEvent::Kind::kToolCall) {
       enter(Part::kCall);
       put("call " + event.call.name + "(" + event.call.arguments + ")\n");
-    } else {
+    } else if (event.kind == CompletionEvent::Kind::kReasoning ||
+               event.kind == CompletionEvent::Kind::kContent) {
       enter(event.kind == CompletionEvent::Kind::kReasoning ? Part::kReasoning : Part::kContent);
       put(event.text);
     }

@@ -51,8 +51,7 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
                            const StopFunction& stop) {
   const text::ChatPrompt prompt = text::render_chat(messages_, settings_.encoding);
   std::vector<int64_t> ids;
-  for (const int32_t id : loaded_.tokenizer.encode(prompt.text, prompt.user_text))
-    ids.push_back(id);
+  for (const int32_t id : loaded_.tokenizer.encode(prompt.text, prompt.foreign)) ids.push_back(id);
 
   const int64_t positions = loaded_.config().max_position_embeddings;
   if (std::ssize(ids) >= positions) {

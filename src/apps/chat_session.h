@@ -1,6 +1,6 @@
 // A conversation with a model: the history, prompts in the official encoding, answers as they come.
 //
-// What users and tools write never becomes a special token. The cached state of earlier turns is
+// What messages hold never becomes a special token. The cached state of earlier turns is
 // used as far as the new prompt begins with the same tokens; it changes no bit of an answer.
 #pragma once
 

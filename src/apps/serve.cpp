@@ -22,7 +22,7 @@ namespace {
 struct Flags {
   std::string model, numerics, key_file;
   std::string disk_policy = "periodic";
-  double cache_gib = 0.5, disk_gib = 16;
+  double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
   engine::LocalEngineOptions engine;
   server::ServerOptions server;
 };
@@ -63,6 +63,8 @@ int run(Flags flags) {
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
+  flags.server.ping_interval =
+      std::chrono::milliseconds(static_cast<int64_t>(flags.ping_seconds * 1000));
   if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
   if (flags.engine.model_name.empty()) {
     std::string folder = loaded.folder;
@@ -105,6 +107,10 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--api-keys", flags->key_file, "file with one key a line; default: no keys");
   app.add_option("--tls-certificate", server.tls_certificate, "PEM file");
   app.add_option("--tls-key", server.tls_key, "PEM file");
+  app.add_option("--ping-seconds", flags->ping_seconds,
+                 "a stream silent for so long gets a ping; 0: never")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_option("--cache-gib", flags->cache_gib, "memory of pages and state slots")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -74,7 +74,7 @@ text::Completion answer(const LoadedModel& loaded,
   const text::ChatPrompt prompt =
       text::render_chat(text::messages_of_request(std::move(request)), dialogue.encoding);
   std::vector<int64_t> ids;
-  for (const int32_t id : loaded.tokenizer.encode(prompt.text, prompt.user_text)) ids.push_back(id);
+  for (const int32_t id : loaded.tokenizer.encode(prompt.text, prompt.foreign)) ids.push_back(id);
   sequence.set_tokens(ids);
   text::CompletionParser parser(dialogue.encoding.thinking_mode);
   decode(loaded, sequence, {.temperature = 0.0}, max_tokens,

@@ -24,7 +24,7 @@ MarkedTokens encode_conversation(std::string_view json,
       text::render_chat(text::messages_of_request(std::move(request)), options);
 
   MarkedTokens result;
-  result.ids = tokenizer.encode(prompt.text, prompt.user_text);
+  result.ids = tokenizer.encode(prompt.text, prompt.foreign);
   result.scored.assign(result.ids.size(), 0);
   const int32_t assistant = tokenizer.id_of(text::kAssistant);
   const int32_t end = tokenizer.id_of(text::kEos);

@@ -17,7 +17,7 @@ struct MarkedTokens {
 
 /// One line of chat data: {"messages": [...], "tools"?: [...], "thinking_mode"?: "chat" or
 /// "thinking" (default "chat")} in the message form of text/chat_format.h. Tokens of the official
-/// encoding; what users and tools wrote never becomes a special token. Scored is what follows an
+/// encoding; what the messages hold never becomes a special token. Scored is what follows an
 /// assistant mark and its thinking mark, up to and with the end of sentence. `origin` begins
 /// messages of InputErrors.
 MarkedTokens encode_conversation(std::string_view json,

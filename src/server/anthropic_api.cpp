@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "base/json.h"
 #include "server/openai_types.h"
 #include "text/utf8.h"
 
@@ -35,18 +34,6 @@ Json error_json(const RequestError& error) {
   return Json::object({{"type", js("error")},
                        {"error", Json::object({{"type", js(error_type(error.status()))},
                                                {"message", js(message)}})}});
-}
-
-/// A call's arguments as an object; what is no strict JSON becomes one string.
-Json input_of(const CallRecord& call) {
-  try {
-    parse_json(call.arguments, "arguments");  // PyJson would let NaN through
-    Json input = Json::parse(call.arguments, "arguments");
-    if (input.is_object()) return input;
-  } catch (const InputError&) {
-    // Models write such things.
-  }
-  return Json::object({{"arguments", js(call.arguments)}});
 }
 
 const char* stop_reason(const Choice& choice) {
@@ -97,20 +84,25 @@ class MessageFormat final : public Format {
                   : Json::object({{"type", js("thinking_delta")}, {"thinking", js(text)}}),
           out);
   }
-  void call(const Answer& answer, size_t index, std::string& out) override {
+  void call_begun(const Answer& answer, size_t index, std::string& out) override {
     close_block(out);
-    const CallRecord& call = answer.choices[index].calls.back();
+    const CallRecord& call = *answer.choices[index].open_call;
     open_ = Block::kTool;
     open_block(Json::object({{"type", js("tool_use")},
                              {"id", js(call.id)},
                              {"name", js(call.name)},
                              {"input", Json::object()}}),
                out);
-    delta(Json::object(
-              {{"type", js("input_json_delta")}, {"partial_json", js(input_of(call).dump())}}),
-          out);
-    close_block(out);
   }
+  void call_arguments(const Answer&,
+                      size_t,
+                      const std::string&,
+                      const std::string& input,
+                      std::string& out) override {
+    if (input.empty()) return;
+    delta(Json::object({{"type", js("input_json_delta")}, {"partial_json", js(input)}}), out);
+  }
+  void call_ended(const Answer&, size_t, std::string& out) override { close_block(out); }
   void finished(const Answer& answer, size_t index, std::string& out) override {
     close_block(out);
     const Choice& choice = answer.choices[index];
@@ -134,7 +126,7 @@ class MessageFormat final : public Format {
       content.items().push_back(Json::object({{"type", js("tool_use")},
                                               {"id", js(call.id)},
                                               {"name", js(call.name)},
-                                              {"input", input_of(call)}}));
+                                              {"input", Json::parse(call.input, "input")}}));
     Json message = frame(answer);
     message.set("content", std::move(content));
     message.set("stop_reason", js(stop_reason(choice)));
@@ -146,6 +138,7 @@ class MessageFormat final : public Format {
   void stream_error(const RequestError& error, std::string& out) override {
     write_sse(out, error_json(error), "error");
   }
+  void ping(std::string& out) override { event(out, "ping", {}); }
 
  private:
   enum class Block : uint8_t { kNone, kText, kThinking, kTool };

@@ -231,7 +231,7 @@ void Api::generate(const HttpRequest& request,
     };
   }
   std::make_shared<Generation>(context_.engine, context_.tokenizer, metrics_, responder,
-                               std::move(job), std::move(lease))
+                               std::move(job), std::move(lease), context_.options.ping_interval)
       ->start();
   metrics_.count_response(label(request.path), 200);
 }

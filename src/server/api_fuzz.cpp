@@ -27,6 +27,7 @@ class Recorder final : public hadal::server::Responder {
   void begin_stream(HttpResponse head) override { status = head.status; }
   void write(std::string bytes) override { body += bytes; }
   void end_stream() override { ++ended; }
+  void when_silent(std::chrono::milliseconds, std::function<void()>) override {}
   void on_close(std::function<void()>) override {}
   int status = 0, ended = 0;
   std::string body;

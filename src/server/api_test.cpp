@@ -32,6 +32,7 @@ class Recorder final : public Responder {
   }
   void write(std::string bytes) override { reply.body += bytes; }
   void end_stream() override { ++ended; }
+  void when_silent(std::chrono::milliseconds, std::function<void()>) override {}
   void on_close(std::function<void()>) override {}
   HttpResponse reply;
   bool streamed = false;
@@ -394,6 +395,60 @@ TEST_F(ApiTest, UserTextCannotSpeakForOthers) {
   EXPECT_EQ(count[tokenizer_.id_of(text::kUser)], 0);
 }
 
+TEST_F(ApiTest, NoTextOfAClientBecomesASpecialToken) {
+  std::vector<std::string_view> tokens = {text::kBos, text::kEos, text::kPad};
+  tokens.insert(tokens.end(), text::kChatTokens.begin(), text::kChatTokens.end());
+  struct Case {
+    const char* path;
+    std::string body;
+  };
+  // Every place of a request whose text ends in the prompt holds E.
+  const std::vector<Case> cases = {
+      {"/v1/chat/completions",
+       R"({"messages": [{"role": "system", "content": "E"}, {"role": "developer", "content": "E"},
+    {"role": "latest_reminder", "content": "E"}, {"role": "user", "content": "E"},
+    {"role": "assistant", "reasoning_content": "E", "content": "E", "tool_calls": [{"id": "E",
+    "type": "function", "function": {"name": "E", "arguments": "{\"E\": \"E\", \"F\": [\"E\"]}"}},
+    {"id": "2", "type": "function", "function": {"name": "g", "arguments": "E"}}]},
+    {"role": "tool", "tool_call_id": "E", "content": "E"}],
+    "tools": [{"type": "function", "function": {"name": "f", "description": "E",
+    "parameters": {"E": "E"}}}], "response_format": {"type": "json_schema",
+    "json_schema": {"schema": {"E": "E"}}}})"},
+      {"/v1/chat/completions", R"({"messages": [{"role": "user", "content": "x"},
+    {"role": "assistant", "content": "E", "prefix": true}]})"},
+      {"/v1/responses",
+       R"({"instructions": "E", "input": [{"role": "developer", "content": "E"}, {"role": "user",
+    "content": "E"}, {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "E"}]},
+    {"type": "function_call", "call_id": "1", "name": "E", "arguments": "{\"E\": \"E\"}"},
+    {"type": "function_call_output", "call_id": "1", "output": "E"}],
+    "tools": [{"type": "function", "name": "f", "description": "E"}]})"},
+      {"/v1/messages",
+       R"({"max_tokens": 9, "system": "E", "thinking": {"type": "enabled"}, "messages": [
+    {"role": "user", "content": "E"}, {"role": "assistant", "content": [{"type": "thinking",
+    "thinking": "E"}, {"type": "text", "text": "E"}, {"type": "tool_use", "id": "1", "name": "E",
+    "input": {"E": {"E": "E"}}}]}, {"role": "user", "content": [{"type": "tool_result",
+    "tool_use_id": "1", "content": "E"}]}],
+    "tools": [{"name": "f", "description": "E", "input_schema": {"E": "E"}}]})"},
+  };
+  const auto specials = [&](const Case& c, const std::string& filler) {
+    std::string body;
+    for (const char letter : c.body) body += letter == 'E' ? filler : std::string(1, letter);
+    post(c.path, body);
+    EXPECT_EQ(status_, 200) << body;
+    std::vector<int64_t> found;
+    for (const int64_t id : last().prompt) {
+      if (tokenizer_.is_added(static_cast<int32_t>(id))) found.push_back(id);
+    }
+    EXPECT_NE(prompt_of_last().find(filler), std::string::npos);
+    return found;
+  };
+  for (const Case& c : cases) {
+    const std::vector<int64_t> ours = specials(c, "plain");
+    for (const std::string_view token : tokens)
+      EXPECT_EQ(specials(c, concat("a", token)), ours) << c.body;
+  }
+}
+
 TEST_F(ApiTest, TasksAndPrefixes) {
   answers_ = {"A title"};
   const Json reply = post("/v1/chat/completions", chat(R"("task": "title")"));
@@ -515,6 +570,7 @@ TEST_F(ApiTest, Messages) {
     if (step == "content_block_start") step += " " + at(event.data, "content_block.type");
     if (step == "content_block_delta") step = at(event.data, "delta.type");
     if (step == "\"text_delta\"" || step == "\"thinking_delta\"") continue;
+    if (step == "\"input_json_delta\"" && order.ends_with(step + ", ")) continue;
     order += step + ", ";
   }
   EXPECT_EQ(order,
@@ -544,7 +600,105 @@ TEST_F(ApiTest, ArgumentsThatAreNoJsonStayText) {
   const Json reply = post("/v1/messages",
                           R"({"max_tokens": 500, "messages": [{"role": "user", "content": "x"}],
     "tools": [{"name": "f"}]})");
-  EXPECT_EQ(at(reply, "content.0.input.arguments"), R"("{\"a\": NaN}")");
+  EXPECT_EQ(at(reply, "content.0.input"), R"({"a": "NaN"})");
+  const Json raw =
+      post("/v1/chat/completions", chat(std::string(R"("thinking": false, )") + kTools));
+  EXPECT_EQ(at(raw, "choices.0.message.tool_calls.0.function.arguments"), R"("{\"a\": NaN}")");
+}
+
+/// One call whose parameters are given as they stand in the markup.
+std::string call_of(const std::vector<std::string>& parameters) {
+  std::string out =
+      concat("\n\n<", text::kDsml, "tool_calls>\n", text::dsml::kInvoke, " name=\"f\">\n");
+  for (const std::string& parameter : parameters)
+    out += concat(text::dsml::kParameter, " ", parameter, "<", text::dsml::kParameterEnd, ">\n");
+  return concat(out, text::dsml::kInvokeEnd, ">\n", text::dsml::kBlockEnd);
+}
+
+/// A stream's calls add up to those of the whole answer, in several deltas, in every API.
+TEST_F(ApiTest, ArgumentsStreamInEveryApi) {
+  const std::string messages = R"("messages": [{"role": "user", "content": "x"}])";
+  const std::vector<std::vector<std::string>> calls = {
+      {},
+      {R"(name="a" string="true">a "long" text\n</b> of many words, \u4f60)"},
+      {R"(name="a" string="false">[1.50, {"b":2}])", R"(name="s" string="true">)"},
+      {R"(name="a" string="false">NaN)", R"(name="b" string="false">)"},
+      {R"(name="a" string="false">1, "b": 2)", R"(name="c" string="false">{"d": [true]})"},
+  };
+  for (const std::vector<std::string>& parameters : calls) {
+    answers_ = {"I call." + call_of(parameters)};
+    const Json whole =
+        post("/v1/chat/completions", chat(std::string(R"("thinking": false, )") + kTools));
+    std::string sum;
+    size_t deltas = 0;
+    for (const Event& event :
+         stream("/v1/chat/completions",
+                chat(std::string(R"("thinking": false, "stream": true, )") + kTools))) {
+      EXPECT_EQ(event.data.dump().find("DSML"), std::string::npos);
+      const std::string piece = at(event.data, "choices.0.delta.tool_calls.0.function.arguments");
+      if (piece == "nothing") continue;
+      sum += Json::parse(piece, "piece").text();
+      ++deltas;
+    }
+    EXPECT_EQ(Json::string(sum).dump(),
+              at(whole, "choices.0.message.tool_calls.0.function.arguments"));
+    EXPECT_GT(deltas, parameters.empty() ? 1u : 3u);
+
+    const std::string responses = R"({"input": "x", "reasoning": {"effort": "none"},
+        "tools": [{"type": "function", "name": "f"}])";
+    const Json response = post("/v1/responses", responses + "}");
+    sum.clear();
+    for (const Event& event : stream("/v1/responses", responses + R"(, "stream": true})")) {
+      if (event.name == "response.function_call_arguments.delta")
+        sum += event.data.find("delta")->text();
+      if (event.name == "response.function_call_arguments.done") {
+        EXPECT_EQ(sum, event.data.find("arguments")->text());
+      }
+    }
+    EXPECT_EQ(Json::string(sum).dump(), at(response, "output.1.arguments"));
+
+    const std::string body = R"({"max_tokens": 900, "tools": [{"name": "f"}], )" + messages;
+    const Json message = post("/v1/messages", body + "}");
+    sum.clear();
+    for (const Event& event : stream("/v1/messages", body + R"(, "stream": true})")) {
+      if (at(event.data, "delta.type") == "\"input_json_delta\"")
+        sum += event.data.find("delta")->find("partial_json")->text();
+    }
+    EXPECT_EQ(sum, at(message, "content.1.input"));
+  }
+}
+
+TEST_F(ApiTest, ACallThatIsCutOffStaysOpen) {
+  answers_ = {call_of({R"(name="a" string="true">one two three)"})};
+  const std::string all = answers_[0];
+  const auto tokens = std::to_string(
+      tokenizer_.encode(all.substr(0, all.find("three")), text::SpecialTokens::kRecognise).size());
+  const std::string limits = R"("thinking": false, "max_tokens": )" + tokens + ", ";
+  const Json whole = post("/v1/chat/completions", chat(limits + kTools));
+  EXPECT_EQ(at(whole, "choices.0.finish_reason"), "\"length\"");
+  EXPECT_EQ(at(whole, "choices.0.message.tool_calls"), "nothing");
+  std::string sum;
+  for (const Event& event :
+       stream("/v1/chat/completions", chat(limits + R"("stream": true, )" + kTools))) {
+    EXPECT_EQ(event.data.dump().find("DSML"), std::string::npos);
+    const std::string piece = at(event.data, "choices.0.delta.tool_calls.0.function.arguments");
+    if (piece != "nothing") sum += Json::parse(piece, "piece").text();
+  }
+  EXPECT_EQ(sum, R"({"a": "one two )");
+  const std::string responses = R"({"input": "x", "reasoning": {"effort": "none"},
+      "max_output_tokens": )" + tokens +
+                                R"(, "tools": [{"type": "function", "name": "f"}])";
+  const Json response = post("/v1/responses", responses + "}");
+  EXPECT_EQ(at(response, "output.0.status"), "\"incomplete\"");
+  EXPECT_EQ(at(response, "output.0.arguments"), R"("{\"a\": \"one two ")");
+  const auto events = stream("/v1/responses", responses + R"(, "stream": true})");
+  EXPECT_EQ(at(events[events.size() - 2].data, "item.status"), "\"incomplete\"");
+  EXPECT_EQ(at(events.back().data, "response.output.0.status"), "\"incomplete\"");
+  const auto messages =
+      stream("/v1/messages", R"({"max_tokens": )" + tokens + R"(, "tools": [{"name": "f"}],
+      "stream": true, "messages": [{"role": "user", "content": "x"}]})");
+  EXPECT_EQ(messages[messages.size() - 3].name, "content_block_stop");
+  EXPECT_EQ(at(messages[messages.size() - 2].data, "delta.stop_reason"), "\"max_tokens\"");
 }
 
 TEST_F(ApiTest, ModelsTokenizeHealthMetrics) {
@@ -574,11 +728,24 @@ TEST_F(ApiTest, EngineErrorsAreTheApisOwn) {
   answers_ = {"!out of memory"};
   EXPECT_EQ(at(post("/v1/chat/completions", chat("")), "error.type"), "\"server_error\"");
   EXPECT_EQ(status_, 500);
-  EXPECT_EQ(at(post("/v1/messages",
-                    R"({"max_tokens": 1, "stream": true, "messages": [{"role": "user",
-    "content": "x"}]})"),
-               "error.type"),
-            "\"api_error\"");
+  const std::string body =
+      R"({"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "stream": )";
+  EXPECT_EQ(at(post("/v1/messages", body + "false}"), "error.type"), "\"api_error\"");
+  EXPECT_EQ(status_, 500);
+  // A stream has begun by then: the error is its last event.
+  const auto messages = stream("/v1/messages", body + "true}");
+  EXPECT_EQ(status_, 200);
+  EXPECT_EQ(messages.front().name, "message_start");
+  EXPECT_EQ(messages.back().name, "error");
+  EXPECT_EQ(at(messages.back().data, "error.message"), "\"out of memory\"");
+  const auto chunks = stream("/v1/chat/completions", chat(R"("stream": true)"));
+  EXPECT_EQ(at(chunks.back().data, "error.message"), "\"out of memory\"");
+  EXPECT_TRUE(done_);
+  const auto events = stream("/v1/responses", R"({"input": "x", "stream": true})");
+  EXPECT_EQ(events.back().name, "response.failed");
+  EXPECT_EQ(at(events.back().data, "response.error.message"), "\"out of memory\"");
+  const auto texts = stream("/v1/completions", R"({"prompt": ["x", "y"], "stream": true})");
+  EXPECT_EQ(at(texts.back().data, "error.message"), "\"out of memory\"");
 }
 
 TEST_F(ApiTest, MalformedRequestsNameTheField) {

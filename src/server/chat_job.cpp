@@ -94,7 +94,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
   try {
     text::ChatPrompt prompt = text::render_chat(messages, options);
     prompt.text += rendered.opening;
-    const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.user_text);
+    const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
     rendered.tokens.assign(ids.begin(), ids.end());
   } catch (const RequestError&) {
     throw;

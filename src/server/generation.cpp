@@ -2,6 +2,7 @@
 
 #include <random>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "text/chat_tokens.h"
 
@@ -15,6 +16,19 @@ std::mt19937_64& random_source() {
     return std::mt19937_64(seeds);
   }();
   return source;
+}
+
+/// A value of a call's arguments as PyJson writes it; a string if it is no strict JSON.
+std::string strict_value(const std::string& text) {
+  try {
+    const std::string list = concat("[", text, "]");
+    parse_json(list, "value");  // PyJson would let NaN through
+    const Json parsed = Json::parse(list, "value");
+    if (parsed.items().size() == 1) return parsed.items().front().dump();
+  } catch (const InputError&) {
+    // Models write such things.
+  }
+  return text::quote_json(text);
 }
 }  // namespace
 
@@ -60,12 +74,14 @@ Generation::Generation(engine::Engine& engine,
                        ApiMetrics& metrics,
                        std::shared_ptr<Responder> responder,
                        Job job,
-                       Lease lease)
+                       Lease lease,
+                       std::chrono::milliseconds ping_interval)
     : engine_(engine),
       metrics_(metrics),
       responder_(std::move(responder)),
       job_(std::move(job)),
       lease_(std::move(lease)),
+      ping_interval_(ping_interval),
       began_(std::chrono::steady_clock::now()) {
   answer_.id = job_.id;
   answer_.model = job_.model;
@@ -114,10 +130,7 @@ void Generation::start() {
     ids.push_back(id);
     first += choices;
   }
-  responder_->post([self = shared_from_this(), ids] {
-    self->ids_ = ids;
-    if (self->over_) self->cancel_all();
-  });
+  responder_->post([self = shared_from_this(), ids] { self->accepted(ids); });
   responder_->on_close([self = shared_from_this(), ids] {
     self->over_ = true;
     for (const uint64_t id : ids) self->engine_.cancel(id);
@@ -126,8 +139,20 @@ void Generation::start() {
   });
 }
 
+void Generation::accepted(std::vector<uint64_t> ids) {
+  ids_ = std::move(ids);
+  if (over_) return cancel_all();
+  accepted_ = true;
+  if (job_.stream) begin_stream();
+  for (const auto& [first_choice, news] : std::exchange(early_, {})) update(first_choice, news);
+}
+
 void Generation::update(size_t first_choice, const engine::Update& update) {
   if (over_) return;
+  if (!accepted_) {
+    early_.emplace_back(first_choice, update);
+    return;
+  }
   const size_t index = first_choice + static_cast<size_t>(update.choice);
   HADAL_CHECK(index < progress_.size(), "server: an update of choice ", update.choice);
   if (update.finish == engine::FinishReason::kError)
@@ -149,7 +174,6 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
     }
   }
   if (update.view && index == 0 && job_.on_view) job_.on_view(*update.view);
-  if (job_.stream) begin_stream();
   if (!progress_[index].done) {
     answer_.choices[index].completion_tokens = update.completion_tokens;
     for (const engine::OutputToken& token : update.tokens) {
@@ -190,11 +214,9 @@ void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& e
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   for (text::CompletionEvent& event : events) {
-    if (event.kind == Format::Kind::kToolCall) {
+    if (event.kind != Format::Kind::kContent && event.kind != Format::Kind::kReasoning) {
       progress.pending.clear();
-      if (job_.one_call && !choice.calls.empty()) continue;
-      choice.calls.push_back({random_id("call_"), event.call.name, event.call.arguments});
-      if (streaming_) job_.format->call(answer_, index, out_);
+      if (!job_.one_call || choice.calls.empty()) take_call_event(index, event);
       continue;
     }
     const bool is_content = event.kind == Format::Kind::kContent;
@@ -206,6 +228,31 @@ void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& e
   }
   if (job_.one_call && !choice.calls.empty() && !progress.done)
     finish_choice(index, engine::FinishReason::kStop);
+}
+
+void Generation::take_call_event(size_t index, const text::CompletionEvent& event) {
+  Progress& progress = progress_[index];
+  Choice& choice = answer_.choices[index];
+  if (event.kind == Format::Kind::kCallBegin) {
+    choice.open_call = {random_id("call_"), event.call.name, {}, {}};
+    if (streaming_) job_.format->call_begun(answer_, index, out_);
+  } else if (event.kind == Format::Kind::kToolCall) {
+    choice.calls.push_back(std::move(*choice.open_call));
+    choice.open_call.reset();
+    if (streaming_) job_.format->call_ended(answer_, index, out_);
+  } else {
+    std::string input;
+    if (event.unchecked) {
+      progress.value = progress.value.value_or("") + event.text;
+    } else {
+      if (progress.value) input = strict_value(*progress.value);
+      progress.value.reset();
+      input += event.text;
+    }
+    choice.open_call->arguments += event.text;
+    choice.open_call->input += input;
+    if (streaming_) job_.format->call_arguments(answer_, index, event.text, input, out_);
+  }
 }
 
 void Generation::finish_choice(size_t index, engine::FinishReason reason) {
@@ -230,14 +277,24 @@ void Generation::finish_choice(size_t index, engine::FinishReason reason) {
   if (streaming_) job_.format->finished(answer_, index, out_);
 }
 
+/// The client sees the answer's head and frame while the prompt is still waiting or read.
 void Generation::begin_stream() {
-  if (streaming_) return;
   streaming_ = true;
   HttpResponse head;
   head.content_type = "text/event-stream; charset=utf-8";
   head.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
   responder_->begin_stream(std::move(head));
   job_.format->begin(answer_, out_);
+  if (out_.empty()) job_.format->ping(out_);
+  responder_->write(std::exchange(out_, {}));
+  if (ping_interval_.count() > 0)
+    responder_->when_silent(ping_interval_, [self = shared_from_this()] { self->ping(); });
+}
+
+void Generation::ping() {
+  if (over_) return;
+  job_.format->ping(out_);
+  responder_->write(std::exchange(out_, {}));
 }
 
 void Generation::close() {

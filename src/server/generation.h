@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine_core/engine.h"
@@ -24,12 +25,14 @@ namespace hadal::server {
 
 struct CallRecord {
   std::string id, name, arguments;
+  std::string input;  ///< the arguments, but strict JSON: a value that is none is a string here
 };
 
 /// What is known of one choice so far.
 struct Choice {
   std::string reasoning, content;
-  std::vector<CallRecord> calls;
+  std::vector<CallRecord> calls;        ///< complete ones
+  std::optional<CallRecord> open_call;  ///< under way, or what is there of it where the answer ends
   std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
   std::optional<engine::FinishReason> finish;
   std::string matched_stop;
@@ -55,13 +58,23 @@ class Format {
   virtual void begin(const Answer&, std::string& /*out*/) {}
   /// Reasoning or content, already part of the answer.
   virtual void text(const Answer&, size_t, Kind, const std::string&, std::string& /*out*/) {}
-  /// The last call of the choice is new.
-  virtual void call(const Answer&, size_t, std::string& /*out*/) {}
+  /// The choice's open call is new, its arguments still empty.
+  virtual void call_begun(const Answer&, size_t, std::string& /*out*/) {}
+  /// More of its arguments as the model wrote them, and of its input; one of them may be empty.
+  virtual void call_arguments(const Answer&,
+                              size_t,
+                              const std::string& /*arguments*/,
+                              const std::string& /*input*/,
+                              std::string& /*out*/) {}
+  /// It is complete: the last of the choice's calls now.
+  virtual void call_ended(const Answer&, size_t, std::string& /*out*/) {}
   virtual void finished(const Answer&, size_t, std::string& /*out*/) {}
   virtual void end(const Answer&, std::string& /*out*/) {}
   virtual std::string whole(const Answer&) = 0;
   virtual HttpResponse error(const RequestError&) = 0;
   virtual void stream_error(const RequestError&, std::string& out) = 0;
+  /// What clients pass over: keeps a stream alive on which nothing is sent. A comment of SSE.
+  virtual void ping(std::string& out) { out += ": ping\n\n"; }
 };
 
 /// A request that passed all checks.
@@ -88,14 +101,17 @@ class Generation : public std::enable_shared_from_this<Generation> {
              ApiMetrics& metrics,
              std::shared_ptr<Responder> responder,
              Job job,
-             Lease lease);
-  /// Submits the job. Errors: RequestError where the engine refuses it.
+             Lease lease,
+             std::chrono::milliseconds ping_interval = {});
+  /// Submits the job; a stream begins as soon as the engine has accepted all of it. Errors:
+  /// RequestError where it refuses.
   void start();
 
  private:
   struct Progress {
     std::optional<text::CompletionParser> parser;
     std::vector<engine::OutputToken> pending;  ///< tokens whose text is held back
+    std::optional<std::string> value;          ///< of a call's arguments, not known to be JSON yet
     bool in_reasoning = false, started = false, done = false;
   };
   class PostingSink;
@@ -103,9 +119,12 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void update(size_t first_choice, const engine::Update& update);
   void take_token(size_t index, const engine::OutputToken& token);
   void take_events(size_t index, std::vector<text::CompletionEvent>& events);
+  void take_call_event(size_t index, const text::CompletionEvent& event);
   void finish_choice(size_t index, engine::FinishReason reason);
   void fail(const RequestError& error);
+  void accepted(std::vector<uint64_t> ids);
   void begin_stream();
+  void ping();
   void close();
   void cancel_all();
 
@@ -114,14 +133,16 @@ class Generation : public std::enable_shared_from_this<Generation> {
   const std::shared_ptr<Responder> responder_;
   Job job_;
   Lease lease_;
+  const std::chrono::milliseconds ping_interval_;  ///< of a silent stream; 0: none
   const std::chrono::steady_clock::time_point began_;
   int64_t think_end_ = -1;
   Answer answer_;
   std::vector<Progress> progress_;
   std::vector<uint64_t> ids_;
+  std::vector<std::pair<size_t, engine::Update>> early_;  ///< came before all was accepted
   std::string out_;
   size_t open_choices_ = 0;
-  bool streaming_ = false, over_ = false, first_ = true;
+  bool accepted_ = false, streaming_ = false, over_ = false, first_ = true;
 };
 
 /// "prefix" and 24 random characters.

@@ -40,6 +40,7 @@ namespace beast = boost::beast;
 namespace http = beast::http;
 using boost::system::error_code;
 using net::ip::tcp;
+using Clock = std::chrono::steady_clock;
 using RequestParser = http::request_parser<http::string_body>;
 
 constexpr size_t kReadAhead = 64 << 10;  // bytes of further requests read while one is answered
@@ -174,6 +175,7 @@ class Connection final : public ConnectionBase,
     void write(std::string bytes) override {
       submit([this, bytes = std::move(bytes)] {
         if (!began_ || bytes.empty()) return;
+        written_ = Clock::now();
         if (!chunked_) return connection_->enqueue(bytes, true);
         char size[24];
         const int digits = std::snprintf(size, sizeof(size), "%zx\r\n", bytes.size());
@@ -185,6 +187,13 @@ class Connection final : public ConnectionBase,
         if (!began_) return;
         if (chunked_) connection_->enqueue("0\r\n\r\n", false);
         finish();
+      });
+    }
+    void when_silent(std::chrono::milliseconds interval, std::function<void()> work) override {
+      submit([this, interval, work = std::move(work)]() mutable {
+        written_ = Clock::now();
+        silence_.emplace(executor_);
+        watch_silence(interval, std::move(work));
       });
     }
     void on_close(std::function<void()> gone) override {
@@ -244,6 +253,19 @@ class Connection final : public ConnectionBase,
       }
     };
 
+    /// On the strand. One timer a stream, which looks at the latest write when it expires.
+    void watch_silence(std::chrono::milliseconds interval, std::function<void()> work) {
+      silence_->expires_at(written_ + interval);
+      silence_->async_wait([self = this->shared_from_this(), interval,
+                            work = std::move(work)](error_code error) mutable {
+        if (error || self->over_) return;
+        if (Clock::now() >= self->written_ + interval) self->post(work);
+        // Running work of this answer may have written or ended it.
+        self->post([self, interval, work = std::move(work)]() mutable {
+          self->watch_silence(interval, std::move(work));
+        });
+      });
+    }
     void finish() {
       end(false);
       connection_->answer_ended();
@@ -260,6 +282,7 @@ class Connection final : public ConnectionBase,
       if (over_) return {};
       over_ = true;
       left_ = left;
+      if (silence_) silence_->cancel();
       return std::exchange(gone_, {});
     }
 
@@ -270,7 +293,10 @@ class Connection final : public ConnectionBase,
     std::atomic<std::thread::id> runner_{};  // who runs work of this answer now
     bool left_ = false;
     std::function<void()> gone_;
-    bool began_ = false, chunked_ = false;  // on the strand
+    // On the strand:
+    bool began_ = false, chunked_ = false;
+    Clock::time_point written_;  // the latest write
+    std::optional<net::steady_timer> silence_;
   };
 
   Connection(std::shared_ptr<Core> core, tcp::socket socket)

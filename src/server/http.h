@@ -6,6 +6,7 @@
 // client that leaves, reads too slowly or stalls is dropped and its answer told (on_close).
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -44,6 +45,8 @@ class Responder {
   virtual void begin_stream(HttpResponse head) = 0;  ///< its body is ignored
   virtual void write(std::string bytes) = 0;
   virtual void end_stream() = 0;
+  /// In a stream: `work` runs whenever nothing was written for `interval`, until the answer ends.
+  virtual void when_silent(std::chrono::milliseconds interval, std::function<void()> work) = 0;
   /// `gone` runs once if the client leaves before the answer's end, at once if it has left.
   virtual void on_close(std::function<void()> gone) = 0;
 };

@@ -125,16 +125,18 @@ class ChatFormat final : public OpenAiFormat {
     delta(answer, index, Json::object({{content ? "content" : "reasoning_content", js(text)}}),
           std::move(logprobs), out);
   }
-  void call(const Answer& answer, size_t index, std::string& out) override {
-    const auto& calls = answer.choices[index].calls;
-    const auto number = static_cast<int64_t>(calls.size()) - 1;
-    Json head = call_json({calls.back().id, calls.back().name, ""});
-    head.set("index", js(number));
-    delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(head)})}}), {}, out);
-    Json body =
-        Json::object({{"index", js(number)},
-                      {"function", Json::object({{"arguments", js(calls.back().arguments)}})}});
-    delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(body)})}}), {}, out);
+  void call_begun(const Answer& answer, size_t index, std::string& out) override {
+    const CallRecord& call = *answer.choices[index].open_call;
+    call_delta(answer, index, call_json({call.id, call.name, {}, {}}), out);
+  }
+  void call_arguments(const Answer& answer,
+                      size_t index,
+                      const std::string& arguments,
+                      const std::string&,
+                      std::string& out) override {
+    if (arguments.empty()) return;
+    call_delta(answer, index,
+               Json::object({{"function", Json::object({{"arguments", js(arguments)}})}}), out);
   }
   void finished(const Answer& answer, size_t index, std::string& out) override {
     const Choice& choice = answer.choices[index];
@@ -197,6 +199,12 @@ class ChatFormat final : public OpenAiFormat {
                                            {"logprobs", std::move(logprobs)},
                                            {"finish_reason", Json()}})}),
                 out);
+  }
+  /// Of the open call.
+  void call_delta(const Answer& answer, size_t index, Json content, std::string& out) {
+    Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls))}});
+    for (auto& [key, value] : content.members()) call.set(key, value);
+    delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(call)})}}), {}, out);
   }
   std::vector<Sent> sent_;
 };

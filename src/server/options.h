@@ -39,7 +39,9 @@ struct ServerOptions {
   std::chrono::milliseconds write_timeout{30'000};  ///< one write without an end: dropped
   std::chrono::milliseconds drain_timeout{30'000};  ///< how long stop() waits for open answers
   std::chrono::milliseconds request_timeout{0};     ///< of a generation; 0: none
-  std::chrono::seconds retry_after{1};              ///< told to those who find the queue full
+  /// A stream that says nothing for so long gets a comment or the API's ping; 0: never.
+  std::chrono::milliseconds ping_interval{15'000};
+  std::chrono::seconds retry_after{1};  ///< told to those who find the queue full
 
   // Limits of a request.
   int max_json_depth = 64;

@@ -61,26 +61,32 @@ class ResponseFormat final : public Format {
     event(out, content ? "response.output_text.delta" : "response.reasoning_text.delta",
           std::move(delta));
   }
-  void call(const Answer& answer, size_t index, std::string& out) override {
+  void call_begun(const Answer& answer, size_t index, std::string& out) override {
     const Choice& choice = answer.choices[index];
     close_item(choice, out);
-    const CallRecord& record = choice.calls.back();
-    CallRecord empty = record;
-    empty.arguments.clear();
+    open_ = Open::kCall;
     event(out, "response.output_item.added",
-          {{"output_index", js(item_)}, {"item", function_call(empty, "in_progress")}});
+          {{"output_index", js(item_)}, {"item", function_call(*choice.open_call, "in_progress")}});
+  }
+  void call_arguments(const Answer& answer,
+                      size_t index,
+                      const std::string& arguments,
+                      const std::string&,
+                      std::string& out) override {
+    if (arguments.empty()) return;
     event(out, "response.function_call_arguments.delta",
-          {{"item_id", js("fc_" + record.id)},
+          {{"item_id", js("fc_" + answer.choices[index].open_call->id)},
            {"output_index", js(item_)},
-           {"delta", js(record.arguments)}});
+           {"delta", js(arguments)}});
+  }
+  void call_ended(const Answer& answer, size_t index, std::string& out) override {
+    const CallRecord& call = answer.choices[index].calls.back();
     event(out, "response.function_call_arguments.done",
-          {{"item_id", js("fc_" + record.id)},
+          {{"item_id", js("fc_" + call.id)},
            {"output_index", js(item_)},
-           {"name", js(record.name)},
-           {"arguments", js(record.arguments)}});
-    event(out, "response.output_item.done",
-          {{"output_index", js(item_)}, {"item", function_call(record, "completed")}});
-    ++item_;
+           {"name", js(call.name)},
+           {"arguments", js(call.arguments)}});
+    close_call(call, "completed", out);
   }
   void finished(const Answer& answer, size_t index, std::string& out) override {
     close_item(answer.choices[index], out);
@@ -102,7 +108,7 @@ class ResponseFormat final : public Format {
   }
 
  private:
-  enum class Open : uint8_t { kNone, kReasoning, kMessage };
+  enum class Open : uint8_t { kNone, kReasoning, kMessage, kCall };
 
   static const char* status_of(const Answer& answer) {
     return answer.choices.front().finish == engine::FinishReason::kLength ? "incomplete"
@@ -137,8 +143,15 @@ class ResponseFormat final : public Format {
     members.insert(members.begin(), {{"type", js(name)}, {"sequence_number", js(sequence_++)}});
     write_sse(out, Json::object(std::move(members)), name);
   }
+  void close_call(const CallRecord& call, const char* status, std::string& out) {
+    event(out, "response.output_item.done",
+          {{"output_index", js(item_)}, {"item", function_call(call, status)}});
+    open_ = Open::kNone;
+    ++item_;
+  }
   void close_item(const Choice& choice, std::string& out) {
     if (open_ == Open::kNone) return;
+    if (open_ == Open::kCall) return close_call(*choice.open_call, "incomplete", out);
     const bool content = open_ == Open::kMessage;
     const std::string& id = content ? message_id_ : reasoning_id_;
     const std::string& text = content ? choice.content : choice.reasoning;
@@ -174,6 +187,8 @@ class ResponseFormat final : public Format {
             message(message_id_, item_status, Json::array({output_text(choice.content)})));
       for (const CallRecord& call : choice.calls)
         output.items().push_back(function_call(call, "completed"));
+      if (choice.open_call)
+        output.items().push_back(function_call(*choice.open_call, "incomplete"));
       if (cut) incomplete = Json::object({{"reason", js("max_output_tokens")}});
       const int64_t tokens = answer.completion_tokens();
       usage = Json::object(

@@ -99,6 +99,68 @@ TEST(Server, ClosesWhereTheClientAsksTo) {
   EXPECT_TRUE(bytes.ends_with("\r\n\r\n")) << bytes;
 }
 
+TEST(Server, StreamsBeginBeforeTheFirstTokenAndStayAlive) {
+  ServerOptions options;
+  options.ping_interval = milliseconds(20);
+  Fixture f("Hello!", options);
+  f.engine.hold(true);
+  const std::string message =
+      R"({"max_tokens": 9, "stream": true, "messages": [{"role": "user", "content": "hi"}]})";
+  const std::string response =
+      R"({"input": "hi", "reasoning": {"effort": "none"}, "stream": true})";
+  struct Case {
+    const char* path;
+    std::string body, first, ping, last;
+  };
+  const Case cases[] = {
+      {"/v1/chat/completions", kChat, "\"role\": \"assistant\"", ": ping\n\n", "data: [DONE]"},
+      {"/v1/completions", R"({"prompt": "hi", "stream": true})", "", ": ping\n\n", "data: [DONE]"},
+      {"/v1/responses", response, "response.in_progress", ": ping\n\n", "response.completed"},
+      {"/v1/messages", message, "message_start", "event: ping\ndata: {\"type\": \"ping\"}\n\n",
+       "message_stop"},
+  };
+  for (const Case& c : cases) {
+    LoopbackClient client = f.client();
+    client.send(testing::post_bytes(c.path, c.body));
+    std::string seen;
+    const auto sees = [&](const std::string& text, size_t times = 1) {
+      return eventually([&] {
+        seen += client.receive_until("\n");
+        size_t found = 0;
+        for (size_t pos = 0; (pos = seen.find(text, pos)) != std::string::npos; ++pos) ++found;
+        return found >= times;
+      });
+    };
+    EXPECT_TRUE(sees("\r\n\r\n"));
+    EXPECT_TRUE(seen.starts_with("HTTP/1.1 200 ")) << seen;
+    EXPECT_NE(seen.find("text/event-stream"), std::string::npos);
+    EXPECT_TRUE(sees(c.first)) << seen;
+    EXPECT_TRUE(sees(c.ping, 3)) << seen;
+    EXPECT_EQ(seen.find(c.last), std::string::npos);
+    f.engine.hold(false);
+    EXPECT_TRUE(sees(c.last)) << seen;
+    f.engine.hold(true);
+  }
+  f.engine.hold(false);
+  EXPECT_TRUE(eventually([&] { return f.server->stats().active == 0; }));
+}
+
+TEST(Server, APingFindsThatTheClientHasLeft) {
+  ServerOptions options;
+  options.ping_interval = milliseconds(10);
+  Fixture f("Hello!", options);
+  f.engine.hold(true);
+  {
+    LoopbackClient client = f.client();
+    client.send(testing::post_bytes("/v1/chat/completions", kChat));
+    EXPECT_NE(client.receive_until(": ping").find(": ping"), std::string::npos);
+  }
+  EXPECT_TRUE(f.engine.wait_cancelled(1));
+  f.engine.hold(false);
+  EXPECT_TRUE(eventually([&] { return f.server->stats().active == 0; }));
+  std::this_thread::sleep_for(milliseconds(30));  // a timer that was forgotten would fire now
+}
+
 TEST(Server, SaysContinueWhereAsked) {
   Fixture f;
   LoopbackClient client = f.client();
@@ -325,9 +387,13 @@ TEST(Server, OneFailingRequestTakesNoOtherDown) {
   Fixture f("!the model is broken");
   LoopbackClient healthy = f.client();
   for (int i = 0; i < 3; ++i) {
-    const Reply reply = f.client().post("/v1/chat/completions", kChat);
+    const Reply reply = f.client().post("/v1/chat/completions", kPlain);
     EXPECT_EQ(reply.status, 500);
     EXPECT_NE(reply.body.find("the model is broken"), std::string::npos);
+    const Reply stream = f.client().post("/v1/chat/completions", kChat);
+    EXPECT_EQ(stream.status, 200);
+    EXPECT_NE(stream.body.find("the model is broken"), std::string::npos);
+    EXPECT_EQ(stream.events().back(), "[DONE]");
     EXPECT_EQ(healthy.get("/health").status, 200);
   }
 }

@@ -208,24 +208,29 @@ std::vector<PyJson> drop_reasoning(const std::vector<PyJson>& messages) {
 // --- rendering (model.md 6.4)
 // ------------------------------------------------------------------------
 
-std::string render_tools(const PyJson& tools, const std::string& where) {
-  std::string schemas;
+void render_tools(const PyJson& tools, const std::string& where, ChatPrompt& prompt) {
+  prompt.text += kToolsBefore;
+  const char* separator = "";
   for (const PyJson& tool : tools.items()) {
     const PyJson* function = tool.find("function");
     HADAL_INPUT_CHECK(function != nullptr, where, ": a tool has no 'function'");
-    schemas += concat(schemas.empty() ? "" : "\n", function->dump());
+    prompt.text += separator;
+    prompt.add_foreign(function->dump());
+    separator = "\n";
   }
-  return concat(kToolsBefore, schemas, kToolsAfter);
+  prompt.text += kToolsAfter;
 }
 
-std::string render_tools_and_format(const PyJson& message, const std::string& where) {
-  std::string out;
+void render_tools_and_format(const PyJson& message, const std::string& where, ChatPrompt& prompt) {
   const PyJson* tools = list_member(message, "tools", where);
-  if (tools != nullptr && tools->truthy()) out += concat("\n\n", render_tools(*tools, where));
-  if (truthy(message, "response_format")) {
-    out += concat("\n\n", kFormatBefore, message.find("response_format")->dump());
+  if (tools != nullptr && tools->truthy()) {
+    prompt.text += "\n\n";
+    render_tools(*tools, where, prompt);
   }
-  return out;
+  if (truthy(message, "response_format")) {
+    prompt.text += concat("\n\n", kFormatBefore);
+    prompt.add_foreign(message.find("response_format")->dump());
+  }
 }
 
 std::string type_name(const PyJson& block) {
@@ -249,20 +254,15 @@ std::string tool_result_body(const PyJson& block, const std::string& where) {
 }
 
 void render_user(const PyJson& message, const std::string& where, ChatPrompt& prompt) {
-  const auto add_foreign = [&](const std::string& text) {
-    const size_t begin = prompt.text.size();
-    prompt.text += text;
-    if (!text.empty()) prompt.user_text.push_back({begin, prompt.text.size()});
-  };
   prompt.text += kUser;
   const char* separator = "";
   for (const PyJson& block : message.find(kBlocks)->items()) {
     prompt.text += separator;
     if (type_name(block) == "text") {
-      add_foreign(block.find("text")->text());
+      prompt.add_foreign(block.find("text")->text());
     } else {
       prompt.text += "<tool_result>";
-      add_foreign(tool_result_body(block, where));
+      prompt.add_foreign(tool_result_body(block, where));
       prompt.text += "</tool_result>";
     }
     separator = "\n\n";
@@ -303,45 +303,55 @@ class Renderer {
     if (role == "user") {
       render_user(message, where, prompt);
     } else {
-      prompt.text += body(message, index, where);
+      render_body(message, index, where, prompt);
     }
     prompt.text += transition(message, index);
   }
 
  private:
-  std::string body(const PyJson& message, size_t index, const std::string& where) const {
+  void render_body(const PyJson& message,
+                   size_t index,
+                   const std::string& where,
+                   ChatPrompt& prompt) const {
     const std::string_view role = role_of(message);
     if (role == "system") {
-      return text_member(message, "content", where) + render_tools_and_format(message, where);
+      prompt.add_foreign(text_member(message, "content", where));
+      return render_tools_and_format(message, where, prompt);
     }
     if (role == "developer") {
       const std::string content = text_member(message, "content", where);
       HADAL_INPUT_CHECK(!content.empty(), where, ": content is empty");
-      return concat(kUser, content, render_tools_and_format(message, where));
+      prompt.text += kUser;
+      prompt.add_foreign(content);
+      return render_tools_and_format(message, where, prompt);
     }
     if (role == "latest_reminder") {
       HADAL_INPUT_CHECK(message.find_set("content") != nullptr, where, ": content is absent");
-      return concat(kLatestReminder, text_member(message, "content", where));
+      prompt.text += kLatestReminder;
+      return prompt.add_foreign(text_member(message, "content", where));
     }
     HADAL_INPUT_CHECK(
         role == "assistant", where,
         ": unknown role; expected system, developer, user, assistant, tool or latest_reminder");
-    return render_assistant(message, index, where);
+    render_assistant(message, index, where, prompt);
   }
 
-  std::string render_assistant(const PyJson& message,
-                               size_t index,
-                               const std::string& where) const {
-    std::string out;
+  void render_assistant(const PyJson& message,
+                        size_t index,
+                        const std::string& where,
+                        ChatPrompt& prompt) const {
     const bool after_task = index > 0 && messages_[index - 1].find_set("task") != nullptr;
     if (thinking_ && !after_task && (!dropping_ || static_cast<ptrdiff_t>(index) > last_user_)) {
-      out += concat(text_member(message, "reasoning_content", where), kThinkEnd);
+      prompt.add_foreign(text_member(message, "reasoning_content", where));
+      prompt.text += kThinkEnd;
     }
-    out += text_member(message, "content", where);
+    prompt.add_foreign(text_member(message, "content", where));
     const std::vector<ToolCall> calls = calls_of(message, where);
-    if (!calls.empty()) out += concat("\n\n", write_tool_calls(calls));
-    if (!truthy(message, "wo_eos")) out += kEos;
-    return out;
+    if (!calls.empty()) {
+      prompt.text += "\n\n";
+      write_tool_calls(calls, prompt);
+    }
+    if (!truthy(message, "wo_eos")) prompt.text += kEos;
   }
 
   /// What opens the next turn: nothing inside a history, else a task token or the assistant's
@@ -372,6 +382,12 @@ class Renderer {
 };
 
 }  // namespace
+
+void ChatPrompt::add_foreign(std::string_view more) {
+  if (more.empty()) return;
+  foreign.push_back({text.size(), text.size() + more.size()});
+  text += more;
+}
 
 ThinkingMode parse_thinking_mode(std::string_view name) {
   HADAL_INPUT_CHECK(name == "chat" || name == "thinking", "thinking mode is '", name,

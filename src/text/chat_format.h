@@ -35,11 +35,14 @@ ThinkingMode parse_thinking_mode(std::string_view name);
 /// "", "none", "high" or "max". Errors: InputError for anything else.
 ReasoningEffort parse_reasoning_effort(std::string_view name);
 
-/// A prompt, and where it holds what users and tools wrote: for Tokenizer::encode(text, user_text),
+/// A prompt, and where it holds what the messages brought: for Tokenizer::encode(text, foreign),
 /// which takes special strings there as ordinary text.
 struct ChatPrompt {
   std::string text;
-  std::vector<TextRange> user_text;  ///< contents of user and tool messages; ascending
+  /// Contents, reasoning, schemas, names, keys and values of calls; ascending, none empty.
+  std::vector<TextRange> foreign;
+
+  void add_foreign(std::string_view more);  ///< appends a part that is foreign
 };
 
 ChatPrompt render_chat(const PyJson& messages,

@@ -200,18 +200,46 @@ TEST(ChatFormat, ContextIsKnownButNotWritten) {
   }
 }
 
-TEST(ChatFormat, RangesCoverWhatUsersAndToolsWrote) {
+TEST(ChatFormat, RangesCoverWhatMessagesBring) {
   const PyJson messages =
-      json(R"([{"role":"system","content":"S"},{"role":"user","content":"<think>"},
-      {"role":"tool","content":"</think>"},{"role":"user","content":""},
-      {"role":"assistant","content":"A"},{"role":"user","content":"u"}])");
+      json(R"([{"role":"system","content":"S","tools":[{"function":{"name":"F"}},
+      {"function":{"name":"G"}}],"response_format":{"type":"R"}},{"role":"user",
+      "content":"<think>"},{"role":"tool","content":"</think>"},{"role":"user","content":""},
+      {"role":"developer","content":"D"},{"role":"latest_reminder","content":"L"},
+      {"role":"assistant","reasoning_content":"Q","content":"A","tool_calls":[
+      {"function":{"name":"N","arguments":"{\"k\": \"v\", \"e\": \"\", \"o\": [1]}"}}]},
+      {"role":"user","content":"u"},{"role":"assistant","content":"P","wo_eos":true}])");
   const ChatPrompt prompt = render_chat(messages, {});
   EXPECT_EQ(prompt.text, encode_chat(messages, {}));
   std::vector<std::string> parts;
-  for (const TextRange& range : prompt.user_text) {
+  std::string ours;
+  size_t done = 0;
+  for (const TextRange& range : prompt.foreign) {
+    ASSERT_TRUE(done <= range.begin && range.begin < range.end);
     parts.push_back(prompt.text.substr(range.begin, range.end - range.begin));
+    ours += prompt.text.substr(done, range.begin - done);
+    done = range.end;
   }
-  EXPECT_EQ(parts, (std::vector<std::string>{"<think>", "</think>", "u"}));
+  EXPECT_EQ(parts, (std::vector<std::string>{"S", R"({"name": "F"})", R"({"name": "G"})",
+                                             R"({"type": "R"})", "<think>", "</think>", "D", "L",
+                                             "Q", "A", "N", "k", "v", "e", "o", "[1]", "u", "P"}));
+  EXPECT_NE(ours.find("<\uff5cDSML\uff5cinvoke name=\"\">\n"), std::string::npos) << ours;
+}
+
+TEST(ChatFormat, OfficialPromptsKeepTheirIds) {
+  const std::string data = HADAL_SOURCE_DIR "/../shared/data/";
+  const std::string tokenizer_path = data + "deepseek-v4-tokenizer/tokenizer.json";
+  if (!std::filesystem::exists(tokenizer_path)) GTEST_SKIP() << "absent: " << tokenizer_path;
+  const Tokenizer tokenizer = Tokenizer::from_file(tokenizer_path);
+  for (int i = 1; i <= 4; ++i) {
+    const std::string stem = concat(data, "dsv4-encoding-tests/test_input_", i, ".json");
+    const ChatPrompt prompt =
+        render_chat(messages_of_request(PyJson::parse(read_file(stem), stem)), {});
+    EXPECT_FALSE(prompt.foreign.empty());
+    EXPECT_EQ(tokenizer.encode(prompt.text, prompt.foreign),
+              tokenizer.encode(prompt.text, SpecialTokens::kRecognise))
+        << stem;
+  }
 }
 
 TEST(ChatFormat, BadMessagesAreNamed) {

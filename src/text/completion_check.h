@@ -14,15 +14,52 @@
 
 namespace hadal::text {
 
-/// Feeds `bytes` cut at the given ascending positions; returns "" or what is wrong.
+/// What the events of a completion add up to.
+struct EventSums {
+  std::string error;  ///< an event that must not be; empty if all may
+  std::string reasoning, content;
+  std::vector<ToolCall> calls;
+  ToolCall open;  ///< of a call that does not end
+  bool is_open = false;
+
+  void add(const CompletionEvent& event) {
+    using Kind = CompletionEvent::Kind;
+    if (valid_utf8_prefix(event.text) != event.text.size()) error = "an event cuts a character";
+    switch (event.kind) {
+      case Kind::kReasoning:
+      case Kind::kContent:
+        if (event.text.empty() || is_open) error = "a text event is empty or inside a call";
+        (event.kind == Kind::kReasoning ? reasoning : content) += event.text;
+        break;
+      case Kind::kCallBegin:
+        if (is_open) error = "a call inside a call";
+        open = {event.call.name, ""};
+        is_open = true;
+        break;
+      case Kind::kArguments:
+        if (!is_open) error = "arguments outside a call";
+        if (event.text.empty() && !event.unchecked) error = "empty arguments";
+        open.arguments += event.text;
+        break;
+      case Kind::kToolCall:
+        if (!is_open || open != event.call) error = "a call differs from its pieces";
+        is_open = false;
+        calls.push_back(event.call);
+        break;
+    }
+  }
+};
+
+/// Feeds `bytes` cut at the given ascending positions; returns "" or what is wrong. `whole` is what
+/// parse_completion() says of them.
 inline std::string check_cutting(std::string_view bytes,
                                  ThinkingMode mode,
-                                 const std::vector<size_t>& cuts) {
-  const Completion whole = parse_completion(bytes, mode);
+                                 const std::vector<size_t>& cuts,
+                                 const Completion& whole) {
   CompletionParser parser(mode);
-  std::vector<CompletionEvent> events;
+  EventSums sums;
   const auto push = [&](std::string_view piece) {
-    for (CompletionEvent& event : parser.push(piece)) events.push_back(std::move(event));
+    for (const CompletionEvent& event : parser.push(piece)) sums.add(event);
   };
   size_t done = 0;
   for (const size_t cut : cuts) {
@@ -30,20 +67,12 @@ inline std::string check_cutting(std::string_view bytes,
     done = cut;
   }
   push(bytes.substr(done));
-  const Completion found = parser.finish(events);
-
-  std::string reasoning;
-  std::string content;
-  std::vector<ToolCall> calls;
-  for (const CompletionEvent& event : events) {
-    if (event.kind == CompletionEvent::Kind::kToolCall) {
-      calls.push_back(event.call);
-      continue;
-    }
-    if (event.text.empty()) return "an empty text event";
-    if (valid_utf8_prefix(event.text) != event.text.size()) return "a text event cuts a character";
-    (event.kind == CompletionEvent::Kind::kReasoning ? reasoning : content) += event.text;
-  }
+  std::vector<CompletionEvent> rest;
+  const Completion found = parser.finish(rest);
+  for (const CompletionEvent& event : rest) sums.add(event);
+  if (!sums.error.empty()) return sums.error;
+  const auto& [error, reasoning, content, calls, open, is_open] = sums;
+  if (found.ok && is_open) return "a call does not end";
   if (reasoning != found.reasoning || content != found.content || calls != found.tool_calls) {
     return "the events differ from the result";
   }
@@ -65,6 +94,12 @@ inline std::string check_cutting(std::string_view bytes,
     return "the result differs from the whole's";
   }
   return "";
+}
+
+inline std::string check_cutting(std::string_view bytes,
+                                 ThinkingMode mode,
+                                 const std::vector<size_t>& cuts) {
+  return check_cutting(bytes, mode, cuts, parse_completion(bytes, mode));
 }
 
 }  // namespace hadal::text

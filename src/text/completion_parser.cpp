@@ -40,9 +40,12 @@ CompletionParser::CompletionParser(ThinkingMode mode)
 std::vector<CompletionEvent> CompletionParser::push(std::string_view bytes) {
   std::vector<CompletionEvent> events;
   const std::string text = utf8_.push(bytes);
-  // In slices, since every step moves what is left of the buffer.
-  for (size_t pos = 0; pos < text.size() && !malformed(); pos += kSlice) {
-    take(std::string_view(text).substr(pos, kSlice), events);
+  // In slices of whole characters, since every step moves what is left of the buffer.
+  for (size_t pos = 0; pos < text.size() && !malformed();) {
+    size_t end = std::min(pos + kSlice, text.size());
+    while (end < text.size() && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
+    take(std::string_view(text).substr(pos, end - pos), events);
+    pos = end;
   }
   return events;
 }
@@ -72,6 +75,7 @@ Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
       fail("a tool call does not end");
       break;
     case State::kParameter:
+    case State::kValue:
       fail("a parameter does not end");
       break;
     case State::kAfterBlock:
@@ -103,9 +107,22 @@ void CompletionParser::emit_text(size_t count, std::vector<CompletionEvent>& eve
     (reasoning ? result_.reasoning : result_.content) += text;
     const auto kind =
         reasoning ? CompletionEvent::Kind::kReasoning : CompletionEvent::Kind::kContent;
-    events.push_back({kind, std::string(text), {}});
+    events.push_back({kind, std::string(text), {}, false});
   }
   buffer_.erase(0, count);
+}
+
+void CompletionParser::emit_arguments(std::string text,
+                                      bool unchecked,
+                                      std::vector<CompletionEvent>& events) {
+  call_.arguments += text;
+  const bool joins = !events.empty() && events.back().kind == CompletionEvent::Kind::kArguments &&
+                     events.back().unchecked == unchecked;
+  if (joins) {
+    events.back().text += text;
+  } else {
+    events.push_back({CompletionEvent::Kind::kArguments, std::move(text), {}, unchecked});
+  }
 }
 
 /// One transition; false when more bytes are needed or nothing more can come.
@@ -189,23 +206,78 @@ CompletionParser::Literal CompletionParser::expect(std::span<const std::string_v
   return partial ? kOpen : kNone;
 }
 
-/// Takes the text up to the earlier of two stop strings, and that stop string, out of the buffer.
-bool CompletionParser::collect(std::string_view first,
-                               std::string_view second,
-                               std::string& text,
-                               bool& is_first) {
-  const size_t at_first = buffer_.find(first, scanned_);
-  const size_t at_second = buffer_.find(second, scanned_);
-  const size_t pos = std::min(at_first, at_second);
+/// Takes the text up to the earliest of some stop strings, and that one, out of the buffer.
+CompletionParser::Literal CompletionParser::collect(std::span<const std::string_view> stops,
+                                                    std::string& text) {
+  size_t pos = std::string::npos, found = 0, overlap = 0;
+  for (size_t i = 0; i < stops.size(); ++i) {
+    overlap = std::max(overlap, stops[i].size() - 1);
+    const size_t at = buffer_.find(stops[i], scanned_);
+    if (at < pos) {
+      pos = at;
+      found = i;
+    }
+  }
   if (pos == std::string::npos) {
-    const size_t overlap = std::max(first.size(), second.size()) - 1;
     scanned_ = buffer_.size() > overlap ? buffer_.size() - overlap : 0;
+    return kOpen;
+  }
+  text = buffer_.substr(0, pos);
+  buffer_.erase(0, pos + stops[found].size());
+  scanned_ = 0;
+  return static_cast<Literal>(found);
+}
+
+/// The value of a parameter, handed on but for what may begin its end.
+bool CompletionParser::step_value(std::vector<CompletionEvent>& events) {
+  // The bracket before kParameterEnd is no part of the value, nor a newline behind the bracket.
+  static const std::array<std::string, 3> ends = {std::string(dsml::kParameterEnd),
+                                                  concat("<", dsml::kParameterEnd),
+                                                  concat("<\n", dsml::kParameterEnd)};
+  const size_t end = buffer_.find(dsml::kParameterEnd);
+  std::string_view value = std::string_view(buffer_).substr(0, end);
+  if (end != std::string::npos) {
+    if (!dsml::strip_end(value, "<")) return fail("a parameter is malformed or repeated");
+  } else {
+    const auto begins_end = [&](size_t count) {
+      const std::string_view last = value.substr(value.size() - count);
+      return std::any_of(ends.begin(), ends.end(),
+                         [&](const std::string& literal) { return literal.starts_with(last); });
+    };
+    size_t held = std::min(value.size(), ends.back().size() - 1);
+    while (!begins_end(held)) --held;
+    value.remove_suffix(held);
+  }
+  std::string text(value);
+  if (string_value_) {
+    text = quote_json(text);
+    text = text.substr(1, text.size() - 2);
+  }
+  const size_t taken = value.size();
+  if (!text.empty()) emit_arguments(std::move(text), !string_value_, events);
+  if (end == std::string::npos) {
+    buffer_.erase(0, taken);
     return false;
   }
-  is_first = at_first < at_second;
-  text = buffer_.substr(0, pos);
-  buffer_.erase(0, pos + (is_first ? first : second).size());
-  scanned_ = 0;
+  if (string_value_) emit_arguments("\"", false, events);
+  buffer_.erase(0, end + dsml::kParameterEnd.size());
+  state_ = State::kAfterParameter;
+  return true;
+}
+
+/// `head` stands between kParameter and the mark that ends the key.
+bool CompletionParser::begin_value(std::string_view head,
+                                   bool is_string,
+                                   std::vector<CompletionEvent>& events) {
+  if (!head.starts_with(' ') || !head.substr(1).starts_with(dsml::kName)) return false;
+  std::string key(head.substr(1 + dsml::kName.size()));
+  if (std::find(keys_.begin(), keys_.end(), key) != keys_.end()) return false;
+  emit_arguments(concat(keys_.empty() ? "" : ", ", quote_json(key), is_string ? ": \"" : ": "),
+                 false, events);
+  if (!is_string) emit_arguments("", true, events);
+  keys_.push_back(std::move(key));
+  string_value_ = is_string;
+  state_ = State::kValue;
   return true;
 }
 
@@ -215,13 +287,13 @@ bool CompletionParser::step_calls(std::vector<CompletionEvent>& events) {
   static const std::string tag_parameter = concat(dsml::kTagEnd, dsml::kParameter);
   static const std::string tag_invoke_end = concat(dsml::kTagEnd, dsml::kInvokeEnd);
   const auto end_call = [&] {
-    result_.tool_calls.push_back(call_.close());
-    events.push_back({CompletionEvent::Kind::kToolCall, {}, result_.tool_calls.back()});
+    emit_arguments("}", false, events);
+    events.push_back({CompletionEvent::Kind::kToolCall, {}, call_, false});
+    result_.tool_calls.push_back(std::exchange(call_, {}));
     state_ = State::kBetweenCalls;
     return true;
   };
   std::string text;
-  bool is_first = false;
   switch (state_) {
     case State::kBetweenCalls: {
       const std::array<std::string_view, 2> literals = {tag_invoke, tag_block_end};
@@ -231,17 +303,29 @@ bool CompletionParser::step_calls(std::vector<CompletionEvent>& events) {
       state_ = found == 0 ? State::kHead : State::kAfterBlock;
       return true;
     }
-    case State::kHead:
-      if (!collect(dsml::kParameter, dsml::kInvokeEnd, text, is_first)) return false;
-      if (!call_.open(text)) return fail("a tool call has no name");
-      if (!is_first) return end_call();
+    case State::kHead: {
+      const std::array<std::string_view, 2> stops = {dsml::kParameter, dsml::kInvokeEnd};
+      const Literal found = collect(stops, text);
+      if (found == kOpen) return false;
+      if (!dsml::read_head(text, call_.name)) return fail("a tool call has no name");
+      events.push_back({CompletionEvent::Kind::kCallBegin, {}, {call_.name, {}}, false});
+      emit_arguments("{", false, events);
+      keys_.clear();
+      if (found == 1) return end_call();
       state_ = State::kParameter;
       return true;
-    case State::kParameter:
-      if (!collect(dsml::kParameterEnd, dsml::kParameterEnd, text, is_first)) return false;
-      if (!call_.add(text)) return fail("a parameter is malformed or repeated");
-      state_ = State::kAfterParameter;
+    }
+    case State::kParameter: {
+      const std::array<std::string_view, 3> stops = {dsml::kAsString, dsml::kAsJson,
+                                                     dsml::kParameterEnd};
+      const Literal found = collect(stops, text);
+      if (found == kOpen) return false;
+      if (found == 2 || !begin_value(text, found == 0, events))
+        return fail("a parameter is malformed or repeated");
       return true;
+    }
+    case State::kValue:
+      return step_value(events);
     default: {  // kAfterParameter
       const std::array<std::string_view, 2> literals = {tag_parameter, tag_invoke_end};
       const Literal found = expect(literals);

@@ -1,10 +1,11 @@
 // Reads a completion while it is generated: reasoning, content and tool calls out of pieces cut
 // anywhere.
 //
-// For every way of cutting, finish() gives what parse_completion() gives for the whole, and the
-// text events concatenated are its reasoning and content. Text that may yet turn out to be markup
-// is held back, so markup never shows up in a text event. Malformed output stops the events;
-// finish() says what was wrong. One parser reads one completion on one thread.
+// For every way of cutting, finish() gives what parse_completion() gives for the whole; the text
+// events concatenated are its reasoning and content, the pieces of a call its arguments. Text that
+// may yet turn out to be markup is held back, so markup never shows up in an event. Malformed
+// output stops the events, maybe inside a call; finish() says what was wrong. One parser reads one
+// completion on one thread.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +21,19 @@
 namespace hadal::text {
 
 struct CompletionEvent {
-  enum class Kind : uint8_t { kReasoning, kContent, kToolCall };
+  enum class Kind : uint8_t {
+    kReasoning,
+    kContent,
+    kCallBegin,  ///< call.name is known
+    kArguments,  ///< more of the call's arguments
+    kToolCall,   ///< the call is complete
+  };
   Kind kind = Kind::kContent;
-  std::string text;  ///< more reasoning or content: whole characters, never empty
-  ToolCall call;     ///< a complete call, for kToolCall
+  /// More reasoning, content or arguments: whole characters. Empty only where a value begins that
+  /// is copied unchecked.
+  std::string text;
+  ToolCall call;
+  bool unchecked = false;  ///< kArguments: of a value that is copied, not one of ours
 };
 
 class CompletionParser {
@@ -47,7 +57,8 @@ class CompletionParser {
     kContent,
     kBetweenCalls,    ///< behind the block's opening or a call: a tag end, then a call or the end
     kHead,            ///< inside <invoke
-    kParameter,       ///< inside <parameter
+    kParameter,       ///< inside <parameter, before the value
+    kValue,           ///< inside a parameter's value
     kAfterParameter,  ///< a tag end, then a parameter or the end of the call
     kAfterBlock,      ///< EOS or nothing
     kDone,            ///< nothing
@@ -63,7 +74,10 @@ class CompletionParser {
   void end_text(std::string_view marker);
   bool step_calls(std::vector<CompletionEvent>& events);
   Literal expect(std::span<const std::string_view> literals);
-  bool collect(std::string_view first, std::string_view second, std::string& text, bool& is_first);
+  Literal collect(std::span<const std::string_view> stops, std::string& text);
+  bool step_value(std::vector<CompletionEvent>& events);
+  bool begin_value(std::string_view head, bool is_string, std::vector<CompletionEvent>& events);
+  void emit_arguments(std::string text, bool unchecked, std::vector<CompletionEvent>& events);
   void emit_text(size_t count, std::vector<CompletionEvent>& events);
   bool fail(std::string error);
 
@@ -71,7 +85,9 @@ class CompletionParser {
   Utf8Stream utf8_;
   std::string buffer_;  ///< what is not consumed yet
   size_t scanned_ = 0;  ///< bytes of the buffer in which no stop string begins
-  dsml::CallBuilder call_;
+  ToolCall call_;       ///< the call under way
+  std::vector<std::string> keys_;
+  bool string_value_ = false;
   Completion result_;
 };
 

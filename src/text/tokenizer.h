@@ -50,7 +50,7 @@ class Tokenizer {
   void encode(std::string_view text, SpecialTokens special, std::vector<int32_t>& ids) const;
 
   /// Recognises added tokens, except those that touch one of the ranges (ascending, disjoint): what
-  /// users wrote inside a prompt we rendered. Text without added tokens gets the same ids either
+  /// others wrote inside a prompt we rendered. Text without added tokens gets the same ids either
   /// way. Errors: InputError for invalid UTF-8, which cannot be repaired here because it would move
   /// the ranges.
   std::vector<int32_t> encode(std::string_view text, std::span<const TextRange> as_text) const;

@@ -17,12 +17,11 @@ const std::string_view kInvokeEnd = "</\uff5cDSML\uff5cinvoke";
 const std::string_view kParameter = "<\uff5cDSML\uff5cparameter";
 const std::string_view kParameterEnd = "/\uff5cDSML\uff5cparameter";
 const std::string_view kTagEnd = ">\n";
+const std::string_view kName = "name=\"";
+const std::string_view kAsString = "\" string=\"true\">";
+const std::string_view kAsJson = "\" string=\"false\">";
 
 namespace {
-
-constexpr std::string_view kName = "name=\"";
-constexpr std::string_view kTrue = "\" string=\"true\">";
-constexpr std::string_view kFalse = "\" string=\"false\">";
 
 /// Python's str.isspace for one character, which `\s` of its expressions is.
 bool is_space(char32_t code) {
@@ -31,7 +30,8 @@ bool is_space(char32_t code) {
          code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
-/// Removes `end` and the newline that Python's `$` allows behind it.
+}  // namespace
+
 bool strip_end(std::string_view& text, std::string_view end) {
   if (text.ends_with(end)) {
     text.remove_suffix(end.size());
@@ -44,10 +44,8 @@ bool strip_end(std::string_view& text, std::string_view end) {
   return true;
 }
 
-}  // namespace
-
 // ^\s*name="(.*?)">\n$
-bool CallBuilder::open(std::string_view head) {
+bool read_head(std::string_view head, std::string& name) {
   size_t pos = 0;
   while (pos < head.size()) {
     const Utf8Char c = decode_utf8(head, pos);
@@ -58,21 +56,25 @@ bool CallBuilder::open(std::string_view head) {
   if (!head.starts_with(kName)) return false;
   head.remove_prefix(kName.size());
   if (!strip_end(head, "\">\n")) return false;
-  name_ = head;
-  parameters_.clear();
+  name = head;
   return true;
+}
+
+bool CallBuilder::open(std::string_view head) {
+  parameters_.clear();
+  return read_head(head, name_);
 }
 
 // ^ name="(.*?)" string="(true|false)">(.*?)<$
 bool CallBuilder::add(std::string_view parameter) {
   if (!parameter.starts_with(' ') || !parameter.substr(1).starts_with(kName)) return false;
   parameter.remove_prefix(1 + kName.size());
-  const size_t as_string = parameter.find(kTrue);
-  const size_t as_json = parameter.find(kFalse);
+  const size_t as_string = parameter.find(kAsString);
+  const size_t as_json = parameter.find(kAsJson);
   const size_t key_end = std::min(as_string, as_json);
   if (key_end == std::string_view::npos) return false;
   const bool is_string = as_string < as_json;
-  std::string_view value = parameter.substr(key_end + (is_string ? kTrue : kFalse).size());
+  std::string_view value = parameter.substr(key_end + (is_string ? kAsString : kAsJson).size());
   if (!strip_end(value, "<")) return false;
   const std::string_view key = parameter.substr(0, key_end);
   const bool known = std::any_of(parameters_.begin(), parameters_.end(),
@@ -164,24 +166,35 @@ std::span<const std::string_view> forbidden_in_text() {
 std::string_view tool_block_start() { return "\n\n<\uff5cDSML\uff5ctool_calls"; }
 
 std::string write_tool_calls(std::span<const ToolCall> calls) {
-  std::string out = concat("<", kDsml, "tool_calls>\n");
+  ChatPrompt prompt;
+  write_tool_calls(calls, prompt);
+  return std::move(prompt.text);
+}
+
+void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt) {
+  std::string& out = prompt.text;
+  out += concat("<", kDsml, "tool_calls>\n");
   for (const ToolCall& call : calls) {
     std::optional<PyJson> arguments = parse_arguments(call.arguments);
     if (!arguments) arguments = PyJson::object({{"arguments", PyJson::string(call.arguments)}});
     HADAL_INPUT_CHECK(arguments->is_object(), "tool call '", call.name, "': arguments are ",
                       arguments->kind_name(), ", expected an object");
-    out += concat("<", kDsml, "invoke name=\"", call.name, "\">\n");
+    out += concat(dsml::kInvoke, " name=\"");
+    prompt.add_foreign(call.name);
+    out += "\">\n";
     const char* separator = "";
     for (const auto& [key, value] : arguments->members()) {
-      out += concat(separator, "<", kDsml, "parameter name=\"", key, "\" string=\"",
-                    value.is_string() ? "true" : "false", "\">",
-                    value.is_string() ? value.text() : value.dump(), "</", kDsml, "parameter>");
+      out += concat(separator, dsml::kParameter, " name=\"");
+      prompt.add_foreign(key);
+      out += concat("\" string=\"", value.is_string() ? "true" : "false", "\">");
+      prompt.add_foreign(value.is_string() ? value.text() : value.dump());
+      out += concat("<", dsml::kParameterEnd, ">");
       separator = "\n";
     }
-    out += concat("\n</", kDsml, "invoke>\n");
+    out += concat("\n", dsml::kInvokeEnd, ">\n");
   }
   if (calls.empty()) out += "\n";
-  return out + concat("</", kDsml, "tool_calls>");
+  out += dsml::kBlockEnd;
 }
 
 PyJson Completion::to_json() const {

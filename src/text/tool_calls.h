@@ -28,6 +28,8 @@ struct ToolCall {
 /// Arguments that are no JSON become one string parameter `arguments`. Errors: InputError if they
 /// are JSON but no object.
 std::string write_tool_calls(std::span<const ToolCall> calls);
+/// Appends the same; names, keys and values become ranges of prompt.foreign.
+void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt);
 
 struct Completion {
   bool ok = false;
@@ -58,13 +60,19 @@ extern const std::string_view kInvokeEnd;     ///< </|DSML|invoke
 extern const std::string_view kParameter;     ///< <|DSML|parameter
 extern const std::string_view kParameterEnd;  ///< /|DSML|parameter
 extern const std::string_view kTagEnd;        ///< ">" and a newline
+extern const std::string_view kName;          ///< name="
+extern const std::string_view kAsString;      ///< " string="true">: ends a key, begins a string
+extern const std::string_view kAsJson;        ///< " string="false">: ends a key, begins JSON
+
+/// Reads what stands between kInvoke and the next tag; false if it is no ` name="..."` and tag end.
+bool read_head(std::string_view head, std::string& name);
+/// Removes `end` and the newline that Python's `$` allows behind it; false if it is not there.
+bool strip_end(std::string_view& text, std::string_view end);
 
 /// Collects the parameters of one call.
 class CallBuilder {
  public:
-  /// Takes what stands between kInvoke and the next tag; false if it is no ` name="..."` and tag
-  /// end.
-  bool open(std::string_view head);
+  bool open(std::string_view head);  ///< read_head()
   /// Takes what stands between kParameter and kParameterEnd; false if it is malformed or the key is
   /// there already.
   bool add(std::string_view parameter);

@@ -259,6 +259,47 @@ TEST(CompletionParser, TextIsHeldBackOnlyWhileItCouldBeMarkup) {
   EXPECT_TRUE(parser.malformed());
 }
 
+TEST(CompletionParser, ArgumentsComeWhileTheyAreWritten) {
+  CompletionParser parser(kChat);
+  std::string name;
+  bool complete = false;
+  const auto push = [&](std::string_view bytes) {
+    std::string pieces;
+    for (const CompletionEvent& event : parser.push(wire(bytes))) {
+      if (event.kind == CompletionEvent::Kind::kCallBegin) name = event.call.name;
+      if (event.kind == CompletionEvent::Kind::kToolCall) complete = true;
+      pieces += event.unchecked ? concat("[", event.text, "]") : event.text;
+    }
+    return pieces;
+  };
+  EXPECT_EQ(push("\n\n<|DSML|tool_calls>\n<|DSML|invoke name=\"f\">\n"), "");
+  EXPECT_EQ(push("<|DSML|parameter"), "{");
+  EXPECT_EQ(name, "f");
+  EXPECT_EQ(push(" name=\"a\" string=\"true\""), "");
+  EXPECT_EQ(push(">"), "\"a\": \"");
+  EXPECT_EQ(push("say \"x\"\n"), "say \\\"x\\\"\\n");
+  EXPECT_EQ(push("1 <"), "1 ");
+  EXPECT_EQ(push("2 <"), "<2 ");
+  EXPECT_EQ(push("\n"), "");
+  EXPECT_EQ(push("/|DSM"), "");
+  EXPECT_EQ(push("."), "<\\n/\uff5cDSM.");
+  EXPECT_EQ(push("</|DSML|"), "");
+  EXPECT_EQ(push("parameter>\n<|DSML|parameter name=\"b\" string=\"false\">"), "\", \"b\": []");
+  EXPECT_EQ(push("[1,"), "[[1,]");
+  EXPECT_EQ(push(" 2]"), "[ 2]]");
+  EXPECT_EQ(push("</|DSML|parameter>\n"), "");
+  EXPECT_FALSE(complete);
+  EXPECT_EQ(push("</|DSML|invoke"), "}");
+  EXPECT_TRUE(complete);
+}
+
+TEST(CompletionParser, LongPiecesAreNotCutInsideACharacter) {
+  for (size_t before = 4090; before < 4100; ++before) {
+    const std::string text = std::string(before, 'x') + "\u4f60\u597d" + std::string(kEos);
+    ASSERT_EQ(check_cutting(text, kChat, {}), "") << before;
+  }
+}
+
 TEST(CompletionParser, ACutOffAnswerKeepsItsText) {
   CompletionParser parser(kChat);
   std::vector<CompletionEvent> events = parser.push("1 <");
