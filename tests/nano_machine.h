@@ -1,0 +1,147 @@
+// The shipped model with its engine, as LocalEngine puts it together, but stepped by the caller:
+// what tests of whole answers run on.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include <gtest/gtest.h>
+
+#include "checkpoint/load_model.h"
+#include "engine/model_runner.h"
+#include "engine/mtp_drafter.h"
+#include "engine/sampler.h"
+#include "engine_core/answer_filters.h"
+#include "engine_core/scheduler.h"
+#include "text/chat_format.h"
+#include "text/tokenizer.h"
+
+namespace hadal::testing {
+
+/// models/hadal-nano, loaded once a process.
+struct Nano {
+  model::Transformer model;
+  text::Tokenizer tokenizer;
+  ops::Numerics numerics;
+
+  static const Nano& get() {
+    static const Nano nano = [] {
+      at::set_num_threads(1);  // hadal's kernels have threads of their own
+      const std::string folder = std::string(HADAL_SOURCE_DIR) + "/models/hadal-nano";
+      const auto source = checkpoint::OfficialCheckpoint::open(folder);
+      const ops::Numerics numerics = checkpoint::default_numerics(source);
+      return Nano{.model = checkpoint::load_model(source, numerics),
+                  .tokenizer = text::Tokenizer::from_file(folder + "/tokenizer.json"),
+                  .numerics = numerics};
+    }();
+    return nano;
+  }
+};
+
+/// One answer as it arrives.
+struct NanoAnswer final : engine::Sink {
+  void on_update(engine::Update update) override {
+    for (const engine::OutputToken& token : update.tokens) {
+      tokens.push_back(token.token);
+      text += token.text;
+    }
+    cache = update.cache;
+    drafted = update.drafted;
+    accepted = update.accepted_drafts;
+    error += update.error;
+    if (update.finish) finish = update.finish;
+  }
+  bool stopped() const { return finish == engine::FinishReason::kStop; }
+
+  std::vector<int64_t> tokens;  ///< EOS included
+  std::string text, error;
+  engine::CacheReport cache;
+  int64_t drafted = 0, accepted = 0;
+  std::optional<engine::FinishReason> finish;
+};
+
+/// Scheduler, caches, filters and, with drafts, the MTP drafter over the shipped model.
+class NanoMachine {
+ public:
+  struct Options {
+    int64_t max_running = 8;
+    int64_t num_pages = 256;
+    bool drafts = false;                   ///< one before every token, whatever it costs
+    engine::Sampler* sampler = nullptr;    ///< null: the engine's own
+    engine::PrefixStore* store = nullptr;  ///< null: none
+  };
+
+  explicit NanoMachine(const Options& options)
+      : cache_(Nano::get().model.config(),
+               {.numerics = Nano::get().numerics,
+                .num_pages = options.num_pages,
+                .num_slots = options.max_running,
+                .slack = 1,
+                .with_mtp = options.drafts}),
+        runner_(Nano::get().model, cache_),
+        sampler_(Nano::get().tokenizer.vocab_size()),
+        filters_(Nano::get().tokenizer) {
+    if (options.drafts) drafter_ = std::make_unique<engine::MtpDrafter>(runner_);
+    const model::ModelConfig& config = Nano::get().model.config();
+    const engine::EngineInfo info{.model_name = "hadal-nano",
+                                  .vocab_size = Nano::get().tokenizer.vocab_size(),
+                                  .max_context = options.num_pages * cache_.page_tokens(),
+                                  .max_choices = options.max_running,
+                                  .eos_token = config.eos_token_id};
+    engine::SchedulerOptions scheduling;
+    scheduling.max_running = options.max_running;
+    scheduling.max_waiting = 4096;
+    scheduling.max_drafts = options.drafts ? 1 : 0;
+    scheduling.always_draft = options.drafts;
+    scheduler_ = std::make_unique<engine::Scheduler>(
+        info, scheduling,
+        engine::SchedulerParts{.runner = runner_,
+                               .memory = cache_,
+                               .sampler = options.sampler != nullptr ? *options.sampler : sampler_,
+                               .filters = filters_,
+                               .drafter = drafter_.get(),
+                               .store = options.store});
+  }
+
+  std::shared_ptr<NanoAnswer> add(engine::Request request) {
+    auto answer = std::make_shared<NanoAnswer>();
+    scheduler_->add(next_id_++, scheduler_->prepare(std::move(request), answer));
+    return answer;
+  }
+  /// Until nothing is left to do.
+  void run() {
+    while (scheduler_->step()) {
+    }
+    scheduler_->check_integrity();
+  }
+  std::shared_ptr<NanoAnswer> answer(engine::Request request) {
+    auto result = add(std::move(request));
+    run();
+    return result;
+  }
+
+  engine::Scheduler& scheduler() { return *scheduler_; }
+  int64_t page_tokens() const { return cache_.page_tokens(); }
+
+ private:
+  engine::KvCache cache_;
+  engine::ModelRunner runner_;
+  engine::ModelSampler sampler_;
+  engine::TextFilters filters_;
+  std::unique_ptr<engine::MtpDrafter> drafter_;
+  std::unique_ptr<engine::Scheduler> scheduler_;
+  uint64_t next_id_ = 1;
+};
+
+/// A rendered prompt's ids.
+inline std::vector<int64_t> prompt_ids(const text::ChatPrompt& prompt) {
+  const std::vector<int32_t> ids = Nano::get().tokenizer.encode(prompt.text, prompt.user_text);
+  return {ids.begin(), ids.end()};
+}
+
+}  // namespace hadal::testing
