@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "base/math.h"
 #include "engine/local_engine.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
@@ -241,26 +242,30 @@ TEST_P(Schedules, PrefixesFromDiskGiveTheSameLogits) {
       (std::filesystem::temp_directory_path() / concat("hadal-schedules-", GetParam().name))
           .string();
   std::filesystem::remove_all(folder);
-  // Stored and found, first with snapshots, then with states that are computed again.
-  for (int round = 0; round < 4; ++round) {
-    if (round == 2) std::filesystem::remove_all(folder);
-    DiskStoreOptions options;
-    options.policy = round < 2 ? WindowPolicy::kPeriodic : WindowPolicy::kZero;
-    options.folder = folder;
-    options.identity = GetParam().name;
-    options.page_tokens = page_tokens_of(config_);
-    options.period = options.page_tokens;
-    DiskStore store(options);
-    Machine machine(*model_, memory(24, 8), {}, &store);
-    disk_ = 0;
-    run(machine);
-    if (HasFatalFailure()) break;
-    store.flush();
-    if (round % 2 == 1) {
-      EXPECT_GT(disk_, 0);
+  // Stored and found by another process: all windows, snapshots, states that are computed again.
+  for (const WindowPolicy policy :
+       {WindowPolicy::kFull, WindowPolicy::kPeriodic, WindowPolicy::kZero}) {
+    for (const bool found : {false, true}) {
+      KvCacheOptions sizes = memory(24, 8);
+      sizes.whole_windows = policy == WindowPolicy::kFull;
+      const int64_t page = page_tokens_of(config_);
+      DiskStore store({.folder = folder,
+                       .identity = GetParam().name,
+                       .page_tokens = page,
+                       .policy = policy,
+                       .period = page,
+                       .window_pages = ceil_div(config_.window_size, page)});
+      Machine machine(*model_, sizes, {}, &store);
+      disk_ = 0;
+      run(machine);
+      if (HasFatalFailure()) return;
+      store.flush();
+      if (found) {
+        EXPECT_GT(disk_, 0);
+      }
     }
+    std::filesystem::remove_all(folder);
   }
-  std::filesystem::remove_all(folder);
 }
 
 INSTANTIATE_TEST_SUITE_P(Numerics,
