@@ -28,9 +28,10 @@ struct Flags {
 };
 
 engine::WindowPolicy parse_policy(const std::string& name) {
+  if (name == "full") return engine::WindowPolicy::kFull;
   if (name == "periodic") return engine::WindowPolicy::kPeriodic;
   if (name == "zero") return engine::WindowPolicy::kZero;
-  throw InputError("--disk-policy: expected periodic or zero, found " + name);
+  throw InputError("--disk-policy: expected full, periodic or zero, found " + name);
 }
 
 std::vector<std::string> read_keys(const std::string& path) {
@@ -134,7 +135,7 @@ std::function<int()> define_serve(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
-                 "periodic: a snapshot a page; zero: none, states are computed again")
+                 "full: all windows; periodic: a snapshot a page; zero: states are computed again")
       ->capture_default_str();
   return [flags] { return run(*flags); };
 }

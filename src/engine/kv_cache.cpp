@@ -68,7 +68,9 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
   };
   const int64_t blocks = options.with_mtp ? config.n_blocks() : config.n_layers;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t size = config.window_size + options.slack;
+    const int64_t rows =
+        options.whole_windows ? std::max(config.window_size, page_tokens_) : config.window_size;
+    const int64_t size = rows + options.slack;
     rings_[{block, RingKind::kWindow}] = {
         .rows = allocate(slots * size, config.head_dim, latent, dense),
         .size = size,
@@ -106,15 +108,27 @@ int64_t KvCache::allocated_bytes() const {
 }
 
 int64_t KvCache::Ring::kept(int64_t pos, int64_t window) const {
-  return std::min(pos, overlap < 0 ? window : overlap * ratio + pos % ratio);
+  return std::min(pos, is_window() ? window : overlap * ratio + pos % ratio);
 }
 
-int64_t KvCache::snapshot_bytes(int64_t pos) const {
+int64_t KvCache::window_rows(int64_t pos) const {
+  return options_.whole_windows ? std::max(config_.window_size, pos % page_tokens_)
+                                : config_.window_size;
+}
+
+int64_t KvCache::kept_bytes(int64_t pos, int64_t window) const {
   int64_t bytes = 0;
-  for (const auto& [id, ring] : rings_)
-    bytes += ring.kept(pos, config_.window_size) * ring.row_bytes();
+  for (const auto& [id, ring] : rings_) bytes += ring.kept(pos, window) * ring.row_bytes();
   return bytes;
 }
+
+int64_t KvCache::snapshot_bytes(int64_t pos) const { return kept_bytes(pos, window_rows(pos)); }
+
+int64_t KvCache::window_bytes() const {
+  return options_.whole_windows ? kept_bytes(page_tokens_, page_tokens_) : 0;
+}
+
+int64_t KvCache::window_pages() const { return ceil_div(config_.window_size, page_tokens_); }
 
 void KvCache::copy_page(int64_t from, int64_t to) {
   for (const auto& [id, rows] : blocks_) {
@@ -144,33 +158,54 @@ void KvCache::write_page(int64_t page, std::span<const std::byte> in) {
   }
 }
 
-/// visit(row in memory, bytes) for every row of a snapshot, in its order.
+/// visit(row in memory, bytes) for every row that is kept at `pos`, in its order.
 template <typename Visit>
-void KvCache::visit_snapshot(int64_t slot, int64_t pos, Visit&& visit) const {
+void KvCache::visit_kept(int64_t slot, int64_t pos, int64_t window, Visit&& visit) const {
   for (const auto& [id, ring] : rings_) {
     std::byte* data = bytes_of(ring.rows);
-    for (int64_t p = pos - ring.kept(pos, config_.window_size); p < pos; ++p)
+    for (int64_t p = pos - ring.kept(pos, window); p < pos; ++p)
       visit(data + (slot * ring.size + p % ring.size) * ring.row_bytes(),
             static_cast<size_t>(ring.row_bytes()));
   }
 }
 
-void KvCache::save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const {
-  HADAL_CHECK(static_cast<int64_t>(out.size()) == snapshot_bytes(pos), "kv_cache: a snapshot at ",
-              pos, " has ", snapshot_bytes(pos), " bytes, not ", out.size());
-  visit_snapshot(slot, pos, [&](const std::byte* row, size_t bytes) {
+void KvCache::save_kept(int64_t slot, int64_t pos, int64_t window, std::span<std::byte> out) const {
+  HADAL_CHECK(static_cast<int64_t>(out.size()) == kept_bytes(pos, window),
+              "kv_cache: the state at ", pos, " has ", kept_bytes(pos, window), " bytes, not ",
+              out.size());
+  visit_kept(slot, pos, window, [&](const std::byte* row, size_t bytes) {
     std::memcpy(out.data(), row, bytes);
     out = out.subspan(bytes);
   });
 }
 
-void KvCache::load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) {
-  HADAL_CHECK(static_cast<int64_t>(in.size()) == snapshot_bytes(pos), "kv_cache: a snapshot at ",
-              pos, " has ", snapshot_bytes(pos), " bytes, not ", in.size());
-  visit_snapshot(slot, pos, [&](std::byte* row, size_t bytes) {
+void KvCache::load_kept(int64_t slot, int64_t pos, int64_t window, std::span<const std::byte> in) {
+  HADAL_CHECK(static_cast<int64_t>(in.size()) == kept_bytes(pos, window), "kv_cache: the state at ",
+              pos, " has ", kept_bytes(pos, window), " bytes, not ", in.size());
+  visit_kept(slot, pos, window, [&](std::byte* row, size_t bytes) {
     std::memcpy(row, in.data(), bytes);
     in = in.subspan(bytes);
   });
+}
+
+void KvCache::save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const {
+  save_kept(slot, pos, window_rows(pos), out);
+}
+
+void KvCache::load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) {
+  load_kept(slot, pos, window_rows(pos), in);
+}
+
+void KvCache::save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const {
+  HADAL_CHECK(options_.whole_windows && pos > 0 && pos % page_tokens_ == 0,
+              "kv_cache: a window ends at ", pos, ", pages have ", page_tokens_, " tokens");
+  save_kept(slot, pos, page_tokens_, out);
+}
+
+void KvCache::load_window(int64_t slot, int64_t pos, std::span<const std::byte> in) {
+  HADAL_CHECK(options_.whole_windows && pos > 0 && pos % page_tokens_ == 0,
+              "kv_cache: a window ends at ", pos, ", pages have ", page_tokens_, " tokens");
+  load_kept(slot, pos, page_tokens_, in);
 }
 
 int64_t KvCache::rebuild_tokens() const {

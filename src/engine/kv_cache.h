@@ -35,6 +35,8 @@ struct KvCacheOptions {
   int64_t num_slots = 0;
   int64_t slack = 8;      ///< tokens a sequence can be taken back
   bool with_mtp = false;  ///< the MTP block has a cache, too
+  /// Window rings hold at least a page, as save_window() needs: for stores that keep all windows.
+  bool whole_windows = false;
 };
 
 class KvCache final : public CacheMemory, public model::KvAccess {
@@ -51,8 +53,9 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   int64_t state_bytes() const override;
   /// Bytes that the tensors really hold; pages * page_bytes() + slots * state_bytes().
   int64_t allocated_bytes() const;
-  /// min(pos, n_win) window rows of every layer, and of every compressor the inputs of its
-  /// unfinished block, with the block before it where blocks overlap.
+  /// min(pos, n_win) window rows of every layer (with whole_windows also those of the unfinished
+  /// page), and of every compressor the inputs of its unfinished block, with the block before it
+  /// where blocks overlap.
   int64_t snapshot_bytes(int64_t pos) const override;
 
   void copy_page(int64_t from, int64_t to) override;
@@ -60,6 +63,13 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   void write_page(int64_t page, std::span<const std::byte> in) override;
   void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
   void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
+
+  /// page_tokens window rows of every layer and the rows of the compressors at the page's end; 0
+  /// without whole_windows.
+  int64_t window_bytes() const override;
+  int64_t window_pages() const override;
+  void save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
+  void load_window(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
 
   /// What runs tokens again for rebuild(); set by the runner.
   using Rerun = std::function<void(const SequenceStep& step)>;
@@ -97,7 +107,8 @@ class KvCache final : public CacheMemory, public model::KvAccess {
     int64_t ratio = 0;
     ops::RowFormat format;
     int64_t row_bytes() const { return rows.size(1) * rows.element_size(); }
-    /// Positions that a snapshot at `pos` holds: the last so many.
+    bool is_window() const { return overlap < 0; }
+    /// Positions that a resumption at `pos` needs: the last so many, of window rings `window`.
     int64_t kept(int64_t pos, int64_t window) const;
   };
   struct Rows {
@@ -111,8 +122,13 @@ class KvCache final : public CacheMemory, public model::KvAccess {
     int64_t slot, start, length;
     std::vector<int64_t> pages;
   };
+  /// Window rows that a snapshot at `pos` holds.
+  int64_t window_rows(int64_t pos) const;
+  int64_t kept_bytes(int64_t pos, int64_t window) const;
   template <typename Visit>
-  void visit_snapshot(int64_t slot, int64_t pos, Visit&& visit) const;
+  void visit_kept(int64_t slot, int64_t pos, int64_t window, Visit&& visit) const;
+  void save_kept(int64_t slot, int64_t pos, int64_t window, std::span<std::byte> out) const;
+  void load_kept(int64_t slot, int64_t pos, int64_t window, std::span<const std::byte> in);
 
   model::ModelConfig config_;
   KvCacheOptions options_;

@@ -20,11 +20,13 @@ std::string identity_of(const std::string& digest, const KvCache& cache) {
 
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
   const bool drafts = options.max_drafts > 0 && config.n_mtp_layers > 0;
-  KvCacheOptions sizes{.numerics = options.numerics,
-                       .num_pages = 1,
-                       .num_slots = 1,
-                       .slack = std::max<int64_t>(options.max_drafts, 1),
-                       .with_mtp = drafts};
+  KvCacheOptions sizes{
+      .numerics = options.numerics,
+      .num_pages = 1,
+      .num_slots = 1,
+      .slack = std::max<int64_t>(options.max_drafts, 1),
+      .with_mtp = drafts,
+      .whole_windows = !options.disk.folder.empty() && options.disk.policy == WindowPolicy::kFull};
   const KvCache one(config, sizes);
   sizes.num_slots = options.max_running;
   const int64_t left = options.cache_bytes - sizes.num_slots * one.state_bytes();
@@ -68,6 +70,7 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     DiskStoreOptions disk = options.disk;
     disk.identity = identity_of(weights_digest, cache);
     disk.page_tokens = cache.page_tokens();
+    disk.window_pages = cache.window_pages();
     parts_->disk = std::make_unique<DiskStore>(disk);
   }
   int64_t context =

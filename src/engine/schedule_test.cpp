@@ -58,6 +58,7 @@ TEST_P(SchedulesTest, GiveTheLogitsOfTheRequestAlone) {
   EXPECT_GT(counts.cached, 0);
   EXPECT_GT(counts.drafted, 0);
   EXPECT_GT(counts.largest_company, 16);
+  EXPECT_GT(counts.full, 0);
   EXPECT_GT(counts.periodic, 0);
   EXPECT_GT(counts.zero, 0);
 }

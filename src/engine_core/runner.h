@@ -35,6 +35,16 @@ class CacheMemory {
   virtual void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const = 0;
   virtual void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) = 0;
 
+  /// For stores that keep all windows. A window: the window rows of one page's tokens and what else
+  /// a resumption at the page's end needs. 0: this memory holds no whole windows.
+  virtual int64_t window_bytes() const { return 0; }
+  /// So many pages the model's window reaches back.
+  virtual int64_t window_pages() const { return 1; }
+  /// Of the page that ends at `pos`, where the state is.
+  virtual void save_window(int64_t /*slot*/, int64_t /*pos*/, std::span<std::byte> /*out*/) const {}
+  /// The last window_pages() windows before `pos` (or all), in order, make the state there.
+  virtual void load_window(int64_t /*slot*/, int64_t /*pos*/, std::span<const std::byte> /*in*/) {}
+
   /// Whether rebuild() works: the state behind `tokens` (full pages) from their entries in `pages`
   /// and the tokens alone, by running the last of them again. For stores that keep no states.
   virtual bool can_rebuild() const { return false; }

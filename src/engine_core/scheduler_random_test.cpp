@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -39,6 +40,10 @@ Config random_config(const Philox& random) {
   config.scheduler.cache.snapshot_budget_bytes = c[3] % 3 == 0 ? 200 : 1 << 20;
   config.max_context = 60;
   config.store = c[0] / 2 % 3 == 0;
+  if (config.store)
+    config.policy =
+        std::array{WindowPolicy::kFull, WindowPolicy::kPeriodic, WindowPolicy::kZero}[c[0] / 6 % 3];
+  config.model.whole_windows = config.policy == WindowPolicy::kFull;
   return config;
 }
 
@@ -68,12 +73,13 @@ Request random_request(const Philox& random, std::vector<Tokens>& prompts) {
 
 struct Totals {
   int64_t preemptions = 0, cached = 0, accepted = 0, drafted = 0, cancelled = 0, answers = 0,
-          from_disk = 0;
+          from_disk[3] = {};  ///< by policy
 };
 
 void run_random_schedule(uint64_t seed, Totals& totals) {
   const Philox random(seed, 0);
-  World world(random_config(random));
+  const Config config = random_config(random);
+  World world(config);
   // Now and then a step of several sequences throws, half way through.
   const bool hiccups = seed % 5 == 0;
   int64_t runs = 0;
@@ -140,7 +146,7 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
   totals.preemptions += stats.preemptions;
   totals.cached += stats.cached_tokens;
   totals.drafted += stats.drafted;
-  totals.from_disk += stats.disk_tokens;
+  totals.from_disk[static_cast<size_t>(config.policy)] += stats.disk_tokens;
   totals.accepted += stats.accepted;
 }
 
@@ -158,7 +164,7 @@ TEST(Scheduler, RandomSchedulesGiveTheTokensOfEachRequestAlone) {
   EXPECT_GT(totals.accepted, 2 * scale);
   EXPECT_GT(totals.drafted, totals.accepted);
   EXPECT_GT(totals.cancelled, scale / 5);
-  EXPECT_GT(totals.from_disk, scale / 5);
+  for (const int64_t tokens : totals.from_disk) EXPECT_GT(tokens, scale / 15);
   log::set_level(log::Level::kInfo);
 }
 

@@ -104,7 +104,7 @@ void Scheduler::plan_prompts(std::span<Sequence* const> prompts, int64_t budget)
 int64_t Scheduler::chunk_limit(const Sequence& sequence) const {
   int64_t end = sequence.num_tokens();
   if (sequence.cache.use_tree) {
-    end = std::min(end, cache_.next_snapshot(sequence.pos()));
+    end = std::min(end, cache_.next_kept(sequence.pos()));
     const int64_t last = sequence.request->prompt_size() - 1;
     if (options_.snapshot_prompts && sequence.pos() < last) end = std::min(end, last);
   }
@@ -122,9 +122,9 @@ int64_t Scheduler::draft_limit(const Sequence& sequence) const {
   const int64_t answered = sequence.num_tokens() - request.prompt_size();
   int64_t limit = std::min({options_.max_drafts, request.request.max_tokens - answered - 1,
                             max_tokens_ - sequence.num_tokens() - 1});
-  // The state is kept exactly at a snapshot's position: never run past one.
+  // The state is kept exactly there: never run past it.
   if (sequence.cache.use_tree) {
-    limit = std::min(limit, cache_.next_snapshot(sequence.pos()) - sequence.pos() - 1);
+    limit = std::min(limit, cache_.next_kept(sequence.pos()) - sequence.pos() - 1);
   }
   return limit;
 }
@@ -349,9 +349,11 @@ void Scheduler::fork_choices(Sequence& leader, int64_t index) {
   }
 }
 
-// At snapshot positions, before a prompt's last token and where a conversation ends.
+// At snapshot positions, before a prompt's last token and where a conversation ends; for stores
+// that keep all windows at every page's end, too.
 void Scheduler::keep_state(Sequence& sequence, bool ends) {
   if (!sequence.cache.use_tree) return;
+  cache_.store_window(sequence.cache, sequence.tokens);
   const bool before_last =
       options_.snapshot_prompts && sequence.pos() == sequence.request->prompt_size() - 1;
   if (ends || before_last || sequence.pos() % cache_.snapshot_interval() == 0) {

@@ -213,6 +213,34 @@ TEST(Scheduler, ConversationsAreReusedToTheLastToken) {
   EXPECT_STREQ(third->cache.miss, "tail");
 }
 
+TEST(Scheduler, EveryPageBoundaryResumesFromAStoreOfAllWindows) {
+  for (const int64_t window : {3, 10}) {
+    Config config;
+    config.model.window = window;
+    config.model.whole_windows = true;
+    config.store = true;
+    config.policy = WindowPolicy::kFull;
+    config.scheduler.cache.snapshot_interval = 16;
+    config.scheduler.max_drafts = 3;
+    World world(config);
+    Tokens text = counting(30);
+    auto first = world.add(plain(text, 20));
+    world.run_to_end();
+    const Tokens& answer = first->answers[0].tokens;
+    text.insert(text.end(), answer.begin(), answer.end() - 1);
+    for (int64_t shared = 1; shared <= std::ssize(text); ++shared) {
+      world.scheduler.clear_prefix_tree();
+      Tokens prompt(text.begin(), text.begin() + shared);
+      prompt.push_back(31);
+      const Request request = plain(prompt, 2);
+      auto sink = world.add(request);
+      world.run_to_end();
+      EXPECT_EQ(sink->cache.disk_tokens, shared / 4 * 4);
+      EXPECT_EQ(sink->answers[0], world.expected(request));
+    }
+  }
+}
+
 TEST(Scheduler, SpeculationTakesFewerStepsOrStops) {
   for (const uint64_t right : {uint64_t{256}, uint64_t{0}}) {
     Config config;

@@ -106,6 +106,7 @@ struct Config {
   uint64_t drafts_right = 200;  ///< of 256
   int64_t max_context = 200;
   bool store = false;
+  WindowPolicy policy = WindowPolicy::kPeriodic;  ///< kFull: with model.whole_windows
 };
 
 class World {
@@ -113,7 +114,7 @@ class World {
   explicit World(const Config& config)
       : model(config.model),
         drafter(model, config.drafts_right),
-        store(config.model.page_tokens),
+        store(config.model.page_tokens, config.policy, model.window_pages()),
         info{.model_name = "scripted",
              .vocab_size = config.model.vocab_size,
              .max_context = config.max_context,

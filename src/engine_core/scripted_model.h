@@ -34,6 +34,7 @@ struct ScriptedOptions {
   int64_t vocab_size = 32;
   int64_t window = 3;
   int64_t slack = 4;
+  bool whole_windows = false;  ///< the ring holds a page
 };
 
 class ScriptedModel : public CacheMemory, public Runner {
@@ -75,7 +76,12 @@ class ScriptedModel : public CacheMemory, public Runner {
   int64_t num_slots() const override { return options_.num_slots; }
   int64_t page_bytes() const override { return options_.page_tokens * 8; }
   int64_t state_bytes() const override { return 8 + ring() * 8; }
-  int64_t snapshot_bytes(int64_t pos) const override { return std::min(pos, options_.window) * 8; }
+  int64_t snapshot_bytes(int64_t pos) const override {
+    const int64_t unfinished = options_.whole_windows ? pos % options_.page_tokens : 0;
+    return std::min(pos, std::max(options_.window, unfinished)) * 8;
+  }
+  int64_t window_bytes() const override { return options_.whole_windows ? page_bytes() : 0; }
+  int64_t window_pages() const override { return ceil_div(options_.window, options_.page_tokens); }
 
   void copy_page(int64_t from, int64_t to) override {
     std::ranges::copy(page(from), page(to).begin());
@@ -106,6 +112,26 @@ class ScriptedModel : public CacheMemory, public Runner {
     state.pos = pos;
     state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
     for (int64_t i = 0; i < snapshot_bytes(pos) / 8; ++i) {
+      std::memcpy(&state.ring[index(pos - 1 - i)], in.data() + i * 8, 8);
+    }
+  }
+  void save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const override {
+    const State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(state.pos == pos && pos > 0 && pos % options_.page_tokens == 0,
+                "scripted: state at ", state.pos, ", window at ", pos);
+    HADAL_CHECK(static_cast<int64_t>(out.size()) == window_bytes(), "scripted: window size");
+    for (int64_t i = 0; i < options_.page_tokens; ++i) {
+      const uint64_t hash = state.ring[index(pos - 1 - i)];
+      HADAL_CHECK(hash != 0xbeef, "scripted: a window with a hole before ", pos);
+      std::memcpy(out.data() + i * 8, &hash, 8);
+    }
+  }
+  void load_window(int64_t slot, int64_t pos, std::span<const std::byte> in) override {
+    State& state = states_.at(static_cast<size_t>(slot));
+    HADAL_CHECK(static_cast<int64_t>(in.size()) == window_bytes(), "scripted: window size");
+    if (state.pos != pos - options_.page_tokens) state.ring.assign(state.ring.size(), 0xbeef);
+    state.pos = pos;
+    for (int64_t i = 0; i < options_.page_tokens; ++i) {
       std::memcpy(&state.ring[index(pos - 1 - i)], in.data() + i * 8, 8);
     }
   }
@@ -153,7 +179,10 @@ class ScriptedModel : public CacheMemory, public Runner {
     std::vector<uint64_t> ring;
   };
 
-  int64_t ring() const { return options_.window + options_.slack; }
+  int64_t ring() const {
+    const int64_t page = options_.whole_windows ? options_.page_tokens : 0;
+    return std::max(options_.window, page) + options_.slack;
+  }
   size_t index(int64_t pos) const { return static_cast<size_t>(pos % ring()); }
   std::span<uint64_t> page(int64_t number) {
     HADAL_CHECK(number >= 0 && number < options_.num_pages, "scripted: no page ", number);
@@ -303,16 +332,18 @@ class ScriptedDrafter : public Drafter {
 /// A prefix store in memory that can be made to throw and to damage what it gives.
 class ScriptedStore : public PrefixStore {
  public:
-  explicit ScriptedStore(int64_t page_tokens) : page_tokens_(page_tokens) {}
+  explicit ScriptedStore(int64_t page_tokens,
+                         WindowPolicy policy = WindowPolicy::kPeriodic,
+                         int64_t window_pages = 1)
+      : page_tokens_(page_tokens), policy_(policy), window_pages_(window_pages) {}
 
   std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
                                    int64_t from_page,
                                    int64_t max_pos) override {
     if (throws) throw std::runtime_error("store: gone");
     for (int64_t pos = max_pos / page_tokens_ * page_tokens_; pos > 0; pos -= page_tokens_) {
-      const auto found = snapshots_.find(key(tokens, pos));
-      if (found == snapshots_.end()) continue;
-      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = found->second};
+      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = {}};
+      if (!find_state(tokens, result)) continue;
       bool complete = true;
       for (int64_t page = from_page; page < pos / page_tokens_ && complete; ++page) {
         const auto stored = pages_.find(key(tokens, (page + 1) * page_tokens_));
@@ -321,7 +352,6 @@ class ScriptedStore : public PrefixStore {
       }
       if (!complete) continue;
       if (truncates && !result.pages.empty()) result.pages.back().pop_back();
-      if (forgets_states) result.snapshot.clear();
       return result;
     }
     return std::nullopt;
@@ -333,6 +363,11 @@ class ScriptedStore : public PrefixStore {
   void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
     snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
+  WindowPolicy policy() const override { return policy_; }
+  bool wants_snapshot(int64_t /*pos*/) const override { return policy_ == WindowPolicy::kPeriodic; }
+  void save_window(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
+    windows_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
+  }
 
   bool throws = false, truncates = false, forgets_states = false;
 
@@ -342,8 +377,29 @@ class ScriptedStore : public PrefixStore {
     return Tokens(tokens.begin(), tokens.begin() + count);
   }
 
+  // What resumes at found.pos, by the policy.
+  bool find_state(std::span<const int64_t> tokens, StoredPrefix& found) const {
+    if (policy_ == WindowPolicy::kZero) return true;
+    if (policy_ == WindowPolicy::kPeriodic) {
+      const auto snapshot = snapshots_.find(key(tokens, found.pos));
+      if (snapshot == snapshots_.end()) return false;
+      if (!forgets_states) found.snapshot = snapshot->second;
+      return true;
+    }
+    const int64_t end = found.pos / page_tokens_;
+    for (int64_t page = std::max(end - window_pages_, int64_t{0}); page < end; ++page) {
+      const auto window = windows_.find(key(tokens, (page + 1) * page_tokens_));
+      if (window == windows_.end()) return false;
+      found.windows.push_back(window->second);
+    }
+    if (truncates) found.windows.back().pop_back();
+    return true;
+  }
+
   int64_t page_tokens_;
-  std::map<Tokens, std::vector<std::byte>> pages_, snapshots_;
+  WindowPolicy policy_;
+  int64_t window_pages_;
+  std::map<Tokens, std::vector<std::byte>> pages_, snapshots_, windows_;
 };
 
 }  // namespace hadal::engine

@@ -14,16 +14,20 @@ SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, Prefix
       store_(store),
       page_tokens_(memory.page_tokens()),
       snapshot_interval_(options.snapshot_interval == 0 ? page_tokens_ : options.snapshot_interval),
+      keeps_windows_(store != nullptr && store->policy() == WindowPolicy::kFull),
       pages_(memory.num_pages()),
       slots_(memory.num_slots()),
       tree_(page_tokens_, options.snapshot_budget_bytes, pages_) {
   HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
               "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",
               page_tokens_);
+  HADAL_CHECK(!keeps_windows_ || memory.window_bytes() > 0,
+              "sequence_cache: the store keeps all windows, the memory does not hold them");
 }
 
-int64_t SequenceCache::next_snapshot(int64_t pos) const {
-  return (pos / snapshot_interval_ + 1) * snapshot_interval_;
+int64_t SequenceCache::next_kept(int64_t pos) const {
+  const int64_t interval = keeps_windows_ ? page_tokens_ : snapshot_interval_;
+  return (pos / interval + 1) * interval;
 }
 
 int64_t SequenceCache::num_pages_for(int64_t num_tokens) const {
@@ -82,11 +86,40 @@ bool SequenceCache::usable(const StoredPrefix& stored, int64_t from_page, int64_
   const auto is_page = [&](const std::vector<std::byte>& page) {
     return static_cast<int64_t>(page.size()) == memory_.page_bytes();
   };
-  const bool has_state = stored.snapshot.empty() ? memory_.can_rebuild()
-                                                 : static_cast<int64_t>(stored.snapshot.size()) ==
-                                                       memory_.snapshot_bytes(stored.pos);
-  return has_state && static_cast<int64_t>(stored.pages.size()) == num_pages &&
+  return has_state(stored) && static_cast<int64_t>(stored.pages.size()) == num_pages &&
          std::ranges::all_of(stored.pages, is_page);
+}
+
+bool SequenceCache::has_state(const StoredPrefix& stored) const {
+  if (!stored.snapshot.empty())
+    return static_cast<int64_t>(stored.snapshot.size()) == memory_.snapshot_bytes(stored.pos);
+  if (stored.windows.empty()) return memory_.can_rebuild();
+  const int64_t needed = std::min(memory_.window_pages(), stored.pos / page_tokens_);
+  return static_cast<int64_t>(stored.windows.size()) == needed &&
+         std::ranges::all_of(stored.windows, [&](const std::vector<std::byte>& window) {
+           return static_cast<int64_t>(window.size()) == memory_.window_bytes();
+         });
+}
+
+// The state behind `tokens` goes into the slot and, as a snapshot, into `stored`.
+void SequenceCache::restore_state(const CachedSequence& sequence,
+                                  std::span<const int64_t> tokens,
+                                  StoredPrefix& stored) {
+  if (!stored.snapshot.empty()) {
+    memory_.load_snapshot(sequence.slot, stored.pos, stored.snapshot);
+    return;
+  }
+  if (stored.windows.empty()) {
+    memory_.rebuild(sequence.slot, tokens, sequence.pages);
+  } else {
+    int64_t pos = stored.pos - std::ssize(stored.windows) * page_tokens_;
+    for (const std::vector<std::byte>& window : stored.windows) {
+      pos += page_tokens_;
+      memory_.load_window(sequence.slot, pos, window);
+    }
+  }
+  stored.snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored.pos)));
+  memory_.save_snapshot(sequence.slot, stored.pos, stored.snapshot);
 }
 
 bool SequenceCache::load_stored(std::span<const int64_t> tokens,
@@ -135,13 +168,7 @@ bool SequenceCache::load_stored(std::span<const int64_t> tokens,
   sequence.pages = std::move(held);
   sequence.pos = stored->pos;
   const auto prefix = tokens.first(static_cast<size_t>(stored->pos));
-  if (stored->snapshot.empty()) {
-    memory_.rebuild(sequence.slot, prefix, sequence.pages);
-    stored->snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored->pos)));
-    memory_.save_snapshot(sequence.slot, stored->pos, stored->snapshot);
-  } else {
-    memory_.load_snapshot(sequence.slot, stored->pos, stored->snapshot);
-  }
+  restore_state(sequence, prefix, *stored);
   opened.cached_tokens = stored->pos;
   opened.disk_tokens = stored->pos - match.pos;
   if (max_pos - stored->pos < page_tokens_) opened.miss = "tail";
@@ -200,7 +227,7 @@ void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> t
   memory_.save_snapshot(sequence.slot, sequence.pos, snapshot);
   std::vector<std::byte> for_store;
   const bool page_end = sequence.pos % page_tokens_ == 0;
-  if (store_ != nullptr && page_end) for_store = snapshot;
+  if (store_ != nullptr && page_end && store_->wants_snapshot(sequence.pos)) for_store = snapshot;
   const int64_t first_new = tree_.insert(prefix, sequence.pages, std::move(snapshot));
   if (store_ != nullptr) store_new(sequence, prefix, first_new, for_store);
 }
@@ -216,6 +243,21 @@ void SequenceCache::store_new(const CachedSequence& sequence,
       store_->save_page(tokens.first(static_cast<size_t>((page + 1) * page_tokens_)), bytes);
     }
     if (!snapshot.empty()) store_->save_snapshot(tokens, snapshot);
+  } catch (const std::exception& error) {
+    log::warn("engine", "prefix store: ", error.what());
+    ++counters_.disk_errors;
+  }
+}
+
+void SequenceCache::store_window(const CachedSequence& sequence, std::span<const int64_t> tokens) {
+  if (!keeps_windows_ || !sequence.use_tree || sequence.pos == 0 ||
+      sequence.pos % page_tokens_ != 0) {
+    return;
+  }
+  try {
+    std::vector<std::byte> bytes(static_cast<size_t>(memory_.window_bytes()));
+    memory_.save_window(sequence.slot, sequence.pos, bytes);
+    store_->save_window(tokens.first(static_cast<size_t>(sequence.pos)), bytes);
   } catch (const std::exception& error) {
     log::warn("engine", "prefix store: ", error.what());
     ++counters_.disk_errors;

@@ -48,8 +48,8 @@ class SequenceCache {
 
   int64_t page_tokens() const { return page_tokens_; }
   int64_t snapshot_interval() const { return snapshot_interval_; }
-  /// Where the next snapshot after `pos` belongs.
-  int64_t next_snapshot(int64_t pos) const;
+  /// Where the next state after `pos` is kept: a step must not go past it.
+  int64_t next_kept(int64_t pos) const;
   int64_t num_pages_for(int64_t num_tokens) const;
 
   /// What memory knows of all but the last token, at once to be given to open().
@@ -72,6 +72,8 @@ class SequenceCache {
   std::optional<CachedSequence> fork(const CachedSequence& sequence);
   /// Makes the computed prefix of `tokens` known to others, with the state at its end.
   void publish(CachedSequence& sequence, std::span<const int64_t> tokens);
+  /// At a page's end, for stores that keep all windows: the window of the page just computed.
+  void store_window(const CachedSequence& sequence, std::span<const int64_t> tokens);
   /// Gives back pages and slot.
   void close(CachedSequence& sequence);
   /// Forgets all prefixes in memory.
@@ -95,6 +97,10 @@ class SequenceCache {
                    CachedSequence& sequence,
                    Opened& opened);
   bool usable(const StoredPrefix& stored, int64_t from_page, int64_t max_pos) const;
+  bool has_state(const StoredPrefix& stored) const;
+  void restore_state(const CachedSequence& sequence,
+                     std::span<const int64_t> tokens,
+                     StoredPrefix& stored);
   void store_new(const CachedSequence& sequence,
                  std::span<const int64_t> tokens,
                  int64_t first_new,
@@ -103,6 +109,7 @@ class SequenceCache {
   CacheMemory& memory_;
   PrefixStore* store_;
   int64_t page_tokens_, snapshot_interval_;
+  bool keeps_windows_;  ///< the store wants the window of every page
   PagePool pages_;
   SlotPool slots_;
   PrefixTree tree_;

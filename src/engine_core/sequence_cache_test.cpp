@@ -82,8 +82,9 @@ class World {
       live.tokens.push_back(draw(3));
       return;
     }
-    const int64_t boundary = cache.next_snapshot(live.cache.pos) - live.cache.pos;
+    const int64_t boundary = cache.next_kept(live.cache.pos) - live.cache.pos;
     compute(live, std::min(boundary, draw(left) + 1));
+    cache.store_window(live.cache, live.tokens);
     if (live.cache.pos % cache.snapshot_interval() == 0) cache.publish(live.cache, live.tokens);
   }
 
@@ -189,6 +190,33 @@ TEST(SequenceCache, RandomOperationsWithAStore) {
   EXPECT_GT(world.cache.counters().disk_misses, 50);
   EXPECT_GT(world.cache.counters().disk_errors, 5);
   expect_no_leak(world);
+  log::set_level(log::Level::kInfo);
+}
+
+TEST(SequenceCache, RandomOperationsWithAStoreOfAllWindows) {
+  log::set_level(log::Level::kError);
+  for (const int64_t window : {3, 4, 10}) {  // less than a page, a page, three pages
+    ScriptedStore store(4, WindowPolicy::kFull, (window + 3) / 4);
+    World world({.page_tokens = 4,
+                 .num_pages = 24,
+                 .num_slots = 4,
+                 .window = window,
+                 .slack = 0,
+                 .whole_windows = true},
+                {.snapshot_interval = 8, .snapshot_budget_bytes = 200}, &store, 13);
+    for (int i = 0; i < 6000; ++i) {
+      store.throws = i % 1000 > 950;
+      store.truncates = i % 1000 > 900;
+      if (i % 1500 == 1499) world.cache.clear_tree();
+      world.operate();
+      if (HasFatalFailure()) return;
+      if (i % kCheckEvery == 0) world.check();
+      if (HasFatalFailure()) return;
+    }
+    EXPECT_GT(world.cache.counters().disk_hits, 50);
+    EXPECT_GT(world.cache.counters().disk_misses, 50);
+    expect_no_leak(world);
+  }
   log::set_level(log::Level::kInfo);
 }
 

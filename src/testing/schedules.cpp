@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "base/math.h"
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
 #include "engine/mtp_drafter.h"
@@ -180,7 +181,8 @@ void Schedules::run() {
                                                              1000 * std::log2(shape_.max_company)));
   options.step_tokens = 4 + random(0, 120);
   options.prompt_tokens = options.step_tokens + random(0, 300);
-  constexpr std::array kPolicies = {engine::WindowPolicy::kPeriodic, engine::WindowPolicy::kZero};
+  constexpr std::array kPolicies = {engine::WindowPolicy::kFull, engine::WindowPolicy::kPeriodic,
+                                    engine::WindowPolicy::kZero};
   const auto policy = static_cast<size_t>(round / 3) % kPolicies.size();
   const bool on_disk = round % 3 != 0;
   const bool drafts = on_disk ? round / 3 / std::ssize(kPolicies) % 2 == 1 : random(0, 1) == 1;
@@ -195,12 +197,13 @@ void Schedules::run() {
       .num_pages = random(0, 1) == 0 ? shape_.small_memory : shape_.large_memory,
       .num_slots = options.max_running + 2,
       .slack = 3,
-      .with_mtp = drafts};
+      .with_mtp = drafts,
+      .whole_windows = on_disk && kPolicies[policy] == engine::WindowPolicy::kFull};
 
   std::unique_ptr<engine::DiskStore> store;
   int64_t* from_disk = nullptr;
   if (on_disk) {
-    from_disk = std::array{&counts_.periodic, &counts_.zero}[policy];
+    from_disk = std::array{&counts_.full, &counts_.periodic, &counts_.zero}[policy];
     engine::DiskStoreOptions disk;
     disk.policy = kPolicies[policy];
     // What is stored with the MTP block's rows is another layout.
@@ -208,6 +211,7 @@ void Schedules::run() {
     disk.identity = "schedules";
     disk.page_tokens = engine::page_tokens_of(model_.config());
     disk.period = disk.page_tokens;
+    disk.window_pages = ceil_div(model_.config().window_size, disk.page_tokens);
     std::filesystem::create_directories(folder_);
     store = std::make_unique<engine::DiskStore>(disk);
   }
