@@ -140,7 +140,7 @@ class NanoMachine {
 
 /// A rendered prompt's ids.
 inline std::vector<int64_t> prompt_ids(const text::ChatPrompt& prompt) {
-  const std::vector<int32_t> ids = Nano::get().tokenizer.encode(prompt.text, prompt.user_text);
+  const std::vector<int32_t> ids = Nano::get().tokenizer.encode(prompt.text, prompt.foreign);
   return {ids.begin(), ids.end()};
 }
 
