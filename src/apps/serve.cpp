@@ -5,6 +5,8 @@
 #include <fstream>
 #include <memory>
 
+#include <ATen/Context.h>
+
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
@@ -13,6 +15,7 @@
 #include "base/log.h"
 #include "checkpoint/digest.h"
 #include "engine/local_engine.h"
+#include "model/init.h"
 #include "server/page.h"
 #include "server/server.h"
 
@@ -21,7 +24,7 @@ namespace {
 
 struct Flags {
   std::string model, numerics, key_file;
-  std::string disk_policy = "periodic";
+  std::string disk_policy = "periodic", device = "cpu";
   double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
   engine::LocalEngineOptions engine;
   server::ServerOptions server;
@@ -59,7 +62,13 @@ sigset_t block_signals() {
 int run(Flags flags) {
   std::signal(SIGPIPE, SIG_IGN);
   const sigset_t signals = block_signals();
-  const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  if (flags.device == "cuda") {
+    HADAL_INPUT_CHECK(at::globalContext().hasCUDA(),
+                      "--device cuda: this build or machine has no CUDA device");
+    flags.engine.device = at::kCUDA;
+    model::move_to(loaded.model, at::kCUDA);
+  }
   flags.engine.numerics = loaded.numerics;
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
@@ -136,6 +145,9 @@ std::function<int()> define_serve(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")
+      ->capture_default_str();
+  app.add_option("--device", flags->device, "cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   return [flags] { return run(*flags); };
 }

@@ -19,12 +19,12 @@ using ops::Numerics;
 using ops::RowFormat;
 using ops::RowKind;
 
-at::Tensor allocate(int64_t rows, int64_t width, const RowFormat& format, at::ScalarType dense) {
-  return format.packed() ? at::zeros({rows, format.bytes()}, at::kByte)
-                         : at::zeros({rows, width}, dense);
+/// 0, 1, ... count - 1.
+std::vector<int64_t> first_numbers(int64_t count) {
+  std::vector<int64_t> numbers(static_cast<size_t>(count));
+  std::iota(numbers.begin(), numbers.end(), int64_t{0});
+  return numbers;
 }
-
-std::byte* bytes_of(const at::Tensor& x) { return static_cast<std::byte*>(x.mutable_data_ptr()); }
 
 }  // namespace
 
@@ -52,19 +52,18 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
   const auto add_inputs = [&](int64_t block, RingKind kind, int64_t width) {
     const int64_t ratio = config.ratio(block), overlap = ModelConfig::overlap(ratio);
     const int64_t size = overlap * ratio + options.slack;
-    rings_[{block, kind}] = {.rows = at::zeros({slots * size, overlap * width}, at::kFloat),
-                             .size = size,
-                             .overlap = overlap - 1,
-                             .ratio = ratio,
-                             .format = {}};
+    rings_[{block, kind}] = {
+        .memory = RowMemory(slots * size, overlap * width, {}, at::kFloat, options.device),
+        .size = size,
+        .overlap = overlap - 1,
+        .ratio = ratio};
   };
   const auto add_blocks = [&](int64_t block, BlockKind kind, const RowFormat& format) {
     const int64_t ratio = config.ratio(block), page_blocks = page_tokens_ / ratio;
-    blocks_[{block, kind}] = {
-        .rows = allocate(options.num_pages * page_blocks, format.width, format, dense),
-        .page_blocks = page_blocks,
-        .ratio = ratio,
-        .format = format};
+    blocks_[{block, kind}] = {.memory = RowMemory(options.num_pages * page_blocks, format.width,
+                                                  format, dense, options.device),
+                              .page_blocks = page_blocks,
+                              .ratio = ratio};
   };
   const int64_t blocks = options.with_mtp ? config.n_blocks() : config.n_layers;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -72,11 +71,10 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
         options.whole_windows ? std::max(config.window_size, page_tokens_) : config.window_size;
     const int64_t size = rows + options.slack;
     rings_[{block, RingKind::kWindow}] = {
-        .rows = allocate(slots * size, config.head_dim, latent, dense),
+        .memory = RowMemory(slots * size, config.head_dim, latent, dense, options.device),
         .size = size,
         .overlap = -1,
-        .ratio = 0,
-        .format = latent};
+        .ratio = 0};
     if (config.ratio(block) == 0) continue;
     add_inputs(block, RingKind::kKv, config.head_dim);
     add_inputs(block, RingKind::kScore, config.head_dim);
@@ -96,14 +94,14 @@ int64_t KvCache::page_bytes() const {
 
 int64_t KvCache::state_bytes() const {
   int64_t bytes = 0;
-  for (const auto& [id, ring] : rings_) bytes += ring.size * ring.row_bytes();
+  for (const auto& [id, ring] : rings_) bytes += ring.size * ring.memory.row_bytes();
   return bytes;
 }
 
 int64_t KvCache::allocated_bytes() const {
   int64_t bytes = 0;
-  for (const auto& [id, rows] : blocks_) bytes += static_cast<int64_t>(rows.rows.nbytes());
-  for (const auto& [id, ring] : rings_) bytes += static_cast<int64_t>(ring.rows.nbytes());
+  for (const auto& [id, rows] : blocks_) bytes += static_cast<int64_t>(rows.memory.rows().nbytes());
+  for (const auto& [id, ring] : rings_) bytes += static_cast<int64_t>(ring.memory.rows().nbytes());
   return bytes;
 }
 
@@ -118,7 +116,7 @@ int64_t KvCache::window_rows(int64_t pos) const {
 
 int64_t KvCache::kept_bytes(int64_t pos, int64_t window) const {
   int64_t bytes = 0;
-  for (const auto& [id, ring] : rings_) bytes += ring.kept(pos, window) * ring.row_bytes();
+  for (const auto& [id, ring] : rings_) bytes += ring.kept(pos, window) * ring.memory.row_bytes();
   return bytes;
 }
 
@@ -130,62 +128,55 @@ int64_t KvCache::window_bytes() const {
 
 int64_t KvCache::window_pages() const { return ceil_div(config_.window_size, page_tokens_); }
 
+std::vector<int64_t> KvCache::Rows::of_page(int64_t page) const {
+  std::vector<int64_t> rows(static_cast<size_t>(page_blocks));
+  std::iota(rows.begin(), rows.end(), page * page_blocks);
+  return rows;
+}
+
 void KvCache::copy_page(int64_t from, int64_t to) {
-  for (const auto& [id, rows] : blocks_) {
-    std::byte* data = bytes_of(rows.rows);
-    const int64_t bytes = rows.page_bytes();
-    std::memcpy(data + to * bytes, data + from * bytes, static_cast<size_t>(bytes));
-  }
+  for (auto& [id, rows] : blocks_)
+    rows.memory.copy(from * rows.page_blocks, to * rows.page_blocks, rows.page_blocks);
 }
 
 void KvCache::read_page(int64_t page, std::span<std::byte> out) const {
   HADAL_CHECK(static_cast<int64_t>(out.size()) == page_bytes(), "kv_cache: a page has ",
               page_bytes(), " bytes, not ", out.size());
-  for (const auto& [id, rows] : blocks_) {
-    const auto bytes = static_cast<size_t>(rows.page_bytes());
-    std::memcpy(out.data(), bytes_of(rows.rows) + page * rows.page_bytes(), bytes);
-    out = out.subspan(bytes);
-  }
+  std::byte* end = out.data();
+  for (const auto& [id, rows] : blocks_) end = rows.memory.read(rows.of_page(page), end);
 }
 
 void KvCache::write_page(int64_t page, std::span<const std::byte> in) {
   HADAL_CHECK(static_cast<int64_t>(in.size()) == page_bytes(), "kv_cache: a page has ",
               page_bytes(), " bytes, not ", in.size());
-  for (const auto& [id, rows] : blocks_) {
-    const auto bytes = static_cast<size_t>(rows.page_bytes());
-    std::memcpy(bytes_of(rows.rows) + page * rows.page_bytes(), in.data(), bytes);
-    in = in.subspan(bytes);
-  }
+  const std::byte* end = in.data();
+  for (auto& [id, rows] : blocks_) end = rows.memory.write(rows.of_page(page), end);
 }
 
-/// visit(row in memory, bytes) for every row that is kept at `pos`, in its order.
-template <typename Visit>
-void KvCache::visit_kept(int64_t slot, int64_t pos, int64_t window, Visit&& visit) const {
-  for (const auto& [id, ring] : rings_) {
-    std::byte* data = bytes_of(ring.rows);
-    for (int64_t p = pos - ring.kept(pos, window); p < pos; ++p)
-      visit(data + (slot * ring.size + p % ring.size) * ring.row_bytes(),
-            static_cast<size_t>(ring.row_bytes()));
-  }
+std::vector<int64_t> KvCache::kept_rows(const Ring& ring,
+                                        int64_t slot,
+                                        int64_t pos,
+                                        int64_t window) {
+  std::vector<int64_t> rows;
+  for (int64_t p = pos - ring.kept(pos, window); p < pos; ++p)
+    rows.push_back(slot * ring.size + p % ring.size);
+  return rows;
 }
 
 void KvCache::save_kept(int64_t slot, int64_t pos, int64_t window, std::span<std::byte> out) const {
   HADAL_CHECK(static_cast<int64_t>(out.size()) == kept_bytes(pos, window),
               "kv_cache: the state at ", pos, " has ", kept_bytes(pos, window), " bytes, not ",
               out.size());
-  visit_kept(slot, pos, window, [&](const std::byte* row, size_t bytes) {
-    std::memcpy(out.data(), row, bytes);
-    out = out.subspan(bytes);
-  });
+  std::byte* end = out.data();
+  for (const auto& [id, ring] : rings_)
+    end = ring.memory.read(kept_rows(ring, slot, pos, window), end);
 }
 
 void KvCache::load_kept(int64_t slot, int64_t pos, int64_t window, std::span<const std::byte> in) {
   HADAL_CHECK(static_cast<int64_t>(in.size()) == kept_bytes(pos, window), "kv_cache: the state at ",
               pos, " has ", kept_bytes(pos, window), " bytes, not ", in.size());
-  visit_kept(slot, pos, window, [&](std::byte* row, size_t bytes) {
-    std::memcpy(row, in.data(), bytes);
-    in = in.subspan(bytes);
-  });
+  const std::byte* end = in.data();
+  for (auto& [id, ring] : rings_) end = ring.memory.write(kept_rows(ring, slot, pos, window), end);
 }
 
 void KvCache::save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const {
@@ -267,68 +258,57 @@ ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
     lengths.push_back(length);
     starts.push_back(step.start);
   }
-  return ops::Batch(lengths, starts, at::kCPU);
+  return ops::Batch(lengths, starts, options_.device);
 }
 
 ops::RingView KvCache::ring(int64_t block, RingKind kind) {
   const Ring& ring = rings_.at({block, kind});
-  ops::RingView view{.rows = ring.rows, .first_row = {}, .ring = ring.size, .format = ring.format};
+  ops::RingView view{.rows = ring.memory.rows(),
+                     .first_row = {},
+                     .ring = ring.size,
+                     .format = ring.memory.format()};
   for (const Active& sequence : active_) view.first_row.push_back(sequence.slot * ring.size);
   return view;
 }
 
 ops::BlockView KvCache::append_blocks(int64_t block, BlockKind kind, const at::Tensor& rows) {
-  const Rows& store = blocks_.at({block, kind});
-  ops::BlockView view{.rows = store.rows,
+  Rows& store = blocks_.at({block, kind});
+  ops::BlockView view{.rows = store.memory.rows(),
                       .page_start = {},
                       .page_blocks = store.page_blocks,
-                      .format = store.format};
+                      .format = store.memory.format()};
   for (const Active& sequence : active_) {
     auto& starts = view.page_start.emplace_back();
     for (const int64_t page : sequence.pages) starts.push_back(page * store.page_blocks);
   }
   // As in most decode steps; or what is computed here stems from windows that are not right yet.
   if (rows.size(0) == 0 || pages_are_given_) return view;
-  const at::Tensor packed =
-      store.format.packed() ? ops::pack_rows(rows, store.format) : rows.contiguous();
-  HADAL_CHECK(packed.scalar_type() == store.rows.scalar_type(), "kv_cache: rows are ",
-              packed.scalar_type(), ", stored are ", store.rows.scalar_type());
-  const int64_t bytes = store.rows.size(1) * store.rows.element_size();
-  int64_t next = 0;
+  std::vector<int64_t> to;
   for (size_t seq = 0; seq < active_.size(); ++seq) {
     const Active& sequence = active_[seq];
     const int64_t end = (sequence.start + sequence.length) / store.ratio;
-    for (int64_t number = sequence.start / store.ratio; number < end; ++number, ++next) {
-      std::memcpy(bytes_of(store.rows) + view.row(static_cast<int64_t>(seq), number) * bytes,
-                  bytes_of(packed) + next * bytes, static_cast<size_t>(bytes));
-    }
+    for (int64_t number = sequence.start / store.ratio; number < end; ++number)
+      to.push_back(view.row(static_cast<int64_t>(seq), number));
   }
-  HADAL_CHECK(next == rows.size(0), "kv_cache: ", rows.size(0), " rows for ", next, " blocks");
+  const std::vector<int64_t> from = first_numbers(std::ssize(to));
+  HADAL_CHECK(std::ssize(to) == rows.size(0), "kv_cache: ", rows.size(0), " rows for ", to.size(),
+              " blocks");
+  store.memory.store(rows, from, to);
   return view;
 }
 
 void KvCache::commit(int64_t block, RingKind kind, const at::Tensor& rows) {
   Ring& ring = rings_.at({block, kind});
-  const at::Tensor source =
-      ring.format.packed() ? rows.contiguous() : rows.to(ring.rows.scalar_type()).contiguous();
-  const int64_t bytes = ring.row_bytes(), row_elements = source.size(1);
-  const auto* dense = static_cast<const std::byte*>(source.const_data_ptr());
+  std::vector<int64_t> from, to;
   int64_t token = 0;
   for (const Active& sequence : active_) {
     for (int64_t t = std::max<int64_t>(0, sequence.length - ring.size); t < sequence.length; ++t) {
-      const std::byte* row = dense + (token + t) * row_elements * source.element_size();
-      std::byte* target = bytes_of(ring.rows) +
-                          (sequence.slot * ring.size + (sequence.start + t) % ring.size) * bytes;
-      if (!ring.format.packed()) {
-        std::memcpy(target, row, static_cast<size_t>(bytes));
-        continue;
-      }
-      HADAL_CHECK(ops::pack_row(reinterpret_cast<const uint16_t*>(row), ring.format,
-                                reinterpret_cast<uint8_t*>(target)),
-                  "kv_cache: a window row of layer ", block, " is not a rounded number");
+      from.push_back(token + t);
+      to.push_back(sequence.slot * ring.size + (sequence.start + t) % ring.size);
     }
     token += sequence.length;
   }
+  ring.memory.store(rows, from, to);
 }
 
 }  // namespace hadal::engine

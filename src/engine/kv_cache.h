@@ -19,6 +19,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "engine/row_memory.h"
 #include "engine_core/runner.h"
 #include "model/config.h"
 #include "model/kv_access.h"
@@ -37,11 +38,12 @@ struct KvCacheOptions {
   bool with_mtp = false;  ///< the MTP block has a cache, too
   /// Window rings hold at least a page, as save_window() needs: for stores that keep all windows.
   bool whole_windows = false;
+  at::Device device = at::kCPU;
 };
 
 class KvCache final : public CacheMemory, public model::KvAccess {
  public:
-  /// On the CPU. Errors: Error for counts below 1.
+  /// Errors: Error for counts below 1.
   KvCache(const model::ModelConfig& config, const KvCacheOptions& options);
 
   const KvCacheOptions& options() const { return options_; }
@@ -101,22 +103,20 @@ class KvCache final : public CacheMemory, public model::KvAccess {
 
  private:
   struct Ring {
-    at::Tensor rows;      // [slots * size, width or bytes]
+    RowMemory memory;     // [slots * size]
     int64_t size = 0;     // positions
     int64_t overlap = 0;  // blocks before the unfinished one that a resumption needs; -1: a window
     int64_t ratio = 0;
-    ops::RowFormat format;
-    int64_t row_bytes() const { return rows.size(1) * rows.element_size(); }
     bool is_window() const { return overlap < 0; }
     /// Positions that a resumption at `pos` needs: the last so many, of window rings `window`.
     int64_t kept(int64_t pos, int64_t window) const;
   };
   struct Rows {
-    at::Tensor rows;  // [pages * page_blocks, width or bytes]
+    RowMemory memory;  // [pages * page_blocks]
     int64_t page_blocks = 0;
     int64_t ratio = 0;
-    ops::RowFormat format;
-    int64_t page_bytes() const { return page_blocks * rows.size(1) * rows.element_size(); }
+    int64_t page_bytes() const { return page_blocks * memory.row_bytes(); }
+    std::vector<int64_t> of_page(int64_t page) const;
   };
   struct Active {
     int64_t slot, start, length;
@@ -125,8 +125,11 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   /// Window rows that a snapshot at `pos` holds.
   int64_t window_rows(int64_t pos) const;
   int64_t kept_bytes(int64_t pos, int64_t window) const;
-  template <typename Visit>
-  void visit_kept(int64_t slot, int64_t pos, int64_t window, Visit&& visit) const;
+  /// The rows of a ring that are kept at `pos`, in their order.
+  static std::vector<int64_t> kept_rows(const Ring& ring,
+                                        int64_t slot,
+                                        int64_t pos,
+                                        int64_t window);
   void save_kept(int64_t slot, int64_t pos, int64_t window, std::span<std::byte> out) const;
   void load_kept(int64_t slot, int64_t pos, int64_t window, std::span<const std::byte> in);
 

@@ -15,7 +15,7 @@ namespace {
 std::string identity_of(const std::string& digest, const KvCache& cache) {
   return concat("weights ", digest, " numerics ", ops::numerics_name(cache.options().numerics),
                 " layout 1 page ", cache.page_tokens(), " bytes ", cache.page_bytes(), " mtp ",
-                cache.options().with_mtp ? 1 : 0);
+                cache.options().with_mtp ? 1 : 0, " on ", cache.options().device.str());
 }
 
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
@@ -28,6 +28,7 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
       .with_mtp = drafts,
       .whole_windows = !options.disk.folder.empty() && options.disk.policy == WindowPolicy::kFull};
   const KvCache one(config, sizes);
+  sizes.device = options.device;
   sizes.num_slots = options.max_running;
   const int64_t left = options.cache_bytes - sizes.num_slots * one.state_bytes();
   sizes.num_pages = one.page_bytes() > 0 ? left / one.page_bytes() : 1;
@@ -89,6 +90,10 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.max_drafts = parts_->drafter ? options.max_drafts : 0;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
   scheduling.cache.snapshot_budget_bytes = options.snapshot_bytes;
+  if (options.device.is_cuda()) {
+    log::warn("engine", "products and attention run LibTorch's kernels on ", options.device.str(),
+              ", which are not batch-invariant: the bits of an answer may depend on the load");
+  }
   log::info("engine", cache.num_pages(), " pages of ", cache.page_tokens(), " tokens and ",
             cache.page_bytes(), " bytes, ", cache.num_slots(), " slots of ", cache.state_bytes(),
             " bytes, context of at most ", context, " tokens");

@@ -27,6 +27,7 @@ struct LocalEngineOptions {
   int64_t step_tokens = 256;                    ///< rows of a step while answers are running
   int64_t prompt_tokens = 1024;                 ///< rows of a step of prompts alone
   int64_t max_drafts = 0;                       ///< 0: no speculation; the MTP block gives 1
+  at::Device device = at::kCPU;                 ///< where the model's parameters are
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
   DiskStoreOptions disk;
 };

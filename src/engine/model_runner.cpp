@@ -20,8 +20,13 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
-  streams_ = at::zeros({cache.num_slots() * kept_streams_, config.hc_mult, config.dim}, type);
+  streams_ = at::zeros({cache.num_slots() * kept_streams_, config.hc_mult, config.dim},
+                       at::TensorOptions(cache.options().device).dtype(type));
   followed_.resize(static_cast<size_t>(cache.num_slots()));
+}
+
+at::Tensor ModelRunner::on_device(const std::vector<int64_t>& numbers) const {
+  return at::tensor(numbers, at::kLong).to(cache_.options().device);
 }
 
 void ModelRunner::run(std::span<const SequenceStep> steps) {
@@ -49,7 +54,7 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   context.on_choice = [&](int64_t block, const at::Tensor& selection) {
     (*selections)[block] = selection;
   };
-  const at::Tensor streams = model_.forward(at::tensor(ids, at::kLong), context);
+  const at::Tensor streams = model_.forward(on_device(ids), context);
   for (size_t i = 0; i < steps.size(); ++i) {
     if (steps[i].num_logits == 0) continue;
     const int64_t row = batch.end(static_cast<int64_t>(i)) - 1;
@@ -62,8 +67,8 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   logits_ = at::Tensor();
   if (asked.empty()) return;
   const at::Tensor rows =
-      asked.size() == ids.size() ? streams : streams.index_select(0, at::tensor(asked, at::kLong));
-  logits_ = model_.logits(model_.head_input(rows, numerics_), numerics_).contiguous();
+      asked.size() == ids.size() ? streams : streams.index_select(0, on_device(asked));
+  logits_ = model_.logits(model_.head_input(rows, numerics_), numerics_).cpu().contiguous();
 }
 
 std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) const {
@@ -93,7 +98,7 @@ std::shared_ptr<const ContextView> ModelRunner::context_view(int64_t slot) const
       if (found == seen.selections->end()) {
         for (int64_t block = 0; block < entry.blocks; ++block) entry.selected.push_back(block);
       } else {
-        const at::Tensor row = found->second[seen.row].contiguous();
+        const at::Tensor row = found->second[seen.row].cpu().contiguous();
         for (int64_t i = 0; i < row.size(0); ++i) {
           const int32_t block = row.const_data_ptr<int32_t>()[i];
           if (block >= 0) entry.selected.push_back(block);
@@ -173,7 +178,7 @@ at::Tensor ModelRunner::run_mtp(std::span<const SequenceStep> parts, const at::T
   context.batch = &batch;
   context.numerics = numerics_;
   context.kv = &cache_;
-  return model_.mtp_head_input(streams, at::tensor(ids, at::kLong), context);
+  return model_.mtp_head_input(streams, on_device(ids), context);
 }
 
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
@@ -193,8 +198,8 @@ at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
                      .num_logits = 0});
     done.next = step.pos;
   }
-  const at::Tensor head = run_mtp(parts, streams_.index_select(0, at::tensor(rows, at::kLong)));
-  return model_.logits(head, numerics_).contiguous();
+  const at::Tensor head = run_mtp(parts, streams_.index_select(0, on_device(rows)));
+  return model_.logits(head, numerics_).cpu().contiguous();
 }
 
 }  // namespace hadal::engine

@@ -58,6 +58,7 @@ class ModelRunner final : public Runner {
   at::Tensor logits_;                  // [asked-for tokens, vocab] FP32
   std::vector<int64_t> first_logits_;  // [sequences + 1]
 
+  at::Tensor on_device(const std::vector<int64_t>& numbers) const;
   /// Feeds the MTP block the positions of the step just run.
   void follow(std::span<const SequenceStep> steps, const at::Tensor& streams);
   /// The MTP block over parts whose tokens are the next ids -> its head input.

@@ -1,0 +1,125 @@
+// The caches on a GPU: what goes through pages, slots, snapshots, copies and host bytes there gives
+// the logits of the CPU, as nearly as the number format allows.
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "engine/kv_cache.h"
+#include "engine/model_runner.h"
+#include "model/init.h"
+#include "testing/tiny_model.h"
+
+namespace hadal::engine {
+namespace {
+
+using ops::Numerics;
+
+struct Case {
+  Numerics numerics;
+  double tolerance;  ///< of logits, relative to their largest
+};
+
+class EngineOnGpu : public ::testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override {
+    if (!at::globalContext().hasCUDA()) GTEST_SKIP() << "no CUDA device";
+  }
+  static model::Transformer make(at::Device device) {
+    const Numerics numerics = GetParam().numerics;
+    model::Transformer model(testing::random_model(testing::small_config(), 21, at::kFloat));
+    model.visit([&](model::Parameter& p) {
+      const bool rounded = p.is_matrix() || p.kind == model::ParamKind::kEmbedding ||
+                           p.kind == model::ParamKind::kHead;
+      if (rounded && numerics != Numerics::kIdeal) p.value = p.operand(numerics).contiguous();
+    });
+    model::move_to(model, device);
+    return model;
+  }
+  static KvCacheOptions sizes(at::Device device) {
+    return {.numerics = GetParam().numerics,
+            .num_pages = 6,
+            .num_slots = 3,
+            .slack = 2,
+            .device = device};
+  }
+  /// The logits of the last token of every piece.
+  static std::vector<std::vector<float>> run(ModelRunner& runner,
+                                             int64_t slot,
+                                             std::span<const int64_t> tokens,
+                                             int64_t start,
+                                             const std::vector<int64_t>& pages,
+                                             int64_t piece) {
+    std::vector<std::vector<float>> rows;
+    const auto end = static_cast<int64_t>(tokens.size());
+    for (int64_t at = start; at < end; at += piece) {
+      const int64_t count = std::min(piece, end - at);
+      const SequenceStep step{
+          .slot = slot,
+          .start = at,
+          .tokens = tokens.subspan(static_cast<size_t>(at), static_cast<size_t>(count)),
+          .pages = pages,
+          .num_logits = 1};
+      runner.run({&step, 1});
+      const auto logits = runner.logits(0, 0);
+      rows.emplace_back(logits.begin(), logits.end());
+    }
+    return rows;
+  }
+  static void expect_near(const std::vector<float>& found, const std::vector<float>& wanted) {
+    float largest = 0, apart = 0;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      largest = std::max(largest, std::abs(wanted[i]));
+      apart = std::max(apart, std::abs(found[i] - wanted[i]));
+    }
+    EXPECT_LE(apart, GetParam().tolerance * largest);
+  }
+};
+
+TEST_P(EngineOnGpu, PagesSlotsAndSnapshotsGiveTheLogitsOfTheCpu) {
+  std::mt19937 random(4);
+  std::vector<int64_t> tokens(430);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+
+  const model::Transformer on_cpu = make(at::kCPU);
+  KvCache cpu_cache(on_cpu.config(), sizes(at::kCPU));
+  ModelRunner cpu(on_cpu, cpu_cache);
+  const auto wanted = run(cpu, 0, tokens, 0, {0, 1}, 86);
+
+  const model::Transformer on_gpu = make(at::kCUDA);
+  KvCache cache(on_gpu.config(), sizes(at::kCUDA));
+  EXPECT_EQ(cache.allocated_bytes(), 6 * cache.page_bytes() + 3 * cache.state_bytes());
+  ModelRunner gpu(on_gpu, cache);
+  const auto found = run(gpu, 1, tokens, 0, {4, 2}, 86);
+  ASSERT_EQ(found.size(), wanted.size());
+  for (size_t i = 0; i < found.size(); ++i) expect_near(found[i], wanted[i]);
+
+  // Its state after 344 tokens, through the host into another slot and other pages.
+  std::vector<std::byte> page(static_cast<size_t>(cache.page_bytes()));
+  run(gpu, 1, std::span(tokens).first(344), 0, {4, 2}, 86);
+  std::vector<std::byte> state(static_cast<size_t>(cache.snapshot_bytes(344)));
+  cache.save_snapshot(1, 344, state);
+  cache.read_page(4, page);
+  cache.write_page(0, page);
+  cache.copy_page(2, 5);
+  cache.load_snapshot(2, 344, state);
+  const auto resumed = run(gpu, 2, tokens, 344, {0, 5}, 86);
+  EXPECT_EQ(resumed.back(), found.back());  // the same step of the same bytes
+}
+
+INSTANTIATE_TEST_SUITE_P(Numerics,
+                         EngineOnGpu,
+                         ::testing::Values(Case{Numerics::kIdeal, 1e-4},
+                                           Case{Numerics::kBf16, 0.05},
+                                           Case{Numerics::kReleased, 0.15}),
+                         [](const auto& test) {
+                           return std::string(ops::numerics_name(test.param.numerics));
+                         });
+
+}  // namespace
+}  // namespace hadal::engine

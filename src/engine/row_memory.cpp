@@ -1,0 +1,97 @@
+#include "engine/row_memory.h"
+
+#include <cstring>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+
+namespace hadal::engine {
+namespace {
+
+at::Tensor upload(std::span<const int64_t> numbers, at::Device device) {
+  return at::tensor(at::ArrayRef<int64_t>(numbers.data(), numbers.size()), at::kLong).to(device);
+}
+
+}  // namespace
+
+RowMemory::RowMemory(int64_t count,
+                     int64_t width,
+                     const ops::RowFormat& format,
+                     at::ScalarType dense,
+                     at::Device device)
+    : rows_(format.packed()
+                ? at::zeros({count, format.bytes()}, at::TensorOptions(device).dtype(at::kByte))
+                : at::zeros({count, width}, at::TensorOptions(device).dtype(dense))),
+      format_(format) {}
+
+std::byte* RowMemory::read(std::span<const int64_t> numbers, std::byte* out) const {
+  const auto size = static_cast<size_t>(row_bytes());
+  if (!rows_.is_cpu()) {
+    const at::Tensor found = rows_.index_select(0, upload(numbers, rows_.device())).cpu();
+    std::memcpy(out, found.const_data_ptr(), found.nbytes());
+    return out + found.nbytes();
+  }
+  for (const int64_t row : numbers) {
+    std::memcpy(out, bytes(row), size);
+    out += size;
+  }
+  return out;
+}
+
+const std::byte* RowMemory::write(std::span<const int64_t> numbers, const std::byte* in) {
+  const auto size = static_cast<size_t>(row_bytes());
+  if (!rows_.is_cpu()) {
+    const at::Tensor given =
+        at::empty({static_cast<int64_t>(numbers.size()), rows_.size(1)}, rows_.scalar_type());
+    std::memcpy(given.mutable_data_ptr(), in, given.nbytes());
+    rows_.index_copy_(0, upload(numbers, rows_.device()), given.to(rows_.device()));
+    return in + given.nbytes();
+  }
+  for (const int64_t row : numbers) {
+    std::memcpy(bytes(row), in, size);
+    in += size;
+  }
+  return in;
+}
+
+void RowMemory::store(const at::Tensor& source,
+                      std::span<const int64_t> from,
+                      std::span<const int64_t> to) {
+  HADAL_CHECK(from.size() == to.size() && source.device() == rows_.device(),
+              "row_memory: ", from.size(), " rows on ", source.device().str(), " for ", to.size(),
+              " on ", rows_.device().str());
+  if (!rows_.is_cpu()) {
+    // Packing has no kernel on the GPU yet.
+    const at::Tensor found = source.index_select(0, upload(from, rows_.device()));
+    const at::Tensor stored = format_.packed()
+                                  ? ops::pack_rows(found.cpu(), format_).to(rows_.device())
+                                  : found.to(rows_.scalar_type());
+    rows_.index_copy_(0, upload(to, rows_.device()), stored);
+    return;
+  }
+  const at::Tensor dense =
+      format_.packed() ? source.contiguous() : source.to(rows_.scalar_type()).contiguous();
+  const int64_t stride = dense.size(1) * dense.element_size();
+  const auto* data = static_cast<const std::byte*>(dense.const_data_ptr());
+  HADAL_CHECK(format_.packed() ? dense.scalar_type() == at::kBFloat16 : stride == row_bytes(),
+              "row_memory: rows of ", dense.size(1), " ", dense.scalar_type(), " for rows of ",
+              row_bytes(), " bytes");
+  for (size_t i = 0; i < from.size(); ++i) {
+    const std::byte* row = data + from[i] * stride;
+    if (!format_.packed()) {
+      std::memcpy(bytes(to[i]), row, static_cast<size_t>(stride));
+      continue;
+    }
+    HADAL_CHECK(ops::pack_row(reinterpret_cast<const uint16_t*>(row), format_,
+                              reinterpret_cast<uint8_t*>(bytes(to[i]))),
+                "row_memory: row ", from[i], " did not go through its round trip");
+  }
+}
+
+void RowMemory::copy(int64_t from, int64_t to, int64_t count) {
+  if (from == to) return;
+  rows_.narrow(0, to, count).copy_(rows_.narrow(0, from, count));
+}
+
+}  // namespace hadal::engine

@@ -1,0 +1,47 @@
+// Rows of one kind in one allocation, on the CPU or a GPU, addressed by number.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/attention/kv_rows.h"
+
+namespace hadal::engine {
+
+class RowMemory {
+ public:
+  RowMemory() = default;
+  /// `count` zero rows: bytes where `format` packs, else [width] of `dense`.
+  RowMemory(int64_t count,
+            int64_t width,
+            const ops::RowFormat& format,
+            at::ScalarType dense,
+            at::Device device);
+
+  const at::Tensor& rows() const { return rows_; }  ///< [count, width or bytes]
+  const ops::RowFormat& format() const { return format_; }
+  int64_t row_bytes() const { return rows_.size(1) * rows_.element_size(); }
+
+  /// The rows' bytes one behind the other; returns the end of `out`.
+  std::byte* read(std::span<const int64_t> numbers, std::byte* out) const;
+  /// The inverse; returns the end of what it took.
+  const std::byte* write(std::span<const int64_t> numbers, const std::byte* in);
+  /// Rows `from` of `source` [n, width], packed on the way where the format says so, become rows
+  /// `to`. Errors: Error for values that did not go through the format's round trip.
+  void store(const at::Tensor& source, std::span<const int64_t> from, std::span<const int64_t> to);
+  /// Rows [from, from + count) become rows [to, to + count).
+  void copy(int64_t from, int64_t to, int64_t count);
+
+ private:
+  std::byte* bytes(int64_t row) const {
+    return static_cast<std::byte*>(rows_.mutable_data_ptr()) + row * row_bytes();
+  }
+
+  at::Tensor rows_;
+  ops::RowFormat format_;
+};
+
+}  // namespace hadal::engine
