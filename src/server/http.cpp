@@ -28,6 +28,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "server/memory_stream.h"
 
 // Setting up and closing sockets that may be gone: what fails there needs no answer.
 // NOLINTBEGIN(bugprone-unused-return-value)
@@ -61,7 +62,7 @@ struct Core {
   HttpHandler& handler;
   net::io_context io;
   std::optional<net::ssl::context> tls;
-  std::optional<net::thread_pool> handlers;
+  std::optional<net::thread_pool> handlers;  ///< none: on the connection's thread
   std::atomic<bool> draining{false};
   std::atomic<int64_t> active{0}, accepted{0}, refused{0}, slow_dropped{0}, left{0};
   std::mutex mutex;
@@ -135,7 +136,7 @@ std::string head_of(const HttpResponse& response, bool keep_alive, std::string_v
 template <typename Stream>
 class Connection final : public ConnectionBase,
                          public std::enable_shared_from_this<Connection<Stream>> {
-  static constexpr bool kTls = !std::is_same_v<Stream, beast::tcp_stream>;
+  static constexpr bool kTls = std::is_same_v<Stream, net::ssl::stream<beast::tcp_stream>>;
 
  public:
   /// The answer to one request. The connection forgets it when it ends, so that a late word never
@@ -303,6 +304,9 @@ class Connection final : public ConnectionBase,
       : core_(std::move(core)),
         stream_(make_stream(*core_, std::move(socket))),
         idle_timer_(stream_.get_executor()) {}
+  /// Without a socket.
+  Connection(std::shared_ptr<Core> core, Stream stream)
+      : core_(std::move(core)), stream_(std::move(stream)), idle_timer_(stream_.get_executor()) {}
   ~Connection() override {
     if (!closed_) count_closed();
   }
@@ -326,6 +330,7 @@ class Connection final : public ConnectionBase,
   void force_close() override {
     net::post(stream_.get_executor(), [self = this->shared_from_this()] { self->shut(); });
   }
+  Stream& stream() { return stream_; }
 
  private:
   static Stream make_stream(Core& core, tcp::socket socket) {
@@ -335,7 +340,7 @@ class Connection final : public ConnectionBase,
       return Stream(std::move(socket));
     }
   }
-  beast::tcp_stream& lowest() { return beast::get_lowest_layer(stream_); }
+  auto& lowest() { return beast::get_lowest_layer(stream_); }
   bool keeps_alive() const { return keep_alive_ && !core_->draining; }
 
   void open() {
@@ -387,15 +392,19 @@ class Connection final : public ConnectionBase,
     exchange_ = exchange;
     ++core_->active;
     watch();
-    net::post(*core_->handlers,
-              [core = core_, exchange, request = take_request(*parser_)]() mutable {
-                try {
-                  core->handler.handle(std::move(request), exchange);
-                } catch (const std::exception& failure) {
-                  log::error("server", "a request failed: ", failure.what());
-                  exchange->post([] { throw Error("the handler failed"); });
-                }
-              });
+    auto handle = [core = core_, exchange, request = take_request(*parser_)]() mutable {
+      try {
+        core->handler.handle(std::move(request), exchange);
+      } catch (const std::exception& failure) {
+        log::error("server", "a request failed: ", failure.what());
+        exchange->post([] { throw Error("the handler failed"); });
+      }
+    };
+    if (core_->handlers) {
+      net::post(*core_->handlers, std::move(handle));
+    } else {
+      net::post(core_->io, std::move(handle));  // without sockets
+    }
   }
   void on_read_error(error_code error) {
     if (error.category() == http::make_error_code(http::error::end_of_stream).category() &&
@@ -735,6 +744,46 @@ int parse_http_request(std::string_view bytes, const ServerOptions& options, Htt
   if (!parser.is_done() || suspicious(parser)) return 400;
   request = take_request(parser);
   return 0;
+}
+
+struct HttpSession::Impl {
+  Impl(const ServerOptions& options, HttpHandler& handler)
+      : core(std::make_shared<Core>(options, handler)) {}
+  /// Everything that can be done without more input.
+  void poll() {
+    core->io.restart();
+    core->io.poll();
+  }
+  std::shared_ptr<Core> core;
+};
+
+HttpSession::HttpSession(const ServerOptions& options, HttpHandler& handler)
+    : impl_(std::make_unique<Impl>(options, handler)) {}
+HttpSession::~HttpSession() = default;
+
+std::string HttpSession::run(std::span<const std::string_view> pieces) {
+  Core& core = *impl_->core;
+  {
+    const std::lock_guard lock(core.mutex);
+    ++core.open;
+    core.connections.clear();
+  }
+  const auto connection =
+      std::make_shared<Connection<MemoryStream>>(impl_->core, MemoryStream(core.io));
+  MemoryStream& stream = connection->stream();
+  connection->start();
+  impl_->poll();
+  for (const std::string_view piece : pieces) {
+    stream.feed(piece);
+    impl_->poll();
+  }
+  stream.end_input();
+  impl_->poll();
+  connection->force_close();
+  impl_->poll();
+  HADAL_CHECK(core.open == 0 && core.active == 0, "http: ", core.open, " connections and ",
+              core.active.load(), " answers are left");
+  return stream.output();
 }
 
 }  // namespace hadal::server

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -91,5 +92,20 @@ class HttpServer {
 /// refuses it (400 also where bytes are missing). For tests and fuzzing: the same parser and
 /// checks.
 int parse_http_request(std::string_view bytes, const ServerOptions& options, HttpRequest& request);
+
+/// Connections without sockets, for tests and fuzzing: the server's own code on one thread.
+/// Timeouts never expire, and handlers run on the caller's thread.
+class HttpSession {
+ public:
+  HttpSession(const ServerOptions& options, HttpHandler& handler);  ///< both outlive it
+  ~HttpSession();
+  /// One connection's life: its client sends the pieces one after the other, each when all was done
+  /// that could be done without it, and ends its side. Returns what the client was sent.
+  std::string run(std::span<const std::string_view> pieces);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace hadal::server

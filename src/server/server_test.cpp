@@ -398,6 +398,58 @@ TEST(Server, OneFailingRequestTakesNoOtherDown) {
   }
 }
 
+TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
+  class Mirror final : public HttpHandler {
+   public:
+    void handle(HttpRequest request, std::shared_ptr<Responder> responder) override {
+      if (request.path != "/stream") {
+        HttpResponse response;
+        response.body = request.method + " " + request.path + " " + request.body;
+        return responder->send(std::move(response));
+      }
+      responder->begin_stream({});
+      responder->write(request.body);
+      responder->write("more");
+      responder->end_stream();
+    }
+    HttpResponse error(int status, std::string_view message, std::string_view) override {
+      HttpResponse response;
+      response.status = status;
+      response.body = message;
+      return response;
+    }
+  };
+  const ServerOptions options;
+  Mirror mirror;
+  HttpSession session(options, mirror);
+  const std::string bytes =
+      "GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+      "POST /b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+      "POST /stream HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\nbody"
+      "HEAD /c HTTP/1.1\r\n\r\nPOST /d HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi"
+      "GET /never HTTP/1.1\r\n\r\n";
+  const auto run = [&](const std::vector<std::string_view>& pieces) { return session.run(pieces); };
+  const std::string whole = run({bytes});
+  size_t from = 0;
+  for (const char* part : {"GET /a ", "POST /b abcde", "100 Continue", "4\r\nbody\r\n4\r\nmore",
+                           "HTTP/1.1 200 OK", "Connection: close", "POST /d hi"}) {
+    const size_t found = whole.find(part, from);
+    ASSERT_NE(found, std::string::npos) << part << "\n" << whole;
+    from = found + 1;
+  }
+  EXPECT_EQ(whole.find("/never"), std::string::npos);
+  for (size_t cut = 0; cut <= bytes.size(); ++cut) {
+    const std::string_view view = bytes;
+    EXPECT_EQ(run({view.substr(0, cut), view.substr(cut)}), whole) << cut;
+  }
+  std::vector<std::string_view> every;
+  for (size_t i = 0; i < bytes.size(); ++i) every.push_back(std::string_view(bytes).substr(i, 1));
+  EXPECT_EQ(run(every), whole);
+  EXPECT_NE(run({"GET /a HTTP/1.1\r\n\r\nnonsense\r\n\r\n"}).find("HTTP/1.1 400"),
+            std::string::npos);
+  EXPECT_EQ(run({"GET /a HT"}), "");
+}
+
 TEST(Server, HandlersThatThrowAreAnswered500) {
   class Thrower final : public HttpHandler {
    public:

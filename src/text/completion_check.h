@@ -1,5 +1,4 @@
-// The property of CompletionParser that its test and its fuzz target share: for any cutting, the
-// result of the whole.
+// What tests and fuzz targets of CompletionParser share: for any cutting, the result of the whole.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +7,38 @@
 #include <vector>
 
 #include "base/check.h"
+#include "text/chat_tokens.h"
 #include "text/completion_parser.h"
 #include "text/tool_calls.h"
 #include "text/utf8.h"
 
 namespace hadal::text {
+
+/// Bytes that never occur in UTF-8 stand for pieces of markup, so that the fuzzer reaches the
+/// grammar quickly.
+inline std::string expand_markup(std::string_view data) {
+  static const std::string pieces[] = {std::string(tool_block_start()),
+                                       std::string(dsml::kInvoke),
+                                       std::string(dsml::kInvokeEnd),
+                                       std::string(dsml::kParameter),
+                                       "<" + std::string(dsml::kParameterEnd),
+                                       std::string(dsml::kBlockEnd),
+                                       " name=\"a\"",
+                                       " string=\"true\"",
+                                       std::string(dsml::kTagEnd),
+                                       std::string(kEos),
+                                       std::string(kThinkEnd)};
+  std::string text;
+  for (const char c : data) {
+    const auto byte = static_cast<uint8_t>(c);
+    if (byte >= 0xF5) {
+      text += pieces[byte - 0xF5];
+    } else {
+      text += c;
+    }
+  }
+  return text;
+}
 
 /// What the events of a completion add up to.
 struct EventSums {
