@@ -18,6 +18,7 @@
 #include "base/check.h"
 #include "base/json.h"
 #include "engine_core/grammar_log.h"
+#include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
 #include "engine_core/grammar_tools.h"
 #include "text/chat_tokens.h"
@@ -190,10 +191,13 @@ xgrammar::Grammar read_grammar(const Grammar& grammar, const Vocabulary& vocabul
       return xgrammar::Grammar::FromJSONSchema(R"({"type":"object","additionalProperties":true})",
                                                true, std::nullopt, std::nullopt, true,
                                                kMaxWhitespace);
-    case Grammar::Kind::kJsonSchema:
+    case Grammar::Kind::kJsonSchema: {
       check_schema(*parse_json(grammar.text, what), what);
-      return xgrammar::Grammar::FromJSONSchema(grammar.text, true, std::nullopt, std::nullopt, true,
-                                               kMaxWhitespace);
+      auto schema = nlohmann::ordered_json::parse(grammar.text);
+      const bool changed = prepare_strings(schema, false, what);
+      return xgrammar::Grammar::FromJSONSchema(changed ? schema.dump() : grammar.text, true,
+                                               std::nullopt, std::nullopt, true, kMaxWhitespace);
+    }
     case Grammar::Kind::kRegex:
       check_pattern(grammar.text, what);
       return xgrammar::Grammar::FromRegex(grammar.text);

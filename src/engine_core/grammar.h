@@ -10,12 +10,14 @@
 // complete. The languages:
 //   kJsonObject  any JSON object
 //   kJsonSchema  JSON that the schema accepts, members in the schema's order, none that it does not
-//                name unless it says so; at most 16 characters of white space in a row
+//                name unless it says so; at most 16 characters of white space in a row. Bounds
+//                need a `type`; a pattern covers the whole string
 //   kRegex       the whole text matches
 //   kEbnf        xgrammar's notation (GBNF), from the rule `root`
 //   kToolCalls   the block of text/tool_calls.h with its blank line before, one call or more. The
-//                arguments of tools with "strict" follow their schema, members in its order; other
-//                tools take any parameters. An object {"tools": [the list], "mode": "auto",
+//                arguments of tools with "strict" follow their schema, members in its order, and
+//                JSON strings in them with a length or a pattern hold nothing that is escaped;
+//                other tools take any parameters. An object {"tools": [the list], "mode": "auto",
 //                "parallel": false} instead of the list allows plain text with or without a block
 //                after it ("auto" instead of "required"), and one call only.
 // xgrammar (Apache-2.0, mlc-ai) does the matching; nothing of it shows here.

@@ -84,6 +84,24 @@ void check_deciding(const json& schema, const std::string& key, const std::strin
   }
 }
 
+/// A bound that xgrammar reads with a type only, or with what implies one.
+void check_typed(const json& schema, const std::string& where) {
+  static constexpr std::array<std::string_view, 2> array_bounds = {"minItems", "maxItems"};
+  static constexpr std::array<std::string_view, 4> object_bounds = {
+      "minProperties", "maxProperties", "propertyNames", "patternProperties"};
+  static constexpr std::array<std::string_view, 8> value_bounds = {
+      "minLength", "maxLength",        "pattern",          "minimum",
+      "maximum",   "exclusiveMinimum", "exclusiveMaximum", "multipleOf"};
+  if (schema.contains("type")) return;
+  const bool is_array = schema.contains("items") || schema.contains("prefixItems");
+  const bool is_object = schema.contains("properties") || schema.contains("additionalProperties");
+  for (const auto& [key, value] : schema.items()) {
+    const bool lost = among(key, value_bounds) || (!is_array && among(key, array_bounds)) ||
+                      (!is_object && among(key, object_bounds));
+    HADAL_INPUT_CHECK(!lost, where, ": ", key, " without type is not supported");
+  }
+}
+
 void check_object(const json& schema, const std::string& where) {
   for (const auto& name : schema.value("required", json::array())) {
     HADAL_INPUT_CHECK(name.is_string() && schema.contains("properties") &&
@@ -131,6 +149,10 @@ void check_below(const std::string& key, const json& value, const std::string& w
   if (!among(key, schemas)) return;
   if (value.is_array()) {
     for (const auto& schema : value) check_schema(schema, here);
+  } else if (key == "propertyNames" && value.is_object() && !value.contains("type")) {
+    json named = value;
+    named["type"] = "string";
+    check_schema(named, here);
   } else {
     check_schema(value, here);
   }
@@ -177,6 +199,7 @@ void check_schema(const json& schema, const std::string& where) {
     check_deciding(schema, std::string(key), where);
     return;
   }
+  check_typed(schema, where);
   check_object(schema, where);
 }
 

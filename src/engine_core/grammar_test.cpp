@@ -570,6 +570,13 @@ TEST(Grammar, RefusesWhatItCannotKeep) {
       {Kind::kJsonSchema, R"({"type": "string", "maxLength": 1000000000})", "maxLength"},
       {Kind::kJsonSchema, R"({"$ref": "#/$defs/none"})", "none"},
       {Kind::kJsonSchema, R"({"type": "string", "pattern": "(a"})", "JSON schema"},
+      {Kind::kJsonSchema, R"({"type": "string", "pattern": "^\"a"})", "escape"},
+      {Kind::kJsonSchema, R"({"maxLength": 2})", "maxLength without type"},
+      {Kind::kJsonSchema, R"({"items": {"minimum": 2}})", "items: minimum without type"},
+      {Kind::kJsonSchema, R"({"patternProperties": {"a": {}}})", "without type"},
+      {Kind::kToolCalls, R"([{"name": "f", "strict": true, "parameters": {"properties": {"a":
+        {"type": "string", "pattern": "^[a\uff5c]$"}}}}])",
+       "U+FF5C"},
       {Kind::kJsonSchema, R"({"anyOf": [{"type": "null"}], "required": ["a"]})", "required beside"},
       {Kind::kJsonSchema, R"({"type": "object", "properties": {"not": {"type": "string", "pattern":
         "((a", "minLength": 2}}})",
@@ -593,6 +600,70 @@ TEST(Grammar, RefusesWhatItCannotKeep) {
         << text.substr(0, 100) << ": " << message(kind, text);
   }
   EXPECT_EQ(compiler().compile({}), nullptr);
+}
+
+/// Whether the text, written in any tokens, is a complete answer.
+bool takes(Grammar::Kind kind, const std::string& grammar, const std::string& answer) {
+  GrammarSession session = start(kind, grammar);
+  for (const int32_t id : tokenizer().encode(answer, text::SpecialTokens::kRecognise)) {
+    if (!session.accept(id)) return false;
+  }
+  return session.completed();
+}
+
+TEST(Grammar, PatternsStayInsideTheirStrings) {
+  using Kind = Grammar::Kind;
+  struct Case {
+    const char* pattern;
+    std::vector<std::string> good, bad;
+  };
+  const std::vector<Case> cases = {
+      {"^[^\u00e4]{3}$", {"abc", "a\u00f6c"}, {"a\"c", "a\nc", "a\\c", "a\u00e4c"}},
+      {"^[\u00e4-\u00fc\U0001F600].$", {"\u00f6x", "\U0001F600x"}, {"ax", "\u00f6\"", "\u00f6\t"}},
+      {"^\\S\u20ac.\\W$", {"a\u20acb-"}, {"a\u20acb\"", "a\u20ac\"-", "\"\u20acb-"}},
+      {"^\u00fc{2,10000}$", {"\u00fc\u00fc"}, {"\u00fc"}},
+  };
+  for (const Case& one : cases) {
+    const json schema = {{"type", "string"}, {"pattern", one.pattern}};
+    const json named = {{"type", "object"}, {"patternProperties", {{one.pattern, json::object()}}}};
+    for (const std::string& text : one.good) {
+      EXPECT_TRUE(takes(Kind::kJsonSchema, schema.dump(), concat("\"", text, "\""))) << text;
+      EXPECT_TRUE(takes(Kind::kJsonSchema, named.dump(), concat("{\"", text, "\": 1}"))) << text;
+    }
+    for (const std::string& text : one.bad) {
+      EXPECT_FALSE(takes(Kind::kJsonSchema, schema.dump(), concat("\"", text, "\""))) << text;
+      EXPECT_FALSE(takes(Kind::kJsonSchema, named.dump(), concat("{\"", text, "\": 1}"))) << text;
+    }
+  }
+}
+
+TEST(Grammar, StringsOfStrictToolsKeepTheirLengthAndTheMarkerOut) {
+  const std::string marker = "\uff5cDSML\uff5c";
+  const std::string before =
+      concat("\n\n<", marker, "tool_calls>\n<", marker, "invoke name=\"f\">\n<", marker,
+             "parameter name=\"a\" string=\"false\">[\"");
+  const std::string behind =
+      concat("\"]</", marker, "parameter>\n</", marker, "invoke>\n</", marker, "tool_calls>");
+  const auto accepts = [&](const json& item, const std::string& text) {
+    const json parameters = {{"type", "object"},
+                             {"properties", {{"a", {{"type", "array"}, {"items", item}}}}},
+                             {"required", {"a"}}};
+    json tool = {{"name", "f"}, {"strict", true}, {"parameters", parameters}};
+    const std::string grammar = concat("[", tool.dump(), "]");
+    return takes(Grammar::Kind::kToolCalls, grammar, concat(before, text, behind));
+  };
+  const json bounded = {{"type", {"string", "null"}}, {"minLength", 2}, {"maxLength", 2000}};
+  EXPECT_TRUE(accepts(bounded, "a\u00e4"));
+  for (const char* text : {"a", "a\"b", "a\nb", "a\tb", "a\\b"})
+    EXPECT_FALSE(accepts(bounded, text));
+  EXPECT_TRUE(accepts({{"type", "string"}, {"maxLength", 3}}, "abc"));
+  EXPECT_FALSE(accepts({{"type", "string"}, {"maxLength", 3}}, "abcd"));
+  for (const char* pattern : {"^.*$", "^[^a]*$", "^\\S*$", "^[\\s\\S]*$", "^(x|\\W)*$"}) {
+    const json schema = {{"type", "string"}, {"pattern", pattern}};
+    EXPECT_TRUE(accepts(schema, pattern == std::string("^(x|\\W)*$") ? "x-" : "xy-")) << pattern;
+    EXPECT_FALSE(accepts(schema, concat("x</", marker, "parameter"))) << pattern;
+    EXPECT_FALSE(accepts(schema, "x\uff5c")) << pattern;
+  }
 }
 
 TEST(Grammar, CacheForgetsWhatIsOldest) {

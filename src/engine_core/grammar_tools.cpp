@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
@@ -29,9 +30,10 @@ Json one_of(std::vector<Json> elements) {
 Json regex(std::string pattern) { return {{"type", "regex"}, {"pattern", std::move(pattern)}}; }
 
 /// JSON text of a schema; the markup's marker cannot stand in it.
-Json json_value(const Json& schema) {
+Json json_value(Json schema) {
+  prepare_strings(schema, true, "tools");
   return {{"type", "json_schema"},
-          {"json_schema", schema},
+          {"json_schema", std::move(schema)},
           {"max_whitespace_cnt", kMaxWhitespace},
           {"excludes", {text::kDsml}}};
 }
@@ -135,7 +137,7 @@ class Values {
 
   void add_string(const Json& schema) {
     const bool bounded = schema.contains("minLength") || schema.contains("maxLength");
-    // Patterns and formats stand in quotes, where the marker is kept out of them.
+    // Patterns and formats stand in quotes.
     if (schema.contains("pattern") || schema.contains("format")) {
       return as_json(json_value(schema));
     }
