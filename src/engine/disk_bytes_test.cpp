@@ -54,6 +54,7 @@ std::vector<int64_t> text() {
 void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCache::Opened& opened) {
   CachedSequence sequence;
   ASSERT_TRUE(cache.open(tokens, cache.match(tokens, true), true, sequence, opened));
+  while (cache.loads(sequence)) cache.load(sequence, tokens, 3, opened);
   const auto size = static_cast<int64_t>(tokens.size());
   while (sequence.pos < size) {
     const int64_t end = std::min(size, cache.next_kept(sequence.pos));

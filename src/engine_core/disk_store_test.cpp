@@ -89,6 +89,7 @@ TEST(DiskStore, BytesWrittenAreTheFormulasOfThePolicies) {
     const DiskStoreStats stats = store.stats();
     const int64_t windows = policy == WindowPolicy::kFull ? kPages : 0;
     const int64_t snapshots = policy == WindowPolicy::kPeriodic ? kPages / 2 : 0;
+    EXPECT_EQ(store.stored_bytes(), stats.bytes);
     EXPECT_EQ(stats.of(RecordKind::kPage).written_bytes, kPages * kPageBytes);
     EXPECT_EQ(stats.of(RecordKind::kWindow).written_bytes, windows * kWindowBytes);
     EXPECT_EQ(stats.of(RecordKind::kSnapshot).written_bytes, snapshots * kSnapshotBytes);
@@ -170,6 +171,7 @@ TEST(DiskStore, TimesOfUseSurviveARestart) {
     }
     store.flush();
     store.touch(first);
+    store.flush();
   }
   options.max_bytes = 20 * record_bytes(kPageTokens, kPageBytes);
   DiskStore store(options);

@@ -33,6 +33,7 @@ Config random_config(const Philox& random) {
   config.scheduler.max_running = 1 + b[1] % 8;
   config.scheduler.step_tokens = 1 + b[2] % 24;
   config.scheduler.prompt_tokens = 1 + b[3] % 40;
+  config.scheduler.load_pages = 1 + b[3] / 40 % 6;
   config.scheduler.max_drafts = config.model.slack;
   config.scheduler.always_draft = c[0] % 2 == 0;
   config.scheduler.snapshot_prompts = c[1] % 2 == 0;
