@@ -53,7 +53,8 @@ class DiskStore::Impl {
   std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
                                          int64_t from_page,
                                          int64_t max_pos);
-  void save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
+  /// False: dropped.
+  bool save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
   void touch(std::span<const int64_t> tokens);
   void flush() { queue_->flush(); }
   DiskStoreStats stats() const;
@@ -353,7 +354,7 @@ void DiskStore::Impl::forget(const std::string& key) {
 // --- writing
 // ---------------------------------------------------------------------------------------
 
-void DiskStore::Impl::save(RecordKind kind,
+bool DiskStore::Impl::save(RecordKind kind,
                            std::span<const int64_t> tokens,
                            std::span<const std::byte> payload) {
   const int64_t pos = std::ssize(tokens), page_tokens = options_.page_tokens;
@@ -363,7 +364,7 @@ void DiskStore::Impl::save(RecordKind kind,
     const std::lock_guard lock(mutex_);
     if (!stats_.writing) {
       ++stats_.dropped_off;
-      return;
+      return false;
     }
   }
   PrefixDigest before;
@@ -373,19 +374,20 @@ void DiskStore::Impl::save(RecordKind kind,
   const int64_t bytes = record_bytes(page_tokens, std::ssize(payload));
   {
     const std::lock_guard lock(mutex_);
-    if (index_.state(key) != RecencyIndex::State::kAbsent) return;
+    if (index_.state(key) != RecencyIndex::State::kAbsent) return true;
     if (bytes > options_.max_bytes || !queue_->has_room(bytes)) {
       ++stats_.dropped_full;
-      return;
+      return false;
     }
     index_.insert(key, pos, bytes, like);
   }
   std::string record =
       encode_record(kind, pos, digest, tokens.last(static_cast<size_t>(page_tokens)), payload);
-  if (queue_->push({.key = key, .value = std::move(record)})) return;
+  if (queue_->push({.key = key, .value = std::move(record)})) return true;
   const std::lock_guard lock(mutex_);
   index_.erase(key);
   ++stats_.dropped_full;
+  return false;
 }
 
 void DiskStore::Impl::evict(DiskDb::Batch* out) {
@@ -522,8 +524,8 @@ std::unique_ptr<PrefixLoad> DiskStore::begin_load(std::span<const int64_t> token
   return impl_->begin_load(tokens, from_page, max_pos);
 }
 
-void DiskStore::save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) {
-  impl_->save(RecordKind::kPage, prefix_tokens, page);
+bool DiskStore::save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) {
+  return impl_->save(RecordKind::kPage, prefix_tokens, page);
 }
 
 void DiskStore::save_snapshot(std::span<const int64_t> prefix_tokens,

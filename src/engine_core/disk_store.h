@@ -71,7 +71,7 @@ class DiskStore : public PrefixStore {
   std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
                                          int64_t from_page,
                                          int64_t max_pos) override;
-  void save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) override;
+  bool save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) override;
   void save_snapshot(std::span<const int64_t> prefix_tokens,
                      std::span<const std::byte> snapshot) override;
   void save_window(std::span<const int64_t> prefix_tokens,

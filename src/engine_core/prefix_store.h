@@ -55,8 +55,8 @@ class PrefixStore {
   std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
                                    int64_t from_page,
                                    int64_t max_pos);
-  /// `prefix_tokens` end where the page ends.
-  virtual void save_page(std::span<const int64_t> prefix_tokens,
+  /// `prefix_tokens` end where the page ends. False: not now; it may be offered again.
+  virtual bool save_page(std::span<const int64_t> prefix_tokens,
                          std::span<const std::byte> page) = 0;
   /// Kept only where wants_snapshot(prefix_tokens.size()).
   virtual void save_snapshot(std::span<const int64_t> prefix_tokens,

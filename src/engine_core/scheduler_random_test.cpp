@@ -144,6 +144,7 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
   const EngineStats stats = world.scheduler.stats();
   EXPECT_EQ(stats.state_slots_free, stats.state_slots_total);
   EXPECT_EQ(stats.pages_free + stats.pages_cached, stats.pages_total);
+  EXPECT_EQ(stats.disk_errors, 0) << "seed " << seed;
   totals.preemptions += stats.preemptions;
   totals.cached += stats.cached_tokens;
   totals.drafted += stats.drafted;

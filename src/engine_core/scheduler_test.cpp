@@ -342,6 +342,31 @@ TEST(Scheduler, ALoadEndsAtADamagedPageWithACancelAndWithoutTheStore) {
   log::set_level(log::Level::kInfo);
 }
 
+TEST(Scheduler, PagesThatTheStoreRefusedAreOfferedAgain) {
+  Config config;
+  config.store = true;
+  World world(config);
+  world.store.refuses = true;
+  Request request = plain(counting(90), 2);
+  world.add(request);
+  world.run_to_end();
+  const auto from_disk = [&] {
+    world.scheduler.clear_prefix_tree();
+    auto sink = world.add(request);
+    world.run_to_end();
+    EXPECT_EQ(sink->answers[0], world.expected(request));
+    return sink->cache.disk_tokens;
+  };
+  EXPECT_EQ(from_disk(), 0);
+  world.store.refuses = false;
+  // A few pages at a time.
+  for (int uses = 0; uses < 3; ++uses) {
+    world.add(request);
+    world.run_to_end();
+  }
+  EXPECT_EQ(from_disk(), 88);
+}
+
 TEST(Scheduler, SpeculationTakesFewerStepsOrStops) {
   for (const uint64_t right : {uint64_t{256}, uint64_t{0}}) {
     Config config;

@@ -353,9 +353,10 @@ class ScriptedStore : public PrefixStore {
     return std::make_unique<Load>(*this, key(tokens, max_pos / page_tokens_ * page_tokens_),
                                   from_page);
   }
-  void save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
+  bool save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
     if (throws) throw std::runtime_error("store: full");
-    pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+    if (!refuses) pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+    return !refuses;
   }
   void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
     snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
@@ -372,7 +373,7 @@ class ScriptedStore : public PrefixStore {
     windows_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
 
-  bool throws = false, truncates = false, forgets_states = false;
+  bool throws = false, truncates = false, forgets_states = false, refuses = false;
   int64_t damaged_page = -1;  ///< of every prefix: cannot be read
   int64_t most_read = 0;      ///< pages that one advance() read
 

@@ -8,6 +8,12 @@
 #include "base/math.h"
 
 namespace hadal::engine {
+namespace {
+
+/// Pages saved at once besides those since the last snapshot: what a store refused before.
+constexpr int64_t kLateSaves = 8;
+
+}  // namespace
 
 SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, PrefixStore* store)
     : memory_(memory),
@@ -17,7 +23,8 @@ SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, Prefix
       keeps_windows_(store != nullptr && store->policy() == WindowPolicy::kFull),
       pages_(memory.num_pages()),
       slots_(memory.num_slots()),
-      tree_(page_tokens_, options.snapshot_budget_bytes, pages_) {
+      tree_(page_tokens_, options.snapshot_budget_bytes, pages_),
+      unsaved_(static_cast<size_t>(memory.num_pages())) {
   HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
               "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",
               page_tokens_);
@@ -53,7 +60,10 @@ int64_t SequenceCache::pages_taken(const PrefixMatch& match, int64_t num_tokens)
 
 std::optional<int64_t> SequenceCache::allocate() {
   for (;;) {
-    if (const std::optional<int64_t> page = pages_.allocate()) return page;
+    if (const std::optional<int64_t> page = pages_.allocate()) {
+      unsaved_[static_cast<size_t>(*page)] = 1;
+      return page;
+    }
     if (!tree_.evict_page()) return std::nullopt;
   }
 }
@@ -158,6 +168,7 @@ bool SequenceCache::take_pages(CachedSequence& sequence,
     const std::optional<int64_t> page = allocate();
     if (!page) return false;
     memory_.write_page(*page, bytes);
+    unsaved_[static_cast<size_t>(*page)] = 0;
     sequence.loaded.push_back(*page);
   }
   return true;
@@ -281,6 +292,7 @@ void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> t
   const auto prefix = tokens.first(static_cast<size_t>(sequence.pos));
   if (tree_.has_snapshot(prefix)) {
     tree_.insert(prefix, sequence.pages, std::nullopt);
+    if (store_ != nullptr) store_new(sequence, prefix, {});
     return;
   }
   std::vector<std::byte> snapshot(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
@@ -288,19 +300,25 @@ void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> t
   std::vector<std::byte> for_store;
   const bool page_end = sequence.pos % page_tokens_ == 0;
   if (store_ != nullptr && page_end && store_->wants_snapshot(sequence.pos)) for_store = snapshot;
-  const int64_t first_new = tree_.insert(prefix, sequence.pages, std::move(snapshot));
-  if (store_ != nullptr) store_new(sequence, prefix, first_new, for_store);
+  tree_.insert(prefix, sequence.pages, std::move(snapshot));
+  if (store_ != nullptr) store_new(sequence, prefix, for_store);
 }
 
 void SequenceCache::store_new(const CachedSequence& sequence,
                               std::span<const int64_t> tokens,
-                              int64_t first_new,
                               std::span<const std::byte> snapshot) {
   try {
     std::vector<std::byte> bytes(static_cast<size_t>(memory_.page_bytes()));
-    for (int64_t page = first_new; page < sequence.pos / page_tokens_; ++page) {
-      memory_.read_page(sequence.pages[static_cast<size_t>(page)], bytes);
-      store_->save_page(tokens.first(static_cast<size_t>((page + 1) * page_tokens_)), bytes);
+    int64_t left = snapshot_interval_ / page_tokens_ + kLateSaves;
+    for (int64_t page = 0; page < sequence.pos / page_tokens_ && left > 0; ++page) {
+      const int64_t number = sequence.pages[static_cast<size_t>(page)];
+      uint8_t& unsaved = unsaved_[static_cast<size_t>(number)];
+      if (unsaved == 0) continue;
+      memory_.read_page(number, bytes);
+      const auto prefix = tokens.first(static_cast<size_t>((page + 1) * page_tokens_));
+      if (!store_->save_page(prefix, bytes)) break;  // later ones are of no use without it
+      unsaved = 0;
+      --left;
     }
     if (!snapshot.empty()) store_->save_snapshot(tokens, snapshot);
   } catch (const std::exception& error) {

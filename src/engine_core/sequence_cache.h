@@ -3,9 +3,10 @@
 //
 // It owns both pools and the tree and moves bytes through CacheMemory; the optional PrefixStore is
 // asked when a sequence opens and told of every full page and every snapshot at a page's end that
-// is new in memory. What it has is loaded piece by piece into pages of the sequence's own; until
-// that ends the sequence stands where memory alone lets it begin, and may be closed at any time.
-// One thread. Failures of the store are logged misses, never errors.
+// is new in memory; pages that it refuses are offered again when their prefix is used again. What
+// it has is loaded piece by piece into pages of the sequence's own; until that ends the sequence
+// stands where memory alone lets it begin, and may be closed at any time. One thread. Failures of
+// the store are logged misses, never errors.
 #pragma once
 
 #include <cstddef>
@@ -121,7 +122,6 @@ class SequenceCache {
   bool has_state(const StoredPrefix& stored) const;
   void store_new(const CachedSequence& sequence,
                  std::span<const int64_t> tokens,
-                 int64_t first_new,
                  std::span<const std::byte> snapshot);
 
   /// A prefix on its way from the store.
@@ -139,6 +139,7 @@ class SequenceCache {
   SlotPool slots_;
   PrefixTree tree_;
   std::map<int64_t, Load> loads_;  ///< by slot
+  std::vector<uint8_t> unsaved_;   ///< [num_pages] not from the store and not taken by it yet
   Counters counters_;
 };
 
