@@ -19,7 +19,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Bytes = std::vector<std::byte>;
 
-/// Naming a page and finding it in the index takes less than a sixty-fourth of reading it.
+/// A page is named and found in the index much faster than it is read.
 constexpr int64_t kLookupsPerRead = 64;
 constexpr size_t kKeyBytes = 1 + sizeof(PrefixDigest);
 constexpr std::array<const char*, kRecordKinds> kKindNames = {"page", "window", "snapshot"};
