@@ -228,13 +228,15 @@ void Scheduler::add_cached(RequestState& request, const SequenceCache::Opened& o
 // A few pages for those whose prefixes are being loaded, in turn.
 void Scheduler::load_prefixes() {
   std::vector<Sequence*> loading;
-  std::ranges::copy_if(running_, std::back_inserter(loading),
-                       [&](const Sequence* sequence) { return cache_.loads(sequence->cache); });
+  std::ranges::copy_if(running_, std::back_inserter(loading), [&](const Sequence* sequence) {
+    return cache_.loads(sequence->cache) && !cache_.follows(sequence->cache);
+  });
   if (loading.empty()) return;
   const int64_t share = ceil_div(options_.load_pages, std::ssize(loading));
-  size_t turns = loading.size();
-  for (int64_t left = options_.load_pages; left > 0 && turns > 0; left -= share, --turns) {
-    Sequence& sequence = *loading[load_turn_++ % loading.size()];
+  int64_t left = options_.load_pages;
+  size_t turn = load_turn_++;
+  for (size_t i = 0; i < loading.size() && left > 0; ++i, left -= share) {
+    Sequence& sequence = *loading[turn++ % loading.size()];
     if (sequence.phase != Sequence::Phase::kRunning) continue;
     RequestState& request = *sequence.request;
     bool ran_model = false;
@@ -294,7 +296,8 @@ Scheduler::Sequence* Scheduler::worst_running() const {
 }
 
 void Scheduler::preempt(Sequence& sequence, bool keep_prefix) {
-  if (sequence.request->reporter == &sequence) sequence.request->reporter = nullptr;
+  if (sequence.request->reporter == &sequence && !cache_.loads(sequence.cache))
+    sequence.request->reporter = nullptr;
   if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens);
   cache_.close(sequence.cache);
   std::erase(running_, &sequence);

@@ -115,6 +115,8 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
     for (const Sent& one : sent) {
       if (one.cancel_at == step) world.scheduler.cancel(one.id);
     }
+    // Then the store has what memory forgot.
+    if (config.store && draw[1] / 6 % 8 == 0) world.scheduler.clear_prefix_tree();
     world.scheduler.step();
     ASSERT_NO_THROW(world.scheduler.check_integrity()) << "seed " << seed;
   }

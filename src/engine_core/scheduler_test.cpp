@@ -245,7 +245,7 @@ TEST(Scheduler, EveryPageBoundaryResumesFromAStoreOfAllWindows) {
 struct LoadingWorld : World {
   static Config config() {
     Config config;
-    config.model.num_pages = 300;
+    config.model.num_pages = 500;
     config.max_context = 700;
     config.store = true;
     config.scheduler.load_pages = 3;
@@ -253,6 +253,9 @@ struct LoadingWorld : World {
   }
   LoadingWorld() : World(config()) {
     add(long_one);
+    Request other = long_one;
+    other.prompt[0] = 30;
+    add(other);
     run_to_end();
     scheduler.clear_prefix_tree();
   }
@@ -265,7 +268,10 @@ TEST(Scheduler, RunningAnswersKeepTheirPaceWhileALongPrefixIsLoaded) {
   auto answer = world.add(request);
   for (int i = 0; i < 4; ++i) world.scheduler.step();
   auto loading = world.add(world.long_one);
-  auto also = world.add(world.long_one);
+  // Another that shares no page with it.
+  Request other = world.long_one;
+  other.prompt[0] = 30;
+  world.add(other);
   int64_t steps = 0;
   for (; loading->finished == 0; ++steps) {
     const size_t before = answer->answers[0].tokens.size();
@@ -279,10 +285,34 @@ TEST(Scheduler, RunningAnswersKeepTheirPaceWhileALongPrefixIsLoaded) {
   EXPECT_EQ(loading->cache.cached_tokens, 400);
   EXPECT_GE(world.scheduler.stats().disk_bytes, 100 * world.model.page_bytes());
   world.run_to_end();
-  EXPECT_EQ(also->cache.disk_tokens, 400);
+  EXPECT_EQ(world.scheduler.stats().disk_tokens, 800);
   EXPECT_EQ(answer->answers[0], world.expected(request));
   EXPECT_EQ(loading->answers[0], world.expected(world.long_one));
-  EXPECT_EQ(also->answers[0], loading->answers[0]);
+}
+
+TEST(Scheduler, OneLoadServesAllThatBeginAlike) {
+  for (const bool cancel : {false, true}) {
+    LoadingWorld world;
+    world.store.num_read = 0;
+    std::vector<std::shared_ptr<Recorder>> sinks;
+    for (int i = 0; i < 3; ++i) sinks.push_back(world.add(world.long_one));
+    const Request brief = plain(counting(30, 2), 3);
+    auto shorter = world.add(brief);
+    for (int i = 0; i < 10; ++i) {
+      world.scheduler.step();
+      ASSERT_NO_THROW(world.scheduler.check_integrity());
+    }
+    if (cancel) world.scheduler.cancel(world.last_id - 3);
+    world.run_to_end();
+    EXPECT_GE(world.store.num_read, 100);
+    EXPECT_LE(world.store.num_read, 130) << "of a hundred pages";
+    for (size_t i = cancel ? 1 : 0; i < sinks.size(); ++i) {
+      EXPECT_EQ(sinks[i]->answers[0], world.expected(world.long_one));
+      EXPECT_EQ(sinks[i]->cache.cached_tokens, 400);
+    }
+    EXPECT_EQ(shorter->answers[0], world.expected(brief));
+    EXPECT_EQ(shorter->cache.disk_tokens, 28) << "it does not wait for the long one";
+  }
 }
 
 TEST(Scheduler, StatesAreComputedAgainAPageAtATime) {

@@ -375,7 +375,8 @@ class ScriptedStore : public PrefixStore {
 
   bool throws = false, truncates = false, forgets_states = false, refuses = false;
   int64_t damaged_page = -1;  ///< of every prefix: cannot be read
-  int64_t most_read = 0;      ///< pages that one advance() read
+  int64_t num_read = 0;       ///< pages
+  int64_t most_read = 0;      ///< by one advance()
 
  private:
   using Tokens = std::vector<int64_t>;
@@ -397,6 +398,7 @@ class ScriptedStore : public PrefixStore {
               store_.pages_.find(key(tokens_, (from_page_ + 1) * store_.page_tokens_));
           if (page == store_.pages_.end() || from_page_ == store_.damaged_page) break;
           store_.most_read = std::max(store_.most_read, ++num_read);
+          ++store_.num_read;
           pages.push_back(page->second);
           if (store_.truncates) pages.back().pop_back();
           ++from_page_;

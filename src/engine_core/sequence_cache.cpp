@@ -78,43 +78,74 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
   if (!slot) return false;
   sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
   opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
-  // A step at position 0 begins with a new state.
-  if (match.pos > 0) {
-    for (int64_t page = 0; page < match.pos / page_tokens_; ++page) {
-      sequence.pages.push_back(match.pages[static_cast<size_t>(page)]);
-    }
-    if (match.tail_page >= 0) sequence.pages.push_back(match.tail_page);
-    for (const int64_t page : sequence.pages) pages_.share(page);
-    memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
-    sequence.pos = match.pos;
-  }
+  take_match(match, sequence);
   if (use_tree && store_ != nullptr) begin_load(tokens, match, sequence, opened);
   return true;
+}
+
+// The sequence goes on where memory lets it.
+void SequenceCache::take_match(const PrefixMatch& match, CachedSequence& sequence) {
+  if (match.pos == 0) return;  // a step at position 0 begins with a new state
+  std::vector<int64_t> pages(
+      match.pages.begin(),
+      match.pages.begin() + static_cast<std::ptrdiff_t>(match.pos / page_tokens_));
+  if (match.tail_page >= 0) pages.push_back(match.tail_page);
+  for (const int64_t page : pages) pages_.share(page);
+  for (const int64_t page : sequence.pages) pages_.release(page);
+  sequence.pages = std::move(pages);
+  memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
+  sequence.pos = match.pos;
 }
 
 void SequenceCache::begin_load(std::span<const int64_t> tokens,
                                const PrefixMatch& match,
                                CachedSequence& sequence,
                                Opened& opened) {
-  const int64_t max_pos = static_cast<int64_t>(tokens.size()) - 1;
+  const int64_t max_pos = std::ssize(tokens) - 1, first = sequence.pos / page_tokens_;
+  const int64_t num_known = std::max(first, std::ssize(match.pages));
+  Load load{.tokens = tokens, .id = ++last_load_};
   try {
-    if (max_pos / page_tokens_ * page_tokens_ <= match.pos) {
-      if (match.pos >= page_tokens_) store_->touch(tokens.first(static_cast<size_t>(match.pos)));
+    if (max_pos / page_tokens_ * page_tokens_ <= sequence.pos) {
+      if (first > 0) store_->touch(tokens.first(static_cast<size_t>(sequence.pos)));
       return;
     }
-    loads_[sequence.slot] = {
-        .reader = store_->begin_load(tokens, static_cast<int64_t>(match.pages.size()), max_pos)};
+    load.leader = find_leader(tokens, num_known);
+    if (load.leader.second == 0) load.reader = store_->begin_load(tokens, num_known, max_pos);
   } catch (const std::exception& error) {
     log::warn("engine", "prefix store: ", error.what());
     ++counters_.disk_errors;
     opened.miss = "disk error";
-    loads_.erase(sequence.slot);
     return;
   }
-  // Held, so that making room does not evict them.
-  const auto first = static_cast<std::ptrdiff_t>(match.pos / page_tokens_);
-  sequence.loaded.assign(match.pages.begin() + first, match.pages.end());
-  for (const int64_t page : sequence.loaded) pages_.share(page);
+  if (load.reader) {
+    // Held, so that making room does not evict them.
+    for (int64_t page = first; page < std::ssize(match.pages); ++page) {
+      sequence.loaded.push_back(match.pages[static_cast<size_t>(page)]);
+      pages_.share(sequence.loaded.back());
+    }
+  }
+  loads_.emplace(sequence.slot, std::move(load));
+}
+
+// A load that brings so many of the pages missing here that it pays to wait for its end: at least
+// half of its own. Id 0: none.
+std::pair<int64_t, uint64_t> SequenceCache::find_leader(std::span<const int64_t> tokens,
+                                                        int64_t num_known) const {
+  for (const auto& [slot, load] : loads_) {
+    if (!load.reader) continue;
+    const auto differ = std::ranges::mismatch(load.tokens, tokens).in2;
+    const int64_t shared = (differ - tokens.begin()) / page_tokens_ - num_known;
+    const int64_t all = (std::ssize(load.tokens) - 1) / page_tokens_ - num_known;
+    if (shared > 0 && 2 * shared >= all) return {slot, load.id};
+  }
+  return {-1, 0};
+}
+
+bool SequenceCache::follows(const CachedSequence& sequence) const {
+  const auto load = loads_.find(sequence.slot);
+  if (load == loads_.end() || load->second.reader) return false;
+  const auto leader = loads_.find(load->second.leader.first);
+  return leader != loads_.end() && leader->second.id == load->second.leader.second;
 }
 
 bool SequenceCache::load(CachedSequence& sequence,
@@ -122,6 +153,15 @@ bool SequenceCache::load(CachedSequence& sequence,
                          int64_t max_pages,
                          Opened& opened) {
   Load& load = loads_.at(sequence.slot);
+  if (!load.reader) {
+    if (follows(sequence)) return false;
+    end_load(sequence);
+    const PrefixMatch match = tree_.match(tokens, std::ssize(tokens) - 1);
+    if (match.pos > sequence.pos) take_match(match, sequence);
+    opened = {.cached_tokens = sequence.pos, .disk_tokens = 0, .miss = match.miss};
+    begin_load(tokens, match, sequence, opened);
+    return false;
+  }
   if (!load.found) {
     std::vector<std::vector<std::byte>> pages;
     try {

@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "engine_core/page_pool.h"
@@ -69,13 +70,15 @@ class SequenceCache {
   int64_t num_available() const { return pages_.num_free() + pages_.num_cached(); }
 
   /// A slot and the longest prefix in memory. False when no slot is free. Where the store may have
-  /// more the sequence then loads(): load() goes on until it does no longer.
+  /// more the sequence then loads(): load() goes on until it does no longer; `tokens` stay valid.
   bool open(std::span<const int64_t> tokens,
             const PrefixMatch& match,
             bool use_tree,
             CachedSequence& sequence,
             Opened& opened);
   bool loads(const CachedSequence& sequence) const { return loads_.contains(sequence.slot); }
+  /// It loads, and another does it for it: load() would do nothing yet.
+  bool follows(const CachedSequence& sequence) const;
   /// Reads at most `max_pages` pages more of `tokens`, those that were opened, or runs a page's
   /// tokens again where the store keeps no states. At the end `opened` tells what there was, and
   /// `sequence` stands behind it. Whether it ran the model.
@@ -110,6 +113,7 @@ class SequenceCache {
  private:
   std::optional<int64_t> allocate();
   bool own_last_page(CachedSequence& sequence);
+  void take_match(const PrefixMatch& match, CachedSequence& sequence);
   void begin_load(std::span<const int64_t> tokens,
                   const PrefixMatch& match,
                   CachedSequence& sequence,
@@ -119,6 +123,8 @@ class SequenceCache {
   bool make_state(const CachedSequence& sequence, std::span<const int64_t> tokens);
   void finish_load(CachedSequence& sequence, std::span<const int64_t> tokens, Opened& opened);
   void end_load(CachedSequence& sequence);
+  std::pair<int64_t, uint64_t> find_leader(std::span<const int64_t> tokens,
+                                           int64_t num_known) const;
   bool has_state(const StoredPrefix& stored) const;
   void store_new(const CachedSequence& sequence,
                  std::span<const int64_t> tokens,
@@ -126,7 +132,11 @@ class SequenceCache {
 
   /// A prefix on its way from the store.
   struct Load {
-    std::unique_ptr<PrefixLoad> reader;
+    std::span<const int64_t> tokens;
+    uint64_t id = 0;
+    std::unique_ptr<PrefixLoad> reader = {};
+    /// Without a reader: slot and id of the load that brings this one's next page, too.
+    std::pair<int64_t, uint64_t> leader = {};
     std::optional<StoredPrefix> found = {};  ///< all is read; the state is missing
     int64_t rebuilt = 0;                     ///< the state's tokens were run up to here
   };
@@ -139,7 +149,8 @@ class SequenceCache {
   SlotPool slots_;
   PrefixTree tree_;
   std::map<int64_t, Load> loads_;  ///< by slot
-  std::vector<uint8_t> unsaved_;   ///< [num_pages] not from the store and not taken by it yet
+  uint64_t last_load_ = 0;
+  std::vector<uint8_t> unsaved_;  ///< [num_pages] not from the store and not taken by it yet
   Counters counters_;
 };
 
