@@ -19,13 +19,14 @@ namespace {
 
 using ops::Numerics;
 
-constexpr int64_t kPages = 7, kPeriodPages = 3;
+constexpr int64_t kPages = 7, kPeriodPages = 3, kSlack = 2;
 
 /// The closed forms, for `layers` blocks of a model.
 struct Bytes {
   int64_t window_row = 0;  ///< of one position and layer
   int64_t page = 0;        ///< compressed entries and index keys of a page, all layers
   int64_t inputs = 0;      ///< compressor inputs of the block before a page's end, all layers
+  int64_t rings = 0;       ///< of compressor inputs, with kSlack
 
   Bytes(const model::ModelConfig& config, Numerics numerics, int64_t layers, int64_t page_tokens) {
     const int64_t c = config.head_dim, r = config.rope_head_dim, ci = config.index_head_dim;
@@ -37,7 +38,10 @@ struct Bytes {
       const int64_t m = config.ratio(layer);
       if (m == 0) continue;
       page += page_tokens / m * window_row;
-      if (config.kind(layer) != model::LayerKind::kCsa) continue;
+      const bool selects = config.kind(layer) == model::LayerKind::kCsa;
+      const int64_t overlap = selects ? 2 : 1;
+      rings += (overlap * m + kSlack) * 2 * overlap * (c + (selects ? ci : 0)) * 4;
+      if (!selects) continue;
       page += page_tokens / m * key;
       inputs += m * 2 * 2 * (c + ci) * 4;  // blocks overlap by one; values and scores, FP32
     }
@@ -54,6 +58,7 @@ std::vector<int64_t> text() {
 void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCache::Opened& opened) {
   CachedSequence sequence;
   ASSERT_TRUE(cache.open(tokens, cache.match(tokens, true), true, sequence, opened));
+  while (cache.loads(sequence)) cache.load(sequence, tokens, 3, opened);
   const auto size = static_cast<int64_t>(tokens.size());
   while (sequence.pos < size) {
     const int64_t end = std::min(size, cache.next_kept(sequence.pos));
@@ -73,7 +78,7 @@ void check_policy(const model::ModelConfig& config,
   KvCache memory(config, {.numerics = numerics,
                           .num_pages = kPages + 1,
                           .num_slots = 1,
-                          .slack = 2,
+                          .slack = kSlack,
                           .with_mtp = with_mtp,
                           .whole_windows = policy == WindowPolicy::kFull});
   memory.set_rerun([](const SequenceStep&) {});
@@ -85,6 +90,8 @@ void check_policy(const model::ModelConfig& config,
   const int64_t snapshot = config.window_size * layers * bytes.window_row + bytes.inputs;
   const bool full = policy == WindowPolicy::kFull, periodic = policy == WindowPolicy::kPeriodic;
   EXPECT_EQ(memory.page_bytes(), bytes.page);
+  const int64_t held = full ? std::max(config.window_size, page_tokens) : config.window_size;
+  EXPECT_EQ(memory.state_bytes(), layers * (held + kSlack) * bytes.window_row + bytes.rings);
   EXPECT_EQ(memory.window_bytes(), full ? window : 0);
   EXPECT_EQ(memory.snapshot_bytes(3 * page_tokens), snapshot);
   EXPECT_EQ(memory.allocated_bytes(),

@@ -204,35 +204,28 @@ int64_t KvCache::rebuild_tokens() const {
   return layers * (config_.window_size - 1);
 }
 
-void KvCache::rebuild(int64_t slot,
-                      std::span<const int64_t> tokens,
-                      std::span<const int64_t> pages) {
-  rebuild_from(slot, tokens, pages, rebuild_tokens());
+int64_t KvCache::rebuild_start(int64_t pos) const {
+  return std::max<int64_t>(0, pos - rebuild_tokens());
 }
 
-void KvCache::rebuild_from(int64_t slot,
-                           std::span<const int64_t> tokens,
-                           std::span<const int64_t> pages,
-                           int64_t last) {
+void KvCache::rebuild(int64_t slot,
+                      std::span<const int64_t> tokens,
+                      std::span<const int64_t> pages,
+                      int64_t start,
+                      int64_t count) {
   HADAL_CHECK(rerun_, "kv_cache: no runner to rebuild a state with");
-  constexpr int64_t kChunk = 512;
-  const auto end = static_cast<int64_t>(tokens.size());
-  HADAL_CHECK(end % page_tokens_ == 0, "kv_cache: a state is rebuilt at page borders, not at ",
-              end);
+  HADAL_CHECK(std::ssize(tokens) % page_tokens_ == 0,
+              "kv_cache: a state is rebuilt at page borders, not at ", tokens.size());
   struct Given {
     bool& flag;
     explicit Given(bool& f) : flag(f) { flag = true; }
     ~Given() { flag = false; }
   } given(pages_are_given_);
-  for (int64_t start = std::max<int64_t>(0, end - last); start < end;) {
-    const int64_t count = std::min(kChunk, end - start);
-    rerun_({.slot = slot,
-            .start = start,
-            .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
-            .pages = pages,
-            .num_logits = 0});
-    start += count;
-  }
+  rerun_({.slot = slot,
+          .start = start,
+          .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
+          .pages = pages,
+          .num_logits = 0});
 }
 
 ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {

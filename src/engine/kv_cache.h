@@ -81,15 +81,13 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   /// those of the layer below.
   int64_t rebuild_tokens() const;
   bool can_rebuild() const override { return static_cast<bool>(rerun_); }
+  int64_t rebuild_start(int64_t pos) const override;
   /// Compressed entries are taken from the pages and not written.
   void rebuild(int64_t slot,
                std::span<const int64_t> tokens,
-               std::span<const int64_t> pages) override;
-  /// The same from the last `count` tokens: fewer than rebuild_tokens() make a wrong state.
-  void rebuild_from(int64_t slot,
-                    std::span<const int64_t> tokens,
-                    std::span<const int64_t> pages,
-                    int64_t count);
+               std::span<const int64_t> pages,
+               int64_t start,
+               int64_t count) override;
 
   /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
   /// too few pages, numbers out of range.

@@ -229,7 +229,12 @@ TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
   // A slot that others used, whose rows are of no use.
   Live other{.sequence = 1, .slot = 4, .pages = {1, 2}};
   step({{&other, 290}});
-  cache_->rebuild(4, std::span(sequences_[0]).first(static_cast<size_t>(2 * page)), live.pages);
+  const auto prefix = std::span(sequences_[0]).first(static_cast<size_t>(2 * page));
+  const int64_t first = cache_->rebuild_start(2 * page), all = 2 * page - first;
+  EXPECT_EQ(all, std::min(2 * page, cache_->rebuild_tokens()));
+  // In pieces.
+  cache_->rebuild(4, prefix, live.pages, first, all / 3);
+  cache_->rebuild(4, prefix, live.pages, first + all / 3, all - all / 3);
   Live again{.sequence = 0, .slot = 4, .pos = 2 * page, .pages = live.pages};
   const int64_t left = static_cast<int64_t>(sequences_[0].size()) - 2 * page;
   step({{&again, 1}});
@@ -237,9 +242,8 @@ TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
   if (HasFatalFailure() || numerics_ != Numerics::kIdeal || GetParam().released_widths) return;
   // One token fewer, and the oldest row of the last layer's window is another: here, where windows
   // are so short that the missing key bears on it.
-  const auto prefix = std::span(sequences_[0]).first(static_cast<size_t>(2 * page));
   const auto oldest = [&](int64_t count) {
-    cache_->rebuild_from(4, prefix, live.pages, count);
+    cache_->rebuild(4, prefix, live.pages, 2 * page - count, count);
     const ops::RingView ring = cache_->ring(config_.n_layers - 1, model::RingKind::kWindow);
     const int64_t row = 4 * ring.ring + (2 * page - config_.window_size + 1) % ring.ring;
     return ring.rows[row].clone();

@@ -1,6 +1,7 @@
 #include "engine_core/disk_store.h"
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -18,6 +19,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Bytes = std::vector<std::byte>;
 
+/// A page is named and found in the index much faster than it is read.
+constexpr int64_t kLookupsPerRead = 64;
 constexpr size_t kKeyBytes = 1 + sizeof(PrefixDigest);
 constexpr std::array<const char*, kRecordKinds> kKindNames = {"page", "window", "snapshot"};
 
@@ -47,30 +50,37 @@ class DiskStore::Impl {
   explicit Impl(DiskStoreOptions options);
   ~Impl();
 
-  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
-                                   int64_t from_page,
-                                   int64_t max_pos);
-  void save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
-  void touch(std::span<const int64_t> tokens) { look_up(tokens, 0, std::ssize(tokens)); }
+  std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
+                                         int64_t from_page,
+                                         int64_t max_pos);
+  /// False: dropped.
+  bool save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
+  void touch(std::span<const int64_t> tokens);
   void flush() { queue_->flush(); }
   DiskStoreStats stats() const;
+  int64_t stored_bytes() const;
   const DiskStoreOptions& options() const { return options_; }
 
  private:
+  class Load;
+  /// What the index promises of a prefix; grows page by page.
   struct Lookup {
-    std::span<const int64_t> tokens;
+    std::vector<int64_t> tokens;
+    int64_t from_page = 0, max_pages = 0;
+    uint64_t use = 0;  ///< all that it names counts as used then; 0: not begun
     std::vector<PrefixDigest> chain;
     int64_t pages = 0;                ///< leading pages that the caller or the disk holds
-    std::vector<int64_t> candidates;  ///< pages behind which one may resume, descending
+    std::vector<int64_t> candidates;  ///< pages behind which one may resume, ascending
   };
-  Lookup look_up(std::span<const int64_t> tokens, int64_t from_page, int64_t max_pos);
-  bool may_resume(const Lookup& lookup, int64_t pages, int64_t from_page) const;
+  bool look_up(Lookup& lookup, int64_t num_pages);
+  bool may_resume(const Lookup& lookup, int64_t pages) const;
   bool read_resumption(const Lookup& lookup, int64_t pages, StoredPrefix* found);
   std::optional<Bytes> read(RecordKind kind, const Lookup& lookup, int64_t page);
   void forget(const std::string& key);
 
   // On the queue's thread.
   void open();
+  void use(const std::string& tokens);
   void write(std::vector<WriteItem> batch);
   void idle();
   void evict(DiskDb::Batch* out);
@@ -147,70 +157,122 @@ void DiskStore::Impl::open() {
 // --- reading
 // ---------------------------------------------------------------------------------------
 
-std::optional<StoredPrefix> DiskStore::Impl::load(std::span<const int64_t> tokens,
-                                                  int64_t from_page,
-                                                  int64_t max_pos) {
-  HADAL_CHECK(from_page >= 0, "disk_store: load from page ", from_page);
-  const Lookup lookup = look_up(tokens, from_page, max_pos);
-  StoredPrefix found;
-  int64_t readable = lookup.pages;  // leading pages not known to be bad
-  for (const int64_t pages : lookup.candidates) {
-    if (pages > readable || !read_resumption(lookup, pages, &found)) continue;
-    while (from_page + std::ssize(found.pages) < pages) {
-      const int64_t page = from_page + std::ssize(found.pages);
-      std::optional<Bytes> bytes = read(RecordKind::kPage, lookup, page);
-      if (!bytes) {
-        readable = page;
+class DiskStore::Impl::Load final : public PrefixLoad {
+ public:
+  Load(Impl& store, Lookup lookup)
+      : store_(store), lookup_(std::move(lookup)), readable_(lookup_.max_pages) {}
+
+  bool advance(int64_t max_pages, std::vector<Bytes>& pages) override {
+    if (!looked_up_) {
+      looked_up_ = !store_.look_up(lookup_, max_pages * kLookupsPerRead);
+      if (!looked_up_) return true;
+    }
+    int64_t reads = 0;
+    while (!lookup_.candidates.empty()) {
+      const int64_t candidate = lookup_.candidates.back();
+      if (candidate <= readable_ && !has_state_) {
+        if (reads++ >= max_pages) return true;
+        has_state_ = store_.read_resumption(lookup_, candidate, &found_);
+      }
+      while (has_state_ && lookup_.from_page + num_read_ < std::min(candidate, readable_)) {
+        if (reads++ >= max_pages) return true;
+        const int64_t page = lookup_.from_page + num_read_;
+        std::optional<Bytes> bytes = store_.read(RecordKind::kPage, lookup_, page);
+        if (!bytes) {
+          readable_ = page;
+          break;
+        }
+        pages.push_back(std::move(*bytes));
+        ++num_read_;
+      }
+      if (has_state_ && candidate <= readable_) {
+        found_.pos = candidate * store_.options_.page_tokens;
         break;
       }
-      found.pages.push_back(std::move(*bytes));
+      has_state_ = false;
+      lookup_.candidates.pop_back();
     }
-    if (pages > readable) continue;
-    found.pages.resize(static_cast<size_t>(std::max<int64_t>(0, pages - from_page)));
-    found.pos = pages * options_.page_tokens;
-    const std::lock_guard lock(mutex_);
-    ++stats_.hits;
-    stats_.loaded_tokens += std::ssize(found.pages) * options_.page_tokens;
-    return found;
+    count();
+    return false;
   }
-  const std::lock_guard lock(mutex_);
-  ++stats_.misses;
-  return std::nullopt;
-}
 
-/// What the index promises; everything it names counts as used now.
-DiskStore::Impl::Lookup DiskStore::Impl::look_up(std::span<const int64_t> tokens,
-                                                 int64_t from_page,
-                                                 int64_t max_pos) {
-  const int64_t limit = std::clamp<int64_t>(max_pos, 0, std::ssize(tokens)) / options_.page_tokens;
+  std::optional<StoredPrefix> take_result() override {
+    return found_.pos > 0 ? std::optional(std::move(found_)) : std::nullopt;
+  }
+
+ private:
+  void count() {
+    const std::lock_guard lock(store_.mutex_);
+    ++(found_.pos > 0 ? store_.stats_.hits : store_.stats_.misses);
+    const int64_t pages = found_.pos / store_.options_.page_tokens - lookup_.from_page;
+    store_.stats_.loaded_tokens += std::max(pages, int64_t{0}) * store_.options_.page_tokens;
+  }
+
+  Impl& store_;
+  Lookup lookup_;
+  StoredPrefix found_;
+  int64_t num_read_ = 0;
+  int64_t readable_;  ///< leading pages not known to be bad
+  bool looked_up_ = false;
+  bool has_state_ = false;  ///< found_ holds what resumes behind the last candidate
+};
+
+std::unique_ptr<PrefixLoad> DiskStore::Impl::begin_load(std::span<const int64_t> tokens,
+                                                        int64_t from_page,
+                                                        int64_t max_pos) {
+  HADAL_CHECK(from_page >= 0, "disk_store: load from page ", from_page);
   Lookup lookup;
-  lookup.tokens = tokens;
-  lookup.chain = keys_.chain(tokens.first(static_cast<size_t>(limit * options_.page_tokens)));
-  const std::lock_guard lock(mutex_);
-  if (stats_.state == DiskDb::State::kOff) return lookup;
-  index_.begin_use();
-  for (int64_t page = 0; page < limit; ++page) {
-    const PrefixDigest& digest = lookup.chain[static_cast<size_t>(page)];
-    const std::string key = key_of(RecordKind::kPage, digest);
-    if (page >= from_page && index_.state(key) != RecencyIndex::State::kStored) break;
-    lookup.pages = page + 1;
-    index_.touch(key);
-    index_.touch(key_of(RecordKind::kWindow, digest));
-    index_.touch(key_of(RecordKind::kSnapshot, digest));
-  }
-  for (int64_t pages = lookup.pages; pages > 0; --pages)
-    if (may_resume(lookup, pages, from_page)) lookup.candidates.push_back(pages);
-  return lookup;
+  lookup.max_pages = std::clamp<int64_t>(max_pos, 0, std::ssize(tokens)) / options_.page_tokens;
+  lookup.from_page = from_page;
+  const auto whole = tokens.first(static_cast<size_t>(lookup.max_pages * options_.page_tokens));
+  lookup.tokens.assign(whole.begin(), whole.end());
+  return std::make_unique<Load>(*this, std::move(lookup));
 }
 
-bool DiskStore::Impl::may_resume(const Lookup& lookup, int64_t pages, int64_t from_page) const {
+void DiskStore::Impl::touch(std::span<const int64_t> tokens) {
+  const auto bytes = std::as_bytes(tokens);
+  std::string value(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  queue_->push({.key = {}, .value = std::move(value), .kind = WriteItem::Kind::kUse});
+}
+
+void DiskStore::Impl::use(const std::string& tokens) {
+  Lookup lookup;
+  lookup.tokens.resize(tokens.size() / sizeof(int64_t));
+  std::memcpy(lookup.tokens.data(), tokens.data(), lookup.tokens.size() * sizeof(int64_t));
+  lookup.max_pages = std::ssize(lookup.tokens) / options_.page_tokens;
+  while (look_up(lookup, kLookupsPerRead)) continue;
+}
+
+/// The next so many pages; false when there are no more.
+bool DiskStore::Impl::look_up(Lookup& lookup, int64_t num_pages) {
+  const int64_t end = std::min(lookup.max_pages, lookup.pages + num_pages);
+  const std::span<const int64_t> tokens(lookup.tokens);
+  lookup.chain = keys_.chain(tokens.first(static_cast<size_t>(end * options_.page_tokens)));
+  const std::lock_guard lock(mutex_);
+  if (stats_.state == DiskDb::State::kOff) return false;
+  if (lookup.use == 0) lookup.use = index_.begin_use();
+  while (lookup.pages < end) {
+    const PrefixDigest& digest = lookup.chain[static_cast<size_t>(lookup.pages)];
+    const std::string key = key_of(RecordKind::kPage, digest);
+    if (lookup.pages >= lookup.from_page && index_.state(key) != RecencyIndex::State::kStored)
+      return false;
+    ++lookup.pages;
+    index_.touch(key, lookup.use);
+    index_.touch(key_of(RecordKind::kWindow, digest), lookup.use);
+    index_.touch(key_of(RecordKind::kSnapshot, digest), lookup.use);
+    if (may_resume(lookup, lookup.pages)) lookup.candidates.push_back(lookup.pages);
+  }
+  return end < lookup.max_pages;
+}
+
+bool DiskStore::Impl::may_resume(const Lookup& lookup, int64_t pages) const {
   const auto stored = [&](RecordKind kind, int64_t page) {
     return index_.state(key_of(kind, lookup.chain[static_cast<size_t>(page)])) ==
            RecencyIndex::State::kStored;
   };
   switch (options_.policy) {
     case WindowPolicy::kZero:
-      return pages > from_page;
+      return pages > lookup.from_page;
     case WindowPolicy::kPeriodic:
       return pages * options_.page_tokens % options_.period == 0 &&
              stored(RecordKind::kSnapshot, pages - 1);
@@ -244,8 +306,9 @@ bool DiskStore::Impl::read_resumption(const Lookup& lookup, int64_t pages, Store
 std::optional<Bytes> DiskStore::Impl::read(RecordKind kind, const Lookup& lookup, int64_t page) {
   const PrefixDigest& digest = lookup.chain[static_cast<size_t>(page)];
   const std::string key = key_of(kind, digest);
-  const auto ids = lookup.tokens.subspan(static_cast<size_t>(page * options_.page_tokens),
-                                         static_cast<size_t>(options_.page_tokens));
+  const auto ids = std::span(lookup.tokens)
+                       .subspan(static_cast<size_t>(page * options_.page_tokens),
+                                static_cast<size_t>(options_.page_tokens));
   const int64_t pos = (page + 1) * options_.page_tokens;
   std::optional<Bytes> payload;
   std::string fault;
@@ -285,13 +348,13 @@ void DiskStore::Impl::forget(const std::string& key) {
     index_.erase(key);
     if (!stats_.writing) return;
   }
-  queue_->push({.key = key, .value = {}, .remove = true});
+  queue_->push({.key = key, .value = {}, .kind = WriteItem::Kind::kRemove});
 }
 
 // --- writing
 // ---------------------------------------------------------------------------------------
 
-void DiskStore::Impl::save(RecordKind kind,
+bool DiskStore::Impl::save(RecordKind kind,
                            std::span<const int64_t> tokens,
                            std::span<const std::byte> payload) {
   const int64_t pos = std::ssize(tokens), page_tokens = options_.page_tokens;
@@ -301,7 +364,7 @@ void DiskStore::Impl::save(RecordKind kind,
     const std::lock_guard lock(mutex_);
     if (!stats_.writing) {
       ++stats_.dropped_off;
-      return;
+      return false;
     }
   }
   PrefixDigest before;
@@ -311,19 +374,20 @@ void DiskStore::Impl::save(RecordKind kind,
   const int64_t bytes = record_bytes(page_tokens, std::ssize(payload));
   {
     const std::lock_guard lock(mutex_);
-    if (index_.state(key) != RecencyIndex::State::kAbsent) return;
+    if (index_.state(key) != RecencyIndex::State::kAbsent) return true;
     if (bytes > options_.max_bytes || !queue_->has_room(bytes)) {
       ++stats_.dropped_full;
-      return;
+      return false;
     }
     index_.insert(key, pos, bytes, like);
   }
   std::string record =
       encode_record(kind, pos, digest, tokens.last(static_cast<size_t>(page_tokens)), payload);
-  if (queue_->push({.key = key, .value = std::move(record)})) return;
+  if (queue_->push({.key = key, .value = std::move(record)})) return true;
   const std::lock_guard lock(mutex_);
   index_.erase(key);
   ++stats_.dropped_full;
+  return false;
 }
 
 void DiskStore::Impl::evict(DiskDb::Batch* out) {
@@ -339,12 +403,18 @@ void DiskStore::Impl::evict(DiskDb::Batch* out) {
 }
 
 void DiskStore::Impl::write(std::vector<WriteItem> items) {
+  for (const WriteItem& item : items)
+    if (item.kind == WriteItem::Kind::kUse) use(item.value);
+  std::erase_if(items, [](const WriteItem& item) { return item.kind == WriteItem::Kind::kUse; });
+  if (items.empty()) return;
   DiskDb::Batch batch;
   {
     const std::lock_guard lock(mutex_);
     if (!stats_.writing) {
       for (const WriteItem& item : items) {
-        if (item.remove || index_.state(item.key) != RecencyIndex::State::kQueued) continue;
+        if (item.kind == WriteItem::Kind::kRemove ||
+            index_.state(item.key) != RecencyIndex::State::kQueued)
+          continue;
         index_.erase(item.key);
         ++stats_.dropped_off;
       }
@@ -352,7 +422,7 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
     }
     evict(&batch);
     for (WriteItem& item : items) {
-      if (item.remove) {
+      if (item.kind == WriteItem::Kind::kRemove) {
         batch.removals.push_back(std::move(item.key));
       } else if (index_.state(item.key) != RecencyIndex::State::kAbsent) {
         std::string entry = encode_index_entry(index_.at(item.key));
@@ -434,6 +504,11 @@ DiskStoreStats DiskStore::Impl::stats() const {
   return stats;
 }
 
+int64_t DiskStore::Impl::stored_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return index_.bytes();
+}
+
 // --- the interface
 // ---------------------------------------------------------------------------------
 
@@ -441,14 +516,16 @@ DiskStore::DiskStore(DiskStoreOptions options)
     : impl_(std::make_unique<Impl>(std::move(options))) {}
 DiskStore::~DiskStore() = default;
 
-std::optional<StoredPrefix> DiskStore::load(std::span<const int64_t> tokens,
-                                            int64_t from_page,
-                                            int64_t max_pos) {
-  return impl_->load(tokens, from_page, max_pos);
+int64_t DiskStore::page_tokens() const { return impl_->options().page_tokens; }
+
+std::unique_ptr<PrefixLoad> DiskStore::begin_load(std::span<const int64_t> tokens,
+                                                  int64_t from_page,
+                                                  int64_t max_pos) {
+  return impl_->begin_load(tokens, from_page, max_pos);
 }
 
-void DiskStore::save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) {
-  impl_->save(RecordKind::kPage, prefix_tokens, page);
+bool DiskStore::save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) {
+  return impl_->save(RecordKind::kPage, prefix_tokens, page);
 }
 
 void DiskStore::save_snapshot(std::span<const int64_t> prefix_tokens,
@@ -463,6 +540,8 @@ void DiskStore::save_window(std::span<const int64_t> prefix_tokens,
 }
 
 void DiskStore::touch(std::span<const int64_t> tokens) { impl_->touch(tokens); }
+
+int64_t DiskStore::stored_bytes() const { return impl_->stored_bytes(); }
 
 WindowPolicy DiskStore::policy() const { return impl_->options().policy; }
 

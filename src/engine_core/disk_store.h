@@ -6,7 +6,8 @@
 // database, the folder or the disk is a logged miss. What load() returns is what was saved for
 // exactly these tokens.
 //
-// Thread-safe. load() reads the disk in the caller's thread; the others do not touch it.
+// Thread-safe. A load reads the disk in the caller's thread, a bounded piece at a time; the others
+// do not touch it.
 #pragma once
 
 #include <array>
@@ -65,15 +66,20 @@ class DiskStore : public PrefixStore {
   /// Writes what is queued.
   ~DiskStore() override;
 
-  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
-                                   int64_t from_page,
-                                   int64_t max_pos) override;
-  void save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) override;
+  int64_t page_tokens() const override;
+  /// Copies the tokens.
+  std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
+                                         int64_t from_page,
+                                         int64_t max_pos) override;
+  bool save_page(std::span<const int64_t> prefix_tokens, std::span<const std::byte> page) override;
   void save_snapshot(std::span<const int64_t> prefix_tokens,
                      std::span<const std::byte> snapshot) override;
   void save_window(std::span<const int64_t> prefix_tokens,
                    std::span<const std::byte> window) override;
+  /// Queued like a write.
   void touch(std::span<const int64_t> tokens) override;
+  /// Of records.
+  int64_t stored_bytes() const override;
   WindowPolicy policy() const override;
   bool wants_snapshot(int64_t pos) const override;
 

@@ -12,6 +12,7 @@
 namespace hadal::engine {
 namespace {
 
+using hadal::testing::bytes_for;
 using hadal::testing::disk_options;
 using hadal::testing::FaultyFileSystem;
 using hadal::testing::first_pages;
@@ -89,6 +90,7 @@ TEST(DiskStore, BytesWrittenAreTheFormulasOfThePolicies) {
     const DiskStoreStats stats = store.stats();
     const int64_t windows = policy == WindowPolicy::kFull ? kPages : 0;
     const int64_t snapshots = policy == WindowPolicy::kPeriodic ? kPages / 2 : 0;
+    EXPECT_EQ(store.stored_bytes(), stats.bytes);
     EXPECT_EQ(stats.of(RecordKind::kPage).written_bytes, kPages * kPageBytes);
     EXPECT_EQ(stats.of(RecordKind::kWindow).written_bytes, windows * kWindowBytes);
     EXPECT_EQ(stats.of(RecordKind::kSnapshot).written_bytes, snapshots * kSnapshotBytes);
@@ -102,6 +104,34 @@ TEST(DiskStore, BytesWrittenAreTheFormulasOfThePolicies) {
     EXPECT_EQ(after.of(RecordKind::kPage).read_bytes, (pos / kPageTokens - 3) * kPageBytes);
     EXPECT_EQ(after.of(RecordKind::kWindow).read_bytes, windows > 0 ? 2 * kWindowBytes : 0);
     EXPECT_EQ(after.of(RecordKind::kSnapshot).read_bytes, snapshots > 0 ? kSnapshotBytes : 0);
+  }
+}
+
+TEST(DiskStore, ALoadGoesOnInBoundedPiecesAndFindsTheSame) {
+  constexpr int64_t kPages = 200, kFrom = 3;
+  const std::vector<int64_t> tokens = prompt(1, kPages), other = prompt(2, 5);
+  for (const WindowPolicy policy : kPolicies) {
+    TemporaryFolder folder;
+    DiskStore store(disk_options(folder.path(), policy));
+    save_all(store, tokens);
+    save_all(store, other);
+    store.flush();
+    const int64_t expected = load_checked(store, tokens, kFrom, std::ssize(tokens));
+    const auto load = store.begin_load(tokens, kFrom, std::ssize(tokens));
+    std::vector<std::vector<std::byte>> pages;
+    int64_t pieces = 0;
+    for (size_t before = 0; load->advance(2, pages); before = pages.size(), ++pieces) {
+      EXPECT_LE(pages.size(), before + 2);
+      EXPECT_GT(load_all(store, other), 0);  // others come between
+    }
+    EXPECT_GE(pieces, (kPages - kFrom) / 2);
+    const auto found = load->take_result();
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->pos, expected);
+    EXPECT_EQ(std::ssize(pages), expected / kPageTokens - kFrom);
+    for (int64_t i = 0; i < std::ssize(pages); ++i)
+      EXPECT_EQ(pages[static_cast<size_t>(i)],
+                bytes_for(RecordKind::kPage, first_pages(tokens, kFrom + i + 1)));
   }
 }
 
@@ -170,6 +200,7 @@ TEST(DiskStore, TimesOfUseSurviveARestart) {
     }
     store.flush();
     store.touch(first);
+    store.flush();
   }
   options.max_bytes = 20 * record_bytes(kPageTokens, kPageBytes);
   DiskStore store(options);

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -28,24 +29,44 @@ struct StoredPrefix {
   std::vector<std::vector<std::byte>> windows = {};
 };
 
+/// A prefix being read, piece by piece; ends before its store does. One thread.
+class PrefixLoad {
+ public:
+  virtual ~PrefixLoad() = default;
+  /// Goes on for at most `max_pages` pages or as much other work; appends those it read to `pages`,
+  /// in order. False: that was the last piece.
+  virtual bool advance(int64_t max_pages, std::vector<std::vector<std::byte>>& pages) = 0;
+  /// After the last piece: what was found, without `pages`, of which there may have been more than
+  /// `pos` covers. Absent when nothing is stored that the caller lacks.
+  virtual std::optional<StoredPrefix> take_result() = 0;
+};
+
 class PrefixStore {
  public:
   virtual ~PrefixStore() = default;
+  virtual int64_t page_tokens() const = 0;
   /// The longest stored prefix of `tokens`, at most `max_pos` tokens; pages from `from_page` on.
   /// `pos` may lie before page `from_page` (then without pages): what resumes there is stored
-  /// although its pages are the caller's. Absent when nothing is stored that the caller lacks.
-  virtual std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
-                                           int64_t from_page,
-                                           int64_t max_pos) = 0;
-  /// `prefix_tokens` end where the page ends.
-  virtual void save_page(std::span<const int64_t> prefix_tokens,
+  /// although its pages are the caller's.
+  virtual std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
+                                                 int64_t from_page,
+                                                 int64_t max_pos) = 0;
+  /// The same in one piece.
+  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
+                                   int64_t from_page,
+                                   int64_t max_pos);
+  /// `prefix_tokens` end where the page ends. False: not now; it may be offered again.
+  virtual bool save_page(std::span<const int64_t> prefix_tokens,
                          std::span<const std::byte> page) = 0;
   /// Kept only where wants_snapshot(prefix_tokens.size()).
   virtual void save_snapshot(std::span<const int64_t> prefix_tokens,
                              std::span<const std::byte> snapshot) = 0;
 
-  /// The caller used this prefix without load(), from memory: it stays young here too.
+  /// The caller used this prefix without a load, from memory: it stays young here too.
   virtual void touch([[maybe_unused]] std::span<const int64_t> tokens) {}
+
+  /// What it holds, queued writes included.
+  virtual int64_t stored_bytes() const { return 0; }
 
   virtual WindowPolicy policy() const { return WindowPolicy::kPeriodic; }
   /// Whether a snapshot at this position would be kept; asks before the caller gathers its bytes.

@@ -47,11 +47,11 @@ void RecencyIndex::restore(const std::string& key, const IndexEntry& entry) {
 
 void RecencyIndex::mark_stored(const std::string& key) { nodes_.at(key).stored = true; }
 
-void RecencyIndex::touch(const std::string& key) {
+void RecencyIndex::touch(const std::string& key, uint64_t time) {
   const auto found = nodes_.find(key);
-  if (found == nodes_.end() || found->second.entry.last_used == now_) return;
+  if (found == nodes_.end() || found->second.entry.last_used >= time) return;
   order_.erase(rank(*found));
-  found->second.entry.last_used = now_;
+  found->second.entry.last_used = time;
   order_.insert(rank(*found));
   if (found->second.touched) return;
   found->second.touched = true;

@@ -30,10 +30,12 @@ class RecencyIndex {
   /// A key as found on disk.
   void restore(const std::string& key, const IndexEntry& entry);
   void mark_stored(const std::string& key);
-  /// Uses of one begin_use() count as simultaneous.
-  void begin_use() { ++now_; }
+  /// A new time of use.
+  uint64_t begin_use() { return ++now_; }
   void advance_to(uint64_t now) { now_ = std::max(now_, now); }
-  void touch(const std::string& key);
+  /// Used at `time`, which begin_use() gave; keys of one time count as used together.
+  void touch(const std::string& key, uint64_t time);
+  void touch(const std::string& key) { touch(key, now_); }
   void erase(const std::string& key);
   void clear();
 

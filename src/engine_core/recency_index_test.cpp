@@ -30,6 +30,26 @@ TEST(RecencyIndex, GoesByUseThenDepthThenSize) {
   EXPECT_EQ(index.bytes(), 0);
 }
 
+TEST(RecencyIndex, PiecesOfOneUseCountAsSimultaneous) {
+  RecencyIndex index;
+  index.begin_use();
+  for (const char* key : {"page 1", "other"}) index.insert(key, 256, 10);
+  index.insert("page 2", 512, 10);
+  const uint64_t use = index.begin_use();
+  index.touch("page 1", use);
+  index.begin_use();
+  index.touch("other");
+  index.touch("page 2", use);
+  index.touch("other", use);  // its later use stays
+  index.check_integrity();
+  std::vector<std::string> order;
+  while (index.size() > 0) {
+    order.push_back(index.victim());
+    index.erase(order.back());
+  }
+  EXPECT_EQ(order, (std::vector<std::string>{"page 2", "page 1", "other"}));
+}
+
 TEST(RecencyIndex, APrefixThatGrowsGoesFromItsEnd) {
   RecencyIndex index;
   index.insert("page 1", 256, 10);

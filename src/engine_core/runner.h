@@ -45,12 +45,18 @@ class CacheMemory {
   /// The last window_pages() windows before `pos` (or all), in order, make the state there.
   virtual void load_window(int64_t /*slot*/, int64_t /*pos*/, std::span<const std::byte> /*in*/) {}
 
-  /// Whether rebuild() works: the state behind `tokens` (full pages) from their entries in `pages`
-  /// and the tokens alone, by running the last of them again. For stores that keep no states.
+  /// Whether rebuild() works: the state behind whole pages from their entries and the tokens alone,
+  /// by running the last of them again. For stores that keep no states.
   virtual bool can_rebuild() const { return false; }
+  /// The first token to be run again for a state at `pos`.
+  virtual int64_t rebuild_start(int64_t pos) const { return pos; }
+  /// Runs tokens [start, start + count) again over `pages`; the pieces follow each other from
+  /// rebuild_start() to the end of `tokens`.
   virtual void rebuild(int64_t /*slot*/,
                        std::span<const int64_t> /*tokens*/,
-                       std::span<const int64_t> /*pages*/) {}
+                       std::span<const int64_t> /*pages*/,
+                       int64_t /*start*/,
+                       int64_t /*count*/) {}
 };
 
 /// One sequence's part of a step.

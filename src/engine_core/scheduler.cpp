@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <optional>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/math.h"
 #include "engine_core/scheduler_state.h"
 
 namespace hadal::engine {
@@ -49,7 +51,8 @@ Scheduler::Scheduler(const EngineInfo& info,
       max_tokens_(
           std::min(info.max_context, parts.memory.num_pages() * parts.memory.page_tokens())) {
   HADAL_CHECK(options.max_running > 0 && options.step_tokens > 0 && options.prompt_tokens > 0 &&
-                  options.max_waiting > 0 && parts.memory.num_slots() > 0 && max_tokens_ > 1,
+                  options.max_waiting > 0 && options.load_pages > 0 &&
+                  parts.memory.num_slots() > 0 && max_tokens_ > 1,
               "scheduler: nothing could ever run");
   HADAL_CHECK(options.max_drafts >= 0 && options.max_drafts <= parts.runner.slack(),
               "scheduler: ", options.max_drafts, " drafts, the model can go back ",
@@ -157,7 +160,7 @@ bool Scheduler::has_place() const {
 // Pages the sequence still needs to draw its next token.
 int64_t Scheduler::pages_owed(const Sequence& sequence) const {
   const int64_t needed = cache_.num_pages_for(std::min(sequence.num_tokens() + 1, max_tokens_));
-  return std::max(needed - static_cast<int64_t>(sequence.cache.pages.size()), int64_t{0});
+  return std::max(needed - sequence.cache.num_pages(), int64_t{0});
 }
 
 // Pages nobody who runs has or is about to need, less a few for the answers to grow into.
@@ -196,23 +199,58 @@ bool Scheduler::try_admit(Sequence& sequence) {
     if (!make_room_for(sequence, cache_.pages_taken(match, num_tokens))) return false;
     match = cache_.match(sequence.tokens, use_tree);
   }
-  SequenceCache::Opened opened;
-  if (!cache_.open(sequence.tokens, match, use_tree, sequence.cache, opened)) return false;
+  if (!cache_.open(sequence.tokens, match, use_tree, sequence.cache, sequence.opened)) return false;
   RequestState& request = *sequence.request;
   if (!request.admitted) {
     request.admitted = true;
     --num_waiting_requests_;
-    request.report = {.prompt_tokens = request.prompt_size(),
-                      .cached_tokens = opened.cached_tokens,
-                      .disk_tokens = opened.disk_tokens,
-                      .miss = opened.miss};
+    request.report.prompt_tokens = request.prompt_size();
     stats_.prompt_tokens += request.prompt_size();
-    stats_.cached_tokens += opened.cached_tokens;
-    stats_.disk_tokens += opened.disk_tokens;
-    queue_.charge(request.request.client, request.prompt_size() - opened.cached_tokens);
+    queue_.charge(request.request.client, request.prompt_size());
+    request.reporter = &sequence;
+    add_cached(request, sequence.opened);
   }
   start(sequence);
   return true;
+}
+
+// What the first of its sequences to run was spared.
+void Scheduler::add_cached(RequestState& request, const SequenceCache::Opened& opened) {
+  const int64_t more = opened.cached_tokens - request.report.cached_tokens;
+  request.report.cached_tokens += more;
+  request.report.disk_tokens = opened.disk_tokens;
+  request.report.miss = opened.miss;
+  stats_.cached_tokens += more;
+  stats_.disk_tokens += opened.disk_tokens;
+  queue_.charge(request.request.client, -more);
+}
+
+// A few pages for those whose prefixes are being loaded, in turn.
+void Scheduler::load_prefixes() {
+  std::vector<Sequence*> loading;
+  std::ranges::copy_if(running_, std::back_inserter(loading), [&](const Sequence* sequence) {
+    return cache_.loads(sequence->cache) && !cache_.follows(sequence->cache);
+  });
+  if (loading.empty()) return;
+  const int64_t share = ceil_div(options_.load_pages, std::ssize(loading));
+  int64_t left = options_.load_pages;
+  size_t turn = load_turn_++;
+  for (size_t i = 0; i < loading.size() && left > 0; ++i, left -= share) {
+    Sequence& sequence = *loading[turn++ % loading.size()];
+    if (sequence.phase != Sequence::Phase::kRunning) continue;
+    RequestState& request = *sequence.request;
+    bool ran_model = false;
+    try {
+      ran_model =
+          cache_.load(sequence.cache, sequence.tokens, std::min(share, left), sequence.opened);
+    } catch (const std::exception& error) {
+      fail(request, error.what());
+      continue;
+    }
+    if (!cache_.loads(sequence.cache) && request.reporter == &sequence)
+      add_cached(request, sequence.opened);
+    if (ran_model) return;
+  }
 }
 
 // Preempts sequences of lower priority if that makes enough room.
@@ -221,7 +259,7 @@ bool Scheduler::make_room_for(const Sequence& sequence, int64_t pages_needed) {
   int64_t gain = 0;
   for (const Sequence* other : running_) {
     if (other->request->request.priority >= priority) continue;
-    gain += static_cast<int64_t>(other->cache.pages.size()) + pages_owed(*other);
+    gain += other->cache.num_pages() + pages_owed(*other);
   }
   if (gain == 0 || pages_spare() + gain < pages_needed) return false;
   while (!running_.empty() && (!has_place() || pages_spare() < pages_needed)) {
@@ -258,6 +296,8 @@ Scheduler::Sequence* Scheduler::worst_running() const {
 }
 
 void Scheduler::preempt(Sequence& sequence, bool keep_prefix) {
+  if (sequence.request->reporter == &sequence && !cache_.loads(sequence.cache))
+    sequence.request->reporter = nullptr;
   if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens);
   cache_.close(sequence.cache);
   std::erase(running_, &sequence);
@@ -345,6 +385,7 @@ EngineStats Scheduler::stats() const {
   stats.state_slots_total = cache_.slots().num_slots();
   stats.state_slots_free = cache_.slots().num_free();
   stats.snapshot_bytes = cache_.tree().snapshot_bytes();
+  if (parts_.store != nullptr) stats.disk_bytes = parts_.store->stored_bytes();
   stats.disk_hits = cache_.counters().disk_hits;
   stats.disk_misses = cache_.counters().disk_misses;
   stats.disk_errors = cache_.counters().disk_errors;

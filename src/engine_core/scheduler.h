@@ -6,7 +6,8 @@
 // taken. A sequence is admitted when its prompt fits into free and cached pages; when memory runs
 // short the lowest priority's latest arrival gives up its pages and slot and resumes later from
 // what the prefix tree kept, with the same tokens: a token depends on its request, its choice and
-// its position, never on the schedule.
+// its position, never on the schedule. A sequence whose prefix is being loaded from the store sits
+// out, while each step reads a few pages for it.
 //
 // A step that throws is repeated sequence by sequence, so that only the request whose own step
 // throws ends with kError. Updates are delivered inside step() and cancel(). One thread, except
@@ -40,6 +41,7 @@ struct SchedulerOptions {
   int64_t max_waiting = 1024;    ///< requests that wait for admission
   int64_t step_tokens = 256;     ///< rows of a step while answers are running
   int64_t prompt_tokens = 1024;  ///< rows of a step of prompts alone
+  int64_t load_pages = 8;        ///< read from the store in a step
   int64_t max_drafts = 0;        ///< at most Runner::slack(); 0: no speculation
   bool always_draft = false;     ///< max_drafts whatever it costs: for tests
   bool snapshot_prompts = true;  ///< also before a prompt's last token: it comes again or branches
@@ -103,6 +105,8 @@ class Scheduler {
   bool has_place() const;
   int64_t pages_spare() const;
   void start(Sequence& sequence);
+  void load_prefixes();
+  void add_cached(RequestState& request, const SequenceCache::Opened& opened);
   void enqueue(Sequence& sequence, bool resumes);
   void insert_running(Sequence& sequence);
   void preempt(Sequence& sequence, bool keep_prefix);
@@ -152,6 +156,7 @@ class Scheduler {
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
   double model_seconds_ = 0;      ///< of the step being made
   double sampling_seconds_ = 0;   ///< of the step being made
+  uint64_t load_turn_ = 0;        ///< whose load comes first
   int64_t num_waiting_requests_ = 0;
   int64_t max_tokens_ = 0;      ///< of a sequence: context and memory
   int64_t blocked_spare_ = 0;   ///< spare pages when the front did not fit

@@ -33,6 +33,7 @@ Config random_config(const Philox& random) {
   config.scheduler.max_running = 1 + b[1] % 8;
   config.scheduler.step_tokens = 1 + b[2] % 24;
   config.scheduler.prompt_tokens = 1 + b[3] % 40;
+  config.scheduler.load_pages = 1 + b[3] / 40 % 6;
   config.scheduler.max_drafts = config.model.slack;
   config.scheduler.always_draft = c[0] % 2 == 0;
   config.scheduler.snapshot_prompts = c[1] % 2 == 0;
@@ -114,6 +115,8 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
     for (const Sent& one : sent) {
       if (one.cancel_at == step) world.scheduler.cancel(one.id);
     }
+    // Then the store has what memory forgot.
+    if (config.store && draw[1] / 6 % 8 == 0) world.scheduler.clear_prefix_tree();
     world.scheduler.step();
     ASSERT_NO_THROW(world.scheduler.check_integrity()) << "seed " << seed;
   }
@@ -143,6 +146,7 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
   const EngineStats stats = world.scheduler.stats();
   EXPECT_EQ(stats.state_slots_free, stats.state_slots_total);
   EXPECT_EQ(stats.pages_free + stats.pages_cached, stats.pages_total);
+  EXPECT_EQ(stats.disk_errors, 0) << "seed " << seed;
   totals.preemptions += stats.preemptions;
   totals.cached += stats.cached_tokens;
   totals.drafted += stats.drafted;

@@ -31,6 +31,7 @@ struct Scheduler::Sequence {
   std::vector<int64_t> tokens;  ///< prompt and answer; the last was drawn but not yet run
   std::unique_ptr<AnswerFilter> filter;
   CachedSequence cache;
+  SequenceCache::Opened opened;  ///< while it loads
   DraftPolicy policy;
   int64_t drafted = 0, accepted = 0;
   int64_t suspect_until = 0;  ///< a step up to here threw: it runs alone until it gets there
@@ -53,6 +54,7 @@ struct Scheduler::RequestState {
   std::vector<std::unique_ptr<Sequence>> sequences;
   int64_t num_open = 0;  ///< choices that have not ended
   bool admitted = false;
+  const Sequence* reporter = nullptr;  ///< whose cache `report` tells of, until it is preempted
   CacheReport report;
 
   int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }

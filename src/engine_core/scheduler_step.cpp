@@ -21,6 +21,7 @@ bool Scheduler::step() {
   model_seconds_ = sampling_seconds_ = 0;
   expire();
   admit();
+  load_prefixes();
   plan();
   reserve_planned();
   std::erase_if(planned_, [](const Sequence* sequence) {
@@ -53,6 +54,7 @@ void Scheduler::plan() {
   std::vector<Sequence*> answers, prompts;
   for (Sequence* sequence : running_) {
     sequence->chunk = sequence->num_drafts = 0;
+    if (cache_.loads(sequence->cache)) continue;
     if (sequence->suspect_until > sequence->pos()) {
       sequence->chunk = chunk_limit(*sequence);
       sequence->chunk = std::min(sequence->chunk, options_.step_tokens);

@@ -136,21 +136,29 @@ class ScriptedModel : public CacheMemory, public Runner {
     }
   }
   bool can_rebuild() const override { return true; }
+  int64_t rebuild_start(int64_t pos) const override {
+    return std::max(pos - options_.window, int64_t{0});
+  }
   void rebuild(int64_t slot,
                std::span<const int64_t> tokens,
-               std::span<const int64_t> pages) override {
+               std::span<const int64_t> pages,
+               int64_t start,
+               int64_t count) override {
     State& state = states_.at(static_cast<size_t>(slot));
-    HADAL_CHECK(static_cast<int64_t>(tokens.size()) ==
-                    static_cast<int64_t>(pages.size()) * options_.page_tokens,
+    HADAL_CHECK(std::ssize(tokens) == std::ssize(pages) * options_.page_tokens,
                 "scripted: rebuilt inside a page");
-    state.pos = static_cast<int64_t>(tokens.size());
-    state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+    const bool first = start == rebuild_start(std::ssize(tokens));
+    HADAL_CHECK(first || start == state.pos, "scripted: rebuilt from ", start);
+    if (first) state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
+    state.pos = start + count;
+    most_rebuilt = std::max(most_rebuilt, count);
     // An entry is the hash itself: the window is in the last pages.
-    for (int64_t pos = std::max(state.pos - options_.window, int64_t{0}); pos < state.pos; ++pos) {
+    for (int64_t pos = start; pos < state.pos; ++pos) {
       state.ring[index(pos)] = page(pages[static_cast<size_t>(
           pos / options_.page_tokens)])[static_cast<size_t>(pos % options_.page_tokens)];
     }
   }
+  int64_t most_rebuilt = 0;  ///< tokens in one piece
 
   int64_t vocab_size() const override { return options_.vocab_size; }
   int64_t slack() const override { return options_.slack; }
@@ -337,31 +345,27 @@ class ScriptedStore : public PrefixStore {
                          int64_t window_pages = 1)
       : page_tokens_(page_tokens), policy_(policy), window_pages_(window_pages) {}
 
-  std::optional<StoredPrefix> load(std::span<const int64_t> tokens,
-                                   int64_t from_page,
-                                   int64_t max_pos) override {
+  int64_t page_tokens() const override { return page_tokens_; }
+  std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
+                                         int64_t from_page,
+                                         int64_t max_pos) override {
     if (throws) throw std::runtime_error("store: gone");
-    for (int64_t pos = max_pos / page_tokens_ * page_tokens_; pos > 0; pos -= page_tokens_) {
-      StoredPrefix result{.pos = pos, .pages = {}, .snapshot = {}};
-      if (!find_state(tokens, result)) continue;
-      bool complete = true;
-      for (int64_t page = from_page; page < pos / page_tokens_ && complete; ++page) {
-        const auto stored = pages_.find(key(tokens, (page + 1) * page_tokens_));
-        complete = stored != pages_.end();
-        if (complete) result.pages.push_back(stored->second);
-      }
-      if (!complete) continue;
-      if (truncates && !result.pages.empty()) result.pages.back().pop_back();
-      return result;
-    }
-    return std::nullopt;
+    return std::make_unique<Load>(*this, key(tokens, max_pos / page_tokens_ * page_tokens_),
+                                  from_page);
   }
-  void save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
+  bool save_page(std::span<const int64_t> tokens, std::span<const std::byte> page) override {
     if (throws) throw std::runtime_error("store: full");
-    pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+    if (!refuses) pages_[Tokens(tokens.begin(), tokens.end())].assign(page.begin(), page.end());
+    return !refuses;
   }
   void save_snapshot(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
     snapshots_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
+  }
+  int64_t stored_bytes() const override {
+    int64_t bytes = 0;
+    for (const auto* entries : {&pages_, &snapshots_, &windows_})
+      for (const auto& [tokens, entry] : *entries) bytes += std::ssize(entry);
+    return bytes;
   }
   WindowPolicy policy() const override { return policy_; }
   bool wants_snapshot(int64_t /*pos*/) const override { return policy_ == WindowPolicy::kPeriodic; }
@@ -369,10 +373,51 @@ class ScriptedStore : public PrefixStore {
     windows_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
 
-  bool throws = false, truncates = false, forgets_states = false;
+  bool throws = false, truncates = false, forgets_states = false, refuses = false;
+  int64_t damaged_page = -1;  ///< of every prefix: cannot be read
+  int64_t num_read = 0;       ///< pages
+  int64_t most_read = 0;      ///< by one advance()
 
  private:
   using Tokens = std::vector<int64_t>;
+
+  class Load : public PrefixLoad {
+   public:
+    Load(ScriptedStore& store, Tokens tokens, int64_t from_page)
+        : store_(store), tokens_(std::move(tokens)), from_page_(from_page), pos_(ssize(tokens_)) {}
+
+    bool advance(int64_t max_pages, std::vector<std::vector<std::byte>>& pages) override {
+      if (store_.throws) throw std::runtime_error("store: gone");
+      for (int64_t num_read = 0; pos_ > 0; pos_ -= store_.page_tokens_) {
+        StoredPrefix found{.pos = pos_, .pages = {}, .snapshot = {}};
+        if (!store_.find_state(tokens_, found)) continue;
+        const int64_t end = pos_ / store_.page_tokens_;
+        while (from_page_ < end) {
+          if (num_read == max_pages) return true;
+          const auto page =
+              store_.pages_.find(key(tokens_, (from_page_ + 1) * store_.page_tokens_));
+          if (page == store_.pages_.end() || from_page_ == store_.damaged_page) break;
+          store_.most_read = std::max(store_.most_read, ++num_read);
+          ++store_.num_read;
+          pages.push_back(page->second);
+          if (store_.truncates) pages.back().pop_back();
+          ++from_page_;
+        }
+        if (from_page_ < end) continue;
+        result_ = std::move(found);
+        return false;
+      }
+      return false;
+    }
+    std::optional<StoredPrefix> take_result() override { return std::move(result_); }
+
+   private:
+    ScriptedStore& store_;
+    Tokens tokens_;
+    int64_t from_page_, pos_;
+    std::optional<StoredPrefix> result_;
+  };
+
   static Tokens key(std::span<const int64_t> tokens, int64_t count) {
     return Tokens(tokens.begin(), tokens.begin() + count);
   }

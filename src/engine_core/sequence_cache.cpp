@@ -8,6 +8,12 @@
 #include "base/math.h"
 
 namespace hadal::engine {
+namespace {
+
+/// Pages saved at once besides those since the last snapshot: what a store refused before.
+constexpr int64_t kLateSaves = 8;
+
+}  // namespace
 
 SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, PrefixStore* store)
     : memory_(memory),
@@ -17,12 +23,15 @@ SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, Prefix
       keeps_windows_(store != nullptr && store->policy() == WindowPolicy::kFull),
       pages_(memory.num_pages()),
       slots_(memory.num_slots()),
-      tree_(page_tokens_, options.snapshot_budget_bytes, pages_) {
+      tree_(page_tokens_, options.snapshot_budget_bytes, pages_),
+      unsaved_(static_cast<size_t>(memory.num_pages())) {
   HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
               "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",
               page_tokens_);
   HADAL_CHECK(!keeps_windows_ || memory.window_bytes() > 0,
               "sequence_cache: the store keeps all windows, the memory does not hold them");
+  HADAL_CHECK(store == nullptr || store->page_tokens() == page_tokens_, "sequence_cache: pages of ",
+              page_tokens_, " tokens, not those of the store");
 }
 
 int64_t SequenceCache::next_kept(int64_t pos) const {
@@ -51,7 +60,10 @@ int64_t SequenceCache::pages_taken(const PrefixMatch& match, int64_t num_tokens)
 
 std::optional<int64_t> SequenceCache::allocate() {
   for (;;) {
-    if (const std::optional<int64_t> page = pages_.allocate()) return page;
+    if (const std::optional<int64_t> page = pages_.allocate()) {
+      unsaved_[static_cast<size_t>(*page)] = 1;
+      return page;
+    }
     if (!tree_.evict_page()) return std::nullopt;
   }
 }
@@ -66,28 +78,140 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
   if (!slot) return false;
   sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
   opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
-  if (use_tree && store_ != nullptr && load_stored(tokens, match, sequence, opened)) return true;
-  if (use_tree && store_ != nullptr && match.pos >= page_tokens_)
-    store_->touch(tokens.first(static_cast<size_t>(match.pos)));
-  if (match.pos == 0) return true;  // a step at position 0 begins with a new state
-  for (int64_t page = 0; page < match.pos / page_tokens_; ++page) {
-    sequence.pages.push_back(match.pages[static_cast<size_t>(page)]);
-  }
-  if (match.tail_page >= 0) sequence.pages.push_back(match.tail_page);
-  for (const int64_t page : sequence.pages) pages_.share(page);
-  memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
-  sequence.pos = match.pos;
+  take_match(match, sequence);
+  if (use_tree && store_ != nullptr) begin_load(tokens, match, sequence, opened);
   return true;
 }
 
-bool SequenceCache::usable(const StoredPrefix& stored, int64_t from_page, int64_t max_pos) const {
-  if (stored.pos <= 0 || stored.pos > max_pos || stored.pos % page_tokens_ != 0) return false;
-  const int64_t num_pages = std::max(stored.pos / page_tokens_ - from_page, int64_t{0});
-  const auto is_page = [&](const std::vector<std::byte>& page) {
-    return static_cast<int64_t>(page.size()) == memory_.page_bytes();
-  };
-  return has_state(stored) && static_cast<int64_t>(stored.pages.size()) == num_pages &&
-         std::ranges::all_of(stored.pages, is_page);
+// The sequence goes on where memory lets it.
+void SequenceCache::take_match(const PrefixMatch& match, CachedSequence& sequence) {
+  if (match.pos == 0) return;  // a step at position 0 begins with a new state
+  std::vector<int64_t> pages(
+      match.pages.begin(),
+      match.pages.begin() + static_cast<std::ptrdiff_t>(match.pos / page_tokens_));
+  if (match.tail_page >= 0) pages.push_back(match.tail_page);
+  for (const int64_t page : pages) pages_.share(page);
+  for (const int64_t page : sequence.pages) pages_.release(page);
+  sequence.pages = std::move(pages);
+  memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
+  sequence.pos = match.pos;
+}
+
+void SequenceCache::begin_load(std::span<const int64_t> tokens,
+                               const PrefixMatch& match,
+                               CachedSequence& sequence,
+                               Opened& opened) {
+  const int64_t max_pos = std::ssize(tokens) - 1, first = sequence.pos / page_tokens_;
+  const int64_t num_known = std::max(first, std::ssize(match.pages));
+  Load load{.tokens = tokens, .id = ++last_load_};
+  try {
+    if (max_pos / page_tokens_ * page_tokens_ <= sequence.pos) {
+      if (first > 0) store_->touch(tokens.first(static_cast<size_t>(sequence.pos)));
+      return;
+    }
+    load.leader = find_leader(tokens, num_known);
+    if (load.leader.second == 0) load.reader = store_->begin_load(tokens, num_known, max_pos);
+  } catch (const std::exception& error) {
+    log::warn("engine", "prefix store: ", error.what());
+    ++counters_.disk_errors;
+    opened.miss = "disk error";
+    return;
+  }
+  if (load.reader) {
+    // Held, so that making room does not evict them.
+    for (int64_t page = first; page < std::ssize(match.pages); ++page) {
+      sequence.loaded.push_back(match.pages[static_cast<size_t>(page)]);
+      pages_.share(sequence.loaded.back());
+    }
+  }
+  loads_.emplace(sequence.slot, std::move(load));
+}
+
+// A load that brings so many of the pages missing here that it pays to wait for its end: at least
+// half of its own. Id 0: none.
+std::pair<int64_t, uint64_t> SequenceCache::find_leader(std::span<const int64_t> tokens,
+                                                        int64_t num_known) const {
+  for (const auto& [slot, load] : loads_) {
+    if (!load.reader) continue;
+    const auto differ = std::ranges::mismatch(load.tokens, tokens).in2;
+    const int64_t shared = (differ - tokens.begin()) / page_tokens_ - num_known;
+    const int64_t all = (std::ssize(load.tokens) - 1) / page_tokens_ - num_known;
+    if (shared > 0 && 2 * shared >= all) return {slot, load.id};
+  }
+  return {-1, 0};
+}
+
+bool SequenceCache::follows(const CachedSequence& sequence) const {
+  const auto load = loads_.find(sequence.slot);
+  if (load == loads_.end() || load->second.reader) return false;
+  const auto leader = loads_.find(load->second.leader.first);
+  return leader != loads_.end() && leader->second.id == load->second.leader.second;
+}
+
+bool SequenceCache::load(CachedSequence& sequence,
+                         std::span<const int64_t> tokens,
+                         int64_t max_pages,
+                         Opened& opened) {
+  Load& load = loads_.at(sequence.slot);
+  if (!load.reader) {
+    if (follows(sequence)) return false;
+    end_load(sequence);
+    const PrefixMatch match = tree_.match(tokens, std::ssize(tokens) - 1);
+    if (match.pos > sequence.pos) take_match(match, sequence);
+    opened = {.cached_tokens = sequence.pos, .disk_tokens = 0, .miss = match.miss};
+    begin_load(tokens, match, sequence, opened);
+    return false;
+  }
+  if (!load.found) {
+    std::vector<std::vector<std::byte>> pages;
+    try {
+      const bool more = load.reader->advance(max_pages, pages);
+      if (take_pages(sequence, pages) && more) return false;
+      if (!more) load.found = load.reader->take_result();
+    } catch (const std::exception& error) {
+      log::warn("engine", "prefix store: ", error.what());
+      ++counters_.disk_errors;
+      opened.miss = "disk error";
+      end_load(sequence);
+      return false;
+    }
+    if (!load.found || !accept(sequence, std::ssize(tokens), *load.found)) {
+      ++counters_.disk_misses;
+      end_load(sequence);
+      return false;
+    }
+    if (load.found->pos <= sequence.pos) {
+      end_load(sequence);
+      return false;
+    }
+    load.rebuilt = memory_.rebuild_start(load.found->pos);
+  }
+  const bool runs = load.found->snapshot.empty() && load.found->windows.empty();
+  if (make_state(sequence, tokens)) finish_load(sequence, tokens, opened);
+  return runs;
+}
+
+// Whether it is what a store should give: pages that were loaded, and a state.
+bool SequenceCache::accept(const CachedSequence& sequence,
+                           int64_t size,
+                           const StoredPrefix& stored) const {
+  const int64_t num_pages = sequence.pos / page_tokens_ + std::ssize(sequence.loaded);
+  return stored.pos > 0 && stored.pos < size && stored.pos % page_tokens_ == 0 &&
+         stored.pos / page_tokens_ <= num_pages && has_state(stored);
+}
+
+// False when they are no pages of this memory, or when it has no room for them.
+bool SequenceCache::take_pages(CachedSequence& sequence,
+                               const std::vector<std::vector<std::byte>>& pages) {
+  for (const std::vector<std::byte>& bytes : pages) {
+    if (static_cast<int64_t>(bytes.size()) != memory_.page_bytes()) return false;
+    const std::optional<int64_t> page = allocate();
+    if (!page) return false;
+    memory_.write_page(*page, bytes);
+    unsaved_[static_cast<size_t>(*page)] = 0;
+    sequence.loaded.push_back(*page);
+  }
+  return true;
 }
 
 bool SequenceCache::has_state(const StoredPrefix& stored) const {
@@ -101,80 +225,65 @@ bool SequenceCache::has_state(const StoredPrefix& stored) const {
          });
 }
 
-// The state behind `tokens` goes into the slot and, as a snapshot, into `stored`.
-void SequenceCache::restore_state(const CachedSequence& sequence,
-                                  std::span<const int64_t> tokens,
-                                  StoredPrefix& stored) {
+// The state at what was found goes into the slot. False: only a part of it yet.
+bool SequenceCache::make_state(const CachedSequence& sequence, std::span<const int64_t> tokens) {
+  Load& load = loads_.at(sequence.slot);
+  const StoredPrefix& stored = *load.found;
   if (!stored.snapshot.empty()) {
     memory_.load_snapshot(sequence.slot, stored.pos, stored.snapshot);
-    return;
+    return true;
   }
-  if (stored.windows.empty()) {
-    memory_.rebuild(sequence.slot, tokens, sequence.pages);
-  } else {
-    int64_t pos = stored.pos - std::ssize(stored.windows) * page_tokens_;
-    for (const std::vector<std::byte>& window : stored.windows) {
-      pos += page_tokens_;
-      memory_.load_window(sequence.slot, pos, window);
-    }
+  int64_t pos = stored.pos - std::ssize(stored.windows) * page_tokens_;
+  for (const std::vector<std::byte>& window : stored.windows) {
+    pos += page_tokens_;
+    memory_.load_window(sequence.slot, pos, window);
   }
-  stored.snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored.pos)));
-  memory_.save_snapshot(sequence.slot, stored.pos, stored.snapshot);
+  if (!stored.windows.empty()) return true;
+  std::vector<int64_t> pages(
+      sequence.pages.begin(),
+      sequence.pages.begin() + static_cast<std::ptrdiff_t>(sequence.pos / page_tokens_));
+  pages.insert(pages.end(), sequence.loaded.begin(), sequence.loaded.end());
+  pages.resize(static_cast<size_t>(stored.pos / page_tokens_));
+  const int64_t count = std::min(page_tokens_, stored.pos - load.rebuilt);
+  memory_.rebuild(sequence.slot, tokens.first(static_cast<size_t>(stored.pos)), pages, load.rebuilt,
+                  count);
+  load.rebuilt += count;
+  return load.rebuilt == stored.pos;
 }
 
-bool SequenceCache::load_stored(std::span<const int64_t> tokens,
-                                const PrefixMatch& match,
-                                CachedSequence& sequence,
+// What was loaded takes the place of what memory had.
+void SequenceCache::finish_load(CachedSequence& sequence,
+                                std::span<const int64_t> tokens,
                                 Opened& opened) {
-  const int64_t max_pos = static_cast<int64_t>(tokens.size()) - 1;
-  const auto from_page = static_cast<int64_t>(match.pages.size());
-  if (max_pos / page_tokens_ * page_tokens_ <= match.pos) return false;
-  std::optional<StoredPrefix> stored;
-  try {
-    stored = store_->load(tokens, from_page, max_pos);
-  } catch (const std::exception& error) {
-    log::warn("engine", "prefix store: ", error.what());
-    ++counters_.disk_errors;
-    opened.miss = "disk error";
-    return false;
-  }
-  if (!stored || !usable(*stored, from_page, max_pos)) {
-    ++counters_.disk_misses;
-    return false;
-  }
-  if (stored->pos <= match.pos) return false;
-  // What memory has is held first, so that making room does not evict it: the match may yet be
-  // used.
-  if (match.tail_page >= 0) pages_.share(match.tail_page);
-  std::vector<int64_t> held;
-  bool complete = true;
-  for (int64_t page = 0; page < stored->pos / page_tokens_; ++page) {
-    if (page < from_page) {
-      held.push_back(match.pages[static_cast<size_t>(page)]);
-      pages_.share(held.back());
-      continue;
-    }
-    const std::optional<int64_t> fresh = allocate();
-    complete = fresh.has_value();
-    if (!complete) break;
-    memory_.write_page(*fresh, stored->pages[static_cast<size_t>(page - from_page)]);
-    held.push_back(*fresh);
-  }
-  if (match.tail_page >= 0) pages_.release(match.tail_page);
-  if (!complete) {
-    for (const int64_t page : held) pages_.release(page);
-    return false;
-  }
-  sequence.pages = std::move(held);
-  sequence.pos = stored->pos;
-  const auto prefix = tokens.first(static_cast<size_t>(stored->pos));
-  restore_state(sequence, prefix, *stored);
-  opened.cached_tokens = stored->pos;
-  opened.disk_tokens = stored->pos - match.pos;
-  if (max_pos - stored->pos < page_tokens_) opened.miss = "tail";
+  StoredPrefix stored = *std::move(loads_.at(sequence.slot).found);
+  const int64_t first = sequence.pos / page_tokens_, num_loaded = stored.pos / page_tokens_ - first;
+  opened.cached_tokens = stored.pos;
+  opened.disk_tokens = stored.pos - sequence.pos;
+  if (static_cast<int64_t>(tokens.size()) - 1 - stored.pos < page_tokens_) opened.miss = "tail";
   ++counters_.disk_hits;
-  tree_.insert(prefix, sequence.pages, std::move(stored->snapshot));
-  return true;
+  while (static_cast<int64_t>(sequence.pages.size()) > first) {
+    pages_.release(sequence.pages.back());
+    sequence.pages.pop_back();
+  }
+  const auto used = sequence.loaded.begin() + static_cast<std::ptrdiff_t>(num_loaded);
+  sequence.pages.insert(sequence.pages.end(), sequence.loaded.begin(), used);
+  sequence.loaded.erase(sequence.loaded.begin(), used);
+  sequence.pos = stored.pos;
+  if (stored.snapshot.empty()) {
+    stored.snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored.pos)));
+    memory_.save_snapshot(sequence.slot, stored.pos, stored.snapshot);
+  }
+  end_load(sequence);
+  tree_.insert(tokens.first(static_cast<size_t>(stored.pos)), sequence.pages,
+               std::move(stored.snapshot));
+}
+
+void SequenceCache::end_load(CachedSequence& sequence) {
+  for (auto page = sequence.loaded.rbegin(); page != sequence.loaded.rend(); ++page) {
+    pages_.release(*page);
+  }
+  sequence.loaded.clear();
+  loads_.erase(sequence.slot);
 }
 
 // The page that position pos lies in is written next: it must have no other reader.
@@ -204,6 +313,7 @@ bool SequenceCache::reserve(CachedSequence& sequence, int64_t num_tokens) {
 }
 
 std::optional<CachedSequence> SequenceCache::fork(const CachedSequence& sequence) {
+  HADAL_CHECK(!loads(sequence), "sequence_cache: a fork of what still loads");
   const std::optional<int64_t> slot = slots_.allocate();
   if (!slot) return std::nullopt;
   CachedSequence other = sequence;
@@ -217,10 +327,12 @@ std::optional<CachedSequence> SequenceCache::fork(const CachedSequence& sequence
 }
 
 void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> tokens) {
-  if (!sequence.use_tree || sequence.pos == 0) return;
+  // While it loads, memory has given it all it has, and the state may be another already.
+  if (!sequence.use_tree || sequence.pos == 0 || loads(sequence)) return;
   const auto prefix = tokens.first(static_cast<size_t>(sequence.pos));
   if (tree_.has_snapshot(prefix)) {
     tree_.insert(prefix, sequence.pages, std::nullopt);
+    if (store_ != nullptr) store_new(sequence, prefix, {});
     return;
   }
   std::vector<std::byte> snapshot(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
@@ -228,19 +340,25 @@ void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> t
   std::vector<std::byte> for_store;
   const bool page_end = sequence.pos % page_tokens_ == 0;
   if (store_ != nullptr && page_end && store_->wants_snapshot(sequence.pos)) for_store = snapshot;
-  const int64_t first_new = tree_.insert(prefix, sequence.pages, std::move(snapshot));
-  if (store_ != nullptr) store_new(sequence, prefix, first_new, for_store);
+  tree_.insert(prefix, sequence.pages, std::move(snapshot));
+  if (store_ != nullptr) store_new(sequence, prefix, for_store);
 }
 
 void SequenceCache::store_new(const CachedSequence& sequence,
                               std::span<const int64_t> tokens,
-                              int64_t first_new,
                               std::span<const std::byte> snapshot) {
   try {
     std::vector<std::byte> bytes(static_cast<size_t>(memory_.page_bytes()));
-    for (int64_t page = first_new; page < sequence.pos / page_tokens_; ++page) {
-      memory_.read_page(sequence.pages[static_cast<size_t>(page)], bytes);
-      store_->save_page(tokens.first(static_cast<size_t>((page + 1) * page_tokens_)), bytes);
+    int64_t left = snapshot_interval_ / page_tokens_ + kLateSaves;
+    for (int64_t page = 0; page < sequence.pos / page_tokens_ && left > 0; ++page) {
+      const int64_t number = sequence.pages[static_cast<size_t>(page)];
+      uint8_t& unsaved = unsaved_[static_cast<size_t>(number)];
+      if (unsaved == 0) continue;
+      memory_.read_page(number, bytes);
+      const auto prefix = tokens.first(static_cast<size_t>((page + 1) * page_tokens_));
+      if (!store_->save_page(prefix, bytes)) break;  // later ones are of no use without it
+      unsaved = 0;
+      --left;
     }
     if (!snapshot.empty()) store_->save_snapshot(tokens, snapshot);
   } catch (const std::exception& error) {
@@ -266,6 +384,7 @@ void SequenceCache::store_window(const CachedSequence& sequence, std::span<const
 
 void SequenceCache::close(CachedSequence& sequence) {
   if (sequence.slot < 0) return;
+  end_load(sequence);
   // Last pages first: handed out again in order.
   for (auto page = sequence.pages.rbegin(); page != sequence.pages.rend(); ++page) {
     pages_.release(*page);
@@ -284,6 +403,8 @@ void SequenceCache::check_integrity(std::span<const CachedSequence* const> open)
   std::vector<int64_t> slots;
   for (const CachedSequence* sequence : open) {
     for (const int64_t page : sequence->pages) ++expected.at(static_cast<size_t>(page));
+    for (const int64_t page : sequence->loaded) ++expected.at(static_cast<size_t>(page));
+    HADAL_CHECK(sequence->loaded.empty() || loads(*sequence), "sequence_cache: nothing loads");
     slots.push_back(sequence->slot);
     HADAL_CHECK(static_cast<int64_t>(sequence->pages.size()) >= num_pages_for(sequence->pos),
                 "sequence_cache: ", sequence->pages.size(), " pages for ", sequence->pos,

@@ -3,13 +3,19 @@
 //
 // It owns both pools and the tree and moves bytes through CacheMemory; the optional PrefixStore is
 // asked when a sequence opens and told of every full page and every snapshot at a page's end that
-// is new in memory. One thread. Failures of the store are logged misses, never errors.
+// is new in memory; pages that it refuses are offered again when their prefix is used again. What
+// it has is loaded piece by piece into pages of the sequence's own; until that ends the sequence
+// stands where memory alone lets it begin, and may be closed at any time. One thread. Failures of
+// the store are logged misses, never errors.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "engine_core/page_pool.h"
@@ -25,6 +31,10 @@ struct CachedSequence {
   std::vector<int64_t> pages;  ///< in order of positions; may reach past pos
   int64_t pos = 0;
   bool use_tree = true;
+  /// While it loads: pages from that of `pos` on, known to memory or read from the store.
+  std::vector<int64_t> loaded = {};
+
+  int64_t num_pages() const { return static_cast<int64_t>(pages.size() + loaded.size()); }
 };
 
 class SequenceCache {
@@ -59,11 +69,22 @@ class SequenceCache {
   /// Free pages and those that evicting would free.
   int64_t num_available() const { return pages_.num_free() + pages_.num_cached(); }
 
-  /// A slot and the longest known prefix. False when no slot is free.
+  /// A slot and the longest prefix in memory. False when no slot is free. Where the store may have
+  /// more the sequence then loads(): load() goes on until it does no longer; `tokens` stay valid.
   bool open(std::span<const int64_t> tokens,
             const PrefixMatch& match,
             bool use_tree,
             CachedSequence& sequence,
+            Opened& opened);
+  bool loads(const CachedSequence& sequence) const { return loads_.contains(sequence.slot); }
+  /// It loads, and another does it for it: load() would do nothing yet.
+  bool follows(const CachedSequence& sequence) const;
+  /// Reads at most `max_pages` pages more of `tokens`, those that were opened, or runs a page's
+  /// tokens again where the store keeps no states. At the end `opened` tells what there was, and
+  /// `sequence` stands behind it. Whether it ran the model.
+  bool load(CachedSequence& sequence,
+            std::span<const int64_t> tokens,
+            int64_t max_pages,
             Opened& opened);
   /// Pages for positions up to `num_tokens`, all that will be written the sequence's own (a shared
   /// last page is copied); evicts as needed. False when memory is short; what it got stays.
@@ -92,19 +113,33 @@ class SequenceCache {
  private:
   std::optional<int64_t> allocate();
   bool own_last_page(CachedSequence& sequence);
-  bool load_stored(std::span<const int64_t> tokens,
-                   const PrefixMatch& match,
-                   CachedSequence& sequence,
-                   Opened& opened);
-  bool usable(const StoredPrefix& stored, int64_t from_page, int64_t max_pos) const;
+  void take_match(const PrefixMatch& match, CachedSequence& sequence);
+  void begin_load(std::span<const int64_t> tokens,
+                  const PrefixMatch& match,
+                  CachedSequence& sequence,
+                  Opened& opened);
+  bool take_pages(CachedSequence& sequence, const std::vector<std::vector<std::byte>>& pages);
+  bool accept(const CachedSequence& sequence, int64_t size, const StoredPrefix& stored) const;
+  bool make_state(const CachedSequence& sequence, std::span<const int64_t> tokens);
+  void finish_load(CachedSequence& sequence, std::span<const int64_t> tokens, Opened& opened);
+  void end_load(CachedSequence& sequence);
+  std::pair<int64_t, uint64_t> find_leader(std::span<const int64_t> tokens,
+                                           int64_t num_known) const;
   bool has_state(const StoredPrefix& stored) const;
-  void restore_state(const CachedSequence& sequence,
-                     std::span<const int64_t> tokens,
-                     StoredPrefix& stored);
   void store_new(const CachedSequence& sequence,
                  std::span<const int64_t> tokens,
-                 int64_t first_new,
                  std::span<const std::byte> snapshot);
+
+  /// A prefix on its way from the store.
+  struct Load {
+    std::span<const int64_t> tokens;
+    uint64_t id = 0;
+    std::unique_ptr<PrefixLoad> reader = {};
+    /// Without a reader: slot and id of the load that brings this one's next page, too.
+    std::pair<int64_t, uint64_t> leader = {};
+    std::optional<StoredPrefix> found = {};  ///< all is read; the state is missing
+    int64_t rebuilt = 0;                     ///< the state's tokens were run up to here
+  };
 
   CacheMemory& memory_;
   PrefixStore* store_;
@@ -113,6 +148,9 @@ class SequenceCache {
   PagePool pages_;
   SlotPool slots_;
   PrefixTree tree_;
+  std::map<int64_t, Load> loads_;  ///< by slot
+  uint64_t last_load_ = 0;
+  std::vector<uint8_t> unsaved_;  ///< [num_pages] not from the store and not taken by it yet
   Counters counters_;
 };
 

@@ -78,6 +78,12 @@ class World {
 
   void append(Live& live) {
     const auto left = static_cast<int64_t>(live.tokens.size()) - live.cache.pos;
+    if (cache.loads(live.cache)) {
+      SequenceCache::Opened opened;
+      cache.load(live.cache, live.tokens, draw(3) + 1, opened);
+      ASSERT_TRUE(opened.cached_tokens == 0 || opened.cached_tokens == live.cache.pos);
+      return;
+    }
     if (left == 0) {
       live.tokens.push_back(draw(3));
       return;
@@ -107,7 +113,7 @@ class World {
     const auto index = static_cast<size_t>(draw(count));
     if (what < 14) {
       append(*lives[index]);
-    } else if (what < 16 && lives[index]->cache.pos > 0) {
+    } else if (what < 16 && lives[index]->cache.pos > 0 && !cache.loads(lives[index]->cache)) {
       std::optional<CachedSequence> other = cache.fork(lives[index]->cache);
       if (!other) return;
       auto live = std::make_unique<Live>(*lives[index]);
@@ -130,6 +136,7 @@ class World {
     std::set<int64_t> held;
     for (const CachedSequence* sequence : open) {
       held.insert(sequence->pages.begin(), sequence->pages.end());
+      held.insert(sequence->loaded.begin(), sequence->loaded.end());
       const int64_t least = cache.num_pages_for(sequence->pos);
       ASSERT_GE(static_cast<int64_t>(sequence->pages.size()), least);
     }

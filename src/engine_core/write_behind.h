@@ -15,9 +15,14 @@
 namespace hadal::engine {
 
 struct WriteItem {
+  enum class Kind : uint8_t {
+    kPut,
+    kRemove,  ///< the key goes; `value` is empty
+    kUse,     ///< no write: `value` names what was used
+  };
   std::string key;
   std::string value;
-  bool remove = false;  ///< the key goes; `value` is empty
+  Kind kind = Kind::kPut;
 };
 
 class WriteBehind {

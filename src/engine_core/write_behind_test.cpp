@@ -31,7 +31,8 @@ TEST(WriteBehindThread, ItemsOfSeveralThreadsArriveOnceAndInOrder) {
     for (int thread = 0; thread < 4; ++thread) {
       threads.emplace_back([&queue, thread] {
         for (int i = 0; i < 500; ++i) {
-          EXPECT_TRUE(queue.push({std::to_string(thread), std::to_string(i), i % 7 == 0}));
+          EXPECT_TRUE(queue.push({std::to_string(thread), std::to_string(i),
+                                  i % 7 == 0 ? WriteItem::Kind::kRemove : WriteItem::Kind::kPut}));
           if (i % 100 == 0) queue.flush();
         }
       });
@@ -44,7 +45,7 @@ TEST(WriteBehindThread, ItemsOfSeveralThreadsArriveOnceAndInOrder) {
     const int thread = std::stoi(item.key);
     const int number = next[static_cast<size_t>(thread)]++;
     EXPECT_EQ(item.value, std::to_string(number));
-    EXPECT_EQ(item.remove, number % 7 == 0);
+    EXPECT_EQ(item.kind == WriteItem::Kind::kRemove, number % 7 == 0);
   }
 }
 
