@@ -32,6 +32,7 @@ struct Unit {
   std::string text;       ///< in ASCII
   int64_t code = -1;      ///< the character; -1: a class
   bool negative = false;  ///< \S, \W, \D
+  bool safe = false;      ///< \w, \d: nothing that JSON must escape
 };
 
 class PatternReader {
@@ -47,7 +48,7 @@ class PatternReader {
       }
       const bool any = rest_.front() == '.';
       const Unit unit = next();
-      add(unit.code, unit.code, any || unit.code < 0);
+      add(unit.code, unit.code, any || (unit.code < 0 && !unit.safe));
       if (in_markup_ && any) {
         out_ += concat("[^", kMarkerEscape, "]");
       } else if (in_markup_ && unit.negative) {
@@ -63,7 +64,7 @@ class PatternReader {
 
  private:
   void add(int64_t first, int64_t last, bool is_class) {
-    plain_ = plain_ && !is_class && !must_be_escaped(first, last);
+    plain_ = plain_ && !is_class && (last < 0 || !must_be_escaped(first, last));
   }
   void check_marker(bool matches) const {
     HADAL_INPUT_CHECK(!in_markup_ || !matches, where_,
@@ -89,7 +90,7 @@ class PatternReader {
       }
       negative = negative || unit.negative;
       marker = marker || unit.code == kMarker || (range && last <= kMarker && unit.code >= kMarker);
-      add(range ? last : unit.code, unit.code, unit.code < 0);
+      add(range ? last : unit.code, unit.code, unit.code < 0 && !unit.safe);
       last = range ? -1 : unit.code;
       range = false;
     }
@@ -112,9 +113,12 @@ class PatternReader {
     if (static_cast<uint8_t>(kind) >= 0x80) return character();
     rest_.remove_prefix(1);
     Unit unit{.text = {'\\', kind}, .code = static_cast<uint8_t>(kind)};
-    if (kind == 's' || kind == 'w' || kind == 'd' || kind == 'S' || kind == 'W' || kind == 'D') {
+    if (std::string_view("swdSWD").find(kind) != std::string_view::npos) {
       unit.code = -1;
       unit.negative = kind == 'S' || kind == 'W' || kind == 'D';
+      unit.safe = kind == 'w' || kind == 'd';
+    } else if (std::string_view("ntrfvbc0").find(kind) != std::string_view::npos) {
+      unit.code = 0;  // some control character
     } else if (kind == 'u' || kind == 'x' || kind == 'U') {
       const bool braced = rest_.starts_with('{');
       const size_t digits = braced ? rest_.find('}') + 1 : kind == 'u' ? 4 : kind == 'x' ? 2 : 8;

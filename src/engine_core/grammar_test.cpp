@@ -571,6 +571,7 @@ TEST(Grammar, RefusesWhatItCannotKeep) {
       {Kind::kJsonSchema, R"({"$ref": "#/$defs/none"})", "none"},
       {Kind::kJsonSchema, R"({"type": "string", "pattern": "(a"})", "JSON schema"},
       {Kind::kJsonSchema, R"({"type": "string", "pattern": "^\"a"})", "escape"},
+      {Kind::kJsonSchema, R"({"type": "string", "pattern": "^a\\nb$"})", "escape"},
       {Kind::kJsonSchema, R"({"maxLength": 2})", "maxLength without type"},
       {Kind::kJsonSchema, R"({"items": {"minimum": 2}})", "items: minimum without type"},
       {Kind::kJsonSchema, R"({"patternProperties": {"a": {}}})", "without type"},
