@@ -40,7 +40,7 @@ Config random_config(const Philox& random) {
   config.scheduler.cache.snapshot_interval = config.model.page_tokens * (1 + c[2] % 3);
   config.scheduler.cache.snapshot_budget_bytes = c[3] % 3 == 0 ? 200 : 1 << 20;
   config.max_context = 60;
-  config.store = c[0] / 2 % 3 == 0;
+  config.store = c[0] / 2 % 3 > 0;
   if (config.store)
     config.policy =
         std::array{WindowPolicy::kFull, WindowPolicy::kPeriodic, WindowPolicy::kZero}[c[0] / 6 % 3];
@@ -168,7 +168,7 @@ TEST(Scheduler, RandomSchedulesGiveTheTokensOfEachRequestAlone) {
   EXPECT_GT(totals.accepted, 2 * scale);
   EXPECT_GT(totals.drafted, totals.accepted);
   EXPECT_GT(totals.cancelled, scale / 5);
-  for (const int64_t tokens : totals.from_disk) EXPECT_GT(tokens, scale / 15);
+  for (const int64_t tokens : totals.from_disk) EXPECT_GT(tokens, scale / 5);
   log::set_level(log::Level::kInfo);
 }
 
