@@ -1,7 +1,9 @@
 #include "engine/kv_cache.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 
 #include <ATen/ATen.h>
@@ -19,9 +21,22 @@ using ops::Numerics;
 using ops::RowFormat;
 using ops::RowKind;
 
+constexpr size_t kAlignment = 64;  // a cache line, as ATen's own memory
+
+/// Zeros that the system gives memory to when they are first written: a cache may be as large as
+/// the longest context and costs what is used of it.
 at::Tensor allocate(int64_t rows, int64_t width, const RowFormat& format, at::ScalarType dense) {
-  return format.packed() ? at::zeros({rows, format.bytes()}, at::kByte)
-                         : at::zeros({rows, width}, dense);
+  const at::ScalarType type = format.packed() ? at::kByte : dense;
+  const int64_t columns = format.packed() ? format.bytes() : width;
+  const auto bytes =
+      static_cast<size_t>(rows * columns) * static_cast<size_t>(c10::elementSize(type));
+  size_t space = bytes + kAlignment;
+  void* const memory = std::calloc(space, 1);
+  HADAL_CHECK(memory != nullptr, "kv_cache: no memory of ", bytes, " bytes");
+  void* first = memory;
+  std::align(kAlignment, bytes, first, space);
+  return at::from_blob(
+      first, {rows, columns}, [memory](void*) { std::free(memory); }, type);
 }
 
 std::byte* bytes_of(const at::Tensor& x) { return static_cast<std::byte*>(x.mutable_data_ptr()); }

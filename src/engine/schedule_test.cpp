@@ -98,7 +98,7 @@ struct Machine {
           const SchedulerOptions& options,
           PrefixStore* store)
       : cache(model.config(), memory), runner(model, cache), sampler(model.config().vocab_size) {
-    if (memory.with_mtp) drafter = std::make_unique<MtpDrafter>(runner);
+    if (memory.with_mtp) drafter = std::make_unique<MtpDrafter>(runner, sampler);
     const EngineInfo info{
         .model_name = "test",
         .vocab_size = model.config().vocab_size,
