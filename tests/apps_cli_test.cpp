@@ -186,8 +186,15 @@ TEST_F(Chat, ShowsReasoningBeforeTheAnswer) {
   EXPECT_EQ(lines[0]["content"], "Hi you");
   EXPECT_EQ(lines[0]["finish_reason"], "stop");
   EXPECT_TRUE(lines[0]["error"].is_null());
-  // The second prompt drops the first answer's reasoning: the state up to there is still used.
-  EXPECT_GT(lines[1]["reused_tokens"], 5);
+  // The second prompt drops the first answer's reasoning, which begins with the first prompt's last
+  // token: the state up to there is still used.
+  EXPECT_EQ(lines[1]["reused_tokens"], lines[0]["prompt_tokens"].get<int64_t>() - 1);
+  // Without reasoning all is used; the token that ended the answer was drawn and not computed.
+  const auto plain = lines_of(
+      run("chat --json --model " + saying("</think>", {"Hi", " you"}), "hello\nand again\n").out);
+  ASSERT_EQ(plain.size(), 2u);
+  EXPECT_EQ(plain[1]["reused_tokens"],
+            plain[0]["prompt_tokens"].get<int64_t>() + plain[0]["tokens"].get<int64_t>() - 1);
 }
 
 TEST_F(Chat, AsksForTheResultsOfToolCalls) {

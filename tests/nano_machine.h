@@ -86,7 +86,7 @@ class NanoMachine {
         runner_(Nano::get().model, cache_),
         sampler_(Nano::get().tokenizer.vocab_size()),
         filters_(Nano::get().tokenizer) {
-    if (options.drafts) drafter_ = std::make_unique<engine::MtpDrafter>(runner_);
+    if (options.drafts) drafter_ = std::make_unique<engine::MtpDrafter>(runner_, sampler_);
     const model::ModelConfig& config = Nano::get().model.config();
     const engine::EngineInfo info{.model_name = "hadal-nano",
                                   .vocab_size = Nano::get().tokenizer.vocab_size(),

@@ -13,6 +13,7 @@
 #include "apps/interrupt.h"
 #include "apps/text_io.h"
 #include "base/check.h"
+#include "base/log.h"
 
 namespace hadal::apps {
 namespace {
@@ -240,6 +241,7 @@ int run(const Flags& flags) {
   settings.max_tokens = flags.max_tokens;
   settings.recompute = flags.recompute;
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  log::set_level(log::Level::kWarn);  // the terminal is for the conversation
   Repl(loaded, flags, settings).run();
   return 0;
 }

@@ -1,8 +1,15 @@
 #include "apps/chat_session.h"
 
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <optional>
 #include <utility>
 
+#include "apps/interrupt.h"
 #include "base/check.h"
+#include "engine/local_engine.h"
 #include "text/utf8.h"
 
 namespace hadal::apps {
@@ -10,18 +17,76 @@ namespace {
 
 using text::PyJson;
 
-/// A rollback this long is cheap to keep possible: it covers the reasoning that the next prompt
-/// leaves out.
-constexpr int64_t kSlack = 1024;
+/// The engine's updates, handed to the session's thread.
+class Inbox final : public engine::Sink {
+ public:
+  void on_update(engine::Update update) override {
+    {
+      const std::lock_guard lock(mutex_);
+      updates_.push_back(std::move(update));
+    }
+    news_.notify_one();
+  }
+  /// Nothing when none comes in time.
+  std::optional<engine::Update> next(std::chrono::milliseconds time) {
+    std::unique_lock lock(mutex_);
+    if (!news_.wait_for(lock, time, [this] { return !updates_.empty(); })) return std::nullopt;
+    engine::Update update = std::move(updates_.front());
+    updates_.pop_front();
+    return update;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable news_;
+  std::deque<engine::Update> updates_;
+};
+
+engine::LocalEngineOptions engine_options(const LoadedModel& loaded) {
+  engine::LocalEngineOptions options;
+  options.numerics = loaded.numerics;
+  options.max_running = 1;
+  // Memory that nobody has written to costs nothing, so the longest conversation has its room.
+  options.cache_tokens = loaded.config().max_position_embeddings;
+  options.max_drafts = 1;
+  return options;
+}
+
+engine::Sampling sampling_of(const ops::SamplingParams& params) {
+  engine::Sampling sampling;
+  sampling.temperature = params.temperature;
+  sampling.top_p = params.top_p;
+  sampling.seed = params.seed;
+  return sampling;
+}
+
+Finish finish_of(engine::FinishReason reason) {
+  switch (reason) {
+    case engine::FinishReason::kStop:
+    case engine::FinishReason::kStopString:
+      return Finish::kStop;
+    case engine::FinishReason::kLength:
+      return Finish::kLength;
+    default:
+      return Finish::kInterrupted;
+  }
+}
+
+constexpr std::chrono::milliseconds kPatience(20);  // between two looks at `stop`
 
 PyJson call_id(int64_t number) { return PyJson::string(concat("call_", number)); }
 
 }  // namespace
 
 ChatSession::ChatSession(const LoadedModel& loaded, ChatSettings settings)
-    : loaded_(loaded), settings_(std::move(settings)), sequence_(loaded, kSlack) {
+    : loaded_(loaded), settings_(std::move(settings)) {
+  const InterruptMask mask;
+  engine_ = std::make_unique<engine::LocalEngine>(loaded.model, loaded.tokenizer, "",
+                                                  engine_options(loaded));
   reset();
 }
+
+ChatSession::~ChatSession() = default;
 
 void ChatSession::reset() {
   messages_ = PyJson::array();
@@ -61,23 +126,39 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   }
   Answer result;
   result.prompt_tokens = static_cast<int64_t>(ids.size());
-  if (settings_.recompute) sequence_.reset();
   text::CompletionParser parser(settings_.encoding.thinking_mode);
   const auto report = [&](const std::vector<text::CompletionEvent>& events) {
     for (const text::CompletionEvent& event : events) on_event(event);
   };
-  result.finish = Finish::kInterrupted;
-  if (sequence_.set_tokens(ids, stop)) {
-    result.finish = decode(
-        loaded_, sequence_, settings_.sampling, settings_.max_tokens,
-        [&](int64_t token) {
-          ++result.tokens;
-          report(parser.push(loaded_.tokenizer.token_bytes(static_cast<int32_t>(token))));
-          return !parser.malformed();
-        },
-        stop);
+  engine::Request request;
+  request.prompt = std::move(ids);
+  request.max_tokens = settings_.max_tokens;
+  request.sampling = sampling_of(settings_.sampling);
+  request.use_prefix_cache = !settings_.recompute;
+  const auto inbox = std::make_shared<Inbox>();  // the engine's as well, until the answer's end
+  uint64_t id = 0;
+  const auto submitted = engine_->engine().submit(std::move(request), inbox, &id);
+  HADAL_CHECK(submitted == engine::Submitted::kAccepted, "chat: the engine takes no requests");
+  bool cancelled = false;
+  const auto cancel = [&] {
+    if (!std::exchange(cancelled, true)) engine_->engine().cancel(id);
+  };
+  for (std::optional<engine::FinishReason> end; !end;) {
+    const std::optional<engine::Update> update = inbox->next(kPatience);
+    if (stop && stop()) cancel();
+    if (!update) continue;
+    for (const engine::OutputToken& token : update->tokens) {
+      if (parser.malformed()) break;  // drawn before the engine was told
+      ++result.tokens;
+      report(parser.push(loaded_.tokenizer.token_bytes(static_cast<int32_t>(token.token))));
+    }
+    if (parser.malformed()) cancel();
+    result.reused_tokens = update->cache.cached_tokens;
+    end = update->finish;
+    if (!end) continue;
+    HADAL_CHECK(*end != engine::FinishReason::kError, "chat: ", update->error);
+    result.finish = parser.malformed() ? Finish::kStop : finish_of(*end);
   }
-  result.reused_tokens = sequence_.reused();
   std::vector<text::CompletionEvent> held_back;
   result.completion = parser.finish(held_back);
   report(held_back);

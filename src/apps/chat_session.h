@@ -1,17 +1,24 @@
 // A conversation with a model: the history, prompts in the official encoding, answers as they come.
 //
-// What messages hold never becomes a special token. The cached state of earlier turns is
-// used as far as the new prompt begins with the same tokens; it changes no bit of an answer.
+// What messages hold never becomes a special token. The answers are the engine's: its
+// prefix tree goes on where the last turn ended, or before the reasoning that the new prompt leaves
+// out, and the model's MTP block drafts where that is faster. Neither changes a bit of an answer. A
+// session is used by one thread; the engine has its own.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "apps/decode_loop.h"
 #include "text/chat_format.h"
 #include "text/completion_parser.h"
+
+namespace hadal::engine {
+class LocalEngine;
+}
 
 namespace hadal::apps {
 
@@ -36,6 +43,7 @@ class ChatSession {
  public:
   /// `loaded` must outlive the session.
   ChatSession(const LoadedModel& loaded, ChatSettings settings);
+  ~ChatSession();
 
   /// Back to the system message and the tools.
   void reset();
@@ -46,13 +54,14 @@ class ChatSession {
   /// Lets the model speak and adds what it said to the history, tool calls of well-formed answers
   /// only. Interrupted before the first token, the history loses what was added since the last
   /// answer; so it does, with an InputError, when the prompt has no room in the model's positions.
+  /// `stop` is asked many times a second.
   Answer answer(const std::function<void(const text::CompletionEvent&)>& on_event,
                 const StopFunction& stop);
 
  private:
   const LoadedModel& loaded_;
   ChatSettings settings_;
-  Sequence sequence_;
+  std::unique_ptr<engine::LocalEngine> engine_;
   text::PyJson messages_;
   size_t answered_ = 0;    ///< messages that an interrupted answer leaves
   int64_t num_calls_ = 0;  ///< of the whole conversation, for ids

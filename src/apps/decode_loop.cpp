@@ -14,6 +14,7 @@ namespace hadal::apps {
 namespace {
 
 constexpr int64_t kChunk = 512;  // tokens a step of a prompt; no bit depends on it
+constexpr int64_t kSlack = 8;    // tokens that set_tokens() takes back without starting over
 
 }  // namespace
 
@@ -35,14 +36,14 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::strin
           .tokenizer = std::move(tokenizer)};
 }
 
-Sequence::Sequence(const LoadedModel& loaded, int64_t slack)
+Sequence::Sequence(const LoadedModel& loaded)
     : loaded_(loaded),
       kv_(loaded.config(),
           1,
           loaded.config().max_position_embeddings,
           loaded.numerics == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16,
           at::kCPU,
-          slack) {}
+          kSlack) {}
 
 bool Sequence::append(const std::vector<int64_t>& ids, const StopFunction& stop) {
   HADAL_INPUT_CHECK(
@@ -72,7 +73,7 @@ bool Sequence::append(const std::vector<int64_t>& ids, const StopFunction& stop)
   return true;
 }
 
-bool Sequence::set_tokens(const std::vector<int64_t>& ids, const StopFunction& stop) {
+void Sequence::set_tokens(const std::vector<int64_t>& ids) {
   HADAL_CHECK(!ids.empty(), "sequence: no tokens");
   int64_t common =
       std::mismatch(tokens_.begin(), tokens_.end(), ids.begin(), ids.end()).first - tokens_.begin();
@@ -84,8 +85,7 @@ bool Sequence::set_tokens(const std::vector<int64_t>& ids, const StopFunction& s
     kv_.rollback(0, common);
     tokens_.resize(static_cast<size_t>(common));
   }
-  reused_ = length();
-  return append(std::vector<int64_t>(ids.begin() + length(), ids.end()), stop);
+  append(std::vector<int64_t>(ids.begin() + length(), ids.end()));
 }
 
 void Sequence::reset() {

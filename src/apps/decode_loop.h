@@ -1,5 +1,5 @@
-// A model with its tokenizer, one sequence that grows, and the loop that continues it: what
-// generate and chat share.
+// A model with its tokenizer, as every command loads it; one sequence that grows, and the loop that
+// continues it, over the reference cache: for generate and the evaluations.
 #pragma once
 
 #include <cstdint>
@@ -36,23 +36,20 @@ using StopFunction = std::function<bool()>;
 /// The tokens of one sequence, their cached state, and the logits after the last of them.
 class Sequence {
  public:
-  /// `slack`: how many of the latest tokens set_tokens() can take back without computing the whole
-  /// sequence again. `loaded` must outlive the sequence.
-  explicit Sequence(const LoadedModel& loaded, int64_t slack = 8);
+  /// `loaded` must outlive the sequence.
+  explicit Sequence(const LoadedModel& loaded);
 
   /// Adds tokens, in chunks. `stop` is asked between chunks; false when it ended the work early,
   /// after which length() counts what was done.
   bool append(const std::vector<int64_t>& ids, const StopFunction& stop = {});
   /// Makes `ids` the whole sequence and computes what is not there yet: the part after the longest
   /// common prefix, or everything when that lies further back than the cache can go.
-  bool set_tokens(const std::vector<int64_t>& ids, const StopFunction& stop = {});
+  void set_tokens(const std::vector<int64_t>& ids);
   /// Forgets everything.
   void reset();
 
   const std::vector<int64_t>& tokens() const { return tokens_; }
   int64_t length() const { return kv_.length(0); }
-  /// Tokens that the last set_tokens() did not compute again.
-  int64_t reused() const { return reused_; }
   /// [vocab] FP32, of the last token.
   const at::Tensor& logits() const { return logits_; }
 
@@ -60,7 +57,6 @@ class Sequence {
   const LoadedModel& loaded_;
   model::ContiguousKv kv_;
   std::vector<int64_t> tokens_;
-  int64_t reused_ = 0;
   at::Tensor logits_;
 };
 

@@ -1,7 +1,5 @@
 #include "apps/interrupt.h"
 
-#include <csignal>
-
 namespace hadal::apps {
 namespace {
 
@@ -22,5 +20,14 @@ InterruptFlag::InterruptFlag() {
 bool InterruptFlag::raised() const { return flag != 0; }
 
 void InterruptFlag::clear() { flag = 0; }
+
+InterruptMask::InterruptMask() {
+  sigset_t interrupt;
+  sigemptyset(&interrupt);
+  sigaddset(&interrupt, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &interrupt, &before_);
+}
+
+InterruptMask::~InterruptMask() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
 
 }  // namespace hadal::apps

@@ -139,6 +139,7 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
       ->check(CLI::Range(0, 8))
       ->capture_default_str();
+  app.add_flag("--always-draft", engine.always_draft, "drafts even where they do not pay");
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
   app.add_option("--disk-gib", flags->disk_gib, "its budget")
       ->check(CLI::PositiveNumber)

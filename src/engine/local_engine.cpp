@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/math.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
 #include "engine_core/answer_filters.h"
@@ -30,6 +31,11 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
   const KvCache one(config, sizes);
   sizes.device = options.device;
   sizes.num_slots = options.max_running;
+  if (options.cache_tokens > 0) {
+    // One page more than the tokens have: a shared last page is copied before it is written.
+    sizes.num_pages = ceil_div(options.cache_tokens, one.page_tokens()) + 1;
+    return sizes;
+  }
   const int64_t left = options.cache_bytes - sizes.num_slots * one.state_bytes();
   sizes.num_pages = one.page_bytes() > 0 ? left / one.page_bytes() : 1;
   HADAL_INPUT_CHECK(sizes.num_pages >= 2, "engine: a cache of ", options.cache_bytes,
@@ -66,7 +72,8 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     : parts_(std::make_unique<Parts>(model, tokenizer, options)) {
   const model::ModelConfig& config = model.config();
   KvCache& cache = parts_->cache;
-  if (parts_->runner.drafts()) parts_->drafter = std::make_unique<MtpDrafter>(parts_->runner);
+  if (parts_->runner.drafts())
+    parts_->drafter = std::make_unique<MtpDrafter>(parts_->runner, parts_->sampler);
   if (!options.disk.folder.empty()) {
     DiskStoreOptions disk = options.disk;
     disk.identity = identity_of(weights_digest, cache);
@@ -87,7 +94,9 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.max_waiting = options.max_waiting;
   scheduling.step_tokens = options.step_tokens;
   scheduling.prompt_tokens = options.prompt_tokens;
-  scheduling.max_drafts = parts_->drafter ? options.max_drafts : 0;
+  // The MTP block looks one token ahead.
+  scheduling.max_drafts = parts_->drafter ? std::min<int64_t>(options.max_drafts, 1) : 0;
+  scheduling.always_draft = options.always_draft;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
   scheduling.cache.snapshot_budget_bytes = options.snapshot_bytes;
   if (options.device.is_cuda()) {

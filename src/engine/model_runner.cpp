@@ -14,14 +14,14 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
       cache_(cache),
       numerics_(cache.options().numerics),
       drafts_(cache.options().with_mtp),
-      kept_streams_(cache.options().slack + 2) {
+      kept_streams_(model.config().window_size + cache.options().slack) {
   seen_.resize(static_cast<size_t>(cache.num_slots()));
   cache.set_rerun([this](const SequenceStep& step) { run({&step, 1}); });
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
-  streams_ = at::zeros({cache.num_slots() * kept_streams_, config.hc_mult, config.dim},
-                       at::TensorOptions(cache.options().device).dtype(type));
+  streams_ = RowMemory(cache.num_slots() * kept_streams_, config.hc_mult * config.dim, {}, type,
+                       cache.options().device);
   followed_.resize(static_cast<size_t>(cache.num_slots()));
 }
 
@@ -63,7 +63,7 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
         .row = row,
         .selections = selections};
   }
-  if (drafts_) follow(steps, streams);
+  if (drafts_) keep_streams(steps, streams);
   logits_ = at::Tensor();
   if (asked.empty()) return;
   const at::Tensor rows =
@@ -128,77 +128,58 @@ int64_t ModelRunner::stream_row(int64_t slot, int64_t pos) const {
   return slot * kept_streams_ + pos % kept_streams_;
 }
 
-void ModelRunner::follow(std::span<const SequenceStep> steps, const at::Tensor& streams) {
-  std::vector<SequenceStep> parts;
-  std::vector<at::Tensor> rows;
+void ModelRunner::keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams) {
+  std::vector<int64_t> from, to;
   int64_t row = 0;
   for (const SequenceStep& step : steps) {
-    const auto count = static_cast<int64_t>(step.tokens.size()), begin = step.start,
-               end = begin + count;
+    const auto count = static_cast<int64_t>(step.tokens.size()), end = step.start + count;
     Followed& done = followed_[static_cast<size_t>(step.slot)];
-    if (begin == 0) done = {};
-    // Position p needs the token at p + 1. The one before this step has its streams kept, unless
-    // the sequence came from elsewhere; those a later query cannot see are left out.
-    const bool before = begin > 0 && done.end == begin && done.first < begin && done.next < begin;
-    const int64_t from =
-        std::max(before ? begin - 1 : begin, end - 1 - model_.config().window_size);
-    if (from < end - 1) {
-      if (from < begin) {
-        rows.push_back(streams_.narrow(0, stream_row(step.slot, from), 1));
-        if (count > 1) rows.push_back(streams.narrow(0, row, count - 1));
-      } else {
-        rows.push_back(streams.narrow(0, row + from - begin, end - 1 - from));
-      }
-      parts.push_back({.slot = step.slot,
-                       .start = from,
-                       .tokens = step.tokens.subspan(static_cast<size_t>(from + 1 - begin)),
-                       .pages = step.pages,
-                       .num_logits = 0});
+    // A new sequence, or one that comes from elsewhere.
+    if (step.start == 0 || done.end != step.start)
+      done = {.next = step.start, .first = step.start, .end = step.start};
+    for (int64_t p = std::max(step.start, end - kept_streams_); p < end; ++p) {
+      from.push_back(row + p - step.start);
+      to.push_back(stream_row(step.slot, p));
     }
-    done.next = end - 1;
-    const int64_t kept = std::min(count, kept_streams_);
-    done.first = count >= kept_streams_ || done.end != begin
-                     ? end - kept
-                     : std::max(done.first, end - kept_streams_);
     done.end = end;
-    for (int64_t p = end - kept; p < end; ++p)
-      streams_[stream_row(step.slot, p)].copy_(streams[row + p - begin]);
+    done.first = std::max(done.first, end - kept_streams_);
     row += count;
   }
-  if (parts.empty()) return;
-  static_cast<void>(run_mtp(parts, at::cat(rows)));
-}
-
-at::Tensor ModelRunner::run_mtp(std::span<const SequenceStep> parts, const at::Tensor& streams) {
-  std::vector<int64_t> ids;
-  for (const SequenceStep& part : parts)
-    ids.insert(ids.end(), part.tokens.begin(), part.tokens.end());
-  const ops::Batch batch = cache_.begin(parts);
-  model::ForwardContext context;
-  context.batch = &batch;
-  context.numerics = numerics_;
-  context.kv = &cache_;
-  return model_.mtp_head_input(streams, on_device(ids), context);
+  streams_.store(streams.flatten(1), from, to);
 }
 
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
   HADAL_CHECK(drafts_, "model_runner: no room for the MTP block");
   const c10::InferenceMode inference;
   std::vector<SequenceStep> parts;
-  std::vector<int64_t> rows;
+  std::vector<int64_t> rows, ids, last;
   for (const DraftStep& step : steps) {
-    Followed& done = followed_.at(static_cast<size_t>(step.slot));
-    HADAL_CHECK(step.pos >= 1 && done.end == step.pos, "model_runner: a draft of slot ", step.slot,
-                " at position ", step.pos, ", its state is at ", done.end);
-    rows.push_back(stream_row(step.slot, step.pos - 1));
-    parts.push_back({.slot = step.slot,
-                     .start = step.pos - 1,
-                     .tokens = {&step.token, 1},
-                     .pages = step.pages,
-                     .num_logits = 0});
-    done.next = step.pos;
+    const int64_t pos = std::ssize(step.tokens) - 1;
+    HADAL_CHECK(can_draft(step.slot, pos), "model_runner: no draft of slot ", step.slot,
+                " at position ", pos);
+    Followed& done = followed_[static_cast<size_t>(step.slot)];
+    // A key depends on its own position alone: the last query's window is all that matters.
+    const int64_t from =
+        std::max({std::min(done.next, pos - 1), done.first, pos - model_.config().window_size});
+    const auto next =
+        step.tokens.subspan(static_cast<size_t>(from + 1), static_cast<size_t>(pos - from));
+    for (int64_t p = from; p < pos; ++p) rows.push_back(stream_row(step.slot, p));
+    ids.insert(ids.end(), next.begin(), next.end());
+    last.push_back(std::ssize(ids) - 1);
+    parts.push_back(
+        {.slot = step.slot, .start = from, .tokens = next, .pages = step.pages, .num_logits = 0});
+    done.next = pos;
   }
-  const at::Tensor head = run_mtp(parts, streams_.index_select(0, on_device(rows)));
+  const ops::Batch batch = cache_.begin(parts);
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics_;
+  context.kv = &cache_;
+  const at::Tensor streams = streams_.rows()
+                                 .index_select(0, on_device(rows))
+                                 .reshape({std::ssize(rows), model_.config().hc_mult, -1});
+  at::Tensor head = model_.mtp_head_input(streams, on_device(ids), context);
+  if (last.size() < ids.size()) head = head.index_select(0, on_device(last));
   return model_.logits(head, numerics_).cpu().contiguous();
 }
 

@@ -2,9 +2,9 @@
 // drafts.
 //
 // The MTP block at position p takes the main model's streams at p and the token at p + 1. run()
-// feeds it every position whose next token is known, draft() the last one. What it says is only
-// ever proposed: positions that it missed (after a resumption) make drafts worse and change no
-// answer.
+// only keeps the streams; draft() feeds it the positions since the last draft, those a window away
+// at most. So it costs nothing where nobody drafts. What it says is only ever proposed: positions
+// that it missed (after a resumption) make drafts worse and change no answer.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,8 @@ namespace hadal::engine {
 /// One sequence's part of a draft.
 struct DraftStep {
   int64_t slot = 0;
-  int64_t pos = 0;                 ///< of the token that is to be run next: one behind the state
-  int64_t token = 0;               ///< that token
-  std::span<const int64_t> pages;  ///< as for the step that will run it
+  std::span<const int64_t> tokens;  ///< all so far; the state is behind the last but one
+  std::span<const int64_t> pages;   ///< as for the step that will run the last
 };
 
 class ModelRunner final : public Runner {
@@ -47,8 +46,8 @@ class ModelRunner final : public Runner {
   bool drafts() const { return drafts_; }
   /// Whether the streams of the token before `pos` are there.
   bool can_draft(int64_t slot, int64_t pos) const;
-  /// The MTP block's logits [steps, vocab] for the token behind each step's token. The slots' last
-  /// step must have ended at `pos`. Error unless drafts().
+  /// The MTP block's logits [steps, vocab] for the token behind each step's tokens. The slots' last
+  /// step must have ended before the last of them. Error unless drafts().
   at::Tensor draft(std::span<const DraftStep> steps);
 
  private:
@@ -59,10 +58,8 @@ class ModelRunner final : public Runner {
   std::vector<int64_t> first_logits_;  // [sequences + 1]
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
-  /// Feeds the MTP block the positions of the step just run.
-  void follow(std::span<const SequenceStep> steps, const at::Tensor& streams);
-  /// The MTP block over parts whose tokens are the next ids -> its head input.
-  at::Tensor run_mtp(std::span<const SequenceStep> parts, const at::Tensor& streams);
+  /// Keeps the streams of the step just run.
+  void keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.
   int64_t stream_row(int64_t slot, int64_t pos) const;
   /// The selections of a slot's latest step with logits: tensors shared with the step's others.
@@ -73,7 +70,7 @@ class ModelRunner final : public Runner {
   std::vector<Seen> seen_;  // [slots]
   bool drafts_;
   int64_t kept_streams_;
-  at::Tensor streams_;  // [slots * kept, hc_mult, dim] the latest positions' streams
+  RowMemory streams_;  // [slots * kept, hc_mult * dim] the latest positions' streams
   struct Followed {
     int64_t next = 0;            ///< the MTP block has had every position before
     int64_t first = 0, end = 0;  ///< positions whose streams are kept

@@ -13,14 +13,17 @@ void MtpDrafter::draft(std::span<DraftRequest> requests) {
     request.drafts.clear();
     const auto pos = static_cast<int64_t>(request.tokens.size()) - 1;
     if (request.max_drafts < 1 || pos < 1 || !runner_.can_draft(request.slot, pos)) continue;
-    steps.push_back(
-        {.slot = request.slot, .pos = pos, .token = request.tokens.back(), .pages = request.pages});
+    steps.push_back({.slot = request.slot, .tokens = request.tokens, .pages = request.pages});
     asked.push_back(&request);
   }
   if (steps.empty()) return;
-  const at::Tensor best = runner_.draft(steps).argmax(1);  // [steps]
-  for (size_t i = 0; i < asked.size(); ++i)
-    asked[i]->drafts.push_back(best.const_data_ptr<int64_t>()[i]);
+  const at::Tensor logits = runner_.draft(steps);  // [steps, vocab]
+  const auto vocab = static_cast<size_t>(logits.size(1));
+  for (size_t i = 0; i < asked.size(); ++i) {
+    SampleInput& next = asked[i]->next;
+    next.logits = {logits.const_data_ptr<float>() + i * vocab, vocab};
+    asked[i]->drafts.push_back(sampler_.sample(next).token);
+  }
 }
 
 }  // namespace hadal::engine

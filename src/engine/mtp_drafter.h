@@ -10,14 +10,16 @@ namespace hadal::engine {
 
 class MtpDrafter final : public Drafter {
  public:
-  /// `runner` must outlive it and have room for the MTP block.
-  explicit MtpDrafter(ModelRunner& runner) : runner_(runner) {}
-  /// The most likely token. Sequences whose last streams the runner does not have (just resumed)
-  /// get no draft.
+  /// Both must outlive it; `runner` has room for the MTP block.
+  MtpDrafter(ModelRunner& runner, Sampler& sampler) : runner_(runner), sampler_(sampler) {}
+  /// What the sampler would draw if the MTP block's logits were the model's: with the same
+  /// randomness, so that the draft is the token drawn as often as the two agree. Sequences whose
+  /// last streams the runner does not have (just resumed) get no draft.
   void draft(std::span<DraftRequest> requests) override;
 
  private:
   ModelRunner& runner_;
+  Sampler& sampler_;
 };
 
 }  // namespace hadal::engine

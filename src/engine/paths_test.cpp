@@ -206,11 +206,15 @@ TEST_P(EnginePaths, DraftsAreTheMtpBlocksAndChangeNothing) {
   Live live{.sequence = 3, .slot = 2, .pages = {5}};
   step({{&live, 30}});
   while (live.pos < static_cast<int64_t>(ids.size()) - 4) {
-    const int64_t token = ids[static_cast<size_t>(live.pos)];
-    const std::vector<DraftStep> drafts = {
-        {.slot = live.slot, .pos = live.pos, .token = token, .pages = live.pages}};
-    const at::Tensor logits = runner_->draft(drafts);
-    ASSERT_TRUE(at::equal(logits[0], wanted[live.pos - 1])) << "draft behind " << live.pos;
+    // Where nobody drafts for a while, the next draft makes up for it.
+    if (random_() % 4 > 0) {
+      const std::vector<DraftStep> drafts = {
+          {.slot = live.slot,
+           .tokens = std::span(ids).first(static_cast<size_t>(live.pos + 1)),
+           .pages = live.pages}};
+      const at::Tensor logits = runner_->draft(drafts);
+      ASSERT_TRUE(at::equal(logits[0], wanted[live.pos - 1])) << "draft behind " << live.pos;
+    }
     const int64_t count = 1 + static_cast<int64_t>(random_() % 3);
     step({{&live, count}});
     if (HasFatalFailure()) return;

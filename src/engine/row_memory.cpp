@@ -1,6 +1,8 @@
 #include "engine/row_memory.h"
 
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include <ATen/ATen.h>
 
@@ -13,6 +15,22 @@ at::Tensor upload(std::span<const int64_t> numbers, at::Device device) {
   return at::tensor(at::ArrayRef<int64_t>(numbers.data(), numbers.size()), at::kLong).to(device);
 }
 
+constexpr size_t kAlignment = 64;  // a cache line, as ATen's own memory
+
+/// Zeros that the system gives memory to when they are first written: a cache may be as large as
+/// the longest context and costs what is used of it.
+at::Tensor lazy_zeros(int64_t rows, int64_t columns, at::ScalarType type) {
+  const auto bytes =
+      static_cast<size_t>(rows * columns) * static_cast<size_t>(c10::elementSize(type));
+  size_t space = bytes + kAlignment;
+  void* const memory = std::calloc(space, 1);
+  HADAL_CHECK(memory != nullptr, "row_memory: no memory of ", bytes, " bytes");
+  void* first = memory;
+  std::align(kAlignment, bytes, first, space);
+  return at::from_blob(
+      first, {rows, columns}, [memory](void*) { std::free(memory); }, type);
+}
+
 }  // namespace
 
 RowMemory::RowMemory(int64_t count,
@@ -20,10 +38,12 @@ RowMemory::RowMemory(int64_t count,
                      const ops::RowFormat& format,
                      at::ScalarType dense,
                      at::Device device)
-    : rows_(format.packed()
-                ? at::zeros({count, format.bytes()}, at::TensorOptions(device).dtype(at::kByte))
-                : at::zeros({count, width}, at::TensorOptions(device).dtype(dense))),
-      format_(format) {}
+    : format_(format) {
+  const at::ScalarType type = format.packed() ? at::kByte : dense;
+  const int64_t columns = format.packed() ? format.bytes() : width;
+  rows_ = device.is_cpu() ? lazy_zeros(count, columns, type)
+                          : at::zeros({count, columns}, at::TensorOptions(device).dtype(type));
+}
 
 std::byte* RowMemory::read(std::span<const int64_t> numbers, std::byte* out) const {
   const auto size = static_cast<size_t>(row_bytes());

@@ -22,6 +22,27 @@ ops::SamplingParams params_of(const SampleInput& input) {
           .logit_bias = s.logit_bias};
 }
 
+/// The tokens of a choice, counted once.
+struct Counted final : SamplerMemory {
+  ops::TokenHistory history;
+  size_t answer = 0;  ///< tokens of the answer that are counted
+};
+
+const ops::TokenHistory& history_of(const SampleInput& input,
+                                    std::unique_ptr<SamplerMemory>& memory) {
+  auto* counted = dynamic_cast<Counted*>(memory.get());
+  if (counted == nullptr || counted->answer > input.answer.size()) {
+    auto fresh = std::make_unique<Counted>();
+    // The other penalties are for the answer alone.
+    if (input.sampling.repetition_penalty != 1.0) fresh->history.add_prompt(input.prompt);
+    counted = fresh.get();
+    memory = std::move(fresh);
+  }
+  for (; counted->answer < input.answer.size(); ++counted->answer)
+    counted->history.add(input.answer[counted->answer]);
+  return counted->history;
+}
+
 }  // namespace
 
 Sampled ModelSampler::sample(const SampleInput& input) {
@@ -32,11 +53,12 @@ Sampled ModelSampler::sample(const SampleInput& input) {
   if (input.mask.empty() && !ops::adjusts_logits(params)) {
     result.token = ops::sample_token(row, params, input.pos);
   } else {
-    ops::TokenHistory history;
-    if (ops::adjusts_logits(params)) {
-      history.add_prompt(input.prompt);
-      for (const int64_t token : input.answer) history.add(token);
-    }
+    std::unique_ptr<SamplerMemory> none;
+    const bool penalises = params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 ||
+                           params.frequency_penalty != 0.0;
+    const ops::TokenHistory empty;
+    const ops::TokenHistory& history =
+        penalises ? history_of(input, input.memory != nullptr ? *input.memory : none) : empty;
     std::vector<float> adjusted(row.begin(), row.end());
     const std::span<const uint32_t> mask(reinterpret_cast<const uint32_t*>(input.mask.data()),
                                          input.mask.size());

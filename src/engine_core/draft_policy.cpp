@@ -1,62 +1,120 @@
 #include "engine_core/draft_policy.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace hadal::engine {
 namespace {
 
-constexpr double kKeep = 0.99;         ///< a step's weight in the fit after the next one
-constexpr double kAssumedCost = 0.3;   ///< of one draft and its row, before there are figures
-constexpr double kSequenceKeep = 0.9;  ///< a draft's weight in a sequence's acceptance
-constexpr double kMinGain = 1.02;      ///< drafts that gain less are noise
+constexpr double kAssumedCost = 0.3;    ///< of one draft and its row, before there are figures
+constexpr double kSequenceKeep = 0.85;  ///< of a sequence's acceptance after one more draft
+constexpr double kKeep = 0.99;          ///< of the acceptance over all
+constexpr double kMinGain = 1.03;       ///< drafts that gain less are noise
+constexpr size_t kCompared = 8;         ///< steps before a trial
+constexpr size_t kTrials = 3;           ///< whose median counts
+
+/// Exact up to 8, then to an eighth of the power of two below.
+int64_t rounded(int64_t sequences) {
+  const int shift =
+      std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(sequences))) - 4);
+  return sequences >> shift << shift;
+}
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
 
 }  // namespace
 
-void StepCost::add(int64_t rows, double seconds, int64_t drafts, double draft_seconds) {
-  const auto x = static_cast<double>(rows);
-  n_ = n_ * kKeep + 1;
-  x_ = x_ * kKeep + x;
-  y_ = y_ * kKeep + seconds;
-  xx_ = xx_ * kKeep + x * x;
-  xy_ = xy_ * kKeep + x * seconds;
-  drafts_ = drafts_ * kKeep + static_cast<double>(drafts);
-  draft_seconds_ = draft_seconds_ * kKeep + draft_seconds;
+void DraftAcceptance::add(int64_t drafted, int64_t accepted, double otherwise) {
+  if (!known_) value_ = otherwise;
+  known_ = true;
+  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft)
+    value_ = value_ * kSequenceKeep + (draft < accepted ? 1 - kSequenceKeep : 0);
 }
 
-double StepCost::draft_cost(int64_t sequences) const {
-  const double spread = n_ * xx_ - x_ * x_;
-  if (n_ < 8 || spread < 0.01 * n_ * n_ || drafts_ <= 0) return kAssumedCost;
-  const double slope = std::max((n_ * xy_ - x_ * y_) / spread, 0.0);
-  const double base = (y_ - slope * x_) / n_;
-  const double step = std::max(base, 0.0) + slope * static_cast<double>(sequences);
-  if (step <= 0) return kAssumedCost;
-  return static_cast<double>(sequences) * (slope + draft_seconds_ / drafts_) / step;
+double DraftPolicy::cost() const {
+  if (costs_.empty()) return kAssumedCost;
+  auto nearest = costs_.lower_bound(rounded(sequences_));
+  if (nearest == costs_.end()) --nearest;
+  return nearest->second.value;
 }
 
-int64_t DraftPolicy::length(int64_t limit, double draft_cost) {
+bool DraftPolicy::pays() const { return (1 + acceptance_) / (1 + cost()) > kMinGain; }
+
+void DraftPolicy::begin_step(int64_t sequences) {
+  if (rounded(sequences) != rounded(sequences_)) {
+    left_ = 0;
+    plain_.clear();
+    drafted_.clear();
+  }
+  sequences_ = sequences;
+  if (left_ > 0) return;
+  const bool known = costs_.contains(rounded(sequences));
+  if (++since_trial_ > (known ? wait_ : kFirstWait)) begin_trial();
+}
+
+void DraftPolicy::begin_trial() {
+  const std::deque<double>& before = drafts_lately_ ? drafted_ : plain_;
+  if (before.size() < kCompared) return;
+  trial_drafts_ = !drafts_lately_;
+  (trial_drafts_ ? drafted_ : plain_).clear();
+  left_ = trial_drafts_ ? kDraftTrial : kPlainTrial;
+}
+
+int64_t DraftPolicy::length(int64_t limit, const DraftAcceptance& acceptance) const {
+  if (limit <= 0) return 0;
+  if (left_ > 0) return trial_drafts_ ? 1 : 0;
+  // Without figures a trial comes first.
+  if (costs_.empty()) return 0;
+  const double right = acceptance.value(acceptance_), draft_cost = cost();
   int64_t best = 0;
   double best_rate = kMinGain, tokens = 1, reach = 1;
   for (int64_t drafts = 1; drafts <= limit; ++drafts) {
-    reach *= acceptance_;
+    reach *= right;
     tokens += reach;
     const double rate = tokens / (1 + draft_cost * static_cast<double>(drafts));
     if (rate <= best_rate) continue;
     best_rate = rate;
     best = drafts;
   }
-  if (best > 0) {
-    since_probe_ = 0;
-  } else if (++since_probe_ >= kProbe && limit > 0) {
-    since_probe_ = 0;
-    best = 1;
-  }
   return best;
 }
 
-void DraftPolicy::add(int64_t drafted, int64_t accepted) {
-  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft) {
-    acceptance_ = acceptance_ * kSequenceKeep + (draft < accepted ? 1 - kSequenceKeep : 0);
+void DraftPolicy::end_step(int64_t drafts, double seconds) {
+  const bool drafted = drafts > 0;
+  if (left_ > 0 && drafted != trial_drafts_) return;  // limits forbade it
+  const bool catches_up = drafted && !drafts_lately_;
+  drafts_lately_ = drafted;
+  if (!catches_up) {
+    std::deque<double>& times = drafted ? drafted_ : plain_;
+    times.push_back(seconds);
+    if (times.size() > kCompared) times.pop_front();
   }
+  if (drafted) drafts_a_sequence_ = static_cast<double>(drafts) / static_cast<double>(sequences_);
+  if (left_ > 0 && --left_ == 0) end_trial();
+}
+
+void DraftPolicy::end_trial() {
+  since_trial_ = 0;
+  if (plain_.empty() || drafted_.empty()) return;
+  const double plain = *std::ranges::min_element(plain_);
+  const double drafted = *std::ranges::min_element(drafted_);
+  if (plain <= 0) return;
+  Costs& costs = costs_[rounded(sequences_)];
+  costs.latest.push_back(std::max(drafted / plain - 1, 0.0) / drafts_a_sequence_);
+  if (costs.latest.size() > kTrials) costs.latest.erase(costs.latest.begin());
+  costs.value = median(costs.latest);
+  // A trial that is followed by what was done before it confirms that.
+  wait_ = pays() != trial_drafts_ ? std::min(2 * wait_, kLongest) : kWait;
+}
+
+void DraftPolicy::add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted) {
+  sequence.add(drafted, accepted, acceptance_);
+  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft)
+    acceptance_ = acceptance_ * kKeep + (draft < accepted ? 1 - kKeep : 0);
 }
 
 }  // namespace hadal::engine

@@ -1,39 +1,71 @@
 // How many tokens to draft: as many as pay, by measured acceptance and measured time, none where
 // none pays. It decides speed, never tokens.
+//
+// What drafts cost is found by trials: a few steps with a draft for everybody among steps without
+// any, or the reverse. Their fastest step is compared with the fastest of as many just before,
+// since what else the machine does only ever adds time. Trials become rare while they confirm what
+// is done. One thread.
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <map>
+#include <vector>
 
 namespace hadal::engine {
 
-/// Time of a decoding step as a line over its rows, fitted with forgetting, and of one draft.
-class StepCost {
+/// Of one sequence: that a draft is right given that those before it are.
+class DraftAcceptance {
  public:
-  /// A step of `rows` tokens that took `seconds`, and `draft_seconds` for `drafts` drafts before.
-  void add(int64_t rows, double seconds, int64_t drafts, double draft_seconds);
-  /// Time of one more draft for each of `sequences`, relative to a step without any; an assumption
-  /// until steps of different sizes were seen.
-  double draft_cost(int64_t sequences) const;
+  double value(double otherwise) const { return known_ ? value_ : otherwise; }
+  void add(int64_t drafted, int64_t accepted, double otherwise);
 
  private:
-  double n_ = 0, x_ = 0, y_ = 0, xx_ = 0, xy_ = 0;
-  double drafts_ = 0, draft_seconds_ = 0;
+  bool known_ = false;
+  double value_ = 0;
 };
 
-/// Acceptance of one sequence's drafts.
 class DraftPolicy {
  public:
-  /// Drafts for the next step: maximises expected tokens / time, at most `limit`. Where that is
-  /// none, one draft every kProbe tokens looks again.
-  int64_t length(int64_t limit, double draft_cost);
-  void add(int64_t drafted, int64_t accepted);
-  double acceptance() const { return acceptance_; }
+  /// A step of `sequences` >= 1 answers begins; asked for the lengths next.
+  void begin_step(int64_t sequences);
+  /// Drafts for a sequence in this step: maximises expected tokens / time, at most `limit`.
+  int64_t length(int64_t limit, const DraftAcceptance& acceptance) const;
+  /// The step had no prompts, and with its `drafts` drafts took `seconds`. Other steps are not
+  /// told.
+  void end_step(int64_t drafts, double seconds);
+  void add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted);
 
-  static constexpr int64_t kProbe = 32;
+  /// Time of one more draft for every sequence, relative to a step without; 0.3 until it is known.
+  double cost() const;
+  /// Over all sequences, the latest most.
+  double acceptance() const { return acceptance_; }
+  bool in_trial() const { return left_ > 0; }
+
+  static constexpr int64_t kFirstWait = 8;   ///< steps before the first trial
+  static constexpr int64_t kWait = 256;      ///< between trials
+  static constexpr int64_t kLongest = 4096;  ///< between trials that change nothing
+  static constexpr int64_t kDraftTrial = 9;  ///< steps; the first catches up and is not counted
+  static constexpr int64_t kPlainTrial = 8;  ///< steps
 
  private:
-  double acceptance_ = 0.7;  ///< that a draft is right given that those before it are
-  int64_t since_probe_ = 0;
+  struct Costs {
+    std::vector<double> latest;  ///< of the last trials, at most three
+    double value = 0;            ///< their median
+  };
+  void begin_trial();
+  void end_trial();
+  bool pays() const;
+
+  int64_t sequences_ = 1;
+  std::map<int64_t, Costs> costs_;      ///< by rounded number of sequences
+  std::deque<double> plain_, drafted_;  ///< seconds of the latest steps of either kind
+  double drafts_a_sequence_ = 1;        ///< in the latest steps with drafts
+  bool drafts_lately_ = false;
+  bool trial_drafts_ = false;
+  int64_t left_ = 0;  ///< steps of the trial
+  int64_t since_trial_ = 0, wait_ = kWait;
+  double acceptance_ = 0.6;
 };
 
 }  // namespace hadal::engine

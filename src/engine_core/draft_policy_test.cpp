@@ -5,43 +5,88 @@
 namespace hadal::engine {
 namespace {
 
-TEST(DraftPolicy, LengthFollowsAcceptanceAndCost) {
-  DraftPolicy good;
-  for (int i = 0; i < 50; ++i) good.add(4, 4);
-  EXPECT_GT(good.acceptance(), 0.95);
-  EXPECT_EQ(good.length(4, 0.1), 4);
-  EXPECT_EQ(good.length(2, 0.1), 2);
-  EXPECT_EQ(good.length(4, 1.0), 0) << "a draft costs as much as the token it saves";
-  DraftPolicy fair;
-  for (int i = 0; i < 200; ++i) fair.add(1, i % 2);
-  const int64_t length = fair.length(8, 0.15);
-  EXPECT_GT(length, 0);
-  EXPECT_LT(length, 8);
-}
-
-TEST(DraftPolicy, StopsWhereItDoesNotPayAndLooksAgain) {
+/// Steps of one sequence whose drafts cost and are right as told.
+struct World {
   DraftPolicy policy;
-  for (int i = 0; i < 50; ++i) policy.add(1, 0);
-  int64_t drafts = 0;
-  for (int64_t i = 0; i < 4 * DraftPolicy::kProbe; ++i) drafts += policy.length(4, 0.2);
-  EXPECT_EQ(drafts, 4);
-  // What it finds then can turn it on.
-  for (int i = 0; i < 30; ++i) policy.add(1, 1);
-  EXPECT_GT(policy.length(4, 0.2), 0);
-  EXPECT_EQ(policy.length(0, 0.2), 0);
+  DraftAcceptance acceptance;
+  double cost = 0.2;
+  int64_t right_of_8 = 6;
+  int64_t steps = 0, drafted = 0, tokens = 0;
+  double seconds = 0;
+
+  void run(int64_t count, int64_t limit = 1) {
+    for (; count > 0; --count, ++steps) {
+      policy.begin_step(1);
+      const int64_t drafts = policy.length(limit, acceptance);
+      // Every ninth step is held up by something else.
+      const double time =
+          0.01 * (1 + cost * static_cast<double>(drafts)) * (steps % 9 == 0 ? 5 : 1);
+      const int64_t accepted = drafts > 0 && drafted * 5 % 8 < right_of_8 ? 1 : 0;
+      policy.end_step(drafts, time);
+      if (drafts > 0) policy.add(acceptance, drafts, accepted);
+      drafted += drafts;
+      tokens += 1 + accepted;
+      seconds += 0.01 * (1 + cost * static_cast<double>(drafts));
+    }
+  }
+};
+
+TEST(DraftPolicy, DraftsWhereItPays) {
+  World world;
+  world.run(4000);
+  EXPECT_NEAR(world.policy.cost(), 0.2, 0.02);
+  EXPECT_GT(world.drafted, 3600);
+  EXPECT_GT(static_cast<double>(world.tokens) * 0.01 / world.seconds, 1.3);
 }
 
-TEST(StepCost, FitsALineOverRows) {
-  StepCost cost;
-  EXPECT_GT(cost.draft_cost(1), 0);
-  // 10 ms and 1 ms a row; a draft takes 0.5 ms.
-  for (int64_t i = 0; i < 400; ++i) {
-    const int64_t drafts = i % 4;
-    cost.add(2 * (1 + drafts), 0.010 + 0.002 * static_cast<double>(1 + drafts), 2 * drafts,
-             0.0005 * static_cast<double>(2 * drafts));
+TEST(DraftPolicy, WhereItDoesNotPayTrialsAreRare) {
+  World world;
+  world.cost = 0.6;
+  world.right_of_8 = 3;
+  world.run(4000);
+  EXPECT_LT(world.drafted, 60);
+  EXPECT_GT(world.drafted, 8);
+  EXPECT_GT(static_cast<double>(world.tokens) * 0.01 / world.seconds, 0.99);
+}
+
+TEST(DraftPolicy, TextThatBecomesEasyTurnsItOn) {
+  World world;
+  world.cost = 0.4;
+  world.right_of_8 = 0;
+  world.run(2000);
+  const int64_t before = world.drafted;
+  EXPECT_LT(before, 60);
+  world.right_of_8 = 8;
+  world.run(DraftPolicy::kLongest + 1000);
+  EXPECT_GT(world.drafted - before, 800);
+}
+
+TEST(DraftPolicy, LengthsStayWithinTheirLimits) {
+  World world;
+  world.cost = 0.02;
+  world.right_of_8 = 8;
+  world.run(200);
+  world.policy.begin_step(1);
+  EXPECT_EQ(world.policy.length(0, world.acceptance), 0);
+  EXPECT_EQ(world.policy.length(1, world.acceptance), 1);
+  EXPECT_GT(world.policy.length(4, world.acceptance), 1);
+}
+
+TEST(DraftPolicy, OtherNumbersOfSequencesGetTheirOwnTrial) {
+  World world;
+  world.run(200);
+  DraftPolicy& policy = world.policy;
+  int64_t trials = 0;
+  for (int step = 0; step < 100; ++step) {
+    policy.begin_step(16);
+    trials += policy.in_trial() ? 1 : 0;
+    const int64_t drafts = 16 * policy.length(1, world.acceptance);
+    policy.end_step(drafts, drafts > 0 ? 0.19 : 0.1);
   }
-  EXPECT_NEAR(cost.draft_cost(2), 2 * 0.0015 / 0.012, 1e-3);
-  EXPECT_NEAR(cost.draft_cost(8), 8 * 0.0015 / 0.018, 1e-3);
+  EXPECT_GT(trials, 0);
+  EXPECT_NEAR(policy.cost(), 0.9, 0.01);
+  policy.begin_step(16);
+  EXPECT_EQ(policy.length(1, world.acceptance), 0);
 }
 
 }  // namespace

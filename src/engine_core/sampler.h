@@ -13,7 +13,14 @@
 
 namespace hadal::engine {
 
-/// One token to draw. The result depends on these values alone.
+/// What a sampler keeps of one choice between its tokens, so as not to read all of them again. It
+/// saves time and decides nothing.
+class SamplerMemory {
+ public:
+  virtual ~SamplerMemory() = default;
+};
+
+/// One token to draw. The result depends on these values alone, `memory` left out.
 struct SampleInput {
   std::span<const float> logits;  ///< [vocab_size]
   const Sampling& sampling;
@@ -23,6 +30,8 @@ struct SampleInput {
   /// Bit t % 32 of word t / 32: token t is allowed. Empty: all are.
   std::span<const int32_t> mask;
   int64_t top_logprobs = -1;  ///< as in Request
+  /// Of this choice, whose answer only grows; null: nothing is kept.
+  std::unique_ptr<SamplerMemory>* memory = nullptr;
 };
 
 struct Sampled {
@@ -72,6 +81,7 @@ struct DraftRequest {
   std::span<const int64_t> tokens;  ///< all so far; the state is behind the last but one
   std::span<const int64_t> pages;   ///< for all tokens and max_drafts more
   int64_t max_drafts = 0;           ///< at least one
+  SampleInput next;                 ///< how the next token will be drawn; without logits
   std::vector<int64_t> drafts;      ///< the answer, at most max_drafts
 };
 

@@ -127,6 +127,7 @@ class Scheduler {
 
   // After the model.
   void advance(Sequence& sequence, int64_t index);
+  SampleInput draw_input(Sequence& sequence);
   std::optional<FinishReason> take_token(Sequence& sequence,
                                          int64_t index,
                                          int64_t row,
@@ -151,7 +152,7 @@ class Scheduler {
   std::vector<uint64_t> finished_;  ///< requests to be forgotten after the step
   std::vector<Sequence*> planned_;
   std::vector<SequenceStep> steps_;
-  StepCost step_cost_;
+  DraftPolicy draft_policy_;
   EngineStats stats_;
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
   double model_seconds_ = 0;      ///< of the step being made

@@ -30,9 +30,10 @@ struct Scheduler::Sequence {
   Phase phase = Phase::kAwaitsPrompt;
   std::vector<int64_t> tokens;  ///< prompt and answer; the last was drawn but not yet run
   std::unique_ptr<AnswerFilter> filter;
+  std::unique_ptr<SamplerMemory> memory;  ///< of its tokens: they are only ever added to
   CachedSequence cache;
   SequenceCache::Opened opened;  ///< while it loads
-  DraftPolicy policy;
+  DraftAcceptance acceptance;
   int64_t drafted = 0, accepted = 0;
   int64_t suspect_until = 0;  ///< a step up to here threw: it runs alone until it gets there
 

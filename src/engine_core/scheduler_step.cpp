@@ -66,13 +66,14 @@ void Scheduler::plan() {
   }
   const auto num_answers = static_cast<int64_t>(answers.size());
   int64_t rows = num_answers;
-  const double draft_cost = step_cost_.draft_cost(num_answers);
+  const bool may_draft = parts_.drafter != nullptr && options_.max_drafts > 0 && num_answers > 0;
+  if (may_draft) draft_policy_.begin_step(num_answers);
   for (Sequence* sequence : answers) {
     sequence->chunk = 1;
     const int64_t limit = std::min(draft_limit(*sequence), options_.step_tokens - rows);
     if (limit <= 0) continue;
     sequence->num_drafts =
-        options_.always_draft ? limit : sequence->policy.length(limit, draft_cost);
+        options_.always_draft ? limit : draft_policy_.length(limit, sequence->acceptance);
     rows += sequence->num_drafts;
   }
   // However many answers there are, prompts get a quarter, so that none waits for ever.
@@ -160,6 +161,7 @@ void Scheduler::make_drafts() {
                         .tokens = sequence->tokens,
                         .pages = sequence->cache.pages,
                         .max_drafts = sequence->num_drafts,
+                        .next = draw_input(*sequence),
                         .drafts = {}});
     drafting.push_back(sequence);
   }
@@ -181,7 +183,7 @@ void Scheduler::make_drafts() {
 void Scheduler::run_planned() {
   steps_.clear();
   bool prompts = false;
-  int64_t num_rows = 0, num_drafts = 0;
+  int64_t num_drafts = 0;
   for (Sequence* sequence : planned_) {
     const auto pos = static_cast<size_t>(sequence->pos());
     std::span<const int64_t> tokens = std::span<const int64_t>(sequence->tokens)
@@ -200,7 +202,6 @@ void Scheduler::run_planned() {
                       .pages = std::span<const int64_t>(sequence->cache.pages).first(num_pages),
                       .num_logits = draws ? 1 + static_cast<int64_t>(sequence->drafts.size()) : 0});
     prompts = prompts || sequence->chunk > 1 || !draws;
-    num_rows += static_cast<int64_t>(tokens.size());
     num_drafts += static_cast<int64_t>(sequence->drafts.size());
   }
   const double draft_seconds = model_seconds_;
@@ -208,7 +209,8 @@ void Scheduler::run_planned() {
   parts_.runner.run(steps_);
   const double seconds = Seconds(Clock::now() - begin).count();
   model_seconds_ += seconds;
-  if (!prompts) step_cost_.add(num_rows, seconds, num_drafts, draft_seconds);
+  if (!prompts && parts_.drafter != nullptr)
+    draft_policy_.end_step(num_drafts, draft_seconds + seconds);
 }
 
 // Nobody knows whose tokens made the step throw, nor what the states are now: everybody starts over
@@ -263,7 +265,7 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
       parts_.runner.rewind(sequence.cache.slot, sequence.pos());
       model_seconds_ += Seconds(Clock::now() - begin).count();
     }
-    if (num_drafts > 0) sequence.policy.add(num_drafts, accepted);
+    if (num_drafts > 0) draft_policy_.add(sequence.acceptance, num_drafts, accepted);
     sequence.drafted += num_drafts;
     sequence.accepted += accepted;
     stats_.drafted += num_drafts;
@@ -280,6 +282,21 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
   }
 }
 
+// How the sequence's next token is drawn, but for its logits.
+SampleInput Scheduler::draw_input(Sequence& sequence) {
+  const Request& request = sequence.request->request;
+  const auto prompt_size = request.prompt.size();
+  const std::span<const int64_t> tokens = sequence.tokens;
+  return {.logits = {},
+          .sampling = request.sampling,
+          .choice = sequence.choice,
+          .pos = sequence.num_tokens(),
+          .prompt = tokens.first(prompt_size),
+          .answer = tokens.subspan(prompt_size),
+          .mask = sequence.filter->mask(),
+          .memory = &sequence.memory};
+}
+
 // Draws the token after row `row` of the step; a reason when the answer ends with it.
 std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
                                                   int64_t index,
@@ -287,16 +304,11 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
                                                   Update& update) {
   const Request& request = sequence.request->request;
   const auto prompt_size = request.prompt.size();
-  const std::span<const int64_t> tokens = sequence.tokens;
+  SampleInput input = draw_input(sequence);
+  input.logits = parts_.runner.logits(index, row);
+  input.top_logprobs = request.top_logprobs;
   const Clock::time_point begin = Clock::now();
-  Sampled sampled = parts_.sampler.sample({.logits = parts_.runner.logits(index, row),
-                                           .sampling = request.sampling,
-                                           .choice = sequence.choice,
-                                           .pos = sequence.num_tokens(),
-                                           .prompt = tokens.first(prompt_size),
-                                           .answer = tokens.subspan(prompt_size),
-                                           .mask = sequence.filter->mask(),
-                                           .top_logprobs = request.top_logprobs});
+  Sampled sampled = parts_.sampler.sample(input);
   sampling_seconds_ += Seconds(Clock::now() - begin).count();
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);

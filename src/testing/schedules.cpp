@@ -88,7 +88,7 @@ struct Schedules::Machine {
           const engine::SchedulerOptions& options,
           engine::PrefixStore* store)
       : cache(model.config(), memory), runner(model, cache), sampler(model.config().vocab_size) {
-    if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner);
+    if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner, sampler);
     const engine::EngineInfo info{
         .model_name = "test",
         .vocab_size = model.config().vocab_size,
