@@ -189,6 +189,9 @@ TEST_F(Chat, ShowsReasoningBeforeTheAnswer) {
   // The second prompt drops the first answer's reasoning, which begins with the first prompt's last
   // token: the state up to there is still used.
   EXPECT_EQ(lines[1]["reused_tokens"], lines[0]["prompt_tokens"].get<int64_t>() - 1);
+}
+
+TEST_F(Chat, GoesOnExactlyWhereTheLastTurnEnded) {
   // Without reasoning all is used; the token that ended the answer was drawn and not computed.
   const auto plain = lines_of(
       run("chat --json --model " + saying("</think>", {"Hi", " you"}), "hello\nand again\n").out);
