@@ -36,7 +36,7 @@ run_target() { # the target, then libFuzzer's options
     -artifact_prefix="$findings/" "$corpus" $seeds >"$log" 2>&1 || status=$?
   local found=("$findings"/*)
   [ -e "${found[0]}" ] || found=()
-  [ "$status" -eq 0 ] || [ "${#found[@]}" -gt 0 ] || found=("$log")
+  if [ "$status" -ne 0 ] && [ "${#found[@]}" -eq 0 ]; then found=("$log"); fi  # a leak, or interrupted
   awk -v target="$target" -v findings="${#found[@]}" '
     /^stat::number_of_executed_units/ { runs = $2 }
     /^stat::average_exec_per_sec/ { rate = $2 }

@@ -448,6 +448,9 @@ TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
   EXPECT_NE(run({"GET /a HTTP/1.1\r\n\r\nnonsense\r\n\r\n"}).find("HTTP/1.1 400"),
             std::string::npos);
   EXPECT_EQ(run({"GET /a HT"}), "");
+  // The end of an empty body, byte by byte.
+  EXPECT_TRUE(run({"POST /e HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "\r", "\n"})
+                  .ends_with("POST /e "));
 }
 
 TEST(Server, HandlersThatThrowAreAnswered500) {

@@ -236,9 +236,12 @@ bool CompletionParser::step_value(std::vector<CompletionEvent>& events) {
                                                   concat("<\n", dsml::kParameterEnd)};
   const size_t end = buffer_.find(dsml::kParameterEnd);
   std::string_view value = std::string_view(buffer_).substr(0, end);
-  if (end != std::string::npos) {
-    if (!dsml::strip_end(value, "<")) return fail("a parameter is malformed or repeated");
-  } else {
+  // Without the bracket all of it is handed on, as other cuts would have done, before it fails.
+  std::string_view stripped = value;
+  const bool closed = end != std::string::npos && dsml::strip_end(stripped, "<");
+  if (closed) {
+    value = stripped;
+  } else if (end == std::string::npos) {
     const auto begins_end = [&](size_t count) {
       const std::string_view last = value.substr(value.size() - count);
       return std::any_of(ends.begin(), ends.end(),
@@ -259,6 +262,7 @@ bool CompletionParser::step_value(std::vector<CompletionEvent>& events) {
     buffer_.erase(0, taken);
     return false;
   }
+  if (!closed) return fail("a parameter is malformed or repeated");
   if (string_value_) emit_arguments("\"", false, events);
   buffer_.erase(0, end + dsml::kParameterEnd.size());
   state_ = State::kAfterParameter;

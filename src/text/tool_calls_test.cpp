@@ -293,6 +293,29 @@ TEST(CompletionParser, ArgumentsComeWhileTheyAreWritten) {
   EXPECT_TRUE(complete);
 }
 
+TEST(CompletionParser, ACallThatFailsHasTheSamePiecesForEveryCut) {
+  const std::string head =
+      "\n\n<|DSML|tool_calls>\n<|DSML|invoke name=\"f\">\n<|DSML|parameter name=\"a\" string=\"";
+  for (const char* rest :
+       {"true\">x<\n</|DSML|/|DSML|parameter>", "false\">[1]</|DSM/|DSML|parameter",
+        "true\">x</|DSML|parameter>\n!", "true\">x <\n/|DSML|", "true\">x\n/|DSML|parameter"}) {
+    const std::string text = wire(head + rest);
+    const auto open_call = [&](size_t cut) {
+      CompletionParser parser(kChat);
+      EventSums sums;
+      for (const CompletionEvent& event : parser.push(text.substr(0, cut))) sums.add(event);
+      for (const CompletionEvent& event : parser.push(text.substr(cut))) sums.add(event);
+      std::vector<CompletionEvent> last;
+      parser.finish(last);
+      for (const CompletionEvent& event : last) sums.add(event);
+      EXPECT_TRUE(sums.is_open && sums.error.empty()) << rest;
+      return sums.open.arguments;
+    };
+    const std::string whole = open_call(0);
+    for (size_t cut = 1; cut <= text.size(); ++cut) ASSERT_EQ(open_call(cut), whole) << text;
+  }
+}
+
 TEST(CompletionParser, LongPiecesAreNotCutInsideACharacter) {
   for (size_t before = 4090; before < 4100; ++before) {
     const std::string text = std::string(before, 'x') + "\u4f60\u597d" + std::string(kEos);

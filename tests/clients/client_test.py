@@ -138,13 +138,15 @@ class Clients:
             for choice in chunk.choices:
                 content += choice.delta.content or ""
                 for call in choice.delta.tool_calls or []:
-                    entry = calls.setdefault(call.index, {"name": "", "arguments": "", "id": ""})
+                    entry = calls.setdefault(call.index, {"name": "", "arguments": "", "id": "", "pieces": 0})
+                    entry["pieces"] += 1
                     entry["id"] += call.id or ""
                     entry["name"] += call.function.name or ""
                     entry["arguments"] += call.function.arguments or ""
         no_markup(content)
         if self.free:
             return
+        check(calls[0]["pieces"] > 2, calls)
         check(calls[0]["name"] == "get_weather" and json.loads(calls[0]["arguments"])["city"] == "Paris", calls)
         messages += [{"role": "assistant", "content": content, "tool_calls": [
             {"id": calls[0]["id"], "type": "function",
@@ -227,6 +229,10 @@ class Clients:
             text = "".join(stream.text_stream)
             final = stream.get_final_message()
         check(final.content[0].type == "thinking", final)
+        # A stream begins before the cache has been asked; its last numbers count.
+        count = self.anthropic.messages.count_tokens(
+            model=self.model, messages=QUESTION, thinking={"type": "enabled", "budget_tokens": 1024})
+        check(count.input_tokens == final.usage.input_tokens + final.usage.cache_read_input_tokens, final)
         no_markup(text, final.content[0].thinking)
 
     def test_messages_tools(self):
