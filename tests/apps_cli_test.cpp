@@ -63,6 +63,7 @@ class Apps : public CliFixture {
     std::vector<std::string> more;
     for (const std::string& piece : texts) {
       const auto& known = text::kChatTokens;
+      if (piece.size() == 1) continue;  // a byte has a token
       if (std::find(known.begin(), known.end(), piece) == known.end()) more.push_back(piece);
     }
     const text::Tokenizer tokenizer =
@@ -193,8 +194,9 @@ TEST_F(Chat, ShowsReasoningBeforeTheAnswer) {
 
 TEST_F(Chat, GoesOnExactlyWhereTheLastTurnEnded) {
   // Without reasoning all is used; the token that ended the answer was drawn and not computed.
+  // Bytes, because text of the history is never read as a token of its own.
   const auto plain = lines_of(
-      run("chat --json --model " + saying("</think>", {"Hi", " you"}), "hello\nand again\n").out);
+      run("chat --json --model " + saying("</think>", {"H", "i"}), "hello\nand again\n").out);
   ASSERT_EQ(plain.size(), 2u);
   EXPECT_EQ(plain[1]["reused_tokens"],
             plain[0]["prompt_tokens"].get<int64_t>() + plain[0]["tokens"].get<int64_t>() - 1);
