@@ -7,8 +7,10 @@ namespace hadal::engine {
 namespace {
 
 constexpr double kAssumedCost = 0.3;    ///< of one draft and its row, before there are figures
-constexpr double kSequenceKeep = 0.85;  ///< of a sequence's acceptance after one more draft
-constexpr double kKeep = 0.99;          ///< of the acceptance over all
+constexpr double kSequenceKeep = 0.95;  ///< of a sequence's figures after one more draft
+constexpr double kRestKeep = 0.98;      ///< and after a step without
+constexpr double kPrior = 8;            ///< drafts of its own that weigh as much as all others'
+constexpr double kKeep = 0.99;          ///< of the figures over all
 constexpr double kMinGain = 1.03;       ///< drafts that gain less are noise
 constexpr size_t kCompared = 8;         ///< steps before a trial
 constexpr size_t kTrials = 3;           ///< whose median counts
@@ -28,11 +30,20 @@ double median(std::vector<double> values) {
 
 }  // namespace
 
-void DraftAcceptance::add(int64_t drafted, int64_t accepted, double otherwise) {
-  if (!known_) value_ = otherwise;
-  known_ = true;
-  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft)
-    value_ = value_ * kSequenceKeep + (draft < accepted ? 1 - kSequenceKeep : 0);
+double DraftAcceptance::value(double of_all) const {
+  return (right_ + kPrior * of_all) / (drafts_ + kPrior);
+}
+
+void DraftAcceptance::add(int64_t drafted, int64_t accepted) {
+  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft) {
+    drafts_ = drafts_ * kSequenceKeep + 1;
+    right_ = right_ * kSequenceKeep + (draft < accepted ? 1 : 0);
+  }
+}
+
+void DraftAcceptance::rest() {
+  drafts_ *= kRestKeep;
+  right_ *= kRestKeep;
 }
 
 double DraftPolicy::cost() const {
@@ -42,7 +53,7 @@ double DraftPolicy::cost() const {
   return nearest->second.value;
 }
 
-bool DraftPolicy::pays() const { return (1 + acceptance_) / (1 + cost()) > kMinGain; }
+bool DraftPolicy::pays() const { return (1 + acceptance()) / (1 + cost()) > kMinGain; }
 
 void DraftPolicy::begin_step(int64_t sequences) {
   if (rounded(sequences) != rounded(sequences_)) {
@@ -64,16 +75,16 @@ void DraftPolicy::begin_trial() {
   left_ = trial_drafts_ ? kDraftTrial : kPlainTrial;
 }
 
-int64_t DraftPolicy::length(int64_t limit, const DraftAcceptance& acceptance) const {
+int64_t DraftPolicy::length(int64_t limit, double acceptance) const {
   if (limit <= 0) return 0;
   if (left_ > 0) return trial_drafts_ ? 1 : 0;
   // Without figures a trial comes first.
   if (costs_.empty()) return 0;
-  const double right = acceptance.value(acceptance_), draft_cost = cost();
+  const double draft_cost = cost();
   int64_t best = 0;
   double best_rate = kMinGain, tokens = 1, reach = 1;
   for (int64_t drafts = 1; drafts <= limit; ++drafts) {
-    reach *= right;
+    reach *= acceptance;
     tokens += reach;
     const double rate = tokens / (1 + draft_cost * static_cast<double>(drafts));
     if (rate <= best_rate) continue;
@@ -112,9 +123,15 @@ void DraftPolicy::end_trial() {
 }
 
 void DraftPolicy::add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted) {
-  sequence.add(drafted, accepted, acceptance_);
-  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft)
-    acceptance_ = acceptance_ * kKeep + (draft < accepted ? 1 - kKeep : 0);
+  if (drafted == 0) {
+    sequence.rest();
+    return;
+  }
+  sequence.add(drafted, accepted);
+  for (int64_t draft = 0; draft < std::min(drafted, accepted + 1); ++draft) {
+    drafts_ = drafts_ * kKeep + 1;
+    right_ = right_ * kKeep + (draft < accepted ? 1 : 0);
+  }
 }
 
 }  // namespace hadal::engine

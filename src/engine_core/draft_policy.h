@@ -14,23 +14,27 @@
 
 namespace hadal::engine {
 
-/// Of one sequence: that a draft is right given that those before it are.
+/// Of one sequence: that a draft is right given that those before it are. Few drafts say little,
+/// and old ones are forgotten, so it stays near what holds for all until it has its own figures.
 class DraftAcceptance {
  public:
-  double value(double otherwise) const { return known_ ? value_ : otherwise; }
-  void add(int64_t drafted, int64_t accepted, double otherwise);
+  double value(double of_all) const;
+  void add(int64_t drafted, int64_t accepted);
+  /// A step without a draft.
+  void rest();
 
  private:
-  bool known_ = false;
-  double value_ = 0;
+  double drafts_ = 0, right_ = 0;
 };
 
 class DraftPolicy {
  public:
   /// A step of `sequences` >= 1 answers begins; asked for the lengths next.
   void begin_step(int64_t sequences);
-  /// Drafts for a sequence in this step: maximises expected tokens / time, at most `limit`.
-  int64_t length(int64_t limit, const DraftAcceptance& acceptance) const;
+  /// Drafts for every sequence in this step, at most `limit`: maximises expected tokens / time.
+  /// `acceptance` is the sequences' mean. All draft or none, since what one draft costs most is
+  /// that anybody drafts at all.
+  int64_t length(int64_t limit, double acceptance) const;
   /// The step had no prompts, and with its `drafts` drafts took `seconds`. Other steps are not
   /// told.
   void end_step(int64_t drafts, double seconds);
@@ -39,7 +43,7 @@ class DraftPolicy {
   /// Time of one more draft for every sequence, relative to a step without; 0.3 until it is known.
   double cost() const;
   /// Over all sequences, the latest most.
-  double acceptance() const { return acceptance_; }
+  double acceptance() const { return right_ / drafts_; }
   bool in_trial() const { return left_ > 0; }
 
   static constexpr int64_t kFirstWait = 8;   ///< steps before the first trial
@@ -65,7 +69,7 @@ class DraftPolicy {
   bool trial_drafts_ = false;
   int64_t left_ = 0;  ///< steps of the trial
   int64_t since_trial_ = 0, wait_ = kWait;
-  double acceptance_ = 0.6;
+  double drafts_ = 4, right_ = 2.4;  ///< of all sequences; an assumption until there are some
 };
 
 }  // namespace hadal::engine

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -153,6 +154,7 @@ class Scheduler {
   std::vector<Sequence*> planned_;
   std::vector<SequenceStep> steps_;
   DraftPolicy draft_policy_;
+  std::optional<int64_t> decode_drafts_;  ///< drafts of a step without prompts
   EngineStats stats_;
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
   double model_seconds_ = 0;      ///< of the step being made

@@ -22,6 +22,7 @@ bool Scheduler::step() {
   expire();
   admit();
   load_prefixes();
+  const Clock::time_point planned_at = Clock::now();
   plan();
   reserve_planned();
   std::erase_if(planned_, [](const Sequence* sequence) {
@@ -38,6 +39,9 @@ bool Scheduler::step() {
       contain_failure(error.what());
     }
     if (ran) finish_step();
+    if (ran && decode_drafts_) {
+      draft_policy_.end_step(*decode_drafts_, Seconds(Clock::now() - planned_at).count());
+    }
   }
   planned_.clear();
   forget_finished();
@@ -67,13 +71,21 @@ void Scheduler::plan() {
   const auto num_answers = static_cast<int64_t>(answers.size());
   int64_t rows = num_answers;
   const bool may_draft = parts_.drafter != nullptr && options_.max_drafts > 0 && num_answers > 0;
-  if (may_draft) draft_policy_.begin_step(num_answers);
+  int64_t drafts = 0;
+  if (may_draft) {
+    double acceptance = 0;
+    for (const Sequence* sequence : answers)
+      acceptance += sequence->acceptance.value(draft_policy_.acceptance());
+    draft_policy_.begin_step(num_answers);
+    drafts = options_.always_draft
+                 ? options_.max_drafts
+                 : draft_policy_.length(options_.max_drafts,
+                                        acceptance / static_cast<double>(num_answers));
+  }
   for (Sequence* sequence : answers) {
     sequence->chunk = 1;
     const int64_t limit = std::min(draft_limit(*sequence), options_.step_tokens - rows);
-    if (limit <= 0) continue;
-    sequence->num_drafts =
-        options_.always_draft ? limit : draft_policy_.length(limit, sequence->acceptance);
+    sequence->num_drafts = std::clamp<int64_t>(limit, 0, drafts);
     rows += sequence->num_drafts;
   }
   // However many answers there are, prompts get a quarter, so that none waits for ever.
@@ -204,13 +216,11 @@ void Scheduler::run_planned() {
     prompts = prompts || sequence->chunk > 1 || !draws;
     num_drafts += static_cast<int64_t>(sequence->drafts.size());
   }
-  const double draft_seconds = model_seconds_;
   const Clock::time_point begin = Clock::now();
   parts_.runner.run(steps_);
-  const double seconds = Seconds(Clock::now() - begin).count();
-  model_seconds_ += seconds;
-  if (!prompts && parts_.drafter != nullptr)
-    draft_policy_.end_step(num_drafts, draft_seconds + seconds);
+  model_seconds_ += Seconds(Clock::now() - begin).count();
+  decode_drafts_.reset();
+  if (!prompts && parts_.drafter != nullptr) decode_drafts_ = num_drafts;
 }
 
 // Nobody knows whose tokens made the step throw, nor what the states are now: everybody starts over
@@ -265,7 +275,7 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
       parts_.runner.rewind(sequence.cache.slot, sequence.pos());
       model_seconds_ += Seconds(Clock::now() - begin).count();
     }
-    if (num_drafts > 0) draft_policy_.add(sequence.acceptance, num_drafts, accepted);
+    draft_policy_.add(sequence.acceptance, num_drafts, accepted);
     sequence.drafted += num_drafts;
     sequence.accepted += accepted;
     stats_.drafted += num_drafts;
