@@ -22,6 +22,8 @@ struct EngineStats {
   int64_t disk_bytes = 0, disk_hits = 0, disk_misses = 0, disk_errors = 0;
   double model_seconds = 0, sampling_seconds = 0;
   double overhead_seconds = 0;  ///< of steps, outside model and sampler
+  /// The same in processor time of the engine's thread: without what other threads took from it.
+  double overhead_cpu_seconds = 0;
 };
 
 /// What a server must know to check requests before it submits them.

@@ -157,9 +157,13 @@ class Scheduler {
   std::optional<int64_t> decode_drafts_;  ///< drafts of a step without prompts
   EngineStats stats_;
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
-  double model_seconds_ = 0;      ///< of the step being made
-  double sampling_seconds_ = 0;   ///< of the step being made
-  uint64_t load_turn_ = 0;        ///< whose load comes first
+  struct Spent {
+    double seconds = 0;
+    double processor = 0;  ///< seconds of the engine's thread
+  };
+  class Stopwatch;
+  Spent model_, sampling_;  ///< in the step being made
+  uint64_t load_turn_ = 0;  ///< whose load comes first
   int64_t num_waiting_requests_ = 0;
   int64_t max_tokens_ = 0;      ///< of a sequence: context and memory
   int64_t blocked_spare_ = 0;   ///< spare pages when the front did not fit

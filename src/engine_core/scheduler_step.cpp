@@ -1,5 +1,6 @@
 // The scheduler's step: plan, run, hand out what came of it.
 #include <algorithm>
+#include <ctime>
 #include <exception>
 #include <optional>
 
@@ -14,11 +15,31 @@ namespace {
 
 using Seconds = std::chrono::duration<double>;
 
+/// Of this thread.
+double processor_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 }  // namespace
 
+/// Time since it was made.
+class Scheduler::Stopwatch {
+ public:
+  void add_to(Spent& spent) const {
+    spent.seconds += Seconds(Clock::now() - wall_).count();
+    spent.processor += processor_seconds() - processor_;
+  }
+
+ private:
+  Clock::time_point wall_ = Clock::now();
+  double processor_ = processor_seconds();
+};
+
 bool Scheduler::step() {
-  const Clock::time_point begin = Clock::now();
-  model_seconds_ = sampling_seconds_ = 0;
+  const Stopwatch step;
+  model_ = sampling_ = {};
   expire();
   admit();
   load_prefixes();
@@ -45,10 +66,12 @@ bool Scheduler::step() {
   }
   planned_.clear();
   forget_finished();
-  stats_.model_seconds += model_seconds_;
-  stats_.sampling_seconds += sampling_seconds_;
-  stats_.overhead_seconds +=
-      Seconds(Clock::now() - begin).count() - model_seconds_ - sampling_seconds_;
+  Spent rest;
+  step.add_to(rest);
+  stats_.model_seconds += model_.seconds;
+  stats_.sampling_seconds += sampling_.seconds;
+  stats_.overhead_seconds += rest.seconds - model_.seconds - sampling_.seconds;
+  stats_.overhead_cpu_seconds += rest.processor - model_.processor - sampling_.processor;
   return !requests_.empty();
 }
 
@@ -178,9 +201,9 @@ void Scheduler::make_drafts() {
     drafting.push_back(sequence);
   }
   if (requests.empty()) return;
-  const Clock::time_point begin = Clock::now();
+  const Stopwatch watch;
   parts_.drafter->draft(requests);
-  model_seconds_ += Seconds(Clock::now() - begin).count();
+  watch.add_to(model_);
   for (size_t i = 0; i < requests.size(); ++i) {
     std::vector<int64_t>& drafts = requests[i].drafts;
     const auto limit = static_cast<size_t>(drafting[i]->num_drafts);
@@ -216,9 +239,9 @@ void Scheduler::run_planned() {
     prompts = prompts || sequence->chunk > 1 || !draws;
     num_drafts += static_cast<int64_t>(sequence->drafts.size());
   }
-  const Clock::time_point begin = Clock::now();
+  const Stopwatch watch;
   parts_.runner.run(steps_);
-  model_seconds_ += Seconds(Clock::now() - begin).count();
+  watch.add_to(model_);
   decode_drafts_.reset();
   if (!prompts && parts_.drafter != nullptr) decode_drafts_ = num_drafts;
 }
@@ -271,9 +294,9 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
     }
     sequence.cache.pos += accepted;
     if (accepted < num_drafts) {
-      const Clock::time_point begin = Clock::now();
+      const Stopwatch watch;
       parts_.runner.rewind(sequence.cache.slot, sequence.pos());
-      model_seconds_ += Seconds(Clock::now() - begin).count();
+      watch.add_to(model_);
     }
     draft_policy_.add(sequence.acceptance, num_drafts, accepted);
     sequence.drafted += num_drafts;
@@ -317,9 +340,9 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   SampleInput input = draw_input(sequence);
   input.logits = parts_.runner.logits(index, row);
   input.top_logprobs = request.top_logprobs;
-  const Clock::time_point begin = Clock::now();
+  const Stopwatch watch;
   Sampled sampled = parts_.sampler.sample(input);
-  sampling_seconds_ += Seconds(Clock::now() - begin).count();
+  watch.add_to(sampling_);
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);
   sequence.tokens.push_back(sampled.token);

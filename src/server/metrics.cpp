@@ -100,6 +100,8 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   total("sampling_seconds_total", "seconds inside the sampler", engine.sampling_seconds);
   total("overhead_seconds_total", "seconds of steps outside model and sampler",
         engine.overhead_seconds);
+  total("overhead_cpu_seconds_total", "processor seconds of steps outside model and sampler",
+        engine.overhead_cpu_seconds);
   return out;
 }
 
