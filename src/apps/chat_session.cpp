@@ -49,6 +49,7 @@ engine::LocalEngineOptions engine_options(const LoadedModel& loaded) {
   // Memory that nobody has written to costs nothing, so the longest conversation has its room.
   options.cache_tokens = loaded.config().max_position_embeddings;
   options.max_drafts = 1;
+  options.lazy_memory = true;
   return options;
 }
 

@@ -51,11 +51,11 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
   const auto add_inputs = [&](int64_t block, RingKind kind, int64_t width) {
     const int64_t ratio = config.ratio(block), overlap = ModelConfig::overlap(ratio);
     const int64_t size = overlap * ratio + options.slack;
-    rings_[{block, kind}] = {
-        .memory = RowMemory(slots * size, overlap * width, {}, at::kFloat, options.device),
-        .size = size,
-        .overlap = overlap - 1,
-        .ratio = ratio};
+    rings_[{block, kind}] = {.memory = RowMemory(slots * size, overlap * width, {}, at::kFloat,
+                                                 options.device, options.lazy),
+                             .size = size,
+                             .overlap = overlap - 1,
+                             .ratio = ratio};
   };
   const auto add_blocks = [&](int64_t block, BlockKind kind, const RowFormat& format) {
     const int64_t ratio = config.ratio(block), page_blocks = page_tokens_ / ratio;
@@ -69,11 +69,11 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
     const int64_t rows =
         options.whole_windows ? std::max(config.window_size, page_tokens_) : config.window_size;
     const int64_t size = rows + options.slack;
-    rings_[{block, RingKind::kWindow}] = {
-        .memory = RowMemory(slots * size, config.head_dim, latent, dense, options.device),
-        .size = size,
-        .overlap = -1,
-        .ratio = 0};
+    rings_[{block, RingKind::kWindow}] = {.memory = RowMemory(slots * size, config.head_dim, latent,
+                                                              dense, options.device, options.lazy),
+                                          .size = size,
+                                          .overlap = -1,
+                                          .ratio = 0};
     if (config.ratio(block) == 0) continue;
     add_inputs(block, RingKind::kKv, config.head_dim);
     add_inputs(block, RingKind::kScore, config.head_dim);

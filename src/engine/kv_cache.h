@@ -39,6 +39,9 @@ struct KvCacheOptions {
   /// Window rings hold at least a page, as save_window() needs: for stores that keep all windows.
   bool whole_windows = false;
   at::Device device = at::kCPU;
+  /// Memory is taken when it is first written: a cache may be as large as the longest context and
+  /// costs what is used of it. A server wants what it will need at once.
+  bool lazy = false;
 };
 
 class KvCache final : public CacheMemory, public model::KvAccess {

@@ -30,6 +30,7 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
       .whole_windows = !options.disk.folder.empty() && options.disk.policy == WindowPolicy::kFull};
   const KvCache one(config, sizes);
   sizes.device = options.device;
+  sizes.lazy = options.lazy_memory;
   sizes.num_slots = options.max_running;
   if (options.cache_tokens > 0) {
     // One page more than the tokens have: a shared last page is copied before it is written.

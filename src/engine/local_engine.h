@@ -30,6 +30,7 @@ struct LocalEngineOptions {
   int64_t max_drafts = 0;                       ///< 0: no speculation; the MTP block gives 1
   bool always_draft = false;                    ///< also where it does not pay: to measure
   at::Device device = at::kCPU;                 ///< where the model's parameters are
+  bool lazy_memory = false;                     ///< as KvCacheOptions::lazy
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
   DiskStoreOptions disk;
 };

@@ -21,7 +21,7 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
   streams_ = RowMemory(cache.num_slots() * kept_streams_, config.hc_mult * config.dim, {}, type,
-                       cache.options().device);
+                       cache.options().device, cache.options().lazy);
   followed_.resize(static_cast<size_t>(cache.num_slots()));
 }
 

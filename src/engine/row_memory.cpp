@@ -37,12 +37,14 @@ RowMemory::RowMemory(int64_t count,
                      int64_t width,
                      const ops::RowFormat& format,
                      at::ScalarType dense,
-                     at::Device device)
+                     at::Device device,
+                     bool lazy)
     : format_(format) {
   const at::ScalarType type = format.packed() ? at::kByte : dense;
   const int64_t columns = format.packed() ? format.bytes() : width;
-  rows_ = device.is_cpu() ? lazy_zeros(count, columns, type)
-                          : at::zeros({count, columns}, at::TensorOptions(device).dtype(type));
+  rows_ = device.is_cpu() && lazy
+              ? lazy_zeros(count, columns, type)
+              : at::zeros({count, columns}, at::TensorOptions(device).dtype(type));
 }
 
 std::byte* RowMemory::read(std::span<const int64_t> numbers, std::byte* out) const {

@@ -14,12 +14,14 @@ namespace hadal::engine {
 class RowMemory {
  public:
   RowMemory() = default;
-  /// `count` zero rows: bytes where `format` packs, else [width] of `dense`.
+  /// `count` zero rows: bytes where `format` packs, else [width] of `dense`. `lazy`: the CPU's
+  /// memory is taken when it is first written.
   RowMemory(int64_t count,
             int64_t width,
             const ops::RowFormat& format,
             at::ScalarType dense,
-            at::Device device);
+            at::Device device,
+            bool lazy = false);
 
   const at::Tensor& rows() const { return rows_; }  ///< [count, width or bytes]
   const ops::RowFormat& format() const { return format_; }

@@ -5,7 +5,7 @@
 
 Records the answers of distinct requests (completions and chats; prompts that share beginnings, up to 6,000 tokens) one at a time.
 Then keeps so many streams open, each with a random one of them: a tenth is cancelled on the way, a twentieth reads slowly. In every
-second window of time prompts of 32,768 tokens arrive under another key, one after another. Every byte that arrives must be the recorded
+second window of time, the first among them, prompts of 32,768 tokens arrive under another key, one after another. Every byte that arrives must be the recorded
 answer's, to its end unless the client left. Reports the gaps between tokens with and without long prompts, resident memory after minute 5,
 tokens a second. Exits with 1 at a wrong byte, an error or a broken bar. Python's standard library only.
 """
@@ -117,7 +117,7 @@ class Load:
     def with_long(self, now):
         """Whether long prompts arrive now; None just after a change."""
         window, inside = divmod(now - self.began, WINDOW)
-        return None if inside < SETTLE else window % 2 == 1
+        return None if inside < SETTLE else window % 2 == 0
 
     async def connect(self, slow):
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -202,7 +202,7 @@ class Load:
     async def long_prompts(self):
         rng = random.Random(f"{self.args.seed} long")
         while time.monotonic() < self.end and not self.wrong:
-            if int((time.monotonic() - self.began) // WINDOW) % 2 == 0:
+            if int((time.monotonic() - self.began) // WINDOW) % 2 == 1:
                 await asyncio.sleep(0.5)
                 continue
             body = {"prompt": random_tokens(rng, LONG_PROMPT), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
