@@ -22,7 +22,7 @@ pack() {
   cp build/cuda/hadal build/cuda/gpu_test "$packed/"
   cp build/cuda/libhadal.so build/cuda/libhadal_core.so "$packed/lib/"
   # What a distribution's minimal image lacks or has in another version.
-  ldd build/cuda/hadal build/cuda/gpu_test | awk '$2 == "=>" && $1 ~ /lib(fmt|spdlog|pcre2|lzma|zstd|gtest)/ { print $3 }' |
+  ldd build/cuda/hadal build/cuda/gpu_test | awk '$2 == "=>" && $1 ~ /lib(fmt|spdlog|pcre2|lzma|zstd|gtest|rocksdb|snappy|gflags|bz2|lz4|xxhash|ssl|crypto)/ { print $3 }' |
     sort -u | xargs -r cp -L -t "$packed/lib"
   strip --strip-unneeded "$packed/hadal" "$packed/gpu_test" "$packed"/lib/*.so*
   du -sh "$packed"
