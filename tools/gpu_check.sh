@@ -2,7 +2,7 @@
 # Op tests and benches on a GPU, one line each.
 #   tools/gpu_check.sh                 on a machine with a GPU and CUDA 13: builds the cuda preset, runs everything
 #   tools/gpu_check.sh pack            on a machine without a GPU: builds and gathers what the other machine needs in
-#                                      .carry/gpu (binaries, and the small libraries that they load)
+#                                      .carry/gpu and .carry/gpu.tar.xz (binaries, and the libraries that they load)
 #   tools/gpu_check.sh run [FILTER]    on the machine with the GPU: runs the packed or built binaries
 # LIBTORCH_LIB names the folder with LibTorch's libraries; default: .deps, else that of python3's torch.
 set -euo pipefail
@@ -25,13 +25,15 @@ pack() {
   ldd build/cuda/hadal build/cuda/gpu_test | awk '$2 == "=>" && $1 ~ /lib(fmt|spdlog|pcre2|lzma|zstd|gtest|rocksdb|snappy|gflags|bz2|lz4|xxhash|ssl|crypto)/ { print $3 }' |
     sort -u | xargs -r cp -L -t "$packed/lib"
   strip --strip-unneeded "$packed/hadal" "$packed/gpu_test" "$packed"/lib/*.so*
-  du -sh "$packed"
+  tar -C .carry -cJf .carry/gpu.tar.xz gpu
+  du -sh "$packed" .carry/gpu.tar.xz
 }
 
 # Prints the environment under which the binaries find their libraries, and their folder.
 locate() {
   local torch=${LIBTORCH_LIB:-$PWD/.deps/libtorch-2.11.0/lib}
   [ -d "$torch" ] || torch=$(python3 -c 'import torch; print(torch.__path__[0] + "/lib")')
+  if [ ! -d "$packed" ] && [ -f .carry/gpu.tar.xz ]; then tar -C .carry -xJf .carry/gpu.tar.xz; fi
   if [ -d "$packed" ]; then
     bin=$packed
     export LD_LIBRARY_PATH="$PWD/$packed/lib:$torch:${LD_LIBRARY_PATH:-}"

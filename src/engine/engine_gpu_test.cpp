@@ -2,6 +2,7 @@
 // the logits of the CPU, as nearly as the number format allows.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -22,7 +23,7 @@ using ops::Numerics;
 
 struct Case {
   Numerics numerics;
-  double tolerance;  ///< of logits, relative to their largest
+  double tolerance;  ///< root mean square of what is apart, relative to that of the logits
 };
 
 class EngineOnGpu : public ::testing::TestWithParam<Case> {
@@ -72,12 +73,12 @@ class EngineOnGpu : public ::testing::TestWithParam<Case> {
     return rows;
   }
   static void expect_near(const std::vector<float>& found, const std::vector<float>& wanted) {
-    float largest = 0, apart = 0;
+    double size = 0, apart = 0;
     for (size_t i = 0; i < wanted.size(); ++i) {
-      largest = std::max(largest, std::abs(wanted[i]));
-      apart = std::max(apart, std::abs(found[i] - wanted[i]));
+      size += std::pow(wanted[i], 2);
+      apart += std::pow(found[i] - wanted[i], 2);
     }
-    EXPECT_LE(apart, GetParam().tolerance * largest);
+    EXPECT_LE(std::sqrt(apart / size), GetParam().tolerance);
   }
 };
 
@@ -112,11 +113,13 @@ TEST_P(EngineOnGpu, PagesSlotsAndSnapshotsGiveTheLogitsOfTheCpu) {
   EXPECT_EQ(resumed.back(), found.back());  // the same step of the same bytes
 }
 
+// A model with random weights in quantised numerics turns another order of sums into other choices
+// of experts and blocks: 0.24 on an H200. Unrelated logits are 1.4 apart.
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          EngineOnGpu,
-                         ::testing::Values(Case{Numerics::kIdeal, 1e-4},
-                                           Case{Numerics::kBf16, 0.05},
-                                           Case{Numerics::kReleased, 0.15}),
+                         ::testing::Values(Case{Numerics::kIdeal, 1e-5},
+                                           Case{Numerics::kBf16, 0.03},
+                                           Case{Numerics::kReleased, 0.35}),
                          [](const auto& test) {
                            return std::string(ops::numerics_name(test.param.numerics));
                          });
