@@ -90,13 +90,13 @@ void ScriptedEngine::hold(bool held) {
 
 bool ScriptedEngine::wait_cancelled(int64_t count) const {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(5),
+  return changed_.wait_for(lock, std::chrono::seconds(20),
                            [&] { return stats_.cancelled >= count; });
 }
 
 bool ScriptedEngine::wait_running(int64_t count) const {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(5),
+  return changed_.wait_for(lock, std::chrono::seconds(20),
                            [&] { return std::ssize(running_) >= count; });
 }
 
