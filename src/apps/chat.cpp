@@ -133,7 +133,7 @@ void print_note(const Answer& answer, int64_t max_tokens) {
 class Repl {
  public:
   Repl(const LoadedModel& loaded, const Flags& flags, ChatSettings settings)
-      : session_(loaded, settings),
+      : session_(loaded, std::move(settings)),
         flags_(flags),
         terminal_(isatty(STDIN_FILENO) != 0 && isatty(STDOUT_FILENO) != 0) {}
 

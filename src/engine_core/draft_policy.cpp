@@ -105,7 +105,9 @@ void DraftPolicy::end_step(int64_t drafts, double seconds) {
     if (times.size() > kCompared) times.pop_front();
   }
   if (drafted) drafts_a_sequence_ = static_cast<double>(drafts) / static_cast<double>(sequences_);
-  if (left_ > 0 && --left_ == 0) end_trial();
+  if (left_ == 0) return;
+  --left_;
+  if (left_ == 0) end_trial();
 }
 
 void DraftPolicy::end_trial() {

@@ -142,7 +142,7 @@ std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokeniz
     }
   }
   for (int8_t state = 0; state < kUtf8States; ++state) {
-    std::vector<uint32_t>& mask = vocabulary.utf8_masks[static_cast<size_t>(state)];
+    std::vector<uint32_t>& mask = vocabulary.utf8_masks[static_cast<uint8_t>(state)];
     mask.resize(vocabulary.mask_words());
     for (size_t place = 0; place < static_cast<size_t>(vocabulary.size); ++place) {
       const std::string_view bytes =
@@ -538,7 +538,7 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
   tensor.strides = &stride;
   if (!impl_->matcher.FillNextTokenBitmask(&tensor))
     std::fill(words.begin(), words.end(), ~uint32_t{0});
-  const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<size_t>(impl_->utf8)];
+  const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
   return true;
 }
