@@ -188,7 +188,7 @@ void read_user(const Fields& message, const Json& content, std::vector<Json>& ou
       out.push_back(Json::object({{"role", js("user")}, {"content", js(block.string("text"))}}));
     } else if (type == "tool_result") {
       std::string result = read_text(block, "content", {"text"});
-      if (block.boolean_or("is_error", false)) result = "Error: " + result;
+      if (block.boolean_or("is_error", false)) result.insert(0, "Error: ");
       out.push_back(Json::object({{"role", js("tool")},
                                   {"tool_call_id", js(block.string("tool_use_id"))},
                                   {"content", js(result)}}));

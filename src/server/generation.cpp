@@ -26,7 +26,7 @@ std::string strict_value(const std::string& text) {
     const Json parsed = Json::parse(list, "value");
     if (parsed.items().size() == 1) return parsed.items().front().dump();
   } catch (const InputError&) {
-    // Models write such things.
+    return text::quote_json(text);  // models write such things
   }
   return text::quote_json(text);
 }

@@ -17,8 +17,11 @@ namespace hadal::server {
 
 class MemoryStream {
  public:
+  // Asio asks for these names.
+  // NOLINTBEGIN(readability-identifier-naming)
   using error_code = boost::system::error_code;
   using executor_type = boost::asio::io_context::executor_type;
+  // NOLINTEND(readability-identifier-naming)
 
   explicit MemoryStream(boost::asio::io_context& io) : io_(io) {}
   executor_type get_executor() { return io_.get_executor(); }

@@ -201,9 +201,9 @@ class ChatFormat final : public OpenAiFormat {
                 out);
   }
   /// Of the open call.
-  void call_delta(const Answer& answer, size_t index, Json content, std::string& out) {
+  void call_delta(const Answer& answer, size_t index, const Json& content, std::string& out) {
     Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls))}});
-    for (auto& [key, value] : content.members()) call.set(key, value);
+    for (const auto& [key, value] : content.members()) call.set(key, value);
     delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(call)})}}), {}, out);
   }
   std::vector<Sent> sent_;

@@ -333,9 +333,9 @@ void read_tools(const Context& context, const Fields& body, ChatJob& chat) {
   if (name == "required") chat.tool_choice = ToolChoice::kRequired;
 }
 
-Json copy_or(const Fields& body, std::string_view key, Json fallback) {
+Json copy_or(const Fields& body, std::string_view key, const Json& fallback) {
   const Json* value = body.find(key);
-  return value != nullptr ? *value : std::move(fallback);
+  return value != nullptr ? *value : fallback;
 }
 
 }  // namespace
