@@ -103,7 +103,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
       auto& [live, count] = parts[i];
       for (int64_t t = 0; t < count; ++t) {
         const std::span<const float> got = runner_->logits(static_cast<int64_t>(i), t);
-        const float* want = expected_[live->sequence][live->pos + t].const_data_ptr<float>();
+        const auto* want = expected_[live->sequence][live->pos + t].const_data_ptr<float>();
         ASSERT_TRUE(std::equal(got.begin(), got.end(), want))
             << "sequence " << live->sequence << ", position " << live->pos + t;
       }

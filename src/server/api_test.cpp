@@ -233,7 +233,6 @@ TEST_F(ApiTest, ToolCallsNeverLeakMarkup) {
   EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kNone);
 
   std::map<std::string, std::string> arguments, names;
-  std::string text;
   const auto events = stream("/v1/chat/completions",
                              chat(std::string(R"("thinking": false, "stream": true, )") + kTools));
   for (const Event& event : events) {
@@ -758,7 +757,7 @@ TEST_F(ApiTest, MalformedRequestsNameTheField) {
     int status = 400;
   };
   const std::string deep = std::string(100, '[') + std::string(100, ']');
-  const char* kChatPath = "/v1/chat/completions";
+  constexpr const char* kChatPath = "/v1/chat/completions";
   const std::vector<Case> cases = {
       {kChatPath, "", "the body"},
       {kChatPath, "[]", "expected an object"},

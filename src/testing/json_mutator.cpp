@@ -1,7 +1,6 @@
 #include "testing/json_mutator.h"
 
 #include <algorithm>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -104,11 +103,11 @@ size_t mutate_json(
     for (unsigned i = 0; i <= seed / 8 % 4 / 2; ++i) Mutation(root, seed + i, pool).apply();
     const std::string text = root.dump();
     if (text.size() <= max_size) {
-      std::memcpy(data, text.data(), text.size());
+      std::ranges::copy(text, data);
       return text.size();
     }
   } catch (const InputError&) {
-    // Bytes may become JSON again.
+    return LLVMFuzzerMutate(data, size, max_size);  // bytes may become JSON again
   }
   return LLVMFuzzerMutate(data, size, max_size);
 }

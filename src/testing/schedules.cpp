@@ -131,7 +131,7 @@ Schedules::Schedules(const model::Transformer& model,
   std::vector<int64_t> shared(static_cast<size_t>(shape.shared));
   for (int64_t& id : shared) id = random(0, model.config().vocab_size - 1);
   for (int i = 0; i < shape.num_requests; ++i) {
-    requests_.push_back(draw_request(static_cast<uint64_t>(1000 + i), shared));
+    requests_.push_back(draw_request(1000 + static_cast<uint64_t>(i), shared));
   }
   for (const Request& request : requests_) {
     Machine machine(model_, {.numerics = numerics_, .num_pages = 16, .num_slots = 4, .slack = 3},
