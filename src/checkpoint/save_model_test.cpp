@@ -12,14 +12,13 @@
 #include "checkpoint/dequantise.h"
 #include "checkpoint/load_model.h"
 #include "checkpoint/quantise.h"
+#include "testing/kernel_checks.h"
 #include "testing/tiny_model.h"
 
 namespace hadal::checkpoint {
 namespace {
 
-bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return at::equal(a.contiguous().view(at::kShort), b.contiguous().view(at::kShort));
-}
+using testing::same_bits;
 
 /// Matrices whose blocks have very different sizes, maxima on and beside the edges of the formats'
 /// ranges, zeros of both signs, and a ragged edge.

@@ -107,6 +107,7 @@ void Scheduler::plan() {
   }
   for (Sequence* sequence : answers) {
     sequence->chunk = 1;
+    if (drafts == 0) continue;
     const int64_t limit = std::min(draft_limit(*sequence), options_.step_tokens - rows);
     sequence->num_drafts = std::clamp<int64_t>(limit, 0, drafts);
     rows += sequence->num_drafts;

@@ -15,35 +15,19 @@ import json
 import lzma
 import os
 import random
-import re
 import statistics
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
+
+from serving import Server
 
 MODES = {"off": ["--max-drafts", "0"], "always": ["--max-drafts", "1", "--always-draft"], "adaptive": ["--max-drafts", "1"]}
 
 
-class Server:
-    def __init__(self, hadal, flags):
-        self.process = subprocess.Popen([hadal, "serve", "--port", "0", *flags], stderr=subprocess.PIPE, text=True)
-        self.url, log = None, []
-        for line in self.process.stderr:
-            log.append(line)
-            if " at http" in line:
-                self.url = line.split(" at ", 1)[1].split(",")[0]
-                break
-        if self.url is None:
-            sys.exit("the server did not start:\n" + "".join(log))
-        threading.Thread(target=lambda: self.process.stderr.read(), daemon=True).start()
-
+class DraftingServer(Server):
     def ask(self, request):
-        body = urllib.request.Request(self.url + "/v1/completions", json.dumps(request).encode(),
-                                      {"Content-Type": "application/json"})
-        with urllib.request.urlopen(body, timeout=600) as reply:
-            answer = json.load(reply)
+        answer = self.post("/v1/completions", request)
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
     def ask_all(self, requests):
@@ -68,14 +52,7 @@ class Server:
 
     def drafts(self):
         """Tokens drafted and accepted so far."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as reply:
-            text = reply.read().decode()
-        return [float(re.search(rf"^\w*{name}_tokens_total\S* (\S+)$", text, re.M).group(1))
-                for name in ("drafted", "accepted")]
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(timeout=60)
+        return [self.metric(f"hadal_{name}_tokens_total") for name in ("drafted", "accepted")]
 
 
 def read_text(path):
@@ -101,7 +78,7 @@ def main():
     args = parser.parse_args()
     rng, books, modes = random.Random(args.seed), read_text(args.text), args.modes.split(",")
     flags = ["--model", args.model] if args.model else []
-    servers = {mode: Server(args.hadal, flags + MODES[mode]) for mode in modes}
+    servers = {mode: DraftingServer(args.hadal, *flags, *MODES[mode]) for mode in modes}
     different = 0
     print(f"{'streams':>7} {'temp':>5} {'mode':>9} {'tokens/s':>9} {'of off':>7} {'all rounds':>24} {'per CPU s':>10} {'accepted':>9} "
           f"{'drafts/token':>13}", flush=True)

@@ -9,6 +9,7 @@
 #include "ops/attention/index_scores.h"
 #include "ops/attention/sparse_attn.h"
 #include "ops/quant/round_trip.h"
+#include "testing/kernel_checks.h"
 
 namespace hadal::ops {
 namespace {
@@ -29,9 +30,7 @@ at::Tensor latents(int64_t rows) {
 }
 at::Tensor keys(int64_t rows) { return fp4_round_trip(values(rows, kKey.width), 32); }
 
-bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return at::equal(a.contiguous().view(at::kShort), b.contiguous().view(at::kShort));
-}
+using testing::same_bits;
 
 TEST(KvRows, HaveTheBytesOfTheReport) {
   EXPECT_EQ((RowFormat{.kind = RowKind::kLatent, .width = 512, .rotary = 64}.bytes()), 584);

@@ -1,8 +1,6 @@
 #include "ops/gemm/linear.h"
 
 #include <cmath>
-#include <cstring>
-#include <random>
 
 #include <ATen/ATen.h>
 
@@ -10,60 +8,18 @@
 
 #include "base/cpu.h"
 #include "base/parallel.h"
+#include "testing/kernel_checks.h"
+#include "testing/stored_weights.h"
 
 namespace hadal::ops {
 namespace {
 
-/// A matrix as a checkpoint stores it, and its values in scalar code of its own.
-struct Stored {
-  at::Tensor data, scale;
-  at::Tensor values;  ///< [out, in] BF16
-};
-
-float power(int byte) { return std::ldexp(1.0f, byte - 127); }
-
-Stored make_fp4(int64_t out, int64_t in, unsigned seed) {
-  const float magnitudes[8] = {0, .5f, 1, 1.5f, 2, 3, 4, 6};
-  std::mt19937 random(seed);
-  Stored s{at::empty({out, in / 2}, at::kByte), at::empty({out, in / 32}, at::kByte),
-           at::empty({out, in}, at::kFloat)};
-  auto* data = s.data.data_ptr<uint8_t>();
-  auto* scale = s.scale.data_ptr<uint8_t>();
-  auto* value = s.values.data_ptr<float>();
-  for (int64_t i = 0; i < s.data.numel(); ++i) data[i] = static_cast<uint8_t>(random());
-  for (int64_t i = 0; i < s.scale.numel(); ++i)
-    scale[i] = static_cast<uint8_t>(110 + random() % 20);
-  for (int64_t i = 0; i < out * in; ++i) {
-    const int code = data[i / 2] >> (i % 2 * 4) & 15;
-    value[i] = ((code & 8) != 0 ? -1.0f : 1.0f) * magnitudes[code & 7] * power(scale[i / 32]);
-  }
-  s.values = s.values.to(at::kBFloat16);
-  return s;
-}
-
-Stored make_fp8(int64_t out, int64_t in, unsigned seed) {
-  std::mt19937 random(seed);
-  const int64_t columns = (in + 127) / 128;
-  Stored s{at::empty({out, in}, at::kByte), at::empty({(out + 127) / 128, columns}, at::kByte),
-           at::empty({out, in}, at::kFloat)};
-  auto* data = s.data.data_ptr<uint8_t>();
-  auto* scale = s.scale.data_ptr<uint8_t>();
-  auto* value = s.values.data_ptr<float>();
-  for (int64_t i = 0; i < s.scale.numel(); ++i)
-    scale[i] = static_cast<uint8_t>(110 + random() % 20);
-  for (int64_t i = 0; i < out * in; ++i) {
-    int code = static_cast<int>(random() % 256);
-    if ((code & 127) == 127) code &= ~8;
-    data[i] = static_cast<uint8_t>(code);
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    const float v = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-    value[i] = ((code & 128) != 0 ? -v : v) * power(scale[i / in / 128 * columns + i % in / 128]);
-  }
-  s.data = s.data.view(at::kFloat8_e4m3fn);
-  s.values = s.values.to(at::kBFloat16);
-  return s;
-}
+using testing::fp4;
+using testing::fp8;
+using testing::make_fp4;
+using testing::make_fp8;
+using testing::same_bits;
+using testing::Stored;
 
 at::Tensor make_rows(int64_t rows, int64_t in) {
   return quantise_input(at::randn({rows, (in + 127) / 128 * 128}), GemmRole::kFp8,
@@ -99,16 +55,7 @@ at::Tensor tree(const at::Tensor& x, const at::Tensor& w, int64_t slab) {
   return y;
 }
 
-bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() &&
-         std::memcmp(a.contiguous().const_data_ptr(), b.contiguous().const_data_ptr(),
-                     static_cast<size_t>(a.nbytes())) == 0;
-}
-
-Panels fp4(const Stored& s) { return pack_fp4({s.data}, {s.scale}).value(); }
-Panels fp8(const Stored& s) { return pack_fp8({s.data}, {s.scale}).value(); }
-
-class Linear : public testing::TestWithParam<int> {
+class Linear : public ::testing::TestWithParam<int> {
  protected:
   void SetUp() override {
     at::manual_seed(1);
@@ -286,38 +233,9 @@ TEST_P(Linear, NoRowsGiveNoRows) {
       at::IntArrayRef({0, 40}));
 }
 
-INSTANTIATE_TEST_SUITE_P(Isas, Linear, testing::Values(0, 1, 2));
+INSTANTIATE_TEST_SUITE_P(Isas, Linear, ::testing::Values(0, 1, 2));
 
-TEST(Panels, GiveTheirValuesBack) {
-  const Stored a = make_fp4(150, 96, 8), b = make_fp8(150, 77, 9);
-  EXPECT_TRUE(same_bits(unpack_panels(fp4(a))[0], a.values));
-  EXPECT_TRUE(same_bits(unpack_panels(fp8(b))[0], b.values));
-  const at::Tensor w = at::randn({3, 70, 33});
-  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w)), w));
-  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w.to(at::kBFloat16))), w.to(at::kBFloat16)));
-}
-
-TEST(Panels, HoldFourAndEightBitsAWeight) {
-  const int64_t weights = 256 * 512;
-  EXPECT_EQ(fp4(make_fp4(256, 512, 1)).num_bytes(), weights / 2 + weights / 32);
-  EXPECT_EQ(fp8(make_fp8(256, 512, 1)).num_bytes(), weights + 256 / 64 * 4);
-}
-
-TEST(Panels, RefuseValuesWithoutAPackedForm) {
-  Stored s = make_fp4(40, 64, 1);
-  s.scale[3][1] = 20;
-  EXPECT_FALSE(pack_fp4({s.data}, {s.scale}).has_value());
-  s.data[3].narrow(0, 16, 16).fill_(0x80);  // zeros need no scale
-  EXPECT_TRUE(pack_fp4({s.data}, {s.scale}).has_value());
-  Stored wide = make_fp8(40, 200, 1);
-  wide.scale[0][1] = 255;
-  EXPECT_FALSE(pack_fp8({wide.data}, {wide.scale}).has_value());
-  Stored nan = make_fp8(40, 200, 1);
-  nan.data.view(at::kByte)[7][9] = 0xff;
-  EXPECT_FALSE(pack_fp8({nan.data}, {nan.scale}).has_value());
-}
-
-TEST(Panels, AreConstantsToAutograd) {
+TEST(LinearPanels, AreConstantsToAutograd) {
   const Stored s = make_fp8(64, 128, 1);
   const at::Tensor x = make_rows(3, 128).requires_grad_(true);
   const at::Tensor y = linear(x, fp8(s), GemmRole::kFp8);

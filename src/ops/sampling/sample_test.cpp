@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <random>
 #include <span>
@@ -87,31 +88,46 @@ TEST(Sample, ChoosesAsEver) {
   }
 }
 
-/// What sample_token() chooses, by the definition: the largest log p + Gumbel noise.
+/// What sample_token() chooses, by the definition: of the tokens that top-k, min-p and top-p leave,
+/// the largest log p + Gumbel noise. `near`: top-p's border is so near that rounding decides it.
 int64_t choose_by_definition(std::span<const float> logits,
                              const SamplingParams& params,
-                             int64_t position) {
-  const Philox random(params.seed, fnv1a64("sample") ^ static_cast<uint64_t>(position));
-  double highest = -INFINITY;
-  for (const float x : logits) highest = x > highest ? x : highest;
-  int64_t best = -1;
-  double best_key = -INFINITY;
+                             int64_t position,
+                             bool* near) {
+  std::vector<size_t> order;
   for (size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i])) continue;
+    if (logits[i] > -INFINITY) order.push_back(i);
+  }
+  std::ranges::stable_sort(order, std::greater{}, [&](size_t i) { return logits[i]; });
+  if (params.top_k > 0) order.resize(std::min(order.size(), static_cast<size_t>(params.top_k)));
+  const double highest = logits[order[0]];
+  const auto scaled = [&](size_t i) { return (logits[i] - highest) / params.temperature; };
+  double total = 0;
+  for (const size_t i : order) total += std::exp(scaled(i));
+  const Philox random(params.seed, fnv1a64("sample") ^ static_cast<uint64_t>(position));
+  size_t best = order[0];
+  double best_key = -INFINITY, before = 0;
+  *near = false;
+  for (const size_t i : order) {
+    const double share = before / total;
+    if (i != order[0] && params.top_p < 1 && std::abs(share - params.top_p) < 1e-5) *near = true;
+    if (i != order[0] && (std::exp(scaled(i)) < params.min_p || share >= params.top_p)) break;
+    before += std::exp(scaled(i));
     const double uniform = random.uniform((uint64_t{params.choice} << 32) | i);
     const double exponential = std::max(-std::log1p(-uniform), 1e-300);
-    const double key = (logits[i] - highest) / params.temperature - std::log(exponential);
-    if (best >= 0 && !(key > best_key)) continue;
-    best = static_cast<int64_t>(i);
+    const double key = scaled(i) - std::log(exponential);
+    if (!(key > best_key) && (key != best_key || i > best)) continue;
+    best = i;
     best_key = key;
   }
-  return best;
+  return static_cast<int64_t>(best);
 }
 
 TEST(Sample, EveryInstructionSetChoosesByTheDefinition) {
   const Isa before = current_isa();
   std::mt19937 random(8);
-  for (int round = 0; round < 300; ++round) {
+  int compared = 0;
+  for (int round = 0; round < 1200; ++round) {
     std::vector<float> logits(1 + random() % 1500);
     const float spread = std::array{0.1f, 3.0f, 20.0f, 4000.0f}[static_cast<size_t>(round % 4)];
     for (float& x : logits) {
@@ -119,17 +135,29 @@ TEST(Sample, EveryInstructionSetChoosesByTheDefinition) {
       if (random() % 50 == 0) x = random() % 2 == 0 ? -INFINITY : NAN;
     }
     logits[random() % logits.size()] = spread;
-    const SamplingParams params{.temperature = std::array{1.0, 0.3, 2.5}[random() % 3],
-                                .seed = random(),
-                                .choice = static_cast<uint32_t>(random() % 4)};
+    SamplingParams params{.temperature = std::array{1.0, 0.3, 2.5}[random() % 3],
+                          .seed = random(),
+                          .choice = static_cast<uint32_t>(random() % 4)};
+    if (round / 4 % 2 == 1) params.top_p = std::array{0.5, 0.9, 0.999}[random() % 3];
+    if (round / 8 % 3 == 1) params.top_k = 1 + static_cast<int64_t>(random() % 60);
+    if (round / 8 % 3 == 2) params.min_p = 0.05;
     const auto position = static_cast<int64_t>(random());
-    const int64_t expected = choose_by_definition(logits, params, position);
-    for (int isa = 0; isa <= static_cast<int>(detect_isa()); ++isa) {
+    bool near = false;
+    const int64_t expected = choose_by_definition(logits, params, position, &near);
+    force_isa(Isa::kPortable);
+    const int64_t portable = sample_token(logits, params, position);
+    if (!near) {
+      EXPECT_EQ(portable, expected) << round;
+      ++compared;
+    }
+    for (int isa = 1; isa <= static_cast<int>(detect_isa()); ++isa) {
       force_isa(static_cast<Isa>(isa));
-      EXPECT_EQ(sample_token(logits, params, position), expected) << isa_name(current_isa());
+      EXPECT_EQ(sample_token(logits, params, position), portable)
+          << round << " " << isa_name(current_isa());
     }
     force_isa(before);
   }
+  EXPECT_GT(compared, 1100);
 }
 
 /// Draws at positions 0 to 39,999 against weights (not normalised; 0: never): the chi-square of

@@ -1,0 +1,50 @@
+#include "ops/gemm/panels.h"
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "testing/kernel_checks.h"
+#include "testing/stored_weights.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::fp4;
+using testing::fp8;
+using testing::make_fp4;
+using testing::make_fp8;
+using testing::same_bits;
+using testing::Stored;
+
+TEST(Panels, GiveTheirValuesBack) {
+  const Stored a = make_fp4(150, 96, 8), b = make_fp8(150, 77, 9);
+  EXPECT_TRUE(same_bits(unpack_panels(fp4(a))[0], a.values));
+  EXPECT_TRUE(same_bits(unpack_panels(fp8(b))[0], b.values));
+  const at::Tensor w = at::randn({3, 70, 33});
+  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w)), w));
+  EXPECT_TRUE(same_bits(unpack_panels(pack_panels(w.to(at::kBFloat16))), w.to(at::kBFloat16)));
+}
+
+TEST(Panels, HoldFourAndEightBitsAWeight) {
+  const int64_t weights = 256 * 512;
+  EXPECT_EQ(fp4(make_fp4(256, 512, 1)).num_bytes(), weights / 2 + weights / 32);
+  EXPECT_EQ(fp8(make_fp8(256, 512, 1)).num_bytes(), weights + 256 / 64 * 4);
+}
+
+TEST(Panels, RefuseValuesWithoutAPackedForm) {
+  Stored s = make_fp4(40, 64, 1);
+  s.scale[3][1] = 20;
+  EXPECT_FALSE(pack_fp4({s.data}, {s.scale}).has_value());
+  s.data[3].narrow(0, 16, 16).fill_(0x80);  // zeros need no scale
+  EXPECT_TRUE(pack_fp4({s.data}, {s.scale}).has_value());
+  Stored wide = make_fp8(40, 200, 1);
+  wide.scale[0][1] = 255;
+  EXPECT_FALSE(pack_fp8({wide.data}, {wide.scale}).has_value());
+  Stored nan = make_fp8(40, 200, 1);
+  nan.data.view(at::kByte)[7][9] = 0xff;
+  EXPECT_FALSE(pack_fp8({nan.data}, {nan.scale}).has_value());
+}
+
+}  // namespace
+}  // namespace hadal::ops
