@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "base/math.h"
 #include "checkpoint/load_model.h"
 #include "checkpoint/official.h"
 #include "testing/schedules.h"
@@ -15,7 +16,7 @@ TEST(NanoSchedules, GiveTheLogitsOfTheRequestAlone) {
   const std::string folder = concat(HADAL_SOURCE_DIR, "/models/hadal-nano");
   const model::Transformer model = checkpoint::load_model(
       checkpoint::OfficialCheckpoint::open(folder), ops::Numerics::kReleased);
-  const int64_t wanted = testing::schedules_wanted(50) / 10;
+  const int64_t wanted = ceil_div(testing::schedules_wanted(50), int64_t{10});
   testing::Schedules schedules(model, ops::Numerics::kReleased,
                                {.num_requests = 20, .max_company = 24}, 5);
   for (int64_t i = 0; i < wanted && !HasFatalFailure(); ++i) schedules.run();

@@ -81,7 +81,7 @@ void check_policy(const model::ModelConfig& config,
                           .slack = kSlack,
                           .with_mtp = with_mtp,
                           .whole_windows = policy == WindowPolicy::kFull});
-  memory.set_rerun([](const SequenceStep&) {});
+  memory.set_rerun([](const SequenceStep&, int64_t) {});
   const int64_t page_tokens = memory.page_tokens();
   ASSERT_EQ(page_tokens, 256);
   const int64_t layers = with_mtp ? config.n_blocks() : config.n_layers;

@@ -198,9 +198,9 @@ void KvCache::load_window(int64_t slot, int64_t pos, std::span<const std::byte> 
   load_kept(slot, pos, page_tokens_, in);
 }
 
-int64_t KvCache::rebuild_tokens() const {
+int64_t KvCache::rebuild_tokens(int64_t layer) const {
   const int64_t layers = options_.with_mtp ? config_.n_blocks() : config_.n_layers;
-  return layers * (config_.window_size - 1);
+  return (layers - layer) * (config_.window_size - 1);
 }
 
 int64_t KvCache::rebuild_start(int64_t pos) const {
@@ -224,7 +224,8 @@ void KvCache::rebuild(int64_t slot,
           .start = start,
           .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
           .pages = pages,
-          .num_logits = 0});
+          .num_logits = 0},
+         std::ssize(tokens));
 }
 
 ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {

@@ -76,13 +76,15 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   void save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
   void load_window(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
 
-  /// What runs tokens again for rebuild(); set by the runner.
-  using Rerun = std::function<void(const SequenceStep& step)>;
+  /// What runs tokens again for rebuild(), for a state at `pos`; set by the runner.
+  using Rerun = std::function<void(const SequenceStep& step, int64_t pos)>;
   void set_rerun(Rerun rerun) { rerun_ = std::move(rerun); }
   /// Tokens before a page border whose run makes the state behind it: L (n_win - 1), L the layers
   /// that have a cache (training.md 3.3): each layer's windows are right n_win - 1 positions after
   /// those of the layer below.
-  int64_t rebuild_tokens() const;
+  int64_t rebuild_tokens() const { return rebuild_tokens(0); }
+  /// Those that a layer must see: (n_win - 1) for itself and for each one above it.
+  int64_t rebuild_tokens(int64_t layer) const;
   bool can_rebuild() const override { return static_cast<bool>(rerun_); }
   int64_t rebuild_start(int64_t pos) const override;
   /// Compressed entries are taken from the pages and not written.

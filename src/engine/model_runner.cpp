@@ -16,7 +16,7 @@ ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
       drafts_(cache.options().with_mtp),
       kept_streams_(model.config().window_size + cache.options().slack) {
   seen_.resize(static_cast<size_t>(cache.num_slots()));
-  cache.set_rerun([this](const SequenceStep& step) { run({&step, 1}); });
+  cache.set_rerun([this](const SequenceStep& step, int64_t pos) { rerun(step, pos); });
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
@@ -69,6 +69,34 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   const at::Tensor rows =
       asked.size() == ids.size() ? streams : streams.index_select(0, on_device(asked));
   logits_ = model_.logits(model_.head_input(rows, numerics_), numerics_).cpu().contiguous();
+}
+
+void ModelRunner::rerun(SequenceStep step, int64_t pos) {
+  const c10::InferenceMode inference;
+  at::Tensor ids = on_device({step.tokens.begin(), step.tokens.end()});
+  at::Tensor streams = model_.embed(ids, numerics_);
+  // Drops tokens before what layer `layer` must see; false if none are left.
+  const auto narrow = [&](int64_t layer) {
+    const int64_t dropped = std::max<int64_t>(0, pos - cache_.rebuild_tokens(layer) - step.start);
+    const int64_t left = std::ssize(step.tokens) - dropped;
+    if (left <= 0) return false;
+    if (dropped == 0) return true;
+    step.start += dropped;
+    step.tokens = step.tokens.last(static_cast<size_t>(left));
+    ids = ids.narrow(0, dropped, left);
+    streams = streams.narrow(0, dropped, left);
+    return true;
+  };
+  for (int64_t layer = 0; layer < model_.config().n_layers; ++layer) {
+    if (!narrow(layer)) return;
+    const ops::Batch batch = cache_.begin({&step, 1});
+    model::ForwardContext context;
+    context.batch = &batch;
+    context.numerics = numerics_;
+    context.kv = &cache_;
+    streams = model_.run_layer(layer, streams, ids, context);
+  }
+  if (drafts_ && narrow(model_.config().n_layers)) keep_streams({&step, 1}, streams);
 }
 
 std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) const {

@@ -58,6 +58,9 @@ class ModelRunner final : public Runner {
   std::vector<int64_t> first_logits_;  // [sequences + 1]
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
+  /// Runs tokens again for the state at `pos`: each layer sees those that its windows and the
+  /// layers above it need, about half of what run() would show them.
+  void rerun(SequenceStep step, int64_t pos);
   /// Keeps the streams of the step just run.
   void keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.

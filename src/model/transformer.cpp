@@ -251,13 +251,24 @@ void Transformer::fill_rope(ForwardContext& context) const {
   context.rope_compressed = rope_compressed_.cos_sin(batch.pos(), max_pos);
 }
 
-at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
-  const ops::Batch& batch = *context.batch;
-  ops::check_shape(ids, {batch.num_tokens()}, "transformer: ids");
+at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) const {
+  const at::Tensor embedded = ops::embedding(ids, embed_.operand(numerics));
+  return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
+}
+
+at::Tensor Transformer::run_layer(int64_t layer,
+                                  at::Tensor streams,
+                                  const at::Tensor& ids,
+                                  ForwardContext& context) const {
+  ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
   fill_rope(context);
-  const at::Tensor embedded = ops::embedding(ids, embed_.operand(context.numerics));
-  at::Tensor streams =
-      embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
+  return run_block(blocks_.at(static_cast<size_t>(layer)), layer, std::move(streams), ids, context);
+}
+
+at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
+  ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
+  fill_rope(context);
+  at::Tensor streams = embed(ids, context.numerics);
   for (int64_t i = 0; i < config_.n_layers; ++i) {
     streams = run_block(blocks_[static_cast<size_t>(i)], i, std::move(streams), ids, context);
   }

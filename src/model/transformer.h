@@ -49,6 +49,13 @@ class Transformer {
   /// Fills context.rope_* and runs embedding and main blocks: ids [tokens] I64 -> streams [tokens,
   /// hc_mult, dim].
   at::Tensor forward(const at::Tensor& ids, ForwardContext& context) const;
+  /// Its parts, for who gives layers different tokens (the batch of the context): ids -> streams in
+  /// front of layer 0, and streams through one main block. run_layer() fills context.rope_*, too.
+  at::Tensor embed(const at::Tensor& ids, ops::Numerics numerics) const;
+  at::Tensor run_layer(int64_t layer,
+                       at::Tensor streams,
+                       const at::Tensor& ids,
+                       ForwardContext& context) const;
   /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
   at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
   /// The head's matrix [vocab, dim] as the numerics uses it, for losses that never hold all logits.

@@ -1,7 +1,10 @@
 #include "server/api.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <boost/asio/post.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <chrono>
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
@@ -95,13 +98,25 @@ struct Api::Keys {
   const int64_t limit;
 };
 
+/// Where requests wait for their grammars. What has not begun when it ends never begins.
+struct Api::Waiting {
+  explicit Waiting(int num_threads) : threads(static_cast<size_t>(num_threads)) {}
+  ~Waiting() {
+    threads.stop();
+    threads.join();
+  }
+  boost::asio::thread_pool threads;
+};
+
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
     : context_{engine, tokenizer, options},
       keys_(std::make_shared<Keys>(options)),
       views_(std::make_shared<ViewStore>()),
       created_(std::chrono::duration_cast<std::chrono::seconds>(
                    std::chrono::system_clock::now().time_since_epoch())
-                   .count()) {}
+                   .count()) {
+  if (options.grammar_threads > 0) waiting_ = std::make_unique<Waiting>(options.grammar_threads);
+}
 Api::~Api() = default;
 
 void Api::watch(std::function<HttpStats()> stats, std::function<bool()> draining) {
@@ -135,15 +150,19 @@ HttpResponse Api::error(int status, std::string_view message, std::string_view p
 }
 
 void Api::handle(HttpRequest request, std::shared_ptr<Responder> responder) {
+  guarded(request.path, *responder, [&] { route(request, responder); });
+}
+
+void Api::guarded(std::string_view path, Responder& responder, const std::function<void()>& work) {
   try {
-    route(request, responder);
+    work();
   } catch (const RequestError& error) {
-    metrics_.count_response(label(request.path), error.status());
-    responder->send(refuse(error, request.path));
+    metrics_.count_response(label(path), error.status());
+    responder.send(refuse(error, path));
   } catch (const std::exception& error) {
-    log::error("server", request.path, ": ", error.what());
-    metrics_.count_response(label(request.path), 500);
-    responder->send(refuse(RequestError(500, "internal error"), request.path));
+    log::error("server", path, ": ", error.what());
+    metrics_.count_response(label(path), 500);
+    responder.send(refuse(RequestError(500, "internal error"), path));
   }
 }
 
@@ -230,10 +249,23 @@ void Api::generate(const HttpRequest& request,
       views->put(id, view);
     };
   }
-  std::make_shared<Generation>(context_.engine, context_.tokenizer, metrics_, responder,
-                               std::move(job), std::move(lease), context_.options.ping_interval)
-      ->start();
-  metrics_.count_response(label(request.path), 200);
+  const bool has_grammar = std::ranges::any_of(job.requests, [](const engine::Request& part) {
+    return part.grammar.kind != engine::Grammar::Kind::kNone;
+  });
+  const auto generation = std::make_shared<Generation>(
+      context_.engine, context_.tokenizer, metrics_, responder, std::move(job), std::move(lease),
+      context_.options.ping_interval);
+  const auto start = [this, generation, path = request.path] {
+    generation->start();
+    metrics_.count_response(label(path), 200);
+  };
+  if (!has_grammar || waiting_ == nullptr) return start();
+  const auto left = std::make_shared<std::atomic<bool>>(false);
+  responder->on_close([left] { *left = true; });
+  boost::asio::post(waiting_->threads, [this, start, left, responder, path = request.path] {
+    if (*left) return metrics_.cancelled.add();
+    guarded(path, *responder, start);
+  });
 }
 
 HttpResponse Api::context_view(const HttpRequest& request) const {

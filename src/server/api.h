@@ -38,6 +38,8 @@ class Api final : public HttpHandler {
   struct Keys;
   using Reader = Job (*)(const Context&, const Json&);
 
+  /// Runs `work`; what it throws becomes the answer.
+  void guarded(std::string_view path, Responder& responder, const std::function<void()>& work);
   void route(const HttpRequest& request, const std::shared_ptr<Responder>& responder);
   void generate(const HttpRequest& request,
                 const std::shared_ptr<Responder>& responder,
@@ -60,6 +62,8 @@ class Api final : public HttpHandler {
   std::function<bool()> draining_;
   std::map<std::string, HttpResponse, std::less<>> pages_;
   const int64_t created_;
+  struct Waiting;
+  std::unique_ptr<Waiting> waiting_;  ///< last: its threads use the rest
 };
 
 }  // namespace hadal::server

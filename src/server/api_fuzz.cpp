@@ -49,9 +49,16 @@ class Recorder final : public hadal::server::Responder {
   std::string body;
 };
 
+hadal::server::ServerOptions on_one_thread() {
+  hadal::server::ServerOptions options;
+  options.grammar_threads = 0;
+  return options;
+}
+
 struct World {
   World()
-      : tokenizer(hadal::text::Tokenizer::from_json(
+      : options(on_one_thread()),
+        tokenizer(hadal::text::Tokenizer::from_json(
             // Few tokens an answer: what is fuzzed is the request.
             hadal::testing::byte_tokenizer_json({call()}),
             "tiny")),

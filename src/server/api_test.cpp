@@ -52,7 +52,9 @@ class ApiTest : public ::testing::Test {
                 [this](const engine::Request&, int64_t choice) {
                   return answers_[static_cast<size_t>(choice) % answers_.size()];
                 },
-                {.max_context = 4096, .inline_steps = true}) {}
+                {.max_context = 4096, .inline_steps = true}) {
+    options_.grammar_threads = 0;  // all is answered when handle() returns
+  }
 
   HttpResponse call(const std::string& method, const std::string& path, const std::string& body) {
     if (!api_) api_.emplace(engine_, tokenizer_, options_);

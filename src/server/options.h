@@ -26,6 +26,9 @@ struct ServerOptions {
   // Threads.
   int io_threads = 2;       ///< sockets and streams
   int handler_threads = 2;  ///< reading requests and tokenising, so that streams never wait for it
+  /// Requests with a schema, grammar or tools wait here until it is compiled, so that nobody else
+  /// waits with them; 0: on the handler's thread.
+  int grammar_threads = 8;
 
   // Limits of the connection.
   size_t max_connections = 10'000;

@@ -3,9 +3,11 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
@@ -79,6 +81,66 @@ TEST(Server, KeepsConnectionsAliveAndAnswersPipelinedRequestsInOrder) {
   EXPECT_EQ(client.receive().body, R"({"status": "ok"})");
   EXPECT_NE(client.receive().body.find("Hello!"), std::string::npos);
   EXPECT_EQ(f.server->stats().accepted, 1);
+}
+
+/// An engine whose grammars take until they are let go.
+class SlowGrammars final : public engine::Engine {
+ public:
+  explicit SlowGrammars(engine::Engine& inner) : inner_(inner) {}
+  const engine::EngineInfo& info() const override { return inner_.info(); }
+  engine::Submitted submit(engine::Request request,
+                           std::shared_ptr<engine::Sink> sink,
+                           uint64_t* id) override {
+    if (request.grammar.kind != engine::Grammar::Kind::kNone) {
+      ++begun;
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return free_; });
+    }
+    return inner_.submit(std::move(request), std::move(sink), id);
+  }
+  void cancel(uint64_t id) override { inner_.cancel(id); }
+  engine::EngineStats stats() const override { return inner_.stats(); }
+  void let_go() {
+    const std::lock_guard lock(mutex_);
+    free_ = true;
+    changed_.notify_all();
+  }
+  std::atomic<int> begun{0};
+
+ private:
+  engine::Engine& inner_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool free_ = false;
+};
+
+TEST(Server, SlowGrammarsHoldUpNobodyElse) {
+  const auto tokenizer = text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny");
+  ScriptedEngine inner(tokenizer, [](const engine::Request&, int64_t) { return "{}"; });
+  SlowGrammars engine(inner);
+  ServerOptions options;
+  options.port = 0;
+  options.grammar_threads = 2;
+  Server server(engine, tokenizer, options);
+  server.start();
+  const std::string constrained =
+      testing::post_bytes("/v1/chat/completions",
+                          R"({"messages": [{"role": "user", "content": "hi"}], "thinking": false,
+          "response_format": {"type": "json_object"}})");
+  std::vector<LoopbackClient> waiting;
+  for (int i = 0; i < 5; ++i) waiting.emplace_back(server.port()).send(constrained);
+  ASSERT_TRUE(eventually([&] { return engine.begun == 2; }));
+  LoopbackClient other(server.port());
+  EXPECT_EQ(other.post("/v1/chat/completions", kPlain).status, 200);
+  ASSERT_TRUE(eventually([&] { return server.stats().active == 5; }));
+  // Of those behind the two, who leaves is not submitted.
+  waiting.pop_back();
+  waiting.pop_back();
+  ASSERT_TRUE(eventually([&] { return server.stats().left == 2; }));
+  engine.let_go();
+  for (LoopbackClient& client : waiting) EXPECT_EQ(client.receive().status, 200);
+  server.stop();
+  EXPECT_EQ(engine.begun, 3);
 }
 
 TEST(Server, ClosesWhereTheClientAsksTo) {
