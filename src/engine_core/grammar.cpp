@@ -36,6 +36,19 @@ size_t step_end(size_t matched, char byte) {
   return byte == kEnd[0] ? 1 : 0;
 }
 
+constexpr std::string_view kMarker = text::kDsml;
+/// What stands before the marker where a block of calls begins.
+constexpr std::string_view kBeforeBlock = "\n\n<";
+/// So many of a text's last bytes tell whether a token completes the marker, and where.
+constexpr size_t kTail = kBeforeBlock.size() + kMarker.size() - 1;
+
+/// How much of kMarker the text ends with, one byte later. What a failed match leaves is its first
+/// byte at most.
+size_t step_marker(size_t matched, char byte) {
+  if (byte == kMarker[matched]) return matched + 1;
+  return byte == kMarker[0] ? 1 : 0;
+}
+
 /// A token that, with so much of kEnd before it, ends the thinking and brings more.
 struct Border {
   int32_t token;
@@ -107,6 +120,13 @@ struct Vocabulary {
   std::optional<xgrammar::TokenizerInfo> plain, with_dsml;
 
   size_t mask_words() const { return static_cast<size_t>((size + 31) / 32); }
+  std::string_view bytes_with_dsml(size_t place) const {
+    if (static_cast<int64_t>(place) == dsml) return kMarker;
+    return place < bytes.size() ? std::string_view(bytes[place]) : std::string_view();
+  }
+  int64_t dsml = -1;  ///< the marker's own token
+  /// The tokens that complete the marker, by how much of it the text ends with.
+  std::array<std::vector<int32_t>, kMarker.size()> marker_ends;
   /// By Utf8State: the tokens behind which the text is still UTF-8.
   std::array<std::vector<uint32_t>, kUtf8States> utf8_masks;
 };
@@ -148,6 +168,17 @@ std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokeniz
       const std::string_view bytes =
           place < vocabulary.bytes.size() ? vocabulary.bytes[place] : std::string_view();
       if (step_utf8(state, bytes) != kBroken) mask[place / 32] |= 1u << place % 32;
+    }
+  }
+  vocabulary.dsml = dsml.value_or(-1);
+  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
+    const std::string_view bytes = vocabulary.bytes_with_dsml(static_cast<size_t>(id));
+    if (bytes.find(kMarker.back()) == std::string_view::npos) continue;
+    for (size_t before = 0; before < kMarker.size(); ++before) {
+      size_t matched = before;
+      for (size_t pos = 0; pos < bytes.size() && matched < kMarker.size(); ++pos)
+        matched = step_marker(matched, bytes[pos]);
+      if (matched == kMarker.size()) vocabulary.marker_ends[before].push_back(id);
     }
   }
   const auto info = [&](const std::vector<std::string>& bytes) {
@@ -223,11 +254,16 @@ xgrammar::Grammar read_grammar(const Grammar& grammar, const Vocabulary& vocabul
 
 class CompiledGrammar {
  public:
-  CompiledGrammar(std::shared_ptr<const Vocabulary> tokens, xgrammar::CompiledGrammar grammar)
-      : vocabulary(std::move(tokens)), compiled(std::move(grammar)) {}
+  CompiledGrammar(std::shared_ptr<const Vocabulary> tokens,
+                  xgrammar::CompiledGrammar grammar,
+                  bool guards)
+      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), guards_marker(guards) {}
 
   std::shared_ptr<const Vocabulary> vocabulary;
   xgrammar::CompiledGrammar compiled;
+  /// The first marker of the text begins a block of calls, as xgrammar alone would not demand of
+  /// text before it.
+  bool guards_marker;
 };
 
 // --- GrammarCompiler
@@ -265,8 +301,8 @@ struct GrammarCompiler::Impl {
       const GrammarWarnings warnings;
       const xgrammar::Grammar read = read_grammar(grammar, *vocabulary);
       auto& compiler = grammar.kind == Grammar::Kind::kToolCalls ? *with_dsml : *plain;
-      auto result =
-          std::make_shared<const CompiledGrammar>(vocabulary, compiler.CompileGrammar(read));
+      auto result = std::make_shared<const CompiledGrammar>(
+          vocabulary, compiler.CompileGrammar(read), grammar.kind == Grammar::Kind::kToolCalls);
       HADAL_INPUT_CHECK(warnings.first().empty(), "grammar: ", kind_name(grammar.kind), ": ",
                         warnings.first());
       HADAL_INPUT_CHECK(result->compiled.MemorySizeBytes() <= limits.compiled_bytes,
@@ -417,20 +453,57 @@ struct GrammarSession::Impl {
     size_t matched;  ///< of kEnd, before it
     int8_t utf8;     ///< before it
     int matcher_steps;
+    bool guarding;     ///< before it
+    std::string tail;  ///< before it
   };
 
   explicit Impl(const std::shared_ptr<const CompiledGrammar>& grammar, bool is_thinking)
-      : vocabulary(grammar->vocabulary), matcher(grammar->compiled), thinking(is_thinking) {}
+      : vocabulary(grammar->vocabulary),
+        matcher(grammar->compiled),
+        thinking(is_thinking),
+        guarding(grammar->guards_marker) {}
+
+  Step step(int matcher_steps) const {
+    return {.thinking = thinking,
+            .matched = matched,
+            .utf8 = utf8,
+            .matcher_steps = matcher_steps,
+            .guarding = guarding,
+            .tail = tail};
+  }
+
+  /// Whether the marker, if `bytes` complete it, stands where it may.
+  bool marker_fits(std::string_view bytes) const {
+    if (!guarding) return true;
+    const std::string seen = tail + std::string(bytes);
+    const size_t pos = seen.find(kMarker);
+    return pos == std::string::npos ||
+           std::string_view(seen).substr(0, pos).ends_with(kBeforeBlock);
+  }
+
+  /// The text grows by what fits.
+  void grow(std::string_view bytes) {
+    if (!guarding) return;
+    tail += bytes;
+    guarding = tail.find(kMarker) == std::string::npos;
+    tail.erase(0, guarding ? tail.size() - std::min(tail.size(), kTail) : tail.size());
+  }
+
+  size_t marker_matched() const {
+    size_t now = 0;
+    for (const char byte : tail) now = step_marker(now, byte);
+    return now;
+  }
 
   bool accept_thinking(int64_t token) {
     const auto place = static_cast<size_t>(token);
     if ((vocabulary->thinking_mask[place / 32] >> place % 32 & 1u) == 0) return false;
-    Step step{.thinking = true, .matched = matched, .utf8 = kWhole, .matcher_steps = 0};
+    Step before = step(0);
     const std::string& bytes = vocabulary->bytes[place];
     if (bytes.empty()) {  // kEnd as an added token
       thinking = false;
       matched = 0;
-      steps.push_back(step);
+      steps.push_back(std::move(before));
       return true;
     }
     size_t now = matched;
@@ -438,17 +511,19 @@ struct GrammarSession::Impl {
       now = step_end(now, bytes[pos]);
       if (now < kEndLength) continue;
       if (pos + 1 < bytes.size()) {
-        const int8_t behind = step_utf8(kWhole, std::string_view(bytes).substr(pos + 1));
-        if (behind == kBroken || !matcher.AcceptString(bytes.substr(pos + 1))) return false;
+        const std::string rest = bytes.substr(pos + 1);
+        const int8_t behind = step_utf8(kWhole, rest);
+        if (behind == kBroken || !marker_fits(rest) || !matcher.AcceptString(rest)) return false;
         utf8 = behind;
-        step.matcher_steps = 1;
+        grow(rest);
+        before.matcher_steps = 1;
       }
       thinking = false;
       now = 0;
       break;
     }
     matched = now;
-    steps.push_back(step);
+    steps.push_back(std::move(before));
     return true;
   }
 
@@ -457,6 +532,8 @@ struct GrammarSession::Impl {
   bool thinking;
   size_t matched = 0;
   int8_t utf8 = kWhole;  ///< of the text that the grammar has seen
+  bool guarding;         ///< the marker has not come yet, and may only where a block begins
+  std::string tail;      ///< while guarding: the last kTail bytes of that text
   std::vector<Step> steps;
 };
 
@@ -476,16 +553,20 @@ bool GrammarSession::accept(int64_t token) {
   const int8_t utf8 = impl_->utf8;
   if (impl_->matcher.IsTerminated()) {
     if (token != impl_->vocabulary->eos) return false;
-    impl_->steps.push_back({.thinking = false, .matched = 0, .utf8 = utf8, .matcher_steps = 0});
+    impl_->steps.push_back(impl_->step(0));
     return true;
   }
   const auto place = static_cast<size_t>(token);
   const std::vector<std::string>& bytes = impl_->vocabulary->bytes;
   const int8_t behind =
       step_utf8(utf8, place < bytes.size() ? std::string_view(bytes[place]) : std::string_view());
-  if (behind == kBroken || !impl_->matcher.AcceptToken(static_cast<int32_t>(token))) return false;
-  impl_->steps.push_back({.thinking = false, .matched = 0, .utf8 = utf8, .matcher_steps = 1});
+  const std::string_view text = impl_->vocabulary->bytes_with_dsml(place);
+  if (behind == kBroken || !impl_->marker_fits(text) ||
+      !impl_->matcher.AcceptToken(static_cast<int32_t>(token)))
+    return false;
+  impl_->steps.push_back(impl_->step(1));
   impl_->utf8 = behind;
+  impl_->grow(text);
   return true;
 }
 
@@ -498,6 +579,8 @@ void GrammarSession::rollback(int64_t count) {
     impl_->thinking = step.thinking;
     impl_->matched = step.matched;
     impl_->utf8 = step.utf8;
+    impl_->guarding = step.guarding;
+    impl_->tail = step.tail;
     matcher_steps += step.matcher_steps;
     impl_->steps.pop_back();
   }
@@ -513,7 +596,8 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     for (const Border& border : vocabulary.borders[impl_->matched]) {
       const auto place = static_cast<size_t>(border.token);
       const std::string rest = vocabulary.bytes[place].substr(border.rest);
-      if (step_utf8(kWhole, rest) != kBroken && impl_->matcher.AcceptString(rest)) {
+      if (step_utf8(kWhole, rest) != kBroken && impl_->marker_fits(rest) &&
+          impl_->matcher.AcceptString(rest)) {
         impl_->matcher.Rollback(1);
       } else {
         words[place / 32] &= ~(1u << place % 32);
@@ -540,6 +624,12 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     std::fill(words.begin(), words.end(), ~uint32_t{0});
   const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
+  if (!impl_->guarding) return true;
+  for (const int32_t token : vocabulary.marker_ends[impl_->marker_matched()]) {
+    const auto place = static_cast<size_t>(token);
+    if (!impl_->marker_fits(vocabulary.bytes_with_dsml(place)))
+      words[place / 32] &= ~(1u << place % 32);
+  }
   return true;
 }
 

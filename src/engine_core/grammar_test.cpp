@@ -540,6 +540,47 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
   EXPECT_FALSE(accepted);
 }
 
+TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
+  const std::string tools = concat(R"({"mode": "auto", "tools": )", kTools, "}");
+  const int64_t marker = tokenizer().id_of(text::kDsml);
+  // Spelled byte by byte, or as its own token: whether all of it is accepted.
+  const auto takes = [&](GrammarSession& session, std::string_view text, bool as_token) {
+    const int64_t before = session.length();
+    expect_mask_is_acceptance(session);
+    bool all = true;
+    for (size_t pos = 0; pos < text.size() && all; ++pos) {
+      const bool is_marker = as_token && text.substr(pos).starts_with(text::kDsml);
+      const int64_t token = is_marker ? marker : tokenizer().id_of(text.substr(pos, 1));
+      const bool allowed = bit(mask_of(session), token);
+      all = session.accept(token);
+      EXPECT_EQ(allowed, all) << text << " at " << pos;
+      if (is_marker) pos += text::kDsml.size() - 1;
+    }
+    if (all) expect_mask_is_acceptance(session);
+    session.rollback(session.length() - before);
+    return all;
+  };
+  for (const bool thinking : {false, true}) {
+    GrammarSession session = start(Grammar::Kind::kToolCalls, tools, thinking);
+    if (thinking) {
+      EXPECT_FALSE(session.accept(marker));
+      ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
+    }
+    for (const bool as_token : {false, true}) {
+      const std::string_view open = text::tool_block_start();  // "\n\n<|DSML|tool_calls"
+      EXPECT_TRUE(takes(session, open, as_token));
+      EXPECT_TRUE(takes(session, concat("a\n\n", open), as_token));
+      EXPECT_TRUE(takes(session, concat(open.substr(0, 7), "\n<", open.substr(0, 3), "b"), false));
+      EXPECT_FALSE(takes(session, open.substr(1), as_token));
+      EXPECT_FALSE(takes(session, open.substr(3), as_token));
+      EXPECT_FALSE(takes(session, concat("a\n<", text::kDsml, "parameter"), as_token));
+      EXPECT_FALSE(takes(session, concat("\n\n<", text::kDsml, "invoke"), as_token));
+      EXPECT_FALSE(takes(session, concat("\uff5c\uff5cDSM", text::kDsml), as_token));
+    }
+    EXPECT_TRUE(takes(session, "\uff5cDSML \n\n<div> \uff5cDSML\uff5d", false));
+  }
+}
+
 TEST(Grammar, AddedTokensAreNoText) {
   GrammarSession session = start(Grammar::Kind::kRegex, "(.|\\n)*");
   std::vector<uint32_t> words = mask_of(session);

@@ -255,7 +255,8 @@ std::string tool_calls_structural_tag(std::string_view text) {
              {"content", std::move(content)},
              {"end", text::dsml::kBlockEnd}};
     format = Json{{"type", "triggered_tags"},
-                  {"triggers", {text::tool_block_start()}},
+                  // Sessions let the marker come here only.
+                  {"triggers", {concat("\n\n<", text::kDsml)}},
                   {"tags", {std::move(tag)}},
                   {"stop_after_first", true}};
   }
