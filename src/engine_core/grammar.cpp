@@ -18,6 +18,7 @@
 #include "base/check.h"
 #include "base/json.h"
 #include "engine_core/grammar_log.h"
+#include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
 #include "engine_core/grammar_tools.h"
@@ -28,26 +29,8 @@ namespace {
 
 constexpr std::string_view kEnd = text::kThinkEnd;
 constexpr size_t kEndLength = kEnd.size();
-constexpr size_t kMaxCompiling = 2;
-
-/// How much of kEnd the text ends with, one byte later. Its first byte comes only once.
-size_t step_end(size_t matched, char byte) {
-  if (byte == kEnd[matched]) return matched + 1;
-  return byte == kEnd[0] ? 1 : 0;
-}
-
 constexpr std::string_view kMarker = text::kDsml;
-/// What stands before the marker where a block of calls begins.
-constexpr std::string_view kBeforeBlock = "\n\n<";
-/// So many of a text's last bytes tell whether a token completes the marker, and where.
-constexpr size_t kTail = kBeforeBlock.size() + kMarker.size() - 1;
-
-/// How much of kMarker the text ends with, one byte later. What a failed match leaves is its first
-/// byte at most.
-size_t step_marker(size_t matched, char byte) {
-  if (byte == kMarker[matched]) return matched + 1;
-  return byte == kMarker[0] ? 1 : 0;
-}
+constexpr size_t kMaxCompiling = 2;
 
 /// A token that, with so much of kEnd before it, ends the thinking and brings more.
 struct Border {
@@ -55,7 +38,6 @@ struct Border {
   size_t rest;  ///< where its bytes behind kEnd begin
 };
 
-/// What follows from the tokenizer alone.
 /// Where a text stands between two characters (kWhole) or inside one: what may follow is UTF-8 or
 /// it is not (Unicode 16, table 3-7). -1: it cannot be.
 enum Utf8State : int8_t {
@@ -111,6 +93,7 @@ int8_t step_utf8(int8_t state, std::string_view bytes) {
   return state;
 }
 
+/// What follows from the tokenizer alone.
 struct Vocabulary {
   int64_t size = 0;
   int32_t eos = -1;
@@ -154,7 +137,7 @@ std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokeniz
     for (size_t before = 0; before < kEndLength; ++before) {
       size_t matched = before;
       for (size_t pos = 0; pos + 1 < bytes.size(); ++pos) {
-        matched = step_end(matched, bytes[pos]);
+        matched = step_match(kEnd, matched, bytes[pos]);
         if (matched < kEndLength) continue;
         vocabulary.borders[before].push_back({.token = id, .rest = pos + 1});
         break;
@@ -177,7 +160,7 @@ std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokeniz
     for (size_t before = 0; before < kMarker.size(); ++before) {
       size_t matched = before;
       for (size_t pos = 0; pos < bytes.size() && matched < kMarker.size(); ++pos)
-        matched = step_marker(matched, bytes[pos]);
+        matched = step_match(kMarker, matched, bytes[pos]);
       if (matched == kMarker.size()) vocabulary.marker_ends[before].push_back(id);
     }
   }
@@ -256,14 +239,12 @@ class CompiledGrammar {
  public:
   CompiledGrammar(std::shared_ptr<const Vocabulary> tokens,
                   xgrammar::CompiledGrammar grammar,
-                  bool guards)
-      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), guards_marker(guards) {}
+                  bool calls)
+      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), has_calls(calls) {}
 
   std::shared_ptr<const Vocabulary> vocabulary;
   xgrammar::CompiledGrammar compiled;
-  /// The first marker of the text begins a block of calls, as xgrammar alone would not demand of
-  /// text before it.
-  bool guards_marker;
+  bool has_calls;  ///< of tools: the marker has its place, which xgrammar's free text does not know
 };
 
 // --- GrammarCompiler
@@ -453,46 +434,21 @@ struct GrammarSession::Impl {
     size_t matched;  ///< of kEnd, before it
     int8_t utf8;     ///< before it
     int matcher_steps;
-    bool guarding;     ///< before it
-    std::string tail;  ///< before it
+    MarkerGuard marker;  ///< before it
   };
 
   explicit Impl(const std::shared_ptr<const CompiledGrammar>& grammar, bool is_thinking)
       : vocabulary(grammar->vocabulary),
         matcher(grammar->compiled),
         thinking(is_thinking),
-        guarding(grammar->guards_marker) {}
+        marker(grammar->has_calls) {}
 
   Step step(int matcher_steps) const {
     return {.thinking = thinking,
             .matched = matched,
             .utf8 = utf8,
             .matcher_steps = matcher_steps,
-            .guarding = guarding,
-            .tail = tail};
-  }
-
-  /// Whether the marker, if `bytes` complete it, stands where it may.
-  bool marker_fits(std::string_view bytes) const {
-    if (!guarding) return true;
-    const std::string seen = tail + std::string(bytes);
-    const size_t pos = seen.find(kMarker);
-    return pos == std::string::npos ||
-           std::string_view(seen).substr(0, pos).ends_with(kBeforeBlock);
-  }
-
-  /// The text grows by what fits.
-  void grow(std::string_view bytes) {
-    if (!guarding) return;
-    tail += bytes;
-    guarding = tail.find(kMarker) == std::string::npos;
-    tail.erase(0, guarding ? tail.size() - std::min(tail.size(), kTail) : tail.size());
-  }
-
-  size_t marker_matched() const {
-    size_t now = 0;
-    for (const char byte : tail) now = step_marker(now, byte);
-    return now;
+            .marker = marker};
   }
 
   bool accept_thinking(int64_t token) {
@@ -508,14 +464,14 @@ struct GrammarSession::Impl {
     }
     size_t now = matched;
     for (size_t pos = 0; pos < bytes.size(); ++pos) {
-      now = step_end(now, bytes[pos]);
+      now = step_match(kEnd, now, bytes[pos]);
       if (now < kEndLength) continue;
       if (pos + 1 < bytes.size()) {
         const std::string rest = bytes.substr(pos + 1);
         const int8_t behind = step_utf8(kWhole, rest);
-        if (behind == kBroken || !marker_fits(rest) || !matcher.AcceptString(rest)) return false;
+        if (behind == kBroken || !marker.allows(rest) || !matcher.AcceptString(rest)) return false;
         utf8 = behind;
-        grow(rest);
+        marker.add(rest);
         before.matcher_steps = 1;
       }
       thinking = false;
@@ -532,8 +488,7 @@ struct GrammarSession::Impl {
   bool thinking;
   size_t matched = 0;
   int8_t utf8 = kWhole;  ///< of the text that the grammar has seen
-  bool guarding;         ///< the marker has not come yet, and may only where a block begins
-  std::string tail;      ///< while guarding: the last kTail bytes of that text
+  MarkerGuard marker;    ///< of the same text
   std::vector<Step> steps;
 };
 
@@ -561,12 +516,12 @@ bool GrammarSession::accept(int64_t token) {
   const int8_t behind =
       step_utf8(utf8, place < bytes.size() ? std::string_view(bytes[place]) : std::string_view());
   const std::string_view text = impl_->vocabulary->bytes_with_dsml(place);
-  if (behind == kBroken || !impl_->marker_fits(text) ||
+  if (behind == kBroken || !impl_->marker.allows(text) ||
       !impl_->matcher.AcceptToken(static_cast<int32_t>(token)))
     return false;
   impl_->steps.push_back(impl_->step(1));
   impl_->utf8 = behind;
-  impl_->grow(text);
+  impl_->marker.add(text);
   return true;
 }
 
@@ -579,8 +534,7 @@ void GrammarSession::rollback(int64_t count) {
     impl_->thinking = step.thinking;
     impl_->matched = step.matched;
     impl_->utf8 = step.utf8;
-    impl_->guarding = step.guarding;
-    impl_->tail = step.tail;
+    impl_->marker = step.marker;
     matcher_steps += step.matcher_steps;
     impl_->steps.pop_back();
   }
@@ -596,7 +550,7 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     for (const Border& border : vocabulary.borders[impl_->matched]) {
       const auto place = static_cast<size_t>(border.token);
       const std::string rest = vocabulary.bytes[place].substr(border.rest);
-      if (step_utf8(kWhole, rest) != kBroken && impl_->marker_fits(rest) &&
+      if (step_utf8(kWhole, rest) != kBroken && impl_->marker.allows(rest) &&
           impl_->matcher.AcceptString(rest)) {
         impl_->matcher.Rollback(1);
       } else {
@@ -624,10 +578,10 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     std::fill(words.begin(), words.end(), ~uint32_t{0});
   const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
-  if (!impl_->guarding) return true;
-  for (const int32_t token : vocabulary.marker_ends[impl_->marker_matched()]) {
+  if (!impl_->marker.watches()) return true;
+  for (const int32_t token : vocabulary.marker_ends[impl_->marker.matched()]) {
     const auto place = static_cast<size_t>(token);
-    if (!impl_->marker_fits(vocabulary.bytes_with_dsml(place)))
+    if (!impl_->marker.allows(vocabulary.bytes_with_dsml(place)))
       words[place / 32] &= ~(1u << place % 32);
   }
   return true;

@@ -19,7 +19,8 @@
 //                JSON strings in them with a length or a pattern hold nothing that is escaped;
 //                other tools take any parameters. An object {"tools": [the list], "mode": "auto",
 //                "parallel": false} instead of the list allows plain text with or without a block
-//                after it ("auto" instead of "required"), and one call only.
+//                after it ("auto" instead of "required"), and one call only. The marker comes
+//                nowhere else in that text (grammar_marker.h).
 // xgrammar (Apache-2.0, mlc-ai) does the matching; nothing of it shows here.
 #pragma once
 

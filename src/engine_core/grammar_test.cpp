@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "engine_core/grammar_marker.h"
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
@@ -542,6 +543,7 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
 
 TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
   const std::string tools = concat(R"({"mode": "auto", "tools": )", kTools, "}");
+  ASSERT_TRUE(text::tool_block_start().starts_with(kBlockMarker));
   const int64_t marker = tokenizer().id_of(text::kDsml);
   // Spelled byte by byte, or as its own token: whether all of it is accepted.
   const auto takes = [&](GrammarSession& session, std::string_view text, bool as_token) {

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
 #include "text/chat_tokens.h"
@@ -255,8 +256,8 @@ std::string tool_calls_structural_tag(std::string_view text) {
              {"content", std::move(content)},
              {"end", text::dsml::kBlockEnd}};
     format = Json{{"type", "triggered_tags"},
-                  // Sessions let the marker come here only.
-                  {"triggers", {concat("\n\n<", text::kDsml)}},
+                  // Sessions see to it that the marker comes nowhere else.
+                  {"triggers", {kBlockMarker}},
                   {"tags", {std::move(tag)}},
                   {"stop_after_first", true}};
   }

@@ -101,10 +101,6 @@ struct Api::Keys {
 /// Where requests wait for their grammars. What has not begun when it ends never begins.
 struct Api::Waiting {
   explicit Waiting(int num_threads) : threads(static_cast<size_t>(num_threads)) {}
-  ~Waiting() {
-    threads.stop();
-    threads.join();
-  }
   boost::asio::thread_pool threads;
 };
 
