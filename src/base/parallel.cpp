@@ -22,6 +22,13 @@ void cpu_pause() {
 #endif
 }
 
+/// One look of somebody who waits. Now and then the processor is offered to whoever else wants it:
+/// a thread that holds what is waited for may be among them. Where nobody does, that is soon over.
+void spin(int count) {
+  constexpr int kLooksAnOffer = 32;
+  count % kLooksAnOffer == kLooksAnOffer - 1 ? static_cast<void>(sched_yield()) : cpu_pause();
+}
+
 int available_processors() {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -59,10 +66,9 @@ class ThreadPool {
     }
     while (take_one()) {
     }
-    // A task that another thread has taken may take long; after a while its processor may be
-    // needed.
-    for (int spins = 0; done_.load(std::memory_order_acquire) < num_tasks; ++spins) {
-      spins < kSpins ? cpu_pause() : static_cast<void>(sched_yield());
+    for (int spins = 0; done_.load(std::memory_order_acquire) < num_tasks;
+         spins = (spins + 1) % kSpins) {
+      spin(spins);
     }
     if (error_) {
       std::exception_ptr error = std::exchange(error_, nullptr);
@@ -104,7 +110,7 @@ class ThreadPool {
       }
       if (stopping_.load(std::memory_order_relaxed)) return;
       if (++spins < kSpins) {
-        cpu_pause();
+        spin(spins);
         continue;
       }
       std::unique_lock<std::mutex> lock(mutex_);

@@ -4,7 +4,7 @@
 // output to one task as a whole, so the number of threads never changes a bit. A region has a few
 // more tasks than threads, and whoever is free takes the next one, so that a thread that is held up
 // delays little. Idle workers spin for a moment before they sleep, because a decode step starts
-// hundreds of short regions.
+// hundreds of short regions; while they do, their processor is anybody's who asks.
 #pragma once
 
 #include <cstdint>

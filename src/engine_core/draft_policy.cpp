@@ -7,12 +7,11 @@ namespace hadal::engine {
 namespace {
 
 constexpr double kAssumedCost = 0.3;    ///< of one draft and its row, before there are figures
-constexpr double kSequenceKeep = 0.95;  ///< of a sequence's figures after one more draft
+constexpr double kSequenceKeep = 0.97;  ///< of a sequence's figures after one more draft
 constexpr double kRestKeep = 0.98;      ///< and after a step without
-constexpr double kPrior = 8;            ///< drafts of its own that weigh as much as all others'
-constexpr double kKeep = 0.99;          ///< of the figures over all
-constexpr double kMinGain = 1.03;       ///< drafts that gain less are noise
-constexpr size_t kCompared = 8;         ///< steps before a trial
+constexpr double kPrior = 16;           ///< drafts of its own that weigh as much as all others'
+constexpr double kKeep = 0.995;         ///< of the figures over all
+constexpr double kMinGain = 1.01;       ///< drafts that gain less do not pay
 constexpr size_t kTrials = 3;           ///< whose median counts
 
 /// Exact up to 8, then to an eighth of the power of two below.
@@ -23,9 +22,9 @@ int64_t rounded(int64_t sequences) {
 }
 
 double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  std::ranges::sort(values);
+  const size_t half = values.size() / 2;
+  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
 }
 
 }  // namespace
@@ -55,29 +54,27 @@ double DraftPolicy::cost() const {
 
 bool DraftPolicy::pays() const { return (1 + acceptance()) / (1 + cost()) > kMinGain; }
 
+double DraftPolicy::Block::fastest() const { return *std::ranges::min_element(seconds); }
+
 void DraftPolicy::begin_step(int64_t sequences) {
   if (rounded(sequences) != rounded(sequences_)) {
-    left_ = 0;
-    plain_.clear();
-    drafted_.clear();
+    blocks_.clear();
+    lately_.seconds.clear();
   }
   sequences_ = sequences;
-  if (left_ > 0) return;
+  if (in_trial()) return;
   const bool known = costs_.contains(rounded(sequences));
   if (++since_trial_ > (known ? wait_ : kFirstWait)) begin_trial();
 }
 
 void DraftPolicy::begin_trial() {
-  const std::deque<double>& before = drafts_lately_ ? drafted_ : plain_;
-  if (before.size() < kCompared) return;
-  trial_drafts_ = !drafts_lately_;
-  (trial_drafts_ ? drafted_ : plain_).clear();
-  left_ = trial_drafts_ ? kDraftTrial : kPlainTrial;
+  if (lately_.seconds.size() < kBlockSteps) return;
+  blocks_ = {lately_, Block(!lately_.with_drafts)};
 }
 
 int64_t DraftPolicy::length(int64_t limit, double acceptance) const {
   if (limit <= 0) return 0;
-  if (left_ > 0) return trial_drafts_ ? 1 : 0;
+  if (in_trial()) return blocks_.back().with_drafts ? 1 : 0;
   // Without figures a trial comes first.
   if (costs_.empty()) return 0;
   const double draft_cost = cost();
@@ -96,32 +93,49 @@ int64_t DraftPolicy::length(int64_t limit, double acceptance) const {
 
 void DraftPolicy::end_step(int64_t drafts, double seconds) {
   const bool drafted = drafts > 0;
-  if (left_ > 0 && drafted != trial_drafts_) return;  // limits forbade it
-  const bool catches_up = drafted && !drafts_lately_;
-  drafts_lately_ = drafted;
-  if (!catches_up) {
-    std::deque<double>& times = drafted ? drafted_ : plain_;
-    times.push_back(seconds);
-    if (times.size() > kCompared) times.pop_front();
+  const bool catches_up = drafted && !lately_.with_drafts;
+  if (lately_.with_drafts != drafted) lately_ = Block(drafted);
+  if (catches_up) return;
+  const double share = static_cast<double>(drafts) / static_cast<double>(sequences_);
+  const auto count = [&](Block& block) {
+    block.drafts = share;
+    block.seconds.push_back(seconds);
+    if (block.seconds.size() > kBlockSteps) block.seconds.pop_front();
+  };
+  count(lately_);
+  if (!in_trial()) return;
+  Block& block = blocks_.back();
+  if (block.with_drafts != drafted) return;  // limits forbade it
+  count(block);
+  if (block.seconds.size() < kBlockSteps) return;
+  if (blocks_.size() == kBlocks) {
+    end_trial();
+  } else {
+    blocks_.emplace_back(!drafted);
   }
-  if (drafted) drafts_a_sequence_ = static_cast<double>(drafts) / static_cast<double>(sequences_);
-  if (left_ == 0) return;
-  --left_;
-  if (left_ == 0) end_trial();
 }
 
 void DraftPolicy::end_trial() {
   since_trial_ = 0;
-  if (plain_.empty() || drafted_.empty()) return;
-  const double plain = *std::ranges::min_element(plain_);
-  const double drafted = *std::ranges::min_element(drafted_);
-  if (plain <= 0) return;
+  const bool drafted_before = blocks_.front().with_drafts;
+  double sum = 0;
+  for (size_t index = 1; index < blocks_.size(); ++index) {
+    const Block &one = blocks_[index - 1], &other = blocks_[index];
+    const Block& drafted = one.with_drafts ? one : other;
+    const double plain = (one.with_drafts ? other : one).fastest();
+    if (plain <= 0) return blocks_.clear();
+    sum += (drafted.fastest() / plain - 1) / drafted.drafts;
+  }
+  blocks_.clear();
   Costs& costs = costs_[rounded(sequences_)];
-  costs.latest.push_back(std::max(drafted / plain - 1, 0.0) / drafts_a_sequence_);
+  costs.latest.push_back(std::max(sum / (kBlocks - 1), 0.0));
   if (costs.latest.size() > kTrials) costs.latest.erase(costs.latest.begin());
   costs.value = median(costs.latest);
-  // A trial that is followed by what was done before it confirms that.
-  wait_ = pays() != trial_drafts_ ? std::min(2 * wait_, kLongest) : kWait;
+  if (costs.latest.size() < kTrials) {
+    wait_ = kSoon;
+  } else {
+    wait_ = pays() == drafted_before ? std::min(std::max(2 * wait_, kWait), kLongest) : kWait;
+  }
 }
 
 void DraftPolicy::add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted) {

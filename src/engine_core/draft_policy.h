@@ -1,12 +1,14 @@
 // How many tokens to draft: as many as pay, by measured acceptance and measured time, none where
 // none pays. It decides speed, never tokens.
 //
-// What drafts cost is found by trials: a few steps with a draft for everybody among steps without
-// any, or the reverse. Their fastest step is compared with the fastest of as many just before,
-// since what else the machine does only ever adds time. Trials become rare while they confirm what
-// is done. One thread.
+// What drafts cost is found by trials: the steps just before one, a few that do the opposite, a few
+// as before, and once more. Each block is compared with its neighbours, so that a machine that
+// slows down or speeds up meanwhile bears on both alike, and stands for its fastest step, since
+// what else the machine does only ever adds time. Trials become rare while they confirm what is
+// done. One thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -36,7 +38,7 @@ class DraftPolicy {
   /// that anybody drafts at all.
   int64_t length(int64_t limit, double acceptance) const;
   /// The step had no prompts, and with its `drafts` drafts took `seconds`. Other steps are not
-  /// told.
+  /// told. The first with drafts after some without catches up and is not counted.
   void end_step(int64_t drafts, double seconds);
   void add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted);
 
@@ -44,15 +46,24 @@ class DraftPolicy {
   double cost() const;
   /// Over all sequences, the latest most.
   double acceptance() const { return right_ / drafts_; }
-  bool in_trial() const { return left_ > 0; }
+  bool in_trial() const { return !blocks_.empty(); }
 
   static constexpr int64_t kFirstWait = 8;   ///< steps before the first trial
+  static constexpr int64_t kSoon = 64;       ///< between the first ones
   static constexpr int64_t kWait = 256;      ///< between trials
   static constexpr int64_t kLongest = 4096;  ///< between trials that change nothing
-  static constexpr int64_t kDraftTrial = 9;  ///< steps; the first catches up and is not counted
-  static constexpr int64_t kPlainTrial = 8;  ///< steps
+  static constexpr size_t kBlockSteps = 4;
+  static constexpr size_t kBlocks = 5;  ///< of a trial, with that before it
 
  private:
+  /// Steps in a row that all have drafts, or all have none.
+  struct Block {
+    explicit Block(bool drafted = false) : with_drafts(drafted) {}
+    bool with_drafts;
+    double drafts = 0;           ///< a sequence, in the latest step
+    std::deque<double> seconds;  ///< of the latest steps
+    double fastest() const;
+  };
   struct Costs {
     std::vector<double> latest;  ///< of the last trials, at most three
     double value = 0;            ///< their median
@@ -62,14 +73,11 @@ class DraftPolicy {
   bool pays() const;
 
   int64_t sequences_ = 1;
-  std::map<int64_t, Costs> costs_;      ///< by rounded number of sequences
-  std::deque<double> plain_, drafted_;  ///< seconds of the latest steps of either kind
-  double drafts_a_sequence_ = 1;        ///< in the latest steps with drafts
-  bool drafts_lately_ = false;
-  bool trial_drafts_ = false;
-  int64_t left_ = 0;  ///< steps of the trial
-  int64_t since_trial_ = 0, wait_ = kWait;
-  double drafts_ = 4, right_ = 2.4;  ///< of all sequences; an assumption until there are some
+  std::map<int64_t, Costs> costs_;  ///< by rounded number of sequences
+  Block lately_;
+  std::vector<Block> blocks_;  ///< of the trial; empty: none
+  int64_t since_trial_ = 0, wait_ = kSoon;
+  double drafts_ = 16, right_ = 9.6;  ///< of all sequences; an assumption until there are some
 };
 
 }  // namespace hadal::engine

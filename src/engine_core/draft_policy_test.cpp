@@ -10,6 +10,8 @@ struct World {
   DraftPolicy policy;
   DraftAcceptance acceptance;
   double cost = 0.2;
+  double drift = 0;  ///< share by which each step takes longer than the one before
+  double pace = 0.01;
   int64_t right_of_8 = 6;
   int64_t steps = 0, drafted = 0, tokens = 0;
   double seconds = 0;
@@ -20,7 +22,8 @@ struct World {
       const int64_t drafts = policy.length(limit, acceptance.value(policy.acceptance()));
       // Every ninth step is held up by something else.
       const double time =
-          0.01 * (1 + cost * static_cast<double>(drafts)) * (steps % 9 == 0 ? 5 : 1);
+          pace * (1 + cost * static_cast<double>(drafts)) * (steps % 9 == 0 ? 5 : 1);
+      pace *= 1 + drift;
       const int64_t accepted = drafts > 0 && drafted * 5 % 8 < right_of_8 ? 1 : 0;
       policy.end_step(drafts, time);
       policy.add(acceptance, drafts, accepted);
@@ -48,6 +51,17 @@ TEST(DraftPolicy, AFewTrialsAreEnoughToKnowThatDraftsAreRight) {
   EXPECT_GT(world.drafted, 900);
 }
 
+TEST(DraftPolicy, AMachineThatSlowsDownOrSpeedsUpDoesNotMislead) {
+  // Over the steps of a trial by a half, in which drafts would seem to cost 0.9 or 0.2.
+  for (const double drift : {0.02, -0.02}) {
+    World world;
+    world.cost = 0.5;
+    world.drift = drift;
+    world.run(40);
+    EXPECT_NEAR(world.policy.cost(), 0.5, 0.06) << drift;
+  }
+}
+
 TEST(DraftPolicy, ASequenceWhoseDraftsWereWrongForAWhileIsTriedAgain) {
   World world;
   world.cost = 0.3;
@@ -65,7 +79,7 @@ TEST(DraftPolicy, WhereItDoesNotPayTrialsAreRare) {
   world.cost = 0.6;
   world.right_of_8 = 3;
   world.run(4000);
-  EXPECT_LT(world.drafted, 60);
+  EXPECT_LT(world.drafted, 80);
   EXPECT_GT(world.drafted, 8);
   EXPECT_GT(static_cast<double>(world.tokens) * 0.01 / world.seconds, 0.99);
 }

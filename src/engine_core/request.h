@@ -113,8 +113,9 @@ struct Update {
   std::shared_ptr<const ContextView> view;  ///< with Request::context_view, beside `finish`
 };
 
-/// Gets the updates of one request, from the engine's thread, in order: never block in it. After
-/// the last choice's finish it is not called again and is released.
+/// Gets the updates of one request, in order, from a thread that serves all requests: never block
+/// in it. After the last choice's finish it is not called again and is released; one that throws
+/// gets no more, and its request is cancelled.
 class Sink {
  public:
   virtual ~Sink() = default;

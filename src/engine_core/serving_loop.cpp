@@ -35,7 +35,8 @@ Submitted ServingLoop::submit(Request request, std::shared_ptr<Sink> sink, uint6
     const std::lock_guard lock(mutex_);
     if (const Submitted answer = refused(); answer != Submitted::kAccepted) return answer;
   }
-  Scheduler::PreparedPtr prepared = scheduler_.prepare(std::move(request), std::move(sink));
+  Scheduler::PreparedPtr prepared =
+      scheduler_.prepare(std::move(request), delivery_.keeper(std::move(sink)));
   {
     const std::lock_guard lock(mutex_);
     if (const Submitted answer = refused(); answer != Submitted::kAccepted) return answer;
@@ -103,7 +104,9 @@ void ServingLoop::run() {
     lock.unlock();
     if (!going_on) {
       scheduler_.cancel_all();
+      delivery_.hand_over();
       check_when_idle();
+      delivery_.wait();
       lock.lock();
       stats_ = scheduler_.stats();
       is_idle_ = true;
@@ -118,10 +121,18 @@ void ServingLoop::run() {
       log::error("engine", "the scheduler failed: ", error.what());
       scheduler_.fail_all(error.what());
     }
-    if (!busy) check_when_idle();
+    {
+      // Whoever has an answer finds it counted.
+      const std::lock_guard counting(mutex_);
+      stats_ = scheduler_.stats();
+      num_waiting_ = scheduler_.num_waiting_requests();
+    }
+    delivery_.hand_over();
+    if (!busy) {
+      check_when_idle();
+      delivery_.wait();
+    }
     lock.lock();
-    stats_ = scheduler_.stats();
-    num_waiting_ = scheduler_.num_waiting_requests();
     if (busy || !submitted_.empty() || !cancelled_.empty() || stopping_) continue;
     is_idle_ = true;
     idle_.notify_all();

@@ -1,5 +1,6 @@
 // The engine: a scheduler on a thread of its own. Anyone may submit and cancel; the thread takes
-// both in between steps, so that either takes effect within one step.
+// both in between steps, so that either takes effect within one step. Updates reach their sinks on
+// another thread.
 #pragma once
 
 #include <condition_variable>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine_core/delivery.h"
 #include "engine_core/engine.h"
 #include "engine_core/scheduler.h"
 
@@ -19,7 +21,7 @@ class ServingLoop : public Engine {
  public:
   /// Starts the thread; `parts` outlive the loop and belong to its thread.
   ServingLoop(const EngineInfo& info, const SchedulerOptions& options, const SchedulerParts& parts);
-  /// Cancels what is left and waits for the thread. Not from within an update.
+  /// Cancels what is left and delivers all updates. Not from within an update.
   ~ServingLoop() override;
 
   const EngineInfo& info() const override { return info_; }
@@ -27,7 +29,7 @@ class ServingLoop : public Engine {
   void cancel(uint64_t id) override;
   EngineStats stats() const override;
 
-  /// No more requests; returns when the accepted ones have ended.
+  /// No more requests; returns when the accepted ones have ended and their sinks know it.
   void drain();
   /// Whether pools, tree and sequences ever disagreed when the loop was idle (it was logged).
   bool integrity_lost() const;
@@ -39,6 +41,7 @@ class ServingLoop : public Engine {
 
   const EngineInfo info_;
   const int64_t max_waiting_;
+  Delivery delivery_;
   Scheduler scheduler_;  ///< the thread's, except prepare()
 
   mutable std::mutex mutex_;

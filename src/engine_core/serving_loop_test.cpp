@@ -184,6 +184,58 @@ TEST(ServingLoop, AFullQueueRefusesAndCancelTakesOneStep) {
   for (const auto& sink : waiting) EXPECT_EQ(sink->wait(), FinishReason::kLength);
 }
 
+// Throws at its second update, or holds every one up.
+class Troublesome : public Sink {
+ public:
+  explicit Troublesome(Gate* gate) : gate_(gate) {}
+  void on_update(Update update) override {
+    ++updates;
+    finished = finished || update.finish.has_value();
+    if (gate_ != nullptr) return gate_->pass();
+    if (updates == 2) throw Error("the client's fault");
+  }
+  std::atomic<int64_t> updates = 0;
+  std::atomic<bool> finished = false;
+
+ private:
+  Gate* gate_;
+};
+
+TEST(ServingLoop, ASinkThatThrowsEndsItsRequestAlone) {
+  World world({});
+  auto troublesome = std::make_shared<Troublesome>(nullptr);
+  auto other = std::make_shared<Waiting>(1);
+  // As slow as a model, or all would be drawn before anything has been delivered.
+  world.model.on_run = [](std::span<const SequenceStep>) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  };
+  uint64_t id = 0;
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 90), troublesome, &id), Submitted::kAccepted);
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 97), other, &id), Submitted::kAccepted);
+  EXPECT_EQ(other->wait(), FinishReason::kLength);
+  world.loop.drain();
+  EXPECT_EQ(troublesome->updates, 2);
+  EXPECT_FALSE(troublesome->finished);
+  const EngineStats stats = world.loop.stats();
+  EXPECT_EQ(stats.finished, 1);
+  EXPECT_EQ(stats.finished + stats.cancelled + stats.failed, 2);
+}
+
+TEST(ServingLoop, ASlowSinkDoesNotHoldUpTheEngine) {
+  World world({});
+  Gate gate;
+  auto slow = std::make_shared<Troublesome>(&gate);
+  uint64_t id = 0;
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 90), slow, &id), Submitted::kAccepted);
+  gate.wait_until_reached();
+  while (world.loop.stats().finished == 0) std::this_thread::yield();
+  EXPECT_EQ(slow->updates, 1);
+  gate.open();
+  world.loop.drain();
+  EXPECT_EQ(slow->updates, 90);
+  EXPECT_TRUE(slow->finished);
+}
+
 TEST(ServingLoop, EndsWithItsRequestsCancelled) {
   auto sink = std::make_shared<Waiting>(2);
   {
