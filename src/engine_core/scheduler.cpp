@@ -112,7 +112,7 @@ void Scheduler::add(uint64_t id, PreparedPtr prepared) {
 void Scheduler::cancel(uint64_t id) {
   const auto found = requests_.find(id);
   if (found == requests_.end()) return;
-  end_request(*found->second, FinishReason::kCancelled, "");
+  break_off(*found->second, FinishReason::kCancelled);
   forget_finished();
 }
 
@@ -131,11 +131,11 @@ void Scheduler::expire() {
   while (!deadlines_.empty() && deadlines_.begin()->first <= Clock::now()) {
     const uint64_t id = deadlines_.begin()->second;
     deadlines_.erase(deadlines_.begin());
-    end_request(*requests_.at(id), FinishReason::kDeadline, "");
+    break_off(*requests_.at(id), FinishReason::kDeadline);
   }
   for (const uint64_t id : broken_) {
     const auto found = requests_.find(id);
-    if (found != requests_.end()) end_request(*found->second, FinishReason::kCancelled, "");
+    if (found != requests_.end()) break_off(*found->second, FinishReason::kCancelled);
   }
   broken_.clear();
   forget_finished();
@@ -350,6 +350,19 @@ void Scheduler::end(Sequence& sequence, FinishReason reason, Update update) {
   ++(reason == FinishReason::kError ? stats_.failed
                                     : (cancelled ? stats_.cancelled : stats_.finished));
   finished_.push_back(request.id);
+}
+
+void Scheduler::break_off(RequestState& request, FinishReason reason) {
+  for (const std::unique_ptr<Sequence>& sequence : request.sequences) {
+    if (sequence->phase != Sequence::Phase::kRunning || sequence->suspect_until > sequence->pos())
+      continue;
+    try {
+      cache_.publish(sequence->cache, sequence->tokens);
+    } catch (const std::exception& error) {
+      log::warn("engine", "request ", request.id, ": its prefix was not kept: ", error.what());
+    }
+  }
+  end_request(request, reason, "");
 }
 
 void Scheduler::end_request(RequestState& request, FinishReason reason, const std::string& error) {

@@ -213,6 +213,40 @@ TEST(Scheduler, ConversationsAreReusedToTheLastToken) {
   EXPECT_STREQ(third->cache.miss, "tail");
 }
 
+TEST(Scheduler, WhatWasBrokenOffGoesOnWhereItStood) {
+  World world(Config{});
+  Tokens conversation = counting(10);
+  auto broken_off = world.add(plain(conversation, 50));
+  while (broken_off->answers[0].tokens.size() < 8) world.scheduler.step();
+  world.scheduler.cancel(world.last_id);
+  EXPECT_EQ(broken_off->answers[0].finish, FinishReason::kCancelled);
+  const Tokens answer = broken_off->answers[0].tokens;
+  conversation.insert(conversation.end(), answer.begin(), answer.end());
+  conversation.push_back(5);
+  auto next = world.add(plain(conversation, 6));
+  world.run_to_end();
+  // No multiple of the snapshots' interval; the last drawn token was never run.
+  EXPECT_EQ(next->cache.cached_tokens, 17);
+  EXPECT_EQ(next->answers[0], world.expected(plain(conversation, 6)));
+
+  // In the middle of a prompt, by its deadline.
+  Config config;
+  config.scheduler.step_tokens = config.scheduler.prompt_tokens = 3;
+  World slow(config);
+  Request request = plain(counting(60), 6);
+  request.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
+  auto late = slow.add(request);
+  for (int i = 0; i < 3; ++i) slow.scheduler.step();
+  while (std::chrono::steady_clock::now() < *request.deadline) continue;
+  slow.scheduler.step();
+  EXPECT_EQ(late->answers[0].finish, FinishReason::kDeadline);
+  request.deadline.reset();
+  auto again = slow.add(request);
+  slow.run_to_end();
+  EXPECT_EQ(again->cache.cached_tokens, 3 + 1 + 3);
+  EXPECT_EQ(again->answers[0], slow.expected(request));
+}
+
 TEST(Scheduler, EveryPageBoundaryResumesFromAStoreOfAllWindows) {
   for (const int64_t window : {3, 10}) {
     Config config;
