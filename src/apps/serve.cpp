@@ -133,7 +133,7 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run")
+  app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run, at most")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")

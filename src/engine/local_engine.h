@@ -25,12 +25,12 @@ struct LocalEngineOptions {
   int64_t snapshot_bytes = int64_t{256} << 20;  ///< of the prefix tree, besides
   int64_t snapshot_interval = 0;                ///< tokens; 0: the page
   int64_t max_context = 0;                      ///< 0: what model and pages allow
-  int64_t step_tokens = 256;                    ///< rows of a step while answers are running
-  int64_t prompt_tokens = 1024;                 ///< rows of a step of prompts alone
-  int64_t max_drafts = 0;                       ///< 0: no speculation; the MTP block gives 1
-  bool always_draft = false;                    ///< also where it does not pay: to measure
-  at::Device device = at::kCPU;                 ///< where the model's parameters are
-  bool lazy_memory = false;                     ///< as KvCacheOptions::lazy
+  int64_t step_tokens = 256;     ///< rows of a step while answers are running, at most
+  int64_t prompt_tokens = 1024;  ///< rows of a step of prompts alone
+  int64_t max_drafts = 0;        ///< 0: no speculation; the MTP block gives 1
+  bool always_draft = false;     ///< also where it does not pay: to measure
+  at::Device device = at::kCPU;  ///< where the model's parameters are
+  bool lazy_memory = false;      ///< as KvCacheOptions::lazy
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
   DiskStoreOptions disk;
 };

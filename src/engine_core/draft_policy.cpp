@@ -11,8 +11,9 @@ constexpr double kSequenceKeep = 0.97;  ///< of a sequence's figures after one m
 constexpr double kRestKeep = 0.98;      ///< and after a step without
 constexpr double kPrior = 16;           ///< drafts of its own that weigh as much as all others'
 constexpr double kKeep = 0.995;         ///< of the figures over all
-constexpr double kMinGain = 1.01;       ///< drafts that gain less do not pay
+constexpr double kMinGain = 1.03;       ///< drafts that gain less are noise
 constexpr size_t kTrials = 3;           ///< whose median counts
+constexpr double kTrialShare = 0.02;    ///< of the time, at most, for trials of drafts
 
 /// Exact up to 8, then to an eighth of the power of two below.
 int64_t rounded(int64_t sequences) {
@@ -54,7 +55,7 @@ double DraftPolicy::cost() const {
 
 bool DraftPolicy::pays() const { return (1 + acceptance()) / (1 + cost()) > kMinGain; }
 
-double DraftPolicy::Block::fastest() const { return *std::ranges::min_element(seconds); }
+double DraftPolicy::Block::usual() const { return median({seconds.begin(), seconds.end()}); }
 
 void DraftPolicy::begin_step(int64_t sequences) {
   if (rounded(sequences) != rounded(sequences_)) {
@@ -70,6 +71,8 @@ void DraftPolicy::begin_step(int64_t sequences) {
 void DraftPolicy::begin_trial() {
   if (lately_.seconds.size() < kBlockSteps) return;
   blocks_ = {lately_, Block(!lately_.with_drafts)};
+  drafted_steps_ = 0;
+  drafted_seconds_ = 0;
 }
 
 int64_t DraftPolicy::length(int64_t limit, double acceptance) const {
@@ -95,6 +98,10 @@ void DraftPolicy::end_step(int64_t drafts, double seconds) {
   const bool drafted = drafts > 0;
   const bool catches_up = drafted && !lately_.with_drafts;
   if (lately_.with_drafts != drafted) lately_ = Block(drafted);
+  if (in_trial() && drafted) {
+    ++drafted_steps_;
+    drafted_seconds_ += seconds;
+  }
   if (catches_up) return;
   const double share = static_cast<double>(drafts) / static_cast<double>(sequences_);
   const auto count = [&](Block& block) {
@@ -118,13 +125,14 @@ void DraftPolicy::end_step(int64_t drafts, double seconds) {
 void DraftPolicy::end_trial() {
   since_trial_ = 0;
   const bool drafted_before = blocks_.front().with_drafts;
-  double sum = 0;
+  double sum = 0, usual_plain = 0;
   for (size_t index = 1; index < blocks_.size(); ++index) {
     const Block &one = blocks_[index - 1], &other = blocks_[index];
     const Block& drafted = one.with_drafts ? one : other;
-    const double plain = (one.with_drafts ? other : one).fastest();
+    const double plain = (one.with_drafts ? other : one).usual();
     if (plain <= 0) return blocks_.clear();
-    sum += (drafted.fastest() / plain - 1) / drafted.drafts;
+    sum += (drafted.usual() / plain - 1) / drafted.drafts;
+    usual_plain = plain;
   }
   blocks_.clear();
   Costs& costs = costs_[rounded(sequences_)];
@@ -136,6 +144,10 @@ void DraftPolicy::end_trial() {
   } else {
     wait_ = pays() == drafted_before ? std::min(std::max(2 * wait_, kWait), kLongest) : kWait;
   }
+  if (drafted_before) return;
+  const double extra = drafted_seconds_ / usual_plain - drafted_steps_;
+  const double least = std::min(extra / kTrialShare, static_cast<double>(kLongest));
+  wait_ = std::max(wait_, static_cast<int64_t>(least));
 }
 
 void DraftPolicy::add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted) {

@@ -2,10 +2,10 @@
 // none pays. It decides speed, never tokens.
 //
 // What drafts cost is found by trials: the steps just before one, a few that do the opposite, a few
-// as before, and once more. Each block is compared with its neighbours, so that a machine that
-// slows down or speeds up meanwhile bears on both alike, and stands for its fastest step, since
-// what else the machine does only ever adds time. Trials become rare while they confirm what is
-// done. One thread.
+// as before, and once more. A block stands for its median step and is compared with its neighbours,
+// so that a machine that slows down or speeds up meanwhile bears on both alike. Trials become rare
+// while they confirm what is done, or where they are expensive: the first draft of many sequences
+// catches up on a window of each. One thread.
 #pragma once
 
 #include <cstddef>
@@ -62,7 +62,7 @@ class DraftPolicy {
     bool with_drafts;
     double drafts = 0;           ///< a sequence, in the latest step
     std::deque<double> seconds;  ///< of the latest steps
-    double fastest() const;
+    double usual() const;        ///< the median
   };
   struct Costs {
     std::vector<double> latest;  ///< of the last trials, at most three
@@ -76,6 +76,8 @@ class DraftPolicy {
   std::map<int64_t, Costs> costs_;  ///< by rounded number of sequences
   Block lately_;
   std::vector<Block> blocks_;  ///< of the trial; empty: none
+  // Of the trial's steps with drafts, those that catch up included.
+  double drafted_steps_ = 0, drafted_seconds_ = 0;
   int64_t since_trial_ = 0, wait_ = kSoon;
   double drafts_ = 16, right_ = 9.6;  ///< of all sequences; an assumption until there are some
 };

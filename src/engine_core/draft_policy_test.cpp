@@ -12,6 +12,8 @@ struct World {
   double cost = 0.2;
   double drift = 0;  ///< share by which each step takes longer than the one before
   double pace = 0.01;
+  double catch_up = 0;  ///< seconds of the first draft after steps without
+  bool drafted_before = false;
   int64_t right_of_8 = 6;
   int64_t steps = 0, drafted = 0, tokens = 0;
   double seconds = 0;
@@ -24,12 +26,14 @@ struct World {
       const double time =
           pace * (1 + cost * static_cast<double>(drafts)) * (steps % 9 == 0 ? 5 : 1);
       pace *= 1 + drift;
+      const double more = drafts > 0 && !drafted_before ? catch_up : 0;
+      drafted_before = drafts > 0;
       const int64_t accepted = drafts > 0 && drafted * 5 % 8 < right_of_8 ? 1 : 0;
-      policy.end_step(drafts, time);
+      policy.end_step(drafts, time + more);
       policy.add(acceptance, drafts, accepted);
       drafted += drafts;
       tokens += 1 + accepted;
-      seconds += 0.01 * (1 + cost * static_cast<double>(drafts));
+      seconds += 0.01 * (1 + cost * static_cast<double>(drafts)) + more;
     }
   }
 };
@@ -82,6 +86,16 @@ TEST(DraftPolicy, WhereItDoesNotPayTrialsAreRare) {
   EXPECT_LT(world.drafted, 80);
   EXPECT_GT(world.drafted, 8);
   EXPECT_GT(static_cast<double>(world.tokens) * 0.01 / world.seconds, 0.99);
+}
+
+TEST(DraftPolicy, ExpensiveTrialsAreRarer) {
+  World world;
+  world.cost = 0.9;
+  world.right_of_8 = 6;
+  world.catch_up = 0.2;  // twenty steps' time
+  world.run(8000);
+  EXPECT_GT(world.drafted, 8);
+  EXPECT_GT(static_cast<double>(world.tokens) * 0.01 / world.seconds, 0.97);
 }
 
 TEST(DraftPolicy, TextThatBecomesEasyTurnsItOn) {

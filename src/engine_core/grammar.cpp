@@ -1,7 +1,6 @@
 #include "engine_core/grammar.h"
 
 #include <algorithm>
-#include <array>
 #include <condition_variable>
 #include <future>
 #include <list>
@@ -22,6 +21,7 @@
 #include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
 #include "engine_core/grammar_tools.h"
+#include "engine_core/grammar_vocabulary.h"
 #include "text/chat_tokens.h"
 
 namespace hadal::engine {
@@ -29,156 +29,7 @@ namespace {
 
 constexpr std::string_view kEnd = text::kThinkEnd;
 constexpr size_t kEndLength = kEnd.size();
-constexpr std::string_view kMarker = text::kDsml;
 constexpr size_t kMaxCompiling = 2;
-
-/// A token that, with so much of kEnd before it, ends the thinking and brings more.
-struct Border {
-  int32_t token;
-  size_t rest;  ///< where its bytes behind kEnd begin
-};
-
-/// Where a text stands between two characters (kWhole) or inside one: what may follow is UTF-8 or
-/// it is not (Unicode 16, table 3-7). -1: it cannot be.
-enum Utf8State : int8_t {
-  kBroken = -1,
-  kWhole,
-  kOne,
-  kTwo,
-  kThree,
-  kAfterE0,
-  kAfterEd,
-  kAfterF0,
-  kAfterF4
-};
-constexpr int kUtf8States = 8;
-
-int8_t step_utf8(int8_t state, uint8_t byte) {
-  const auto in = [byte](uint8_t first, uint8_t last, int8_t next) {
-    return byte >= first && byte <= last ? next : int8_t{kBroken};
-  };
-  switch (state) {
-    case kWhole:
-      if (byte < 0x80) return kWhole;
-      if (byte >= 0xC2 && byte <= 0xDF) return kOne;
-      if (byte == 0xE0) return kAfterE0;
-      if (byte == 0xED) return kAfterEd;
-      if (byte >= 0xE1 && byte <= 0xEF) return kTwo;
-      if (byte == 0xF0) return kAfterF0;
-      if (byte >= 0xF1 && byte <= 0xF3) return kThree;
-      return byte == 0xF4 ? kAfterF4 : kBroken;
-    case kOne:
-      return in(0x80, 0xBF, kWhole);
-    case kTwo:
-      return in(0x80, 0xBF, kOne);
-    case kThree:
-      return in(0x80, 0xBF, kTwo);
-    case kAfterE0:
-      return in(0xA0, 0xBF, kOne);
-    case kAfterEd:
-      return in(0x80, 0x9F, kOne);
-    case kAfterF0:
-      return in(0x90, 0xBF, kTwo);
-    case kAfterF4:
-      return in(0x80, 0x8F, kTwo);
-    default:
-      return kBroken;
-  }
-}
-
-/// The state behind `bytes`; a token without bytes (an added one) stands between characters only.
-int8_t step_utf8(int8_t state, std::string_view bytes) {
-  if (bytes.empty()) return state == kWhole ? kWhole : kBroken;
-  for (const char byte : bytes) state = step_utf8(state, static_cast<uint8_t>(byte));
-  return state;
-}
-
-/// What follows from the tokenizer alone.
-struct Vocabulary {
-  int64_t size = 0;
-  int32_t eos = -1;
-  std::vector<std::string> bytes;       ///< empty: never part of a match
-  std::vector<uint32_t> thinking_mask;  ///< ordinary tokens and kEnd
-  std::array<std::vector<Border>, kEndLength> borders;
-  std::optional<xgrammar::TokenizerInfo> plain, with_dsml;
-
-  size_t mask_words() const { return static_cast<size_t>((size + 31) / 32); }
-  std::string_view bytes_with_dsml(size_t place) const {
-    if (static_cast<int64_t>(place) == dsml) return kMarker;
-    return place < bytes.size() ? std::string_view(bytes[place]) : std::string_view();
-  }
-  int64_t dsml = -1;  ///< the marker's own token
-  /// The tokens that complete the marker, by how much of it the text ends with.
-  std::array<std::vector<int32_t>, kMarker.size()> marker_ends;
-  /// By Utf8State: the tokens behind which the text is still UTF-8.
-  std::array<std::vector<uint32_t>, kUtf8States> utf8_masks;
-};
-
-std::shared_ptr<const Vocabulary> make_vocabulary(const text::Tokenizer& tokenizer, int64_t size) {
-  auto result = std::make_shared<Vocabulary>();
-  Vocabulary& vocabulary = *result;
-  vocabulary.size = size == 0 ? tokenizer.vocab_size() : size;
-  HADAL_CHECK(vocabulary.size >= tokenizer.vocab_size(), "grammar: a vocabulary of ", size,
-              " tokens, the tokenizer has ", tokenizer.vocab_size());
-  vocabulary.eos = tokenizer.id_of(text::kEos);
-  const std::optional<int32_t> dsml = tokenizer.find(text::kDsml);
-  const std::optional<int32_t> end = tokenizer.find(kEnd);
-  vocabulary.bytes.resize(static_cast<size_t>(tokenizer.vocab_size()));
-  vocabulary.thinking_mask.resize(vocabulary.mask_words());
-  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
-    if (tokenizer.is_added(id) && id != end) continue;
-    const auto place = static_cast<size_t>(id);
-    const std::string_view bytes = tokenizer.token_bytes(id);
-    if (bytes.empty()) continue;
-    vocabulary.thinking_mask[place / 32] |= 1u << place % 32;
-    if (id == end && tokenizer.is_added(id)) continue;
-    vocabulary.bytes[place] = bytes;
-    if (bytes.find(kEnd.back()) == std::string_view::npos) continue;
-    for (size_t before = 0; before < kEndLength; ++before) {
-      size_t matched = before;
-      for (size_t pos = 0; pos + 1 < bytes.size(); ++pos) {
-        matched = step_match(kEnd, matched, bytes[pos]);
-        if (matched < kEndLength) continue;
-        vocabulary.borders[before].push_back({.token = id, .rest = pos + 1});
-        break;
-      }
-    }
-  }
-  for (int8_t state = 0; state < kUtf8States; ++state) {
-    std::vector<uint32_t>& mask = vocabulary.utf8_masks[static_cast<uint8_t>(state)];
-    mask.resize(vocabulary.mask_words());
-    for (size_t place = 0; place < static_cast<size_t>(vocabulary.size); ++place) {
-      const std::string_view bytes =
-          place < vocabulary.bytes.size() ? vocabulary.bytes[place] : std::string_view();
-      if (step_utf8(state, bytes) != kBroken) mask[place / 32] |= 1u << place % 32;
-    }
-  }
-  vocabulary.dsml = dsml.value_or(-1);
-  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
-    const std::string_view bytes = vocabulary.bytes_with_dsml(static_cast<size_t>(id));
-    if (bytes.find(kMarker.back()) == std::string_view::npos) continue;
-    for (size_t before = 0; before < kMarker.size(); ++before) {
-      size_t matched = before;
-      for (size_t pos = 0; pos < bytes.size() && matched < kMarker.size(); ++pos)
-        matched = step_match(kMarker, matched, bytes[pos]);
-      if (matched == kMarker.size()) vocabulary.marker_ends[before].push_back(id);
-    }
-  }
-  const auto info = [&](const std::vector<std::string>& bytes) {
-    return xgrammar::TokenizerInfo(bytes, xgrammar::VocabType::RAW,
-                                   static_cast<int>(vocabulary.size),
-                                   std::vector<int32_t>{vocabulary.eos});
-  };
-  vocabulary.plain = info(vocabulary.bytes);
-  if (dsml.has_value()) {
-    std::vector<std::string> bytes = vocabulary.bytes;
-    bytes[static_cast<size_t>(*dsml)] = text::kDsml;
-    vocabulary.with_dsml = info(bytes);
-  } else {
-    vocabulary.with_dsml = vocabulary.plain;
-  }
-  return result;
-}
 
 const char* kind_name(Grammar::Kind kind) {
   switch (kind) {
@@ -198,7 +49,7 @@ const char* kind_name(Grammar::Kind kind) {
   return "none";
 }
 
-xgrammar::Grammar read_grammar(const Grammar& grammar, const Vocabulary& vocabulary) {
+xgrammar::Grammar read_grammar(const Grammar& grammar, const GrammarVocabulary& vocabulary) {
   const std::string what = concat("grammar: ", kind_name(grammar.kind));
   switch (grammar.kind) {
     case Grammar::Kind::kJsonObject:
@@ -237,12 +88,12 @@ xgrammar::Grammar read_grammar(const Grammar& grammar, const Vocabulary& vocabul
 
 class CompiledGrammar {
  public:
-  CompiledGrammar(std::shared_ptr<const Vocabulary> tokens,
+  CompiledGrammar(std::shared_ptr<const GrammarVocabulary> tokens,
                   xgrammar::CompiledGrammar grammar,
                   bool calls)
       : vocabulary(std::move(tokens)), compiled(std::move(grammar)), has_calls(calls) {}
 
-  std::shared_ptr<const Vocabulary> vocabulary;
+  std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::CompiledGrammar compiled;
   bool has_calls;  ///< of tools: the marker has its place, which xgrammar's free text does not know
 };
@@ -263,7 +114,7 @@ struct Entry {
 }  // namespace
 
 struct GrammarCompiler::Impl {
-  std::shared_ptr<const Vocabulary> vocabulary;
+  std::shared_ptr<const GrammarVocabulary> vocabulary;
   GrammarLimits limits;
   // One each for plain text and for text with the markup's marker, without caches of their own.
   std::optional<xgrammar::GrammarCompiler> plain, with_dsml;
@@ -483,7 +334,7 @@ struct GrammarSession::Impl {
     return true;
   }
 
-  std::shared_ptr<const Vocabulary> vocabulary;
+  std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::GrammarMatcher matcher;
   bool thinking;
   size_t matched = 0;
@@ -542,7 +393,7 @@ void GrammarSession::rollback(int64_t count) {
 }
 
 bool GrammarSession::mask(std::span<uint32_t> words) {
-  const Vocabulary& vocabulary = *impl_->vocabulary;
+  const GrammarVocabulary& vocabulary = *impl_->vocabulary;
   HADAL_CHECK(words.size() == vocabulary.mask_words(), "grammar: a mask of ", words.size(),
               " words, expected ", vocabulary.mask_words());
   if (impl_->thinking) {

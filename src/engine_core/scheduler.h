@@ -30,6 +30,7 @@
 #include "engine_core/engine.h"
 #include "engine_core/fair_queue.h"
 #include "engine_core/prefix_store.h"
+#include "engine_core/prompt_pace.h"
 #include "engine_core/request.h"
 #include "engine_core/runner.h"
 #include "engine_core/sampler.h"
@@ -40,7 +41,7 @@ namespace hadal::engine {
 struct SchedulerOptions {
   int64_t max_running = 64;      ///< sequences in a step; at most the memory's slots count
   int64_t max_waiting = 1024;    ///< requests that wait for admission
-  int64_t step_tokens = 256;     ///< rows of a step while answers are running
+  int64_t step_tokens = 256;     ///< rows of a step while answers are running, at most
   int64_t prompt_tokens = 1024;  ///< rows of a step of prompts alone
   int64_t load_pages = 8;        ///< read from the store in a step
   int64_t max_drafts = 0;        ///< at most Runner::slack(); 0: no speculation
@@ -156,7 +157,11 @@ class Scheduler {
   std::vector<Sequence*> planned_;
   std::vector<SequenceStep> steps_;
   DraftPolicy draft_policy_;
-  std::optional<int64_t> decode_drafts_;  ///< drafts of a step without prompts
+  PromptPace prompt_pace_;
+  struct Rows {
+    int64_t answers = 0, drafts = 0, prompts = 0;
+  };
+  Rows rows_;  ///< of the step
   EngineStats stats_;
   std::vector<uint64_t> broken_;  ///< requests whose sink threw
   struct Spent {

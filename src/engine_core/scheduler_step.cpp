@@ -59,9 +59,12 @@ bool Scheduler::step() {
     } catch (const std::exception& error) {
       contain_failure(error.what());
     }
-    if (ran) finish_step();
-    if (ran && decode_drafts_) {
-      draft_policy_.end_step(*decode_drafts_, Seconds(Clock::now() - planned_at).count());
+    if (ran) {
+      finish_step();
+      const double seconds = Seconds(Clock::now() - planned_at).count();
+      prompt_pace_.end_step(rows_.answers, rows_.prompts, seconds);
+      if (rows_.prompts == 0 && parts_.drafter != nullptr)
+        draft_policy_.end_step(rows_.drafts, seconds);
     }
   }
   planned_.clear();
@@ -112,11 +115,13 @@ void Scheduler::plan() {
     sequence->num_drafts = std::clamp<int64_t>(limit, 0, drafts);
     rows += sequence->num_drafts;
   }
-  // However many answers there are, prompts get a quarter, so that none waits for ever.
-  const int64_t budget =
-      answers.empty()
-          ? options_.prompt_tokens
-          : std::max({options_.step_tokens - rows, options_.step_tokens / 4, int64_t{1}});
+  // However many answers there are, prompts get something, so that none waits for ever.
+  int64_t budget = options_.prompt_tokens;
+  if (num_answers > 0) {
+    const int64_t limit =
+        std::max({options_.step_tokens - rows, options_.step_tokens / 4, int64_t{1}});
+    budget = prompt_pace_.rows(num_answers, limit);
+  }
   plan_prompts(prompts, budget);
   planned_ = running_;
 }
@@ -218,8 +223,7 @@ void Scheduler::make_drafts() {
 
 void Scheduler::run_planned() {
   steps_.clear();
-  bool prompts = false;
-  int64_t num_drafts = 0;
+  rows_ = {};
   for (Sequence* sequence : planned_) {
     const auto pos = static_cast<size_t>(sequence->pos());
     std::span<const int64_t> tokens = std::span<const int64_t>(sequence->tokens)
@@ -237,14 +241,16 @@ void Scheduler::run_planned() {
                       .tokens = tokens,
                       .pages = std::span<const int64_t>(sequence->cache.pages).first(num_pages),
                       .num_logits = draws ? 1 + static_cast<int64_t>(sequence->drafts.size()) : 0});
-    prompts = prompts || sequence->chunk > 1 || !draws;
-    num_drafts += static_cast<int64_t>(sequence->drafts.size());
+    if (draws && sequence->chunk == 1) {
+      ++rows_.answers;
+    } else {
+      rows_.prompts += sequence->chunk;
+    }
+    rows_.drafts += static_cast<int64_t>(sequence->drafts.size());
   }
   const Stopwatch watch;
   parts_.runner.run(steps_);
   watch.add_to(model_);
-  decode_drafts_.reset();
-  if (!prompts && parts_.drafter != nullptr) decode_drafts_ = num_drafts;
 }
 
 // Nobody knows whose tokens made the step throw, nor what the states are now: everybody starts over
