@@ -128,8 +128,12 @@ TEST(Server, SlowGrammarsHoldUpNobodyElse) {
                           R"({"messages": [{"role": "user", "content": "hi"}], "thinking": false,
           "response_format": {"type": "json_object"}})");
   std::vector<LoopbackClient> waiting;
-  for (int i = 0; i < 5; ++i) waiting.emplace_back(server.port()).send(constrained);
+  const auto send = [&](int count) {
+    for (; count > 0; --count) waiting.emplace_back(server.port()).send(constrained);
+  };
+  send(2);
   ASSERT_TRUE(eventually([&] { return engine.begun == 2; }));
+  send(3);
   LoopbackClient other(server.port());
   EXPECT_EQ(other.post("/v1/chat/completions", kPlain).status, 200);
   ASSERT_TRUE(eventually([&] { return server.stats().active == 5; }));
