@@ -24,8 +24,8 @@ void cpu_pause() {
 
 /// One look of somebody who waits. Now and then the processor is offered to whoever else wants it:
 /// a thread that holds what is waited for may be among them. Where nobody does, that is soon over.
-void spin(int count) {
-  constexpr int kLooksAnOffer = 32;
+void spin(unsigned count) {
+  constexpr unsigned kLooksAnOffer = 32;
   count % kLooksAnOffer == kLooksAnOffer - 1 ? static_cast<void>(sched_yield()) : cpu_pause();
 }
 
@@ -66,10 +66,8 @@ class ThreadPool {
     }
     while (take_one()) {
     }
-    for (int spins = 0; done_.load(std::memory_order_acquire) < num_tasks;
-         spins = (spins + 1) % kSpins) {
+    for (unsigned spins = 0; done_.load(std::memory_order_acquire) < num_tasks; ++spins)
       spin(spins);
-    }
     if (error_) {
       std::exception_ptr error = std::exchange(error_, nullptr);
       std::rethrow_exception(error);
@@ -79,7 +77,7 @@ class ThreadPool {
  private:
   /// About 1 ms: longer than any gap between the regions of one decode step, so that none of them
   /// has to wake a sleeper.
-  static constexpr int kSpins = 20000;
+  static constexpr unsigned kSpins = 20000;
 
   static int64_t tasks_left(uint64_t region) { return static_cast<int64_t>(region & 0xffffffffu); }
 
@@ -103,7 +101,7 @@ class ThreadPool {
   }
 
   void work() {
-    for (int spins = 0;;) {
+    for (unsigned spins = 0;;) {
       if (take_one()) {
         spins = 0;
         continue;

@@ -51,6 +51,7 @@ Delivery::~Delivery() {
 }
 
 std::shared_ptr<Sink> Delivery::keeper(std::shared_ptr<Sink> sink) {
+  if (sink == nullptr) return nullptr;
   return std::make_shared<Keeper>(*this, std::move(sink));
 }
 

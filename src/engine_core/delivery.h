@@ -19,11 +19,11 @@ class Delivery {
   ~Delivery();
 
   /// Stands for `sink` in the engine's thread: keeps its updates until hand_over(). Once the sink
-  /// has thrown it gets no more, and on_update() throws Error.
+  /// has thrown it gets no more, and on_update() throws Error. Any thread; null for null.
   std::shared_ptr<Sink> keeper(std::shared_ptr<Sink> sink);
   /// The engine's thread: what its keepers have is delivered, in order.
   void hand_over();
-  /// The engine's thread: until everything handed over has been delivered.
+  /// Any thread but this one's: until everything handed over has been delivered.
   void wait();
 
  private:

@@ -138,7 +138,7 @@ class Scheduler {
   void keep_state(Sequence& sequence, bool ends);
   void deliver(Sequence& sequence, Update update);
   void end(Sequence& sequence, FinishReason reason, Update update);
-  /// Ends what may go on in another request, so its prefixes stay as they are.
+  /// Ends a request that its client may take up again: its states are kept as they stand.
   void break_off(RequestState& request, FinishReason reason);
   void end_request(RequestState& request, FinishReason reason, const std::string& error);
   void fail(RequestState& request, const std::string& what);

@@ -64,9 +64,12 @@ EngineStats ServingLoop::stats() const {
 }
 
 void ServingLoop::drain() {
-  std::unique_lock lock(mutex_);
-  draining_ = true;
-  idle_.wait(lock, [this] { return is_idle_; });
+  {
+    std::unique_lock lock(mutex_);
+    draining_ = true;
+    idle_.wait(lock, [this] { return is_idle_; });
+  }
+  delivery_.wait();
 }
 
 bool ServingLoop::integrity_lost() const {
@@ -106,7 +109,6 @@ void ServingLoop::run() {
       scheduler_.cancel_all();
       delivery_.hand_over();
       check_when_idle();
-      delivery_.wait();
       lock.lock();
       stats_ = scheduler_.stats();
       is_idle_ = true;
@@ -128,10 +130,7 @@ void ServingLoop::run() {
       num_waiting_ = scheduler_.num_waiting_requests();
     }
     delivery_.hand_over();
-    if (!busy) {
-      check_when_idle();
-      delivery_.wait();
-    }
+    if (!busy) check_when_idle();
     lock.lock();
     if (busy || !submitted_.empty() || !cancelled_.empty() || stopping_) continue;
     is_idle_ = true;

@@ -29,7 +29,8 @@ class ServingLoop : public Engine {
   void cancel(uint64_t id) override;
   EngineStats stats() const override;
 
-  /// No more requests; returns when the accepted ones have ended and their sinks know it.
+  /// No more requests; returns when the accepted ones have ended and their sinks know it. Not from
+  /// within an update.
   void drain();
   /// Whether pools, tree and sequences ever disagreed when the loop was idle (it was logged).
   bool integrity_lost() const;

@@ -230,8 +230,13 @@ TEST(ServingLoop, ASlowSinkDoesNotHoldUpTheEngine) {
   gate.wait_until_reached();
   while (world.loop.stats().finished == 0) std::this_thread::yield();
   EXPECT_EQ(slow->updates, 1);
+  // Idle, the engine still takes what comes.
+  auto other = std::make_shared<Waiting>(1);
+  ASSERT_EQ(world.loop.submit(greedy({3, 4}, 2), other, &id), Submitted::kAccepted);
+  while (world.loop.stats().finished == 1) std::this_thread::yield();
   gate.open();
   world.loop.drain();
+  EXPECT_EQ(other->wait(), FinishReason::kLength);
   EXPECT_EQ(slow->updates, 90);
   EXPECT_TRUE(slow->finished);
 }
