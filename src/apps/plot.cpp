@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/join.h"
@@ -129,7 +130,7 @@ std::function<int()> define_plot(CLI::App& app) {
                  "what to draw, separated by commas; default: loss/main,validation/loss")
       ->delimiter(',');
   app.add_option("--smooth", flags->smooth, "means over this many points, in front of the points")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   app.add_option("--x", flags->x, "tokens or step")
       ->check(CLI::IsMember({"tokens", "step"}))
       ->capture_default_str();

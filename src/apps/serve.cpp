@@ -11,6 +11,7 @@
 
 #include "apps/command.h"
 #include "apps/decode_loop.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "checkpoint/digest.h"
@@ -70,6 +71,9 @@ int run(Flags flags) {
     model::move_to(loaded.model, at::kCUDA);
   }
   flags.engine.numerics = loaded.numerics;
+  flags.server.default_thinking = loaded.defaults.thinking;
+  flags.server.default_sampling = loaded.defaults.sampling;
+  flags.server.default_max_tokens = loaded.defaults.max_tokens;
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
@@ -119,30 +123,30 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--tls-key", server.tls_key, "PEM file");
   app.add_option("--ping-seconds", flags->ping_seconds,
                  "a stream silent for so long gets a ping; 0: never")
-      ->check(CLI::NonNegativeNumber)
+      ->check(between(0, 1e6))
       ->capture_default_str();
   app.add_option("--cache-gib", flags->cache_gib, "memory of pages and state slots")
-      ->check(CLI::PositiveNumber)
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
   app.add_option("--max-running", engine.max_running, "sequences in a step")
-      ->check(CLI::Range(1, 65536))
+      ->check(between(1, 65536))
       ->capture_default_str();
   app.add_option("--max-waiting", engine.max_waiting, "requests in the queue")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run, at most")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
-      ->check(CLI::Range(0, 8))
+      ->check(between(0, 8))
       ->capture_default_str();
   app.add_flag("--always-draft", engine.always_draft, "drafts even where they do not pay");
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
   app.add_option("--disk-gib", flags->disk_gib, "its budget")
-      ->check(CLI::PositiveNumber)
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")

@@ -7,6 +7,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "apps/flags.h"
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
 #include "base/check.h"
@@ -51,10 +52,10 @@ std::function<int()> define_tokenizer_cut(CLI::App& app) {
   auto options = std::make_shared<Options>();
   app.add_option("--tokenizer", options->tokenizer, "the large tokenizer.json")->required();
   app.add_option("--vocab-size", options->vocab_size, "ids of the result, added tokens included")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+      ->check(between(1, 1 << 24))
       ->capture_default_str();
   app.add_option("--min-count", options->min_count, "how often a merge must occur in the texts")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--out", options->out, "file to write")->required();
   app.add_option("text", options->texts, "plain text files")->required();

@@ -341,7 +341,7 @@ Job message_job(const Context& context, const Json& json) {
   const std::string model = read_model(context, body);
   if (!body.has("max_tokens")) body.fail("max_tokens", "expected an integer, found nothing");
   ChatJob chat = read_chat(context, body);
-  read_sampling(body, chat.base);
+  read_sampling(context, body, chat.base);
   chat.base.stop = read_stop(body, "stop_sequences", context.options);
   chat.base.max_tokens = read_max_tokens(body, "max_tokens");
   const bool stream = body.boolean_or("stream", false);

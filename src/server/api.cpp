@@ -51,6 +51,19 @@ HttpResponse json_response(const Json& json) {
   return response;
 }
 
+/// What a request gets that says nothing, so that a page can show it.
+Json defaults_json(const ServerOptions& options) {
+  const engine::Sampling& sampling = options.default_sampling;
+  const int64_t tokens = options.default_max_tokens;
+  return Json::object({{"thinking", js(options.default_thinking)},
+                       {"temperature", js(sampling.temperature)},
+                       {"top_p", js(sampling.top_p)},
+                       {"top_k", js(sampling.top_k)},
+                       {"min_p", js(sampling.min_p)},
+                       {"repetition_penalty", js(sampling.repetition_penalty)},
+                       {"max_tokens", tokens > 0 ? js(tokens) : Json()}});
+}
+
 }  // namespace
 
 /// API keys as digests, so that comparing takes the same time for every key, and the count of open
@@ -281,7 +294,8 @@ HttpResponse Api::models(std::string_view path) const {
                                    {"object", js("model")},
                                    {"created", js(created_)},
                                    {"owned_by", js("hadal")},
-                                   {"max_model_len", js(context_.max_context())}});
+                                   {"max_model_len", js(context_.max_context())},
+                                   {"defaults", defaults_json(context_.options)}});
   if (path == "/v1/models")
     return json_response(Json::object({{"object", js("list")}, {"data", Json::array({model})}}));
   const std::string_view name = path.substr(std::string_view("/v1/models/").size());

@@ -161,14 +161,17 @@ std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& c
   return render(context, chat).tokens;
 }
 
-void read_sampling(const Fields& body, engine::Request& request) {
+void read_sampling(const Context& context, const Fields& body, engine::Request& request) {
+  const engine::Sampling& model = context.options.default_sampling;
   engine::Sampling& sampling = request.sampling;
-  sampling.temperature = body.number_or("temperature", 1.0, 0.0, 2.0);
+  sampling.temperature = body.number_or("temperature", model.temperature, 0.0, 2.0);
   // 0 means the most likely token alone, which the smallest share gives.
-  sampling.top_p = std::max(body.number_or("top_p", 1.0, 0.0, 1.0), 1e-9);
-  sampling.min_p = body.number_or("min_p", 0.0, 0.0, 0.999999);
-  sampling.top_k = std::max<int64_t>(0, body.integer_or("top_k", 0, -1, int64_t{1} << 31));
-  sampling.repetition_penalty = body.number_or("repetition_penalty", 1.0, 0.01, 10.0);
+  sampling.top_p = std::max(body.number_or("top_p", model.top_p, 0.0, 1.0), 1e-9);
+  sampling.min_p = body.number_or("min_p", model.min_p, 0.0, 0.999999);
+  sampling.top_k =
+      std::max<int64_t>(0, body.integer_or("top_k", model.top_k, -1, int64_t{1} << 31));
+  sampling.repetition_penalty =
+      body.number_or("repetition_penalty", model.repetition_penalty, 0.01, 10.0);
   sampling.presence_penalty = body.number_or("presence_penalty", 0.0, -2.0, 2.0);
   sampling.frequency_penalty = body.number_or("frequency_penalty", 0.0, -2.0, 2.0);
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();

@@ -43,8 +43,8 @@ Job make_chat_job(const Context& context, ChatJob chat);
 /// The prompt alone, for counting.
 std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& chat);
 
-/// temperature, top_p, ... seed of a request.
-void read_sampling(const Fields& body, engine::Request& request);
+/// temperature, top_p, ... seed of a request; what it leaves out is the model's own.
+void read_sampling(const Context& context, const Fields& body, engine::Request& request);
 /// A string or a list of them; at most options.max_stop_strings.
 std::vector<std::string> read_stop(const Fields& body,
                                    std::string_view key,

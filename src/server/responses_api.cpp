@@ -362,13 +362,13 @@ Job response_job(const Context& context, const Json& json) {
     }
   }
   if (body.has("reasoning")) chat.effort = body.object("reasoning").string_or("effort", "");
-  read_sampling(body, chat.base);
+  read_sampling(context, body, chat.base);
   chat.base.stop = read_stop(body, "stop", context.options);
   chat.base.max_tokens = read_max_tokens(body, "max_output_tokens");
   echo.instructions = copy_or(body, "instructions", Json());
   echo.max_output_tokens = copy_or(body, "max_output_tokens", Json());
   echo.temperature = js(chat.base.sampling.temperature);
-  echo.top_p = js(body.number_or("top_p", 1.0, 0.0, 1.0));
+  echo.top_p = js(body.number_or("top_p", context.options.default_sampling.top_p, 0.0, 1.0));
   echo.effort = chat.effort.empty() ? Json() : js(chat.effort);
   echo.tools = copy_or(body, "tools", Json::array());
   echo.tool_choice = copy_or(body, "tool_choice", js("auto"));
