@@ -51,7 +51,8 @@ int run(const Flags& flags) {
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   const engine::GenerationDefaults& defaults = loaded.defaults;
   settings.encoding.thinking_mode = text::parse_thinking_mode(
-      flags.thinking_mode.empty() ? (defaults.thinking ? "thinking" : "chat") : flags.thinking_mode);
+      flags.thinking_mode.empty() ? (defaults.thinking ? "thinking" : "chat")
+                                  : flags.thinking_mode);
   settings.sampling = flags.sampling.over(defaults.sampling);
   settings.max_tokens =
       flags.max_tokens.value_or(defaults.max_tokens > 0 ? defaults.max_tokens : kMaxTokens);

@@ -224,7 +224,8 @@ class Repl {
     if (line[0] != '/') return Then::kSay;
     const size_t space = line.find_first_of(" \t\n");
     const std::string name = line.substr(0, space);
-    const size_t begin = space == std::string::npos ? space : line.find_first_not_of(" \t\n", space);
+    const size_t begin =
+        space == std::string::npos ? space : line.find_first_not_of(" \t\n", space);
     const std::string rest = begin == std::string::npos ? "" : line.substr(begin);
     try {
       if (name == "/reset") {
@@ -276,7 +277,8 @@ class Repl {
     ChatSettings& settings = session_.settings();
     const size_t space = words.find_first_of(" \t=");
     const std::string name = words.substr(0, space);
-    const size_t begin = space == std::string::npos ? space : words.find_first_not_of(" \t=", space);
+    const size_t begin =
+        space == std::string::npos ? space : words.find_first_not_of(" \t=", space);
     const std::string value = begin == std::string::npos ? "" : words.substr(begin);
     std::vector<std::string> names;
     for (const Setting& setting : kSettings) {

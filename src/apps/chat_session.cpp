@@ -116,9 +116,9 @@ void ChatSession::set_messages(PyJson messages, const std::string& name) {
   int64_t calls = 0;
   for (const PyJson& message : messages.items()) {
     const PyJson* role = message.find("role");
-    HADAL_INPUT_CHECK(role != nullptr && role->is_string(), name,
-                      ": a message without a \"role\"");
-    if (const PyJson* list = message.find("tool_calls"); list != nullptr) calls += std::ssize(list->items());
+    HADAL_INPUT_CHECK(role != nullptr && role->is_string(), name, ": a message without a \"role\"");
+    if (const PyJson* list = message.find("tool_calls"); list != nullptr)
+      calls += std::ssize(list->items());
   }
   try {
     text::render_chat(messages, settings_.encoding);

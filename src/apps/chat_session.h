@@ -54,8 +54,8 @@ class ChatSession {
   void set_system(const std::string& text);
   /// The conversation in OpenAI's form.
   const text::PyJson& messages() const { return messages_; }
-  /// Goes on from another conversation. Errors: InputError (naming `name`) where it is none; nothing
-  /// is changed then.
+  /// Goes on from another conversation. Errors: InputError (naming `name`) where it is none;
+  /// nothing is changed then.
   void set_messages(text::PyJson messages, const std::string& name);
   /// Takes the last answer away, so that answer() gives another; false when there is none. It comes
   /// back where answer() is interrupted before the first token.
@@ -77,8 +77,8 @@ class ChatSession {
   std::unique_ptr<engine::LocalEngine> engine_;
   text::PyJson messages_;
   std::optional<text::PyJson> taken_;  ///< by take_answer()
-  size_t answered_ = 0;    ///< messages that an interrupted answer leaves
-  int64_t num_calls_ = 0;  ///< of the whole conversation, for ids
+  size_t answered_ = 0;                ///< messages that an interrupted answer leaves
+  int64_t num_calls_ = 0;              ///< of the whole conversation, for ids
   int64_t first_call_ = 0;
 };
 

@@ -133,7 +133,7 @@ Finish decode(const LoadedModel& loaded,
     if (stop && stop()) return Finish::kInterrupted;
     // Ids beyond the tokenizer's have no text, so they are never chosen.
     std::span<const float> row(sequence.logits().const_data_ptr<float>(),
-                                     static_cast<size_t>(loaded.tokenizer.vocab_size()));
+                               static_cast<size_t>(loaded.tokenizer.vocab_size()));
     if (adjusts) {
       adjusted.assign(row.begin(), row.end());
       ops::adjust_logits(adjusted, sampling, history, {});

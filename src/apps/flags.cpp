@@ -75,11 +75,13 @@ void check_numbers(CLI::App& app) {
     if (type.starts_with("FLOAT")) {
       option->check(of_kind("a finite number", is_finite));
     } else if (type.starts_with("UINT")) {
-      option->check(of_kind("a whole number from 0 to 18446744073709551615",
-                            [](const std::string& text) { return parse<uint64_t>(text).has_value(); }));
+      option->check(
+          of_kind("a whole number from 0 to 18446744073709551615",
+                  [](const std::string& text) { return parse<uint64_t>(text).has_value(); }));
     } else if (type.starts_with("INT")) {
-      option->check(of_kind("a whole number",
-                            [](const std::string& text) { return parse<int64_t>(text).has_value(); }));
+      option->check(of_kind("a whole number", [](const std::string& text) {
+        return parse<int64_t>(text).has_value();
+      }));
     }
   }
   for (CLI::App* sub : app.get_subcommands({})) check_numbers(*sub);
@@ -89,8 +91,7 @@ void SamplingFlags::define(CLI::App& app) {
   app.add_option("--temperature", temperature,
                  "0: always the most likely token; default: the model's")
       ->check(between(0, 100));
-  app.add_option("--top-p", top_p,
-                 "keep the most likely tokens of this mass; default: the model's")
+  app.add_option("--top-p", top_p, "keep the most likely tokens of this mass; default: the model's")
       ->check(between(0, 1));
   app.add_option("--top-k", top_k, "keep so many of them; 0: all; default: the model's")
       ->check(between(0, 1e9));

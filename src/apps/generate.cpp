@@ -11,9 +11,9 @@
 #include "apps/decode_loop.h"
 #include "apps/flags.h"
 #include "apps/interrupt.h"
+#include "apps/perplexity.h"
 #include "apps/text_io.h"
 #include "base/check.h"
-#include "apps/perplexity.h"
 
 namespace hadal::apps {
 namespace {
@@ -112,8 +112,8 @@ std::function<int()> define_generate(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
   app.add_option("--model", flags->model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
-  CLI::Option* prompt = app.add_option("--prompt", flags->prompt,
-                                       "text to continue; default: standard input");
+  CLI::Option* prompt =
+      app.add_option("--prompt", flags->prompt, "text to continue; default: standard input");
   app.add_option("--prompt-file", flags->prompt_file, "file with the text; -: standard input");
   app.add_option("--max-tokens", flags->max_tokens, "tokens to generate at most")->check(above(0));
   flags->sampling.define(app);

@@ -42,8 +42,8 @@ class PlainLines final : public LineInput {
   std::string buffer_;
 };
 
-/// One character of the terminal: 1, 0 at the end of the input, -1 when a signal came. The library's
-/// own reader would try again after a signal.
+/// One character of the terminal: 1, 0 at the end of the input, -1 when a signal came. The
+/// library's own reader would try again after a signal.
 int read_character(EditLine*, wchar_t* out) {
   std::mbstate_t state = {};
   for (;;) {

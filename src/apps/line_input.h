@@ -1,5 +1,5 @@
-// Where a conversation's lines come from: a terminal with editing, history and pasting (libedit), or
-// any other standard input, a line at a time.
+// Where a conversation's lines come from: a terminal with editing, history and pasting (libedit),
+// or any other standard input, a line at a time.
 #pragma once
 
 #include <memory>

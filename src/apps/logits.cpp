@@ -71,8 +71,7 @@ std::function<int()> define_logits(CLI::App& app) {
       ->required();
   app.add_option("--numerics", flags->numerics,
                  "ideal, bf16 or released; default: by the checkpoint's scales");
-  app.add_option("--chunk", flags->chunk, "tokens a step; default: all at once")
-      ->check(above(0));
+  app.add_option("--chunk", flags->chunk, "tokens a step; default: all at once")->check(above(0));
   return [flags] { return run(*flags); };
 }
 

@@ -84,12 +84,12 @@ void define_own(Program& program) {
       CLI::App* found = command_of(*program.app, *words);
       size_t depth = 0;
       for (const CLI::App* at = found; at != program.app.get(); at = at->get_parent()) ++depth;
-      HADAL_INPUT_CHECK(depth == words->size(), "no subcommand '", (*words)[depth], "'",
-                        nearest((*words)[depth], names_of(subcommands_of(*found))).empty()
-                            ? ""
-                            : concat("; did you mean '",
-                                     nearest((*words)[depth], names_of(subcommands_of(*found))),
-                                     "'?"));
+      HADAL_INPUT_CHECK(
+          depth == words->size(), "no subcommand '", (*words)[depth], "'",
+          nearest((*words)[depth], names_of(subcommands_of(*found))).empty()
+              ? ""
+              : concat("; did you mean '",
+                       nearest((*words)[depth], names_of(subcommands_of(*found))), "'?"));
       std::string before;
       for (const CLI::App* at = found->get_parent(); at != nullptr; at = at->get_parent())
         before = at->get_name() + " " + before;
@@ -97,7 +97,8 @@ void define_own(Program& program) {
       return 0;
     };
   });
-  CLI::App* completion = app.add_subcommand("completion", "a script that completes commands and flags");
+  CLI::App* completion =
+      app.add_subcommand("completion", "a script that completes commands and flags");
   auto shell = std::make_shared<std::string>();
   completion->add_option("shell", *shell, "whose: bash, zsh or fish")
       ->required()
@@ -170,10 +171,13 @@ std::string nearest(const std::string& word, const std::vector<std::string>& kno
   return best;
 }
 
-std::string refusal(CLI::App& app, const std::vector<std::string>& words, const CLI::ParseError& error) {
+std::string refusal(CLI::App& app,
+                    const std::vector<std::string>& words,
+                    const CLI::ParseError& error) {
   CLI::App* command = command_of(app, words);
   std::string path;
-  for (const CLI::App* at = command; at != nullptr && at->get_parent() != nullptr; at = at->get_parent())
+  for (const CLI::App* at = command; at != nullptr && at->get_parent() != nullptr;
+       at = at->get_parent())
     path = at->get_name() + " " + path;
   std::string what = error.what();
   std::string meant;

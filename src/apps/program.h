@@ -28,7 +28,9 @@ CLI::App* command_of(CLI::App& app, const std::vector<std::string>& words);
 std::string nearest(const std::string& word, const std::vector<std::string>& known);
 
 /// One line on why the words were refused, with what may have been meant.
-std::string refusal(CLI::App& app, const std::vector<std::string>& words, const CLI::ParseError& error);
+std::string refusal(CLI::App& app,
+                    const std::vector<std::string>& words,
+                    const CLI::ParseError& error);
 
 /// "--long" names of an app's flags.
 std::vector<std::string> flag_names(const CLI::App& app);

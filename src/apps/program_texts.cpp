@@ -30,7 +30,8 @@ void add_bash(const CLI::App& app, const std::string& path, BashTables& tables) 
         option->get_lnames().empty() ? app.get_name() : "--" + option->get_lnames()[0];
     tables.choices += concat("    '", path, " ", flag, "') choices='", spaced(choices), "' ;;\n");
   }
-  for (const CLI::App* sub : subcommands_of(app)) add_bash(*sub, path + "/" + sub->get_name(), tables);
+  for (const CLI::App* sub : subcommands_of(app))
+    add_bash(*sub, path + "/" + sub->get_name(), tables);
 }
 
 std::string bash_script(const CLI::App& app) {
@@ -65,8 +66,9 @@ void add_fish(const CLI::App& app, const std::string& condition, std::string& ou
   const bool root = app.get_parent() == nullptr;
   const std::string here =
       root ? "__fish_use_subcommand"
-           : (below.empty() ? condition
-                            : concat(condition, "; and not __fish_seen_subcommand_from ", spaced(below)));
+           : (below.empty()
+                  ? condition
+                  : concat(condition, "; and not __fish_seen_subcommand_from ", spaced(below)));
   for (const CLI::App* sub : subcommands_of(app)) {
     out += concat("complete -c hadal -f -n ", quoted(here), " -a ", sub->get_name(), " -d ",
                   quoted(sub->get_description()), "\n");
@@ -110,8 +112,8 @@ void add_man(const CLI::App& app, const std::string& path, std::string& out) {
   out += concat(".SS ", troff(path), "\n", troff(app.get_description()), "\n");
   const auto formatter = app.get_formatter();
   for (const CLI::Option* option : app.get_options()) {
-    const std::string names = option->get_positional() ? option->get_name(true, false)
-                                                       : option->get_name(false, true);
+    const std::string names =
+        option->get_positional() ? option->get_name(true, false) : option->get_name(false, true);
     const auto* help = dynamic_cast<const CLI::Formatter*>(formatter.get());
     const std::string value = help != nullptr ? help->make_option_opts(option) : "";
     const std::string text =

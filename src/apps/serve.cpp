@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
-#include <fstream>
 #include <memory>
+#include <sstream>
 
 #include <ATen/Context.h>
 
@@ -13,6 +13,7 @@
 #include "apps/decode_loop.h"
 #include "apps/flags.h"
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "checkpoint/digest.h"
 #include "engine/local_engine.h"
@@ -39,8 +40,7 @@ engine::WindowPolicy parse_policy(const std::string& name) {
 }
 
 std::vector<std::string> read_keys(const std::string& path) {
-  std::ifstream file(path);
-  HADAL_INPUT_CHECK(file.good(), "--api-keys: cannot read ", path);
+  std::istringstream file(read_file(path, int64_t{1} << 24));
   std::vector<std::string> keys;
   for (std::string line; std::getline(file, line);) {
     while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();

@@ -1,8 +1,6 @@
 // hadal tokenizer-cut: a small tokenizer.json out of a large one and the texts it is meant for.
 #include "text/tokenizer_cut.h"
 
-#include <filesystem>
-#include <fstream>
 #include <memory>
 
 #include <CLI/CLI.hpp>
@@ -10,7 +8,7 @@
 #include "apps/flags.h"
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
-#include "base/check.h"
+#include "base/file.h"
 
 namespace hadal::apps {
 namespace {
@@ -34,15 +32,7 @@ int cut(const Options& options) {
                                                    text = read_input(options.texts[next++]);
                                                    return true;
                                                  });
-  // Whole or not at all: a reader never sees half a file.
-  const std::string temporary = options.out + ".tmp";
-  std::ofstream file(temporary, std::ios::binary);
-  file << result;
-  file.close();
-  HADAL_INPUT_CHECK(file.good(), temporary, ": cannot be written");
-  std::error_code error;
-  std::filesystem::rename(temporary, options.out, error);
-  HADAL_INPUT_CHECK(!error, options.out, ": cannot be written: ", error.message());
+  write_file_atomic(options.out, result);
   return 0;
 }
 

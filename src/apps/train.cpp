@@ -59,8 +59,7 @@ std::function<int()> define_train(CLI::App& app) {
   app.add_option("--max-seconds", flags->max_seconds,
                  "stop after this time with a checkpoint; the same command goes on")
       ->check(between(0, 1e9));
-  app.add_option("--threads", flags->threads, "CPU threads; default: all")
-      ->check(between(1, 1024));
+  app.add_option("--threads", flags->threads, "CPU threads; default: all")->check(between(1, 1024));
   return [flags] { return run(*flags); };
 }
 

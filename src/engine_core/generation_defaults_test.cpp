@@ -63,7 +63,8 @@ TEST(GenerationDefaults, WhatCannotBeMeantIsRefusedByName) {
 
 TEST(GenerationDefaults, AFolderWithoutTheFileHasThePlainOnesAndADamagedFileIsNamed) {
   namespace fs = std::filesystem;
-  const fs::path folder = fs::temp_directory_path() / ("hadal_defaults_" + std::to_string(getpid()));
+  const fs::path folder =
+      fs::temp_directory_path() / ("hadal_defaults_" + std::to_string(getpid()));
   fs::create_directories(folder);
   EXPECT_TRUE(load_generation_defaults(folder).thinking);
   std::ofstream(folder / "generation_config.json") << R"({"thinking": false})";
