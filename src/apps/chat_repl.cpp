@@ -251,9 +251,9 @@ class Repl {
         ++session_.settings().sampling.seed;
         return Then::kAnswer;
       } else {
-        const bool word = rest.empty() && name.find_first_of("/.", 1) == std::string::npos;
-        if (!word) return Then::kSay;
+        const bool path = name.find_first_of("/.", 1) != std::string::npos;
         const std::string meant = nearest(name, command_names());
+        if (path || (meant.empty() && !rest.empty())) return Then::kSay;
         note(concat("no command ", name, meant.empty() ? "" : concat("; did you mean ", meant, "?"),
                     meant.empty() ? "; " : " ", "/help lists them"));
       }
