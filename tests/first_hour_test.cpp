@@ -50,14 +50,15 @@ class FirstHour : public CliFixture {
 
 TEST_F(FirstHour, WhatCouldNotBeWrittenIsNoSuccess) {
   const std::string tokenizer = kNano + "/tokenizer.json";
-  for (const std::string command :
-       {"--help", "--version", "help chat", "generate --help", "man", "completion bash",
-        "plan --config " + kNano + "/config.json", "plan --json --config " + kNano + "/config.json",
-        "inspect " + kNano, "inspect --json " + kNano, "doctor", "doctor --json",
-        "tokenize --tokenizer " + tokenizer, "detokenize --tokenizer " + tokenizer,
-        "chat-encode --thinking-mode chat " + write("m.json", R"([{"role":"user","content":"x"}])"),
-        "generate --prompt a --max-tokens 1", "generate --prompt a --max-tokens 1 --json",
-        "bench read --gib 0.001 --seconds 0"}) {
+  const std::string messages = write("m.json", R"([{"role":"user","content":"x"}])");
+  for (const std::string& command : std::vector<std::string>{
+           "--help", "--version", "help chat", "generate --help", "man", "completion bash",
+           "plan --config " + kNano + "/config.json",
+           "plan --json --config " + kNano + "/config.json", "inspect " + kNano,
+           "inspect --json " + kNano, "doctor", "doctor --json",
+           "tokenize --tokenizer " + tokenizer, "detokenize --tokenizer " + tokenizer,
+           "chat-encode --thinking-mode chat " + messages, "generate --prompt a --max-tokens 1",
+           "generate --prompt a --max-tokens 1 --json", "bench read --gib 0.001 --seconds 0"}) {
     const CliResult full = run(command + " > /dev/full", "1 2");
     expect_refused(full, "standard output: cannot be written");
     expect_refused(run(command + " >&-", "1 2"), "standard output: cannot be written");
@@ -105,16 +106,18 @@ TEST_F(FirstHour, FoldersLoopsAndPlacesThatTakeNothingAreNamed) {
   fs::create_directory(folder);
   fs::create_symlink("loop", loop);
   const std::string tokenizer = kNano + "/tokenizer.json";
-  for (const std::string& bad : {folder, loop, folder_.string() + "/none"}) {
-    for (const std::string command :
-         {"tokenize --tokenizer " + bad, "tokenize --tokenizer " + tokenizer + " " + bad,
-          "detokenize --tokenizer " + tokenizer + " --jsonl " + bad, "chat --tools " + bad,
-          "chat-encode --thinking-mode chat " + bad, "generate --prompt-file " + bad,
-          "generate --prompt a --model " + bad, "inspect " + bad, "inspect --config " + bad,
-          "plan --config " + bad, "eval perplexity " + bad, "plot x --out y " + bad,
-          "plot " + bad + " --out " + folder_.string() + "/p.svg", "train " + bad,
-          "logits --ids " + bad + " --out " + folder_.string() + "/o",
-          "serve --port 0 --api-keys " + bad, "tokenizer-cut --tokenizer " + bad + " --out x y"}) {
+  for (const std::string& bad :
+       std::vector<std::string>{folder, loop, folder_.string() + "/none"}) {
+    for (const std::string& command : std::vector<std::string>{
+             "tokenize --tokenizer " + bad, "tokenize --tokenizer " + tokenizer + " " + bad,
+             "detokenize --tokenizer " + tokenizer + " --jsonl " + bad, "chat --tools " + bad,
+             "chat-encode --thinking-mode chat " + bad, "generate --prompt-file " + bad,
+             "generate --prompt a --model " + bad, "inspect " + bad, "inspect --config " + bad,
+             "plan --config " + bad, "eval perplexity " + bad, "plot x --out y " + bad,
+             "plot " + bad + " --out " + folder_.string() + "/p.svg", "train " + bad,
+             "logits --ids " + bad + " --out " + folder_.string() + "/o",
+             "serve --port 0 --api-keys " + bad,
+             "tokenizer-cut --tokenizer " + bad + " --out x y"}) {
       const CliResult result = run(command);
       EXPECT_EQ(result.code, 2) << command << ": " << result.error;
       EXPECT_EQ(std::count(result.error.begin(), result.error.end(), '\n'), 1)
@@ -123,11 +126,12 @@ TEST_F(FirstHour, FoldersLoopsAndPlacesThatTakeNothingAreNamed) {
     }
   }
   const std::string metrics = write("m.jsonl", "{\"tokens\": 1, \"loss/main\": 2}\n");
-  for (const std::string out : {"/proc/hadal/x", "/dev/null/x"}) {
-    for (const std::string command :
-         {"plot " + metrics + " --out " + out,
-          "plan --config " + kNano + "/config.json --svg " + out,
-          "tokenizer-cut --tokenizer " + tokenizer + " --out " + out + " " + metrics}) {
+  for (const std::string& out : std::vector<std::string>{"/proc/hadal/x", "/dev/null/x"}) {
+    for (const std::string& command :
+         std::vector<std::string>{"plot " + metrics + " --out " + out,
+                                  "plan --config " + kNano + "/config.json --svg " + out,
+                                  "tokenizer-cut --min-count 0 --tokenizer " + tokenizer +
+                                      " --out " + out + " " + metrics}) {
       expect_refused(run(command), out.substr(0, 9));
     }
   }
@@ -176,7 +180,7 @@ TEST_F(FirstHour, ShellsCompleteAndTheManualIsThere) {
 TEST_F(FirstHour, PromptsComeFromFlagsFilesAndStandardInput) {
   const std::string flags = "generate --max-tokens 3 --temperature 0 --json ";
   const Json flag = Json::parse(run(flags + "--prompt 'It was a'").out);
-  EXPECT_EQ(Json::parse(run(flags, "It was a\n").out), flag);
+  EXPECT_EQ(Json::parse(run(flags, "It was a\n").out)["tokens"], flag["tokens"]);
   EXPECT_EQ(Json::parse(run(flags + "--prompt-file -", "It was a").out)["text"], flag["text"]);
   EXPECT_EQ(Json::parse(run(flags + "--prompt-file " + write("p.txt", "It was a\n")).out)["text"],
             flag["text"]);
@@ -268,6 +272,30 @@ TEST_F(FirstHour, ChatObeysItsCommands) {
                again[1]["content"] == again[2]["content"]);
 }
 
+TEST_F(FirstHour, PlotsHaveWholeStepsAndAPanelForEachUnit) {
+  std::string lines;
+  for (int step = 0; step <= 10; ++step) {
+    lines += "{\"step\": " + std::to_string(step) + ", \"tokens\": " + std::to_string(step * 64) +
+             ", \"loss/main\": 3.5, \"loss/mtp\": 4, \"learning_rate\": 0.001, "
+             "\"tokens_per_second\": 5000}\n";
+  }
+  const std::string file = write("m.jsonl", lines), out = folder_ / "p.svg";
+  ASSERT_EQ(run("plot " + file + " --x step --out " + out +
+                " --keys loss/main,learning_rate,loss/mtp,tokens_per_second")
+                .code,
+            0);
+  const std::string svg = slurp(out);
+  for (const char* half : {">2.5<", ">7.5<"}) EXPECT_EQ(svg.find(half), std::string::npos) << half;
+  for (const char* part :
+       {">2<", ">10<", "loss (nats per token)", "translate(0 600)", "height='900'"})
+    EXPECT_NE(svg.find(part), std::string::npos) << part;
+  // Each panel has an axis of its own: the rate is no flat line at the foot of thousands.
+  size_t panels = 0;
+  for (size_t at = 0; (at = svg.find("<g transform", at)) != std::string::npos; ++at) ++panels;
+  EXPECT_EQ(panels, 3u);
+  EXPECT_NE(svg.find(">0.00"), std::string::npos) << "ticks of the rate";
+}
+
 /// The program at a terminal.
 class Terminal {
  public:
@@ -321,7 +349,8 @@ class Terminal {
 
 TEST_F(FirstHour, TheTerminalEditsLinesKeepsHistoryAndTakesPastes) {
   const std::string saved = folder_ / "saved.json", state = folder_ / "state";
-  const std::string command = "XDG_STATE_HOME=" + state + " TERM=xterm LC_ALL=C.UTF-8 " +
+  // Without a shell of its own, which Ctrl-C would reach, too.
+  const std::string command = "exec env XDG_STATE_HOME=" + state + " TERM=xterm LC_ALL=C.UTF-8 " +
                               std::string(HADAL_BINARY) +
                               " chat --max-tokens 3 --temperature 0 --model " + kNano;
   const std::string prompt = "\33[?2004h", stopped = "[cut off after";

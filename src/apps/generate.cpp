@@ -58,7 +58,7 @@ int run(Flags flags) {
   const StopFunction stop = [&] { return interrupt.raised(); };
 
   const auto start = std::chrono::steady_clock::now();
-  if (!flags.json) std::fwrite(flags.prompt.data(), 1, flags.prompt.size(), stdout);
+  if (!flags.json) write_output(flags.prompt);
   const bool complete = sequence.append(ids, stop);
   const double prompt_seconds = seconds_since(start);
   text::DecodeStream decoder(loaded.tokenizer);
@@ -66,8 +66,7 @@ int run(Flags flags) {
   std::vector<int64_t> tokens;
   const auto emit = [&](const std::string& piece) {
     generated += piece;
-    if (!flags.json) std::fwrite(piece.data(), 1, piece.size(), stdout);
-    if (!flags.json) std::fflush(stdout);
+    if (!flags.json) write_output(piece);  // nobody waits for an answer that cannot be written
   };
   const auto decode_start = std::chrono::steady_clock::now();
   Finish finish = Finish::kInterrupted;
@@ -98,7 +97,7 @@ int run(Flags flags) {
     std::printf("%s\n",
                 result.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
-    std::printf("\n");
+    write_output("\n");
     std::fprintf(stderr,
                  "prompt: %zu tokens, %.0f tokens/s; generated: %zu tokens, %.0f tokens/s\n",
                  ids.size(), prompt_rate, tokens.size(), decode_rate);

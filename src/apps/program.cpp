@@ -93,7 +93,8 @@ void define_own(Program& program) {
       std::string before;
       for (const CLI::App* at = found->get_parent(); at != nullptr; at = at->get_parent())
         before = at->get_name() + " " + before;
-      std::fputs(found->help(before.empty() ? "" : before + found->get_name()).c_str(), stdout);
+      if (before.ends_with(' ')) before.pop_back();
+      std::fputs(found->help(before).c_str(), stdout);
       return 0;
     };
   });

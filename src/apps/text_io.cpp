@@ -62,9 +62,11 @@ void for_each_line(const std::string& path,
 }
 
 void write_output(std::string_view text) {
+  errno = 0;
   const size_t written = std::fwrite(text.data(), 1, text.size(), stdout);
   HADAL_INPUT_CHECK(written == text.size() && std::fflush(stdout) == 0,
-                    "standard output: cannot be written");
+                    "standard output: cannot be written", errno != 0 ? ": " : "",
+                    errno != 0 ? std::strerror(errno) : "");
 }
 
 }  // namespace hadal::apps

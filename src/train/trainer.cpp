@@ -235,8 +235,16 @@ struct Trainer::Impl {
         model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
          .max_shard_bytes = config.export_shard_bytes,
-         .tokenizer = config.tokenizer});
+         .tokenizer = config.tokenizer,
+         .generation_config = generation_config()});
     log::info("train", "the trained model is in ", folder);
+  }
+
+  /// The settings of generation that lie beside the architecture, checked; empty: none do.
+  std::string generation_config() const {
+    const auto path = std::filesystem::path(config.model).parent_path() / "generation_config.json";
+    if (!std::filesystem::exists(path)) return "";
+    return path.string();
   }
 
   void begin_stage() {

@@ -337,8 +337,9 @@ class Browser:
     def cdp(self, command, **parameters):
         return self.post("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def size(self, width, height):
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    def size(self, width, height, touch=False):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
 
     def scheme(self, value):
         self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
@@ -585,7 +586,7 @@ class Checks:
         b.click("#show-settings")
         equal(b.js("['temperature', 'top_p', 'max_tokens', 'seed'].map(n => q('#' + n).placeholder)"),
               ["0.7", "0.9", "1024", "random"], "the model's own values are shown")
-        equal(b.js("q('#thinking').options[0].textContent"), "model's: on")
+        equal(b.js("q('#thinking').options[0].textContent"), "on (model's)")
         self.shot("settings-defaults")
         for name, text, limit in (("temperature", "10", "from 0 to 2"), ("top_p", "1.5", "from 0 to 1"),
                                   ("top_k", "3000000000", "from 0 to 2147483648")):
@@ -804,9 +805,21 @@ class Checks:
         self.no_overflow("context")
         self.shot("mobile-context")
         b.click("#close-context")
+        equal(b.js("(n => n.every(x => x === n[0]))(qa('header button').map(n => n.getBoundingClientRect().top))"), True,
+              "the buttons share a row")
         outside = b.js("qa('header button, #send, #prompt').filter(n => { const r = n.getBoundingClientRect();"
                        " return r.left < 0 || r.right > innerWidth || r.bottom > innerHeight; }).map(n => n.id)")
         equal(outside, [], "controls are on the screen")
+        # Where there is no keyboard, none is spoken of.
+        b.size(360, 740, touch=True)
+        b.click("#show-context")
+        b.wait("qa('#map g[data-layer]').length === 12")
+        equal(b.js("q('#map-keys').innerText"), "Touch a bar to read what it stands for.")
+        equal(b.js("getComputedStyle(q('#keys')).display"), "none")
+        self.shot("phone-context")
+        b.click("#close-context")
+        self.shot("phone")
+        b.size(320, 640)
 
     def rectangles(self, data):
         """Compares what is drawn of the whole context with the JSON, computed here anew."""
