@@ -15,6 +15,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "checkpoint/digest.h"
 #include "engine/local_engine.h"
 #include "model/init.h"
@@ -87,6 +88,8 @@ int run(Flags flags) {
   }
   const std::string digest =
       flags.engine.disk.folder.empty() ? "" : checkpoint::weights_digest(loaded.folder);
+  flags.engine.warm_up = true;
+  drop_file_pages();  // what the start needed once, the files of packed weights among it
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
@@ -96,6 +99,10 @@ int run(Flags flags) {
   // Browsers ask for it; an empty one is enough.
   server.api().add_page("/favicon.ico", "image/x-icon", "");
   server.start();
+  const engine::EngineStats memory = local.engine().stats();
+  log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
+            memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
+            " MiB of workspace at rest; now ", resident_bytes() >> 20, " MiB");
   std::fprintf(stderr, "hadal: %s at %s://%s:%u, a page to chat at /; Ctrl-C ends it\n",
                flags.engine.model_name.c_str(),
                flags.server.tls_certificate.empty() ? "http" : "https", flags.server.host.c_str(),
@@ -125,10 +132,10 @@ std::function<int()> define_serve(CLI::App& app) {
                  "a stream silent for so long gets a ping; 0: never")
       ->check(between(0, 1e6))
       ->capture_default_str();
-  app.add_option("--cache-gib", flags->cache_gib, "memory of pages and state slots")
+  app.add_option("--cache-gib", flags->cache_gib, "memory of all that is remembered of texts")
       ->check(between(1e-6, 1e6))
       ->capture_default_str();
-  app.add_option("--max-running", engine.max_running, "sequences in a step")
+  app.add_option("--max-running", engine.max_running, "sequences in a step, at most")
       ->check(between(1, 65536))
       ->capture_default_str();
   app.add_option("--max-waiting", engine.max_waiting, "requests in the queue")

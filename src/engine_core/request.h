@@ -97,7 +97,10 @@ struct CacheReport {
   int64_t prompt_tokens = 0;
   int64_t cached_tokens = 0;  ///< of the prompt, memory and disk
   int64_t disk_tokens = 0;    ///< of them from disk
-  const char* miss = "";  ///< why the rest missed: "new", "evicted", "tail", "off", "disk error"
+  /// Why tokens that were seen before had to be computed: "none" (there were none, or hardly any),
+  /// "new" (nothing of it was seen), "evicted", "tail" (they lie behind the last state), "off",
+  /// "disk error".
+  const char* miss = "";
 };
 
 /// News of one choice of one request.

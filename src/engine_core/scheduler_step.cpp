@@ -410,9 +410,9 @@ void Scheduler::keep_state(Sequence& sequence, bool ends) {
   cache_.store_window(sequence.cache, sequence.tokens);
   const bool before_last =
       options_.snapshot_prompts && sequence.pos() == sequence.request->prompt_size() - 1;
-  if (ends || before_last || sequence.pos() % cache_.snapshot_interval() == 0) {
-    cache_.publish(sequence.cache, sequence.tokens);
-  }
+  if (!ends && !before_last && sequence.pos() % cache_.snapshot_interval() != 0) return;
+  cache_.publish(sequence.cache, sequence.tokens,
+                 ends ? StateKind::kEnd : (before_last ? StateKind::kPrompt : StateKind::kPage));
 }
 
 }  // namespace hadal::engine

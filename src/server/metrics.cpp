@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include "base/memory.h"
+
 namespace hadal::server {
 namespace {
 
@@ -83,7 +85,17 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   gauge("pages_cached", "pages only the prefix tree holds", engine.pages_cached);
   gauge("state_slots_total", "state slots", engine.state_slots_total);
   gauge("state_slots_free", "free state slots", engine.state_slots_free);
-  gauge("snapshot_bytes", "bytes of state snapshots", engine.snapshot_bytes);
+  gauge("states", "kept states: places to go on from", engine.states);
+  gauge("snapshot_pages", "cache pages that hold kept states", engine.snapshot_pages);
+  gauge("snapshot_bytes", "bytes of kept states", engine.snapshot_bytes);
+  total("states_evicted_total", "kept states given up for others", engine.states_evicted);
+  gauge("context_tokens_capacity", "tokens that fit into all cache pages", engine.context_tokens);
+  gauge("weights_bytes", "bytes of weights in memory", engine.weights_bytes);
+  gauge("cache_bytes", "bytes of the cache: pages, state slots and their books",
+        engine.cache_bytes);
+  gauge("workspace_bytes", "bytes of the process at rest beside weights and cache",
+        engine.workspace_bytes);
+  gauge("resident_bytes", "bytes of the process in memory", resident_bytes());
   gauge("disk_bytes", "bytes of the disk store", engine.disk_bytes);
   total("prompt_tokens_total", "tokens of prompts", engine.prompt_tokens);
   total("cached_tokens_total", "prompt tokens found in caches", engine.cached_tokens);
