@@ -11,7 +11,8 @@ list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
 # have edges of its own, so that a(-[0-9]+)? took "a1" and (xb+|a){2,} took "aab"; states without a way on were merged with
 # one that had been merged with another, so that (b|[ab]{1,3}|(a+){0,2}|[ab]) took "bbbb". Strings of JSON: those with a length
 # took bare control characters, all took half a surrogate pair (\ud800), which is no character. Classes of characters: bytes
-# that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one.
+# that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one. A pattern of a
+# JSON string that writes a backslash as [\\] means it (src/engine_core/grammar_pattern.h): no automaton, which would drop it.
 function(xgrammar_mend file)
   file(READ "${XGRAMMAR_ROOT}/cpp/${file}" text)
   set(pairs ${ARGN})
@@ -55,7 +56,11 @@ set(escape_after "Choice({escaped_character, unicode_escape,
                 builder_.AddCharacterClass({{'0', '7'}}), hexadecimal_character, hexadecimal_character})})")
 set(first_before "      {ByteString(\"u\"),\n       hexadecimal_character,")
 set(first_after "      {ByteString(\"u\"),\n       builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}}),")
-xgrammar_mend(json_schema_converter.cc control_before control_after escape_before escape_after first_before first_after)
+set(automaton_before "character >= 0x20 && character <= 0x7e;
+        });")
+set(automaton_after "${automaton_before}
+    can_use_fsm = can_use_fsm && regex.find(\"[\\\\\\\\]\") == std::string::npos;")
+xgrammar_mend(json_schema_converter.cc automaton_before automaton_after control_before control_after escape_before escape_after first_before first_after)
 xgrammar_mend(fsm.cc optional_before optional_after sink_before sink_after)
 set(utf8_before "  // Ensure max and min are valid unicode value.
 ")

@@ -543,7 +543,7 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
 
 TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
   const std::string tools = concat(R"({"mode": "auto", "tools": )", kTools, "}");
-  ASSERT_TRUE(text::tool_block_start().starts_with(kBlockMarker));
+  ASSERT_TRUE(text::tool_block_start().starts_with(concat(kBlockBegin, text::kDsml)));
   const int64_t marker = tokenizer().id_of(text::kDsml);
   // Spelled byte by byte, or as its own token: whether all of it is accepted.
   const auto takes = [&](GrammarSession& session, std::string_view text, bool as_token) {
@@ -568,16 +568,17 @@ TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
       EXPECT_FALSE(session.accept(marker));
       ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
     }
+    // Spelled by ordinary tokens it is text, wherever it stands.
     for (const bool as_token : {false, true}) {
       const std::string_view open = text::tool_block_start();  // "\n\n<|DSML|tool_calls"
       EXPECT_TRUE(takes(session, open, as_token));
       EXPECT_TRUE(takes(session, concat("a\n\n", open), as_token));
       EXPECT_TRUE(takes(session, concat(open.substr(0, 7), "\n<", open.substr(0, 3), "b"), false));
-      EXPECT_FALSE(takes(session, open.substr(1), as_token));
-      EXPECT_FALSE(takes(session, open.substr(3), as_token));
-      EXPECT_FALSE(takes(session, concat("a\n<", text::kDsml, "parameter"), as_token));
-      EXPECT_FALSE(takes(session, concat("\n\n<", text::kDsml, "invoke"), as_token));
-      EXPECT_FALSE(takes(session, concat("\uff5c\uff5cDSM", text::kDsml), as_token));
+      EXPECT_EQ(takes(session, open.substr(1), as_token), !as_token);
+      EXPECT_EQ(takes(session, open.substr(3), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("a\n<", text::kDsml, "parameter"), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("\n\n<", text::kDsml, "invoke"), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("\uff5c\uff5cDSM", text::kDsml), as_token), !as_token);
     }
     EXPECT_TRUE(takes(session, "\uff5cDSML \n\n<div> \uff5cDSML\uff5d", false));
   }
