@@ -1,6 +1,7 @@
 #include "engine_core/grammar.h"
 
 #include <algorithm>
+#include <bit>
 #include <condition_variable>
 #include <future>
 #include <list>
@@ -16,6 +17,8 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_calls.h"
+#include "engine_core/grammar_ends.h"
 #include "engine_core/grammar_log.h"
 #include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
@@ -61,10 +64,12 @@ xgrammar::Grammar read_grammar(const Grammar& grammar,
       auto schema = nlohmann::ordered_json::parse(grammar.text);
       const bool changed = prepare_strings(schema, what);
       return xgrammar::Grammar::FromJSONSchema(changed ? schema.dump() : grammar.text, true,
-                                               std::nullopt, std::nullopt, true, kMaxWhitespace);
+                                               std::nullopt, std::nullopt, true, kMaxWhitespace,
+                                               false, true);
     }
     case Grammar::Kind::kRegex:
       check_pattern(grammar.text, what);
+      json_pattern(grammar.text, what);  // classes of no characters
       return xgrammar::Grammar::FromRegex(grammar.text);
     case Grammar::Kind::kEbnf:
       check_pattern(grammar.text, what);
@@ -90,12 +95,16 @@ class CompiledGrammar {
  public:
   CompiledGrammar(std::shared_ptr<const GrammarVocabulary> tokens,
                   xgrammar::CompiledGrammar grammar,
-                  MarkerGuard::Watch watched)
-      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), watch(watched) {}
+                  const ToolGrammar& tools)
+      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), watch(tools.watch) {
+    if (!tools.calls.empty())
+      calls = std::make_shared<const std::vector<CallParameters>>(tools.calls);
+  }
 
   std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::CompiledGrammar compiled;
   MarkerGuard::Watch watch;  ///< the marker has its place, which free text does not know
+  std::shared_ptr<const std::vector<CallParameters>> calls;  ///< null: no tools
 };
 
 // --- GrammarCompiler
@@ -136,8 +145,9 @@ struct GrammarCompiler::Impl {
         const ToolGrammar tools = calls ? read_tool_grammar(grammar.text, prefer) : ToolGrammar();
         has_preferences = tools.has_preferences;
         const xgrammar::Grammar read = read_grammar(grammar, *vocabulary, tools);
+        check_ends(read.ToString(), concat("grammar: ", kind_name(grammar.kind)));
         auto result = std::make_shared<const CompiledGrammar>(
-            vocabulary, (calls ? *with_dsml : *plain).CompileGrammar(read), tools.watch);
+            vocabulary, (calls ? *with_dsml : *plain).CompileGrammar(read), tools);
         HADAL_INPUT_CHECK(warnings.first().empty(), "grammar: ", kind_name(grammar.kind), ": ",
                           warnings.first());
         HADAL_INPUT_CHECK(result->compiled.MemorySizeBytes() <= limits.compiled_bytes,
@@ -297,16 +307,22 @@ struct GrammarSession::Impl {
     int8_t utf8;    ///< before it
     int matcher_steps;
     MarkerGuard marker;  ///< before it
+    CallTracker calls;   ///< before it
   };
 
   explicit Impl(const std::shared_ptr<const CompiledGrammar>& grammar, bool is_thinking)
       : vocabulary(grammar->vocabulary),
         matcher(grammar->compiled),
         thinking(is_thinking),
-        marker(grammar->watch) {}
+        marker(grammar->watch),
+        calls(grammar->calls) {}
 
   Step step(int matcher_steps) const {
-    return {.thinking = thinking, .utf8 = utf8, .matcher_steps = matcher_steps, .marker = marker};
+    return {.thinking = thinking,
+            .utf8 = utf8,
+            .matcher_steps = matcher_steps,
+            .marker = marker,
+            .calls = calls};
   }
 
   bool accept_thinking(int64_t token) {
@@ -317,11 +333,26 @@ struct GrammarSession::Impl {
     return true;
   }
 
+  bool allows_marker() const { return marker.allows_marker() && calls.allows_marker(); }
+
+  /// Clears the tokens that only the calls before them forbid.
+  void forbid_calls(std::span<uint32_t> words) const {
+    for (size_t word = 0; word < words.size(); ++word) {
+      for (uint32_t bits = words[word]; bits != 0; bits &= bits - 1) {
+        const auto bit = static_cast<size_t>(std::countr_zero(bits));
+        const size_t place = word * 32 + bit;
+        if (place < vocabulary->bytes.size() && !calls.allows(vocabulary->bytes[place]))
+          words[word] &= ~(1u << bit);
+      }
+    }
+  }
+
   std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::GrammarMatcher matcher;
   bool thinking;
   int8_t utf8 = kWhole;  ///< of the text that the grammar has seen
   MarkerGuard marker;    ///< of the same text
+  CallTracker calls;     ///< of the same text
   std::vector<Step> steps;
 };
 
@@ -349,15 +380,18 @@ bool GrammarSession::accept(int64_t token) {
   const int8_t behind =
       step_utf8(utf8, place < bytes.size() ? std::string_view(bytes[place]) : std::string_view());
   const bool is_marker = token == impl_->vocabulary->dsml;
-  if (behind == kBroken || (is_marker && !impl_->marker.allows_marker()) ||
+  if (behind == kBroken || (is_marker && !impl_->allows_marker()) ||
+      (!is_marker && place < bytes.size() && !impl_->calls.allows(bytes[place])) ||
       !impl_->matcher.AcceptToken(static_cast<int32_t>(token)))
     return false;
   impl_->steps.push_back(impl_->step(1));
   impl_->utf8 = behind;
   if (is_marker) {
     impl_->marker.add_marker();
+    impl_->calls.add_marker();
   } else if (place < bytes.size()) {
     impl_->marker.add(bytes[place]);
+    impl_->calls.add(bytes[place]);
   }
   return true;
 }
@@ -371,6 +405,7 @@ void GrammarSession::rollback(int64_t count) {
     impl_->thinking = step.thinking;
     impl_->utf8 = step.utf8;
     impl_->marker = step.marker;
+    impl_->calls = step.calls;
     matcher_steps += step.matcher_steps;
     impl_->steps.pop_back();
   }
@@ -404,7 +439,8 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     std::fill(words.begin(), words.end(), ~uint32_t{0});
   const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
-  if (vocabulary.dsml >= 0 && !impl_->marker.allows_marker()) {
+  if (impl_->calls.watches()) impl_->forbid_calls(words);
+  if (vocabulary.dsml >= 0 && !impl_->allows_marker()) {
     const auto place = static_cast<size_t>(vocabulary.dsml);
     words[place / 32] &= ~(1u << place % 32);
   }

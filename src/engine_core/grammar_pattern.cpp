@@ -173,6 +173,7 @@ class PatternReader {
     rest_.remove_prefix(1);
     const bool negated = rest_.starts_with('^');
     if (negated) rest_.remove_prefix(1);
+    in_class_ = true;
     Ranges ranges;
     std::string text = negated ? "[^" : "[";
     while (!rest_.empty() && rest_.front() != ']') {
@@ -190,6 +191,7 @@ class PatternReader {
       ranges.insert(ranges.end(), unit.ranges.begin(), unit.ranges.end());
     }
     if (!rest_.empty()) rest_.remove_prefix(1);
+    in_class_ = false;
     ranges = negated ? complement(ranges) : normalised(ranges);
     check(ranges, begin.substr(0, begin.size() - rest_.size()));
     return {text + "]", std::move(ranges)};
@@ -211,6 +213,8 @@ class PatternReader {
     constexpr std::array<uint32_t, 6> kCodes = {10, 9, 13, 12, 11, 0};
     if (std::string_view("swdSWD").find(kind) != std::string_view::npos) {
       unit.ranges = letter_class(kind);
+    } else if (kind == 'b' && in_class_) {
+      unit.ranges = {{8, 8}};
     } else if (kind == 'b' || kind == 'B') {
       unit.ranges.clear();  // a border, which xgrammar refuses
     } else if (const size_t at = kControls.find(kind); at != std::string_view::npos) {
@@ -260,7 +264,7 @@ class PatternReader {
   std::string_view rest_;
   const std::string& where_;
   std::string out_;
-  bool plain_ = true;
+  bool plain_ = true, in_class_ = false;
 };
 
 std::string checked_pattern(std::string_view pattern, const std::string& where) {

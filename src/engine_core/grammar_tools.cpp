@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <array>
 #include <set>
+#include <variant>
 #include <vector>
+#include <xgrammar/xgrammar.h>
 
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_ends.h"
 #include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
@@ -165,8 +168,9 @@ Json parameter(const std::string& name, const Json& schema, const Json& root) {
                    Values(root).read(schema)});
 }
 
-/// The parameters of a tool with "strict".
-std::vector<Json> strict_parameters(const std::string& tool, const Json& schema) {
+/// The parameters of a tool with "strict", in any order.
+Json strict_parameters(const Json& schema, CallParameters& calls) {
+  const std::string& tool = calls.tool;
   static const std::set<std::string> known = {
       "type",    "properties", "required", "additionalProperties", "$defs",   "definitions",
       "$schema", "$id",        "title",    "description",          "examples"};
@@ -190,16 +194,22 @@ std::vector<Json> strict_parameters(const std::string& tool, const Json& schema)
     HADAL_INPUT_CHECK(name.find_first_of("\"<>\n") == std::string::npos &&
                           name.find(kMarkerSign) == std::string::npos,
                       "tools: '", tool, "': the property '", name, "' cannot be written as markup");
-    Json one = parameter(name, value, schema);
-    const bool must = std::find(required.begin(), required.end(), name) != required.end();
-    if (!must) one = Json{{"type", "optional"}, {"content", std::move(one)}};
-    parameters.push_back(std::move(one));
+    parameters.push_back(parameter(name, value, schema));
+    calls.names.push_back(name);
   }
-  return parameters;
+  for (const Json& name : required) calls.required.push_back(name.get<std::string>());
+  if (parameters.empty()) return {};
+  // One without an end would be a trap: the star over all of them may end before it.
+  const Json each{{"type", "structural_tag"}, {"format", sequence(parameters)}};
+  const auto read = xgrammar::Grammar::FromStructuralTag(each.dump());
+  if (const auto* grammar = std::get_if<xgrammar::Grammar>(&read))
+    check_ends(grammar->ToString(), concat("tools: '", tool, "'"));
+  return {{"type", "star"}, {"content", one_of(std::move(parameters))}};
 }
 
 /// Any parameters.
-Json free_parameters() {
+Json free_parameters(CallParameters& calls) {
+  calls.any = true;
   const Json any = Json::object();
   Json one = sequence({constant(concat(kOpen, "parameter name=\"")),
                        regex("[a-zA-Z_][a-zA-Z0-9_.-]{0,63}"), constant("\" string=\""),
@@ -207,7 +217,7 @@ Json free_parameters() {
   return {{"type", "star"}, {"content", std::move(one)}};
 }
 
-Json call(const Json& tool, size_t index, bool prefer) {
+Json call(const Json& tool, size_t index, bool prefer, std::vector<CallParameters>& all) {
   HADAL_INPUT_CHECK(tool.is_object() && tool.contains("name") && tool["name"].is_string(), "tools[",
                     index, "]: has no name");
   const auto name = tool["name"].get<std::string>();
@@ -218,23 +228,29 @@ Json call(const Json& tool, size_t index, bool prefer) {
   HADAL_INPUT_CHECK(strict.is_boolean() || strict.is_null() || strict == kPrefer, "tools: '", name,
                     "': strict is no boolean");
   std::vector<Json> elements = {constant(concat(kOpen, "invoke name=\"", name, "\">\n"))};
+  CallParameters calls;
+  calls.tool = name;
   const auto add_strict = [&] {
     const Json parameters = tool.value("parameters", Json::object());
     HADAL_INPUT_CHECK(parameters.is_object(), "tools: '", name, "': parameters is no object");
     check_schema(nlohmann::json(parameters), concat("tools: '", name, "': parameters"));
-    for (Json& one : strict_parameters(name, parameters)) elements.push_back(std::move(one));
+    Json some = strict_parameters(parameters, calls);
+    if (!some.is_null()) elements.push_back(std::move(some));
   };
   if (strict == true) {
     add_strict();
   } else if (strict == kPrefer && prefer) {
     try {
       add_strict();
-    } catch (const InputError&) {  // nobody asked for it to be kept
-      elements.push_back(free_parameters());
+    } catch (const std::exception&) {  // nobody asked for it to be kept
+      calls = {};
+      calls.tool = name;
+      elements.push_back(free_parameters(calls));
     }
   } else {
-    elements.push_back(free_parameters());
+    elements.push_back(free_parameters(calls));
   }
+  all.push_back(std::move(calls));
   elements.push_back(constant(concat(kClose, "invoke>\n")));
   return sequence(std::move(elements));
 }
@@ -276,7 +292,7 @@ ToolGrammar read_tool_grammar(std::string_view text, bool prefer) {
   ToolGrammar result;
   std::vector<Json> calls;
   for (size_t index = 0; index < tools.size(); ++index) {
-    calls.push_back(call(tools[index], index, prefer));
+    calls.push_back(call(tools[index], index, prefer, result.calls));
     result.has_preferences =
         result.has_preferences || tools[index].value("strict", Json(false)) == kPrefer;
   }

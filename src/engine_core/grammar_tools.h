@@ -3,7 +3,9 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "engine_core/grammar_calls.h"
 #include "engine_core/grammar_marker.h"
 
 namespace hadal::engine {
@@ -11,7 +13,8 @@ namespace hadal::engine {
 struct ToolGrammar {
   std::string structural_tag;
   MarkerGuard::Watch watch = MarkerGuard::Watch::kNothing;
-  bool has_preferences = false;  ///< of tools with "strict": "prefer"
+  std::vector<CallParameters> calls;  ///< what the tag cannot say: of any order, each one once
+  bool has_preferences = false;       ///< of tools with "strict": "prefer"
 };
 
 /// The structural tag for the text of a kToolCalls grammar (grammar.h). `prefer`: whether to try

@@ -90,6 +90,7 @@ Generation::Generation(engine::Engine& engine,
   progress_.resize(open_choices_);
   if (!job_.chat) return;
   if (const auto id = tokenizer.find(text::kThinkEnd)) think_end_ = *id;
+  if (const auto id = tokenizer.find(text::kDsml)) marker_ = *id;
   for (Progress& progress : progress_) {
     text::CompletionParserOptions options{.tools = job_.tools};
     if (job_.certain_calls) options.hold_bytes = 0;
@@ -189,7 +190,7 @@ void Generation::take_token(size_t index, const engine::OutputToken& token) {
   Choice& choice = answer_.choices[index];
   if (progress.in_reasoning) {
     ++choice.reasoning_tokens;
-    if (token.token == think_end_) progress.in_reasoning = false;
+    if (token.token == think_end_ || token.token == marker_) progress.in_reasoning = false;
   }
   if (!(token.text.empty() && tokenizer_.is_added(static_cast<int32_t>(token.token))))
     progress.pending.push_back(token);

@@ -157,7 +157,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   Lease lease_;
   const std::chrono::milliseconds ping_interval_;  ///< of a silent stream; 0: none
   const std::chrono::steady_clock::time_point began_;
-  int64_t think_end_ = -1;
+  int64_t think_end_ = -1, marker_ = -1;
   Answer answer_;
   std::vector<Progress> progress_;
   std::vector<uint64_t> ids_;
