@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
-#include "server/answer_fixture.h"
+#include "testing/answer_fixture.h"
 #include "text/chat_tokens.h"
 #include "text/irregular_calls.h"
 
