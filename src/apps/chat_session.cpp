@@ -177,7 +177,8 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   }
   Answer result;
   result.prompt_tokens = static_cast<int64_t>(ids.size());
-  text::CompletionParser parser(settings_.encoding.thinking_mode);
+  text::CompletionParser parser(settings_.encoding.thinking_mode,
+                                {.tools = std::make_shared<text::ToolSchemas>(settings_.tools)});
   const auto report = [&](const std::vector<text::CompletionEvent>& events) {
     for (const text::CompletionEvent& event : events) on_event(event);
   };
@@ -186,6 +187,8 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   request.max_tokens = settings_.max_tokens;
   request.sampling = settings_.sampling;
   request.use_prefix_cache = !settings_.recompute;
+  request.structured = true;
+  request.thinking = settings_.encoding.thinking_mode == text::ThinkingMode::kThinking;
   const auto inbox = std::make_shared<Inbox>();  // the engine's as well, until the answer's end
   uint64_t id = 0;
   const auto submitted = engine_->engine().submit(std::move(request), inbox, &id);
@@ -199,16 +202,14 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
     if (stop && stop()) cancel();
     if (!update) continue;
     for (const engine::OutputToken& token : update->tokens) {
-      if (parser.malformed()) break;  // drawn before the engine was told
       ++result.tokens;
-      report(parser.push(loaded_.tokenizer.token_bytes(static_cast<int32_t>(token.token))));
+      report(parser.push_token(loaded_.tokenizer, static_cast<int32_t>(token.token)));
     }
-    if (parser.malformed()) cancel();
     result.reused_tokens = update->cache.cached_tokens;
     end = update->finish;
     if (!end) continue;
     HADAL_CHECK(*end != engine::FinishReason::kError, "chat: ", update->error);
-    result.finish = parser.malformed() ? Finish::kStop : finish_of(*end);
+    result.finish = finish_of(*end);
   }
   std::vector<text::CompletionEvent> held_back;
   result.completion = parser.finish(held_back);
@@ -223,7 +224,6 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   }
   PyJson message = result.completion.to_json();
   PyJson* calls = message.find("tool_calls");
-  if (!result.completion.ok) calls->items().clear();
   first_call_ = num_calls_;
   for (PyJson& call : calls->items()) call.set("id", call_id(num_calls_++));
   messages_.items().push_back(std::move(message));

@@ -28,8 +28,15 @@ struct ChatJob {
   std::vector<Json> tools;     ///< {"type": "function", "function": {...}}, checked
   ToolChoice tool_choice = ToolChoice::kAuto;
   std::string tool_name;  ///< for kNamed
+  /// Names of the tools that may be called ("allowed_tools"); all are shown. Empty: all may.
+  std::vector<std::string> allowed_tools;
   bool parallel_calls = true;
   std::optional<bool> thinking;  ///< unset: nobody said anything
+  /// Most tokens of reasoning ("budget_tokens", "thinking_budget", "reasoning.max_tokens").
+  std::optional<int64_t> thinking_budget;
+  /// Whether an EOS inside the reasoning closes it and the answer goes on; unset: it does where
+  /// there are tools.
+  std::optional<bool> close_reasoning;
   bool default_thinking = true;
   std::string effort;  ///< "" or as effort_of() takes it
   engine::Grammar format;
