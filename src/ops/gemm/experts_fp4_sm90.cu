@@ -1,0 +1,329 @@
+// Products with FP4 weights, grouped by expert: weights are operand A and go from shared memory to
+// registers, where a look-up makes E4M3 of them, with their group's exponent folded in
+// (sm90_layout.h).
+//
+// A block takes 64 outputs of one expert and kN of its rows at a time, and as many such items as
+// its share is. One warp feeds the ring, across items; one warpgroup decodes and multiplies.
+// Several blocks share a processor, so that some decode while others wait.
+#include <algorithm>
+
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/sm90.cuh"
+#include "ops/cuda/warp.cuh"
+#include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/sm90_layout.h"
+
+namespace hadal::ops::cuda {
+namespace {
+
+using sm90::kFp4TileBytes;
+
+template <int kN, int kStages>
+struct Fp4Shape {
+  static constexpr int rows = kN, stages = kStages;
+  static constexpr int x_bytes = kN * 128, scale_bytes = kN * 4;
+  static constexpr int w_at = x_bytes, scale_at = x_bytes + static_cast<int>(kFp4TileBytes);
+  static constexpr int stage_bytes = (scale_at + scale_bytes + 1023) / 1024 * 1024;
+  static constexpr int threads = kWarpgroup + 32;
+};
+
+/// E4M3 codes of the E2M1 magnitudes 0, 0.5, 1, 1.5 (low word) and 2, 3, 4, 6 (high word), lowest
+/// byte first, times 2^(exponent - kFp4Unity).
+__device__ __forceinline__ uint2 fp4_codes(int exponent) {
+  constexpr int kHalves[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+  uint32_t words[2] = {0, 0};
+  for (int i = 0; i < 8; ++i) {
+    const int units = kHalves[i] << exponent;  // multiples of 2^-9
+    const int top = 31 - __clz(units);
+    const int code = units < 8 ? units : (top - 2) << 3 | ((units >> (top - 3)) & 7);
+    words[i / 4] |= static_cast<uint32_t>(code) << (i % 4 * 8);
+  }
+  return make_uint2(words[0], words[1]);
+}
+
+/// Eight E4M3 codes of a word of the FP4 tile: first[0..3] and second[0..3], a byte each.
+__device__ __forceinline__ void decode(uint32_t word,
+                                       uint2 codes,
+                                       uint32_t& first,
+                                       uint32_t& second) {
+  // As assembly, since the intrinsic would mask the selectors once more.
+  const uint32_t magnitudes = word & 0x77777777u, upper = magnitudes >> 16;
+  uint32_t low, high;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(low) : "r"(codes.x), "r"(codes.y), "r"(magnitudes));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(codes.x), "r"(codes.y), "r"(upper));
+  first = low | (word & 0x80808080u);
+  second = high | (word << 4 & 0x80808080u);
+}
+
+/// A slab decoded: operand A of its four k steps, and the power of two of the thread's two rows.
+struct Slab {
+  uint32_t a[4][4];
+  float upper, lower;
+};
+
+/// A place in the ring.
+template <typename S>
+struct Turn {
+  uint32_t stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    stage = stage + 1 == S::stages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+};
+
+__device__ __forceinline__ void decode_slab(Slab& slab, const uint8_t* w, const uint2* table) {
+  const int t = static_cast<int>(threadIdx.x);
+  const auto* exponents = reinterpret_cast<const uint32_t*>(w + 4096) + t / 32 * 16 + t % 32 / 4;
+  const uint32_t upper = exponents[0], lower = exponents[8];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 words = *reinterpret_cast<const uint4*>(w + half * 2048 + t * 16);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t(&a)[4] = slab.a[half * 2 + i];
+      const int shift = 16 + 4 * (half * 2 + i);
+      decode(i == 0 ? words.x : words.z, table[upper >> shift & 15], a[0], a[2]);
+      decode(i == 0 ? words.y : words.w, table[lower >> shift & 15], a[1], a[3]);
+    }
+  }
+  slab.upper = __uint_as_float(((upper & 255) - 6) << 23);
+  slab.lower = __uint_as_float(((lower & 255) - 6) << 23);
+}
+
+/// Begins the chain of a slab without waiting for it.
+template <typename S>
+__device__ __forceinline__ void begin_chain(float (&d)[S::rows / 2],
+                                            const Slab& slab,
+                                            const uint8_t* stage) {
+  const uint64_t b = operand_descriptor(smem_address(stage));
+  keep(d);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    Wgmma<S::rows>::e4m3(d, slab.a[step], b + step * 2, step > 0);
+  wgmma_commit();
+}
+
+/// run += the chain, scaled.
+template <typename S>
+__device__ __forceinline__ void add_chain(float (&run)[S::rows / 2],
+                                          const float (&d)[S::rows / 2],
+                                          const Slab& slab,
+                                          const uint8_t* stage) {
+  const auto* x_scale = reinterpret_cast<const float*>(stage + S::scale_at) + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < S::rows / 2; j += 4) {
+    const float2 x = *reinterpret_cast<const float2*>(x_scale + j * 2);
+    run[j] = fmaf(d[j] * slab.upper, x.x, run[j]);
+    run[j + 1] = fmaf(d[j + 1] * slab.upper, x.y, run[j + 1]);
+    run[j + 2] = fmaf(d[j + 2] * slab.lower, x.x, run[j + 2]);
+    run[j + 3] = fmaf(d[j + 3] * slab.lower, x.y, run[j + 3]);
+  }
+}
+
+/// Multiplies `slabs` slabs; one is decoded while the one before is multiplied.
+template <typename S>
+__device__ __forceinline__ void multiply_slabs(float (&run)[S::rows / 2],
+                                               int slabs,
+                                               const uint8_t* ring,
+                                               uint64_t* full,
+                                               uint64_t* empty,
+                                               const uint2* table,
+                                               Turn<S>& turn) {
+  Slab slab[2];
+  float d[S::rows / 2];
+  const uint8_t* stage = ring + turn.stage * S::stage_bytes;
+  barrier_wait(&full[turn.stage], turn.parity);
+  decode_slab(slab[0], stage + S::w_at, table);
+  for (int i = 0; i < slabs; i += 2) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      if (i + odd < slabs) {
+        begin_chain<S>(d, slab[odd], stage);
+        const uint8_t* now = stage;
+        uint64_t* done = &empty[turn.stage];
+        turn.next();
+        if (i + odd + 1 < slabs) {
+          stage = ring + turn.stage * S::stage_bytes;
+          barrier_wait(&full[turn.stage], turn.parity);
+          decode_slab(slab[odd ^ 1], stage + S::w_at, table);
+        }
+        wgmma_wait<0>();
+        keep(d);
+        add_chain<S>(run, d, slab[odd], now);
+        barrier_arrive(done);
+      }
+    }
+  }
+}
+
+/// Feeds the ring with the items of this block: tiles of 64 outputs of a run, for kN rows at a
+/// time.
+template <typename S>
+__device__ void produce(
+    const ExpertsFp4Sm90Params& p, int64_t items, uint8_t* ring, uint64_t* full, uint64_t* empty) {
+  const int64_t tiles = p.outputs / 64;
+  uint32_t turn = 0, held = 0;  // held: stages whose weights are under way and whose rows are not
+  struct Held {
+    int64_t slab, first;
+    uint32_t groups;
+  } waiting[S::stages];
+  const auto load_rows = [&](uint32_t stage, const Held& h) {
+    uint8_t* at = ring + stage * S::stage_bytes;
+    bulk_copy(at, p.x + (h.slab * p.x_groups + h.first / 8) * 1024, h.groups * 1024, &full[stage]);
+    bulk_copy(at + S::scale_at, p.x_scale + h.slab * p.x_groups * 8 + h.first, h.groups * 32,
+              &full[stage]);
+  };
+  bool waited = false;
+  const auto wait_once = [&] {
+    if (waited) return;
+    // What the kernel before us writes may be x.
+    wait_for_previous();
+    waited = true;
+#pragma unroll
+    for (uint32_t stage = 0; stage < S::stages; ++stage) {
+      if (stage < held) load_rows(stage, waiting[stage]);
+    }
+  };
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const ExpertRun of = p.runs[item / tiles];
+    const uint8_t* w = p.w + (of.expert * p.slabs * tiles + item % tiles) * kFp4TileBytes;
+    for (int64_t first = 0; first < of.rows; first += S::rows) {
+      const Held rows = {
+          0, of.first_row + first,
+          static_cast<uint32_t>(min((of.rows - first + 7) / 8, int64_t{S::rows / 8}))};
+      for (int64_t slab = 0; slab < p.slabs; ++slab, ++turn) {
+        const uint32_t stage = turn % S::stages;
+        if (turn >= S::stages) {
+          wait_once();
+          barrier_wait(&empty[stage], (turn / S::stages & 1) ^ 1);
+        }
+        barrier_arrive_expect(&full[stage],
+                              static_cast<uint32_t>(kFp4TileBytes) + rows.groups * (1024 + 32));
+        bulk_copy(ring + stage * S::stage_bytes + S::w_at, w + slab * tiles * kFp4TileBytes,
+                  static_cast<uint32_t>(kFp4TileBytes), &full[stage]);
+        const Held at = {slab, rows.first, rows.groups};
+        if (waited) {
+          load_rows(stage, at);
+        } else {
+#pragma unroll
+          for (uint32_t i = 0; i < S::stages; ++i) {
+            if (i == stage) waiting[i] = at;
+          }
+          held = turn + 1;
+        }
+      }
+    }
+  }
+  wait_once();
+}
+
+/// The thread's sums to rows [first, first + count) and 64 columns of y.
+template <typename S>
+__device__ __forceinline__ void store_rows(const Sm90Output& out,
+                                           const float (&run)[S::rows / 2],
+                                           int64_t first,
+                                           int64_t count,
+                                           int64_t column) {
+  const int t = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < S::rows / 2; ++j) {
+    const int row = j / 4 * 8 + t % 4 * 2 + (j & 1);
+    if (row >= count) continue;
+    const int64_t at = (first + row) * out.stride + column + t / 32 * 16 + t % 32 / 4 + (j & 2) * 4;
+    if (out.type == ElementType::kF32) {
+      static_cast<float*>(out.y)[at] = run[j];
+    } else {
+      static_cast<__nv_bfloat16*>(out.y)[at] = __float2bfloat16_rn(run[j]);
+    }
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::threads)
+    experts_fp4_kernel(const __grid_constant__ ExpertsFp4Sm90Params p) {
+  extern __shared__ __align__(1024) uint8_t ring[];
+  __shared__ uint64_t full[S::stages], empty[S::stages];
+  __shared__ uint2 table[16];
+  if (threadIdx.x < 16) table[threadIdx.x] = fp4_codes(min(static_cast<int>(threadIdx.x), 14));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::stages; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], kWarpgroup);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  const int64_t tiles = p.outputs / 64, items = *p.num_runs * tiles;
+
+  if (threadIdx.x >= kWarpgroup) {
+    if (threadIdx.x != kWarpgroup) return;
+    produce<S>(p, items, ring, full, empty);
+    return;
+  }
+
+  launch_dependents();
+  Turn<S> turn;
+  bool waited = false;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const ExpertRun of = p.runs[item / tiles];
+    for (int64_t first = 0; first < of.rows; first += S::rows) {
+      float run[S::rows / 2] = {};
+      multiply_slabs<S>(run, static_cast<int>(p.slabs), ring, full, empty, table, turn);
+      if (!waited) wait_for_previous();  // it may read what we write
+      waited = true;
+      store_rows<S>(p.out, run, of.first_row + first, min(of.rows - first, int64_t{S::rows}),
+                    item % tiles * 64);
+    }
+  }
+  if (!waited) wait_for_previous();
+}
+
+template <typename S>
+void launch(const ExpertsFp4Sm90Params& p, Stream stream) {
+  auto* kernel = experts_fp4_kernel<S>;
+  constexpr int kBytes = S::stages * S::stage_bytes;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  cudaLaunchConfig_t config = {};
+  int device = 0, processors = 0, resident = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, S::threads, kBytes);
+  config.gridDim = static_cast<unsigned>(
+      std::min<int64_t>(p.outputs / 64 * p.max_runs, int64_t{processors} * resident));
+  config.blockDim = S::threads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = as_stream(stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, p);
+  check_launch("experts_fp4_sm90");
+}
+
+}  // namespace
+}  // namespace hadal::ops::cuda
+
+namespace hadal::ops {
+
+void experts_fp4_sm90(const ExpertsFp4Sm90Params& p, Stream stream, const Sm90Choice& choice) {
+  if (p.max_runs == 0) return;
+  switch (choice.tile < 0 ? 8 : choice.tile) {
+    case 8:
+      return cuda::launch<cuda::Fp4Shape<8, 7>>(p, stream);
+    case 16:
+      return cuda::launch<cuda::Fp4Shape<16, 6>>(p, stream);
+    case 32:
+      return cuda::launch<cuda::Fp4Shape<32, 5>>(p, stream);
+    case 64:
+      return cuda::launch<cuda::Fp4Shape<64, 5>>(p, stream);
+    case 128:
+      return cuda::launch<cuda::Fp4Shape<128, 4>>(p, stream);
+    default:
+      throw_kernel_error("experts_fp4_sm90", "no kernel for this tile");
+  }
+}
+
+}  // namespace hadal::ops
