@@ -231,7 +231,7 @@ void bench_experts(cudaStream_t stream, double copy) {
   fill_fp4<<<2048, 256, 0, stream>>>(reinterpret_cast<uint32_t*>(down), kExperts * kDownBytes / 4,
                                      2);
   std::mt19937 random(3);
-  for (const int tokens : {1, 8, 64}) {
+  for (const int tokens : {1, 8, 64, 4096}) {
     std::vector<Routing> sets;
     int64_t most = 0, hit = 0;
     for (int i = 0; i < 8; ++i) {
@@ -248,7 +248,7 @@ void bench_experts(cudaStream_t stream, double copy) {
     auto* h_scales = allocate<float>(static_cast<size_t>(most * kInter / 128));
     auto* y = allocate<uint16_t>(static_cast<size_t>(most * kDim));
     const double bytes = static_cast<double>(hit) / 8 * static_cast<double>(kUpBytes + kDownBytes);
-    for (const int tile : {8, 16}) {
+    for (const int tile : tokens < 256 ? std::vector<int>{8, 16} : std::vector<int>{64, 128}) {
       for (int part = 0; part < 3; ++part) {  // all, gate and up alone, down alone
         const double us = microseconds(8, stream, [&] {
           for (const Routing& r : sets) {
@@ -287,7 +287,7 @@ void bench_experts(cudaStream_t stream, double copy) {
         });
         const double part_bytes = part == 0 ? bytes : bytes * (part == 1 ? 2.0 : 1.0) / 3.0;
         std::printf(
-            "experts tokens %2d tile %2d %-8s %8.2f us  %5.2f TB/s of weights (%2.0f %% of copy)\n",
+            "experts tokens %4d tile %3d %-8s %8.2f us  %5.2f TB/s of weights (%2.0f %% of copy)\n",
             tokens, tile, part == 0 ? "all" : (part == 1 ? "gate+up" : "down"), us,
             part_bytes / us / 1e6, part_bytes / us / 1e4 / copy);
       }

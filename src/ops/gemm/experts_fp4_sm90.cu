@@ -2,11 +2,10 @@
 // registers, where a look-up makes E4M3 of them, with their group's exponent folded in
 // (sm90_layout.h).
 //
-// A block takes 64 outputs of one expert and kN of its rows at a time, and as many such items as
-// its share is. One warp feeds the ring, across items; one warpgroup decodes and multiplies.
-// Several blocks share a processor, so that some decode while others wait.
-#include <algorithm>
-
+// A block takes 64 outputs of one expert and kN of its rows at a time. One warp feeds the ring; one
+// warpgroup decodes and multiplies. Several blocks share a processor, and the hardware hands out
+// blocks as places become free: a grid of resident blocks with a loop inside was slower at every
+// size, since blocks of the next launch crowd the processors that are free first.
 #include "ops/cuda/launch.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -20,7 +19,7 @@ using sm90::kFp4TileBytes;
 
 template <int kN, int kStages>
 struct Fp4Shape {
-  static constexpr int rows = kN, stages = kStages;
+  static constexpr int rows = kN, stages = kStages, batch = kN <= 32 ? 2 : 1;
   static constexpr int x_bytes = kN * 128, scale_bytes = kN * 4;
   static constexpr int w_at = x_bytes, scale_at = x_bytes + static_cast<int>(kFp4TileBytes);
   static constexpr int stage_bytes = (scale_at + scale_bytes + 1023) / 1024 * 1024;
@@ -90,20 +89,6 @@ __device__ __forceinline__ void decode_slab(Slab& slab, const uint8_t* w, const 
   slab.lower = __uint_as_float(((lower & 255) - 6) << 23);
 }
 
-/// Begins the chain of a slab without waiting for it.
-template <typename S>
-__device__ __forceinline__ void begin_chain(float (&d)[S::rows / 2],
-                                            const Slab& slab,
-                                            const uint8_t* stage) {
-  const uint64_t b = operand_descriptor(smem_address(stage));
-  keep(d);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step)
-    Wgmma<S::rows>::e4m3(d, slab.a[step], b + step * 2, step > 0);
-  wgmma_commit();
-}
-
 /// run += the chain, scaled.
 template <typename S>
 __device__ __forceinline__ void add_chain(float (&run)[S::rows / 2],
@@ -121,101 +106,88 @@ __device__ __forceinline__ void add_chain(float (&run)[S::rows / 2],
   }
 }
 
-/// Multiplies `slabs` slabs; one is decoded while the one before is multiplied.
-template <typename S>
-__device__ __forceinline__ void multiply_slabs(float (&run)[S::rows / 2],
-                                               int slabs,
-                                               const uint8_t* ring,
-                                               uint64_t* full,
-                                               uint64_t* empty,
-                                               const uint2* table,
-                                               Turn<S>& turn) {
-  Slab slab[2];
-  float d[S::rows / 2];
-  const uint8_t* stage = ring + turn.stage * S::stage_bytes;
-  barrier_wait(&full[turn.stage], turn.parity);
-  decode_slab(slab[0], stage + S::w_at, table);
-  for (int i = 0; i < slabs; i += 2) {
+/// Decodes kCount slabs, multiplies them with one wait, and adds their chains in order.
+template <typename S, int kCount>
+__device__ __forceinline__ void multiply_some(float (&run)[S::rows / 2],
+                                              const uint8_t* ring,
+                                              uint64_t* full,
+                                              uint64_t* empty,
+                                              const uint2* table,
+                                              Turn<S>& turn) {
+  Slab slab[kCount];
+  float d[kCount][S::rows / 2];
+  const uint8_t* stage[kCount];
+  uint64_t* done[kCount];
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      if (i + odd < slabs) {
-        begin_chain<S>(d, slab[odd], stage);
-        const uint8_t* now = stage;
-        uint64_t* done = &empty[turn.stage];
-        turn.next();
-        if (i + odd + 1 < slabs) {
-          stage = ring + turn.stage * S::stage_bytes;
-          barrier_wait(&full[turn.stage], turn.parity);
-          decode_slab(slab[odd ^ 1], stage + S::w_at, table);
-        }
-        wgmma_wait<0>();
-        keep(d);
-        add_chain<S>(run, d, slab[odd], now);
-        barrier_arrive(done);
-      }
-    }
+  for (int i = 0; i < kCount; ++i, turn.next()) {
+    stage[i] = ring + turn.stage * S::stage_bytes;
+    done[i] = &empty[turn.stage];
+    barrier_wait(&full[turn.stage], turn.parity);
+    decode_slab(slab[i], stage[i] + S::w_at, table);
+    keep(d[i]);
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint64_t b = operand_descriptor(smem_address(stage[i]));
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      Wgmma<S::rows>::e4m3(d[i], slab[i].a[step], b + step * 2, step > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    keep(d[i]);
+    add_chain<S>(run, d[i], slab[i], stage[i]);
+    barrier_arrive(done[i]);
   }
 }
 
-/// Feeds the ring with the items of this block: tiles of 64 outputs of a run, for kN rows at a
-/// time.
+/// The work of a block: 64 outputs of the rows of a run.
+struct Item {
+  ExpertRun run;
+  int64_t tile;
+};
+
+/// Feeds the ring. Weights are on their way before the kernel before us has ended; what it writes
+/// may be x.
 template <typename S>
-__device__ void produce(
-    const ExpertsFp4Sm90Params& p, int64_t items, uint8_t* ring, uint64_t* full, uint64_t* empty) {
+__device__ void produce(const ExpertsFp4Sm90Params& p,
+                        const Item& item,
+                        uint8_t* ring,
+                        uint64_t* full,
+                        uint64_t* empty) {
   const int64_t tiles = p.outputs / 64;
-  uint32_t turn = 0, held = 0;  // held: stages whose weights are under way and whose rows are not
-  struct Held {
-    int64_t slab, first;
-    uint32_t groups;
-  } waiting[S::stages];
-  const auto load_rows = [&](uint32_t stage, const Held& h) {
+  const uint8_t* w = p.w + (item.run.expert * p.slabs * tiles + item.tile) * kFp4TileBytes;
+  const auto rows_groups = [&](int64_t first) {
+    return static_cast<uint32_t>(min((item.run.rows - first + 7) / 8, int64_t{S::rows / 8}));
+  };
+  const auto load_w = [&](uint32_t stage, int64_t slab, uint32_t groups) {
+    barrier_arrive_expect(&full[stage],
+                          static_cast<uint32_t>(kFp4TileBytes) + groups * (1024 + 32));
+    bulk_copy(ring + stage * S::stage_bytes + S::w_at, w + slab * tiles * kFp4TileBytes,
+              static_cast<uint32_t>(kFp4TileBytes), &full[stage]);
+  };
+  const auto load_x = [&](uint32_t stage, int64_t slab, int64_t first, uint32_t groups) {
     uint8_t* at = ring + stage * S::stage_bytes;
-    bulk_copy(at, p.x + (h.slab * p.x_groups + h.first / 8) * 1024, h.groups * 1024, &full[stage]);
-    bulk_copy(at + S::scale_at, p.x_scale + h.slab * p.x_groups * 8 + h.first, h.groups * 32,
-              &full[stage]);
+    const int64_t row = item.run.first_row + first;
+    bulk_copy(at, p.x + (slab * p.x_groups + row / 8) * 1024, groups * 1024, &full[stage]);
+    bulk_copy(at + S::scale_at, p.x_scale + slab * p.x_groups * 8 + row, groups * 32, &full[stage]);
   };
-  bool waited = false;
-  const auto wait_once = [&] {
-    if (waited) return;
-    // What the kernel before us writes may be x.
-    wait_for_previous();
-    waited = true;
-#pragma unroll
-    for (uint32_t stage = 0; stage < S::stages; ++stage) {
-      if (stage < held) load_rows(stage, waiting[stage]);
-    }
-  };
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const ExpertRun of = p.runs[item / tiles];
-    const uint8_t* w = p.w + (of.expert * p.slabs * tiles + item % tiles) * kFp4TileBytes;
-    for (int64_t first = 0; first < of.rows; first += S::rows) {
-      const Held rows = {
-          0, of.first_row + first,
-          static_cast<uint32_t>(min((of.rows - first + 7) / 8, int64_t{S::rows / 8}))};
-      for (int64_t slab = 0; slab < p.slabs; ++slab, ++turn) {
-        const uint32_t stage = turn % S::stages;
-        if (turn >= S::stages) {
-          wait_once();
-          barrier_wait(&empty[stage], (turn / S::stages & 1) ^ 1);
-        }
-        barrier_arrive_expect(&full[stage],
-                              static_cast<uint32_t>(kFp4TileBytes) + rows.groups * (1024 + 32));
-        bulk_copy(ring + stage * S::stage_bytes + S::w_at, w + slab * tiles * kFp4TileBytes,
-                  static_cast<uint32_t>(kFp4TileBytes), &full[stage]);
-        const Held at = {slab, rows.first, rows.groups};
-        if (waited) {
-          load_rows(stage, at);
-        } else {
-#pragma unroll
-          for (uint32_t i = 0; i < S::stages; ++i) {
-            if (i == stage) waiting[i] = at;
-          }
-          held = turn + 1;
-        }
-      }
+  const auto ahead = static_cast<uint32_t>(min(p.slabs, int64_t{S::stages}));
+  for (uint32_t stage = 0; stage < ahead; ++stage) load_w(stage, stage, rows_groups(0));
+  wait_for_previous();
+  for (uint32_t stage = 0; stage < ahead; ++stage) load_x(stage, stage, 0, rows_groups(0));
+  Turn<S> turn;
+  for (uint32_t stage = 0; stage < ahead; ++stage) turn.next();
+  for (int64_t first = 0; first < item.run.rows; first += S::rows) {
+    for (int64_t slab = first == 0 ? ahead : 0; slab < p.slabs; ++slab, turn.next()) {
+      barrier_wait(&empty[turn.stage], turn.parity ^ 1);
+      load_w(turn.stage, slab, rows_groups(first));
+      load_x(turn.stage, slab, first, rows_groups(first));
     }
   }
-  wait_once();
 }
 
 /// The thread's sums to rows [first, first + count) and 64 columns of y.
@@ -254,29 +226,24 @@ __global__ void __launch_bounds__(S::threads)
     barrier_init_done();
   }
   __syncthreads();
-  const int64_t tiles = p.outputs / 64, items = *p.num_runs * tiles;
-
+  launch_dependents();
+  if (static_cast<int>(blockIdx.y) >= *p.num_runs) return;
+  const Item item = {p.runs[blockIdx.y], blockIdx.x};
   if (threadIdx.x >= kWarpgroup) {
-    if (threadIdx.x != kWarpgroup) return;
-    produce<S>(p, items, ring, full, empty);
+    if (threadIdx.x == kWarpgroup) produce<S>(p, item, ring, full, empty);
     return;
   }
-
-  launch_dependents();
   Turn<S> turn;
-  bool waited = false;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const ExpertRun of = p.runs[item / tiles];
-    for (int64_t first = 0; first < of.rows; first += S::rows) {
-      float run[S::rows / 2] = {};
-      multiply_slabs<S>(run, static_cast<int>(p.slabs), ring, full, empty, table, turn);
-      if (!waited) wait_for_previous();  // it may read what we write
-      waited = true;
-      store_rows<S>(p.out, run, of.first_row + first, min(of.rows - first, int64_t{S::rows}),
-                    item % tiles * 64);
-    }
+  for (int64_t first = 0; first < item.run.rows; first += S::rows) {
+    float run[S::rows / 2] = {};
+    int64_t left = p.slabs;
+    for (; left >= S::batch; left -= S::batch)
+      multiply_some<S, S::batch>(run, ring, full, empty, table, turn);
+    for (; left > 0; --left) multiply_some<S, 1>(run, ring, full, empty, table, turn);
+    if (first == 0) wait_for_previous();  // it may read what we write
+    store_rows<S>(p.out, run, item.run.first_row + first,
+                  min(item.run.rows - first, int64_t{S::rows}), item.tile * 64);
   }
-  if (!waited) wait_for_previous();
 }
 
 template <typename S>
@@ -285,12 +252,7 @@ void launch(const ExpertsFp4Sm90Params& p, Stream stream) {
   constexpr int kBytes = S::stages * S::stage_bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   cudaLaunchConfig_t config = {};
-  int device = 0, processors = 0, resident = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, S::threads, kBytes);
-  config.gridDim = static_cast<unsigned>(
-      std::min<int64_t>(p.outputs / 64 * p.max_runs, int64_t{processors} * resident));
+  config.gridDim = dim3(static_cast<unsigned>(p.outputs / 64), static_cast<unsigned>(p.max_runs));
   config.blockDim = S::threads;
   config.dynamicSmemBytes = kBytes;
   config.stream = as_stream(stream);

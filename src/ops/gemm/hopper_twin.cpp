@@ -29,14 +29,20 @@ Number decode(uint32_t bits, int exponent_bits, int fraction_bits) {
   return {negative ? -magnitude : magnitude, (field != 0 ? field : 1) - bias, fraction_bits};
 }
 
+/// Where the largest exponent of a sum stops (found with BF16 products whose sums are subnormal;
+/// E4M3 products are far above).
+constexpr int kLeastExponent = -133;
+
 /// The fused sum of `count` terms: every term cut toward zero to a multiple of 2^(E - frac), E the
-/// largest exponent of a nonzero term; the sum cut toward zero to 1 + result bits.
+/// largest exponent of a nonzero term, but at least kLeastExponent; the sum cut toward zero to
+/// 1 + result bits.
 float fused_sum(const Number* terms, int count, int frac, int result) {
   int largest = -100000;
   for (int i = 0; i < count; ++i) {
     if (terms[i].significand != 0) largest = std::max(largest, terms[i].exponent);
   }
   if (largest == -100000) return 0.0f;
+  largest = std::max(largest, kLeastExponent);
   int64_t sum = 0;
   for (int i = 0; i < count; ++i) {
     const int shift = (largest - frac) - (terms[i].exponent - terms[i].fraction);

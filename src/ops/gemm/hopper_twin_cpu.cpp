@@ -23,6 +23,9 @@ float from_bits(uint32_t bits) {
 /// far below every sum of two exponents.
 constexpr int32_t kNothing = -4096;
 
+/// Where the largest exponent of a BF16 sum stops.
+constexpr int32_t kLeastExponent = -133;
+
 struct Split {
   int32_t magnitude;
   int32_t sign;  ///< 0 or -1
@@ -157,6 +160,7 @@ void step_bf16(const Split* x, const Lanes& w, int64_t first, Chains& chains) {
     const int32_t ex = x[k].exponent;
     for (int l = 0; l < kLanes; ++l) largest[l] = std::max(largest[l], e[l] + ex);
   }
+  for (int l = 0; l < kLanes; ++l) largest[l] = std::max(largest[l], kLeastExponent);
   // A product has 14 fraction bits, the sum 25: eight products stay below 2^31.
   for (int k = 0; k < 16; ++k) {
     const auto at = (first + k) * kLanes;

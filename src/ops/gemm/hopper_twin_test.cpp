@@ -145,6 +145,12 @@ TEST(HopperTwin, OneFusedSum) {
   EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -25));
   y[1] = 0;
   EXPECT_EQ(wgmma_bf16(x, y, 0.0f), 1.0f);
+  // Exponents of a sum stop at -133: 2^-158 is the last that counts.
+  x[0] = 0x1f80, y[0] = static_cast<uint16_t>(53 << 7);  // 2^-64 * 2^-74 = 2^-138
+  x[2] = static_cast<uint16_t>(63 << 7), y[2] = static_cast<uint16_t>(0x8000 | 32 << 7);
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -138));  // less 2^-159, which is lost
+  y[2] = static_cast<uint16_t>(0x8000 | 33 << 7);
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -138) - std::ldexp(1.0f, -149));
   y[0] = y[2] = 0;
   EXPECT_EQ(std::bit_cast<uint32_t>(wgmma_bf16(x, y, -0.0f)), 0u);
 }
