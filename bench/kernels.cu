@@ -1,16 +1,18 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [copy]     one line a case; all when none is named
+//   kernel_bench [linear] [experts] [index] [copy]     one line a case; all when none is named
 // Everything runs as a captured graph over distinct weights, so that the second-level cache holds
 // nothing of what a call reads; medians of 15 replays.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include <cuda_runtime.h>
 
+#include "ops/attention/index_scores_sm90.h"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/sm90_layout.h"
 
@@ -49,6 +51,15 @@ __global__ void fill_fp4(uint32_t* words, size_t count, uint32_t seed) {
        i += size_t{gridDim.x} * blockDim.x) {
     const uint32_t random = mix(i, seed);
     words[i] = i % kWords < 1024 ? random : (0xccccu - (random & 0x1111u) + 0x2222u) << 16 | 120u;
+  }
+}
+/// Rows of 68 bytes: FP4 pairs, then scales close together.
+__global__ void fill_index(uint8_t* rows, int64_t count) {
+  const int64_t bytes = count * kIndexRowBytes;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < bytes;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const uint32_t random = mix(static_cast<uint64_t>(i), 6);
+    rows[i] = static_cast<uint8_t>(i % kIndexRowBytes < 64 ? random : 120 + random % 4);
   }
 }
 __global__ void fill_floats(float* values, size_t count, float value) {
@@ -295,6 +306,56 @@ void bench_experts(cudaStream_t stream, double copy) {
   }
 }
 
+void bench_index(cudaStream_t stream, double copy) {
+  constexpr int64_t kHeads = 64, kTopk = 512;
+  for (const int64_t tokens : {1, 8}) {
+    for (const int64_t blocks : {2048, 32768, 262144}) {
+      const int64_t pages = blocks / kIndexPageRows, all = pages * tokens;
+      auto* keys = allocate<uint8_t>(static_cast<size_t>(all * kIndexPageRows * kIndexRowBytes));
+      fill_index<<<1024, 256, 0, stream>>>(keys, all * kIndexPageRows);
+      auto* q = allocate<uint8_t>(static_cast<size_t>(tokens * kHeads * kIndexRowBytes));
+      fill_index<<<64, 256, 0, stream>>>(q, tokens * kHeads);
+      auto* w = allocate<uint16_t>(static_cast<size_t>(tokens * kHeads));
+      fill_bf16<<<64, 256, 0, stream>>>(w, static_cast<size_t>(tokens * kHeads), 4);
+      std::vector<int32_t> table(static_cast<size_t>(all)),
+          visible(tokens, static_cast<int32_t>(blocks)), sequence(tokens);
+      std::iota(table.begin(), table.end(), 0);
+      std::shuffle(table.begin(), table.end(), std::mt19937(5));
+      std::iota(sequence.begin(), sequence.end(), 0);
+      const auto there = [](const std::vector<int32_t>& values) {
+        auto* p = allocate<int32_t>(values.size());
+        cudaMemcpy(p, values.data(), values.size() * 4, cudaMemcpyHostToDevice);
+        return p;
+      };
+      const int32_t *table_there = there(table), *visible_there = there(visible),
+                    *sequence_there = there(sequence);
+      auto* scores = allocate<uint16_t>(static_cast<size_t>(tokens * blocks));
+      auto* chosen = allocate<int32_t>(static_cast<size_t>(tokens * kTopk));
+      double us[2];
+      for (int part = 0; part < 2; ++part) {
+        us[part] = microseconds(20, stream, [&] {
+          for (int i = 0; i < 20; ++i) {
+            if (part == 0)
+              index_scores_sm90({q, w, keys, table_there, sequence_there, visible_there, scores,
+                                 tokens, kHeads, pages, blocks},
+                                stream);
+            else
+              index_topk_sm90({scores, visible_there, chosen, tokens, blocks, kTopk}, stream);
+          }
+        });
+      }
+      const double bytes = static_cast<double>(tokens * blocks * kIndexRowBytes);
+      std::printf(
+          "index tokens %2ld blocks %6ld  scores %8.2f us  %5.2f TB/s of keys (%2.0f %% of copy)  "
+          "top-k %8.2f us\n",
+          static_cast<long>(tokens), static_cast<long>(blocks), us[0], bytes / us[0] / 1e6,
+          bytes / us[0] / 1e4 / copy, us[1]);
+      cudaFree(keys);
+      cudaFree(scores);
+    }
+  }
+}
+
 }  // namespace
 
 int run(int argc, char** argv) {
@@ -307,6 +368,7 @@ int run(int argc, char** argv) {
   check(cudaStreamCreate(&stream), "stream");
   const double copy = copy_rate(stream);
   std::printf("copy %.3f TB/s read and written\n", copy);
+  if (wanted("index")) bench_index(stream, copy);
   if (wanted("experts")) bench_experts(stream, copy);
   if (wanted("linear")) bench_linear(stream, copy);
   return 0;

@@ -6,6 +6,7 @@
 // warpgroup decodes and multiplies. Several blocks share a processor, and the hardware hands out
 // blocks as places become free: a grid of resident blocks with a loop inside was slower at every
 // size, since blocks of the next launch crowd the processors that are free first.
+#include "ops/cuda/fp4.cuh"
 #include "ops/cuda/launch.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -25,34 +26,6 @@ struct Fp4Shape {
   static constexpr int stage_bytes = (scale_at + scale_bytes + 1023) / 1024 * 1024;
   static constexpr int threads = kWarpgroup + 32;
 };
-
-/// E4M3 codes of the E2M1 magnitudes 0, 0.5, 1, 1.5 (low word) and 2, 3, 4, 6 (high word), lowest
-/// byte first, times 2^(exponent - kFp4Unity).
-__device__ __forceinline__ uint2 fp4_codes(int exponent) {
-  constexpr int kHalves[8] = {0, 1, 2, 3, 4, 6, 8, 12};
-  uint32_t words[2] = {0, 0};
-  for (int i = 0; i < 8; ++i) {
-    const int units = kHalves[i] << exponent;  // multiples of 2^-9
-    const int top = 31 - __clz(units);
-    const int code = units < 8 ? units : (top - 2) << 3 | ((units >> (top - 3)) & 7);
-    words[i / 4] |= static_cast<uint32_t>(code) << (i % 4 * 8);
-  }
-  return make_uint2(words[0], words[1]);
-}
-
-/// Eight E4M3 codes of a word of the FP4 tile: first[0..3] and second[0..3], a byte each.
-__device__ __forceinline__ void decode(uint32_t word,
-                                       uint2 codes,
-                                       uint32_t& first,
-                                       uint32_t& second) {
-  // As assembly, since the intrinsic would mask the selectors once more.
-  const uint32_t magnitudes = word & 0x77777777u, upper = magnitudes >> 16;
-  uint32_t low, high;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(low) : "r"(codes.x), "r"(codes.y), "r"(magnitudes));
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(codes.x), "r"(codes.y), "r"(upper));
-  first = low | (word & 0x80808080u);
-  second = high | (word << 4 & 0x80808080u);
-}
 
 /// A slab decoded: operand A of its four k steps, and the power of two of the thread's two rows.
 struct Slab {
@@ -81,8 +54,8 @@ __device__ __forceinline__ void decode_slab(Slab& slab, const uint8_t* w, const 
     for (int i = 0; i < 2; ++i) {
       uint32_t(&a)[4] = slab.a[half * 2 + i];
       const int shift = 16 + 4 * (half * 2 + i);
-      decode(i == 0 ? words.x : words.z, table[upper >> shift & 15], a[0], a[2]);
-      decode(i == 0 ? words.y : words.w, table[lower >> shift & 15], a[1], a[3]);
+      decode_fp4_tile(i == 0 ? words.x : words.z, table[upper >> shift & 15], a[0], a[2]);
+      decode_fp4_tile(i == 0 ? words.y : words.w, table[lower >> shift & 15], a[1], a[3]);
     }
   }
   slab.upper = __uint_as_float(((upper & 255) - 6) << 23);
@@ -124,8 +97,9 @@ __device__ __forceinline__ void multiply_some(float (&run)[S::rows / 2],
     done[i] = &empty[turn.stage];
     barrier_wait(&full[turn.stage], turn.parity);
     decode_slab(slab[i], stage[i] + S::w_at, table);
-    keep(d[i]);
   }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) keep(d[i]);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -236,10 +210,10 @@ __global__ void __launch_bounds__(S::threads)
   Turn<S> turn;
   for (int64_t first = 0; first < item.run.rows; first += S::rows) {
     float run[S::rows / 2] = {};
-    int64_t left = p.slabs;
-    for (; left >= S::batch; left -= S::batch)
+    const int slabs = static_cast<int>(p.slabs);
+    for (int i = 0; i + S::batch <= slabs; i += S::batch)
       multiply_some<S, S::batch>(run, ring, full, empty, table, turn);
-    for (; left > 0; --left) multiply_some<S, 1>(run, ring, full, empty, table, turn);
+    if (slabs % S::batch != 0) multiply_some<S, 1>(run, ring, full, empty, table, turn);
     if (first == 0) wait_for_previous();  // it may read what we write
     store_rows<S>(p.out, run, item.run.first_row + first,
                   min(item.run.rows - first, int64_t{S::rows}), item.tile * 64);

@@ -14,6 +14,7 @@
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/sm90_layout.h"
 #include "ops/gemm/sm90_pack.h"
+#include "testing/on_device.h"
 #include "testing/product_data.h"
 
 namespace hadal::ops {
@@ -21,37 +22,10 @@ namespace {
 
 using sm90::round_up;
 using testing::Data;
+using testing::OnDevice;
 using testing::random_bf16;
 using testing::random_codes;
 using testing::random_powers;
-
-void check_cuda(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
-
-template <typename T>
-class OnDevice {
- public:
-  explicit OnDevice(size_t count) : count_(count) {
-    check_cuda(cudaMalloc(&data_, count * sizeof(T)));
-    check_cuda(cudaMemset(data_, 0xff, count * sizeof(T)));
-  }
-  explicit OnDevice(const std::vector<T>& values) : OnDevice(values.size()) {
-    check_cuda(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~OnDevice() { cudaFree(data_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  T* get() const { return data_; }
-  std::vector<T> read() const {
-    std::vector<T> values(count_);
-    check_cuda(cudaDeviceSynchronize());
-    check_cuda(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t count_;
-};
 
 /// Calls part(first, last) for pieces of [0, count) on all processors.
 template <typename Part>
