@@ -78,7 +78,7 @@ __device__ void produce(
 
 /// One row of one token a group.
 template <typename S>
-__device__ __forceinline__ void add_spread(const HcPreSm90Params& p, Memory<S>& m) {
+__device__ __forceinline__ void add_spread(const HcPreSm90Params& p, Memory<S>& m, int tokens) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 16, row = t / 16 % 4, token = t / 64;
   const bool squares = row >= S::rows;
   constexpr int kAhead = 16;
@@ -90,7 +90,8 @@ __device__ __forceinline__ void add_spread(const HcPreSm90Params& p, Memory<S>& 
     const uint8_t* at = m.stages[stage];
     const auto* w = reinterpret_cast<const float*>(at + (squares ? 0 : row) * S::fn_stride);
     const auto* x = reinterpret_cast<const __nv_bfloat16*>(at + S::fn_bytes) + token * S::piece;
-    for (int i = lane; i < S::piece; i += 16 * kAhead) {
+    // Groups without a token leave the shared memory to the others.
+    for (int i = lane; i < S::piece && token < tokens; i += 16 * kAhead) {
       // Loads first, so that the additions, which depend on each other, wait for none of them.
       float value[kAhead], weight[kAhead];
 #pragma unroll
@@ -109,7 +110,7 @@ __device__ __forceinline__ void add_spread(const HcPreSm90Params& p, Memory<S>& 
 
 /// All rows of some tokens a group.
 template <typename S>
-__device__ __forceinline__ void add_together(const HcPreSm90Params& p, Memory<S>& m) {
+__device__ __forceinline__ void add_together(const HcPreSm90Params& p, Memory<S>& m, int tokens) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 16, first = t / 16 * S::each;
   float sum[S::each][S::rows + 1] = {};
   const auto pieces = static_cast<int>(kStreams * p.dim / S::piece);
@@ -120,7 +121,7 @@ __device__ __forceinline__ void add_together(const HcPreSm90Params& p, Memory<S>
     const auto* w = reinterpret_cast<const float*>(at);
     const auto* x = reinterpret_cast<const __nv_bfloat16*>(at + S::fn_bytes) + first * S::piece;
 #pragma unroll 4
-    for (int i = lane; i < S::piece; i += 16) {
+    for (int i = lane; i < S::piece && first < tokens; i += 16) {
       float weights[S::rows];
 #pragma unroll
       for (int row = 0; row < S::rows; ++row) weights[row] = w[row * (S::fn_stride / 4) + i];
@@ -225,9 +226,9 @@ __global__ void __launch_bounds__(kThreads + 32)
     produce<S>(p, m, first, tokens, rank);
   } else {
     if constexpr (S::spread) {
-      add_spread<S>(p, m);
+      add_spread<S>(p, m, tokens);
     } else {
-      add_together<S>(p, m);
+      add_together<S>(p, m, tokens);
     }
   }
   wait_for_previous();
