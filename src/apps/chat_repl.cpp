@@ -324,7 +324,7 @@ class Repl {
       interrupt_.clear();
       if (options_.json) print_json(answer);
       print_note(answer, session_.settings().max_tokens);
-      if (!answer.completion.ok || answer.completion.tool_calls.empty()) return true;
+      if (answer.completion.tool_calls.empty()) return true;
       for (size_t i = 0; i < answer.completion.tool_calls.size(); ++i) {
         const auto result = ask(concat("result of ", answer.completion.tool_calls[i].name, "> "));
         if (!result) return false;

@@ -129,8 +129,10 @@ void CompletionParser::take_value(std::string_view text, Events& events) {
   if (hold_value_) {
     value_ += value;
   } else if (shown > 0) {
-    const std::string quoted = quote_json(value);
-    emit_arguments(std::string_view(quoted).substr(1, quoted.size() - 2), events);
+    std::string quoted = quote_json(value);
+    quoted.pop_back();
+    quoted.erase(0, 1);
+    emit_arguments(std::move(quoted), events);
   }
   if (pending_.empty()) {
     pending_ = text.substr(shown);
@@ -397,7 +399,11 @@ void CompletionParser::end_call(Events& events) {
     emit_arguments(keys_.empty() ? "{}" : "}", events);
   }
   release(events);
-  CompletionEvent end{Kind::kToolCall, {}, call_};
+  // The markup is the event's alone: it is long, and the result's readers do not need it.
+  CompletionEvent end{Kind::kToolCall, {}, {}};
+  end.call.raw = std::exchange(call_.raw, {});
+  end.call.name = call_.name;
+  end.call.arguments = call_.arguments;
   events.push_back(std::move(end));
   result_.tool_calls.push_back(std::exchange(call_, {}));
 }
@@ -427,7 +433,7 @@ void CompletionParser::emit(CompletionEvent::Kind kind, std::string_view text, E
   }
 }
 
-void CompletionParser::emit_arguments(std::string_view text, Events& events) {
+void CompletionParser::emit_arguments(std::string text, Events& events) {
   if (text.empty()) return;
   call_.arguments += text;
   if (!begun_ && call_.arguments.size() > options_.hold_bytes) release(events);
@@ -435,7 +441,7 @@ void CompletionParser::emit_arguments(std::string_view text, Events& events) {
   if (!target.empty() && target.back().kind == Kind::kArguments) {
     target.back().text += text;
   } else {
-    target.push_back({Kind::kArguments, std::string(text), {}});
+    target.push_back({Kind::kArguments, std::move(text), {}});
   }
 }
 
@@ -475,6 +481,7 @@ Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
     return std::move(result_);
   }
   end_completion(events);
+  result_.cut = mode_ != Mode::kText || result_.tool_calls.empty();
   if (mode_ == Mode::kCall || mode_ == Mode::kValue) {
     // What there is of the call, for those who asked for no more.
     if (!begun_) release(events);

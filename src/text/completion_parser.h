@@ -103,7 +103,7 @@ class CompletionParser {
   void end_call(Events& events);
   void drop_call(std::string_view why, Events& events);
   void emit(CompletionEvent::Kind kind, std::string_view text, Events& events);
-  void emit_arguments(std::string_view text, Events& events);
+  void emit_arguments(std::string text, Events& events);
   void flush_text(Events& events);
   void release(Events& events);
   void lose(std::string_view why);
