@@ -47,7 +47,7 @@ int parse(const Options& options) {
   PyJson message = completion.to_json();
   if (!completion.ok) message.set("error", PyJson::string(completion.error));
   write_output(message.dump() + "\n");
-  return completion.lost ? 1 : 0;
+  return completion.lost || completion.cut ? 1 : 0;
 }
 
 }  // namespace

@@ -70,6 +70,10 @@ Rendered render(const Context& context, const ChatJob& chat) {
   // What the answer begins with is given, or the task's answer has no reasoning.
   if (is_forced(chat) && !chat.thinking && chat.effort.empty()) thinking = false;
   if (prefill || !chat.task.empty()) thinking = false;
+  if (context.calls)
+    options.recall = [&](std::string_view id, const text::ToolCall& call) {
+      return context.calls->recall(id, call);
+    };
   options.thinking_mode = thinking ? text::ThinkingMode::kThinking : text::ThinkingMode::kChat;
 
   Json messages = Json::array(chat.messages);
@@ -177,6 +181,7 @@ Job make_chat_job(const Context& context, ChatJob chat) {
   job.tools = std::make_shared<const text::ToolSchemas>(Json::array(chat.tools));
   job.certain_calls = job.requests.front().grammar.kind == engine::Grammar::Kind::kToolCalls;
   job.one_call = !chat.parallel_calls;
+  job.calls = context.calls;
   return job;
 }
 

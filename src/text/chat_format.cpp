@@ -269,7 +269,9 @@ void render_user(const PyJson& message, const std::string& where, ChatPrompt& pr
   }
 }
 
-std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) {
+std::vector<ToolCall> calls_of(const PyJson& message,
+                               const std::string& where,
+                               const ChatOptions& options) {
   std::vector<ToolCall> calls;
   const PyJson* list = list_member(message, "tool_calls", where);
   if (list == nullptr) return calls;
@@ -284,6 +286,9 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
                      .arguments = arguments == nullptr     ? std::string("{}")
                                   : arguments->is_string() ? arguments->text()
                                                            : arguments->dump()});
+    if (!options.recall) continue;
+    if (std::optional<RawMarkup> raw = options.recall(call_id(call), calls.back()))
+      calls.back().raw = std::move(*raw);
   }
   return calls;
 }
@@ -291,9 +296,10 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
 /// Renders messages that are merged, sorted and dropped.
 class Renderer {
  public:
-  Renderer(const std::vector<PyJson>& messages, ThinkingMode mode, bool dropping)
+  Renderer(const std::vector<PyJson>& messages, const ChatOptions& options, bool dropping)
       : messages_(messages),
-        thinking_(mode == ThinkingMode::kThinking),
+        options_(options),
+        thinking_(options.thinking_mode == ThinkingMode::kThinking),
         dropping_(dropping),
         last_user_(last_user_index(messages)) {}
 
@@ -348,7 +354,7 @@ class Renderer {
       prompt.text += kThinkEnd;
     }
     prompt.add_foreign(text_member(message, "content", where));
-    const std::vector<ToolCall> calls = calls_of(message, where);
+    const std::vector<ToolCall> calls = calls_of(message, where, options_);
     if (!calls.empty()) {
       prompt.text += "\n\n";
       write_tool_calls(calls, prompt);
@@ -378,6 +384,7 @@ class Renderer {
   }
 
   const std::vector<PyJson>& messages_;
+  const ChatOptions& options_;
   bool thinking_;
   bool dropping_;
   ptrdiff_t last_user_;
@@ -425,7 +432,7 @@ ChatPrompt render_chat(const PyJson& messages, const ChatOptions& options, const
     const size_t earlier_kept = drop_reasoning(earlier).size();
     count = full.size() > earlier_kept ? full.size() - earlier_kept : 0;
   }
-  const Renderer renderer(full, options.thinking_mode, dropping);
+  const Renderer renderer(full, options, dropping);
   for (size_t index = full.size() - count; index < full.size(); ++index) {
     if (index == 0 && thinking && options.effort == ReasoningEffort::kMax)
       prompt.text += kEffortPrefix;

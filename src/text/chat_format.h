@@ -10,6 +10,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,6 +20,9 @@
 #include "text/tokenizer.h"
 
 namespace hadal::text {
+
+struct RawMarkup;
+struct ToolCall;
 
 enum class ThinkingMode : uint8_t { kChat, kThinking };
 /// kHigh encodes as kNone; kMax adds the effort prefix, in thinking mode only.
@@ -28,6 +33,8 @@ struct ChatOptions {
   ReasoningEffort effort = ReasoningEffort::kNone;
   bool drop_thinking = true;  ///< drop the reasoning of earlier turns, unless a message has tools
   bool add_bos = true;        ///< BOS first (never with a context)
+  /// The markup of an earlier call as the model wrote it, by the call's id; empty: as we write it.
+  std::function<std::optional<RawMarkup>(std::string_view id, const ToolCall& call)> recall;
 };
 
 /// "chat" or "thinking". Errors: InputError for anything else.
