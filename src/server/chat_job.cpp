@@ -95,7 +95,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
     text::ChatPrompt prompt = text::render_chat(messages, options);
     prompt.text += rendered.opening;
     const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
-    rendered.tokens.assign(ids.begin(), ids.end());
+    rendered.tokens = context.engine.as_written({ids.begin(), ids.end()});
   } catch (const RequestError&) {
     throw;
   } catch (const InputError& error) {
