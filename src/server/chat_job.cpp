@@ -100,7 +100,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
   try {
     text::ChatPrompt prompt = text::render_chat(messages, options);
     const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
-    rendered.tokens.assign(ids.begin(), ids.end());
+    rendered.tokens = context.engine.as_written({ids.begin(), ids.end()});
   } catch (const RequestError&) {
     throw;
   } catch (const InputError& error) {
