@@ -34,8 +34,8 @@ std::string generation_config(const RunConfig& config) {
 RunProgress export_run(const RunConfig& config,
                        const std::string& folder,
                        checkpoint::SaveFormat format) {
-  const auto state = newest_state(config.out);
-  HADAL_INPUT_CHECK(state.has_value(), config.out, ": the run has no checkpoint to export");
+  const std::vector<std::string> states = complete_states(config.out);
+  HADAL_INPUT_CHECK(!states.empty(), config.out, ": the run has no checkpoint to export");
   const model::ModelConfig model_config = trained_config(config);
   if (format == checkpoint::SaveFormat::kOfficial) model_config.check_released();
   model::Transformer model(model_config);
@@ -44,7 +44,7 @@ RunProgress export_run(const RunConfig& config,
                       at::kFloat);
   model::require_gradients(model);
   Optimizer optimizer(model, config.optimizer);
-  const RunProgress progress = load_state(*state, model, optimizer);
+  const RunProgress progress = load_state(states.back(), model, optimizer);
   checkpoint::save_model(model, folder,
                          {.format = format,
                           .max_shard_bytes = config.export_shard_bytes,
