@@ -15,15 +15,19 @@ struct Effort {
   text::ReasoningEffort effort;
 };
 
-Effort effort_of(const std::string& name) {
+/// The level that a client's word stands for; with 0731's levels as DeepSeek's own server takes
+/// them.
+Effort effort_of(const std::string& name, text::EffortLevels levels) {
   using text::ReasoningEffort;
+  const bool later = levels == text::EffortLevels::k0731;
   if (name == "none") return {false, ReasoningEffort::kNone};
-  if (name == "minimal" || name == "low" || name == "medium" || name == "high")
+  if (name == "minimal" || name == "low") return {true, ReasoningEffort::kLow};
+  if (name == "medium" || name == "high" || (later && name == "xhigh"))
     return {true, ReasoningEffort::kHigh};
-  if (name == "xhigh" || name == "max") return {true, ReasoningEffort::kMax};
+  if (name == "xhigh" || name == "max" || name == "ultra") return {true, ReasoningEffort::kMax};
   throw RequestError(400,
                      concat("reasoning effort '", name.substr(0, 40),
-                            "': expected none, minimal, low, medium, high, xhigh or max"),
+                            "': expected none, minimal, low, medium, high, xhigh, max or ultra"),
                      "reasoning_effort");
 }
 
@@ -61,7 +65,8 @@ Rendered render(const Context& context, const ChatJob& chat) {
   bool thinking = chat.thinking.value_or(chat.default_thinking);
   text::ChatOptions options;
   if (!chat.effort.empty()) {
-    const Effort effort = effort_of(chat.effort);
+    options.levels = context.options.effort_levels;
+    const Effort effort = effort_of(chat.effort, options.levels);
     if (!chat.thinking) thinking = effort.thinking;
     options.effort = effort.effort;
   }
