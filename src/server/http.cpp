@@ -31,6 +31,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "server/http_text.h"
 #include "server/memory_stream.h"
 
 // Setting up and closing sockets that may be gone: what fails there needs no answer.
@@ -67,12 +68,14 @@ using Clock = std::chrono::steady_clock;
 using RequestParser = http::request_parser<http::string_body>;
 
 constexpr size_t kReadAhead = 64 << 10;  // bytes of further requests read while one is answered
+constexpr auto kLastWords = std::chrono::seconds(2);           // for answers that are told to stop
 constexpr auto kAcceptPause = std::chrono::milliseconds(100);  // after errors as "too many files"
 
 class ConnectionBase {
  public:
   virtual ~ConnectionBase() = default;
   virtual void close_if_idle() = 0;
+  virtual void end_answer() = 0;
   virtual void force_close() = 0;
 };
 
@@ -85,6 +88,7 @@ struct Core {
   net::io_context io;
   std::optional<net::ssl::context> tls;
   std::optional<net::thread_pool> handlers;  ///< none: on the connection's thread
+  bool dated = true;  ///< answers carry a Date; not in HttpSession, whose answers are compared
   std::atomic<bool> draining{false};
   std::atomic<int64_t> active{0}, accepted{0}, refused{0}, slow_dropped{0}, left{0};
   std::mutex mutex;
@@ -103,11 +107,11 @@ HttpRequest take_request(RequestParser& parser) {
   HttpRequest request;
   const auto copy = [](auto view) { return std::string(view.data(), view.size()); };
   request.method = copy(message.method_string());
-  request.path = copy(message.target());
-  if (const size_t mark = request.path.find('?'); mark != std::string::npos) {
-    request.query = request.path.substr(mark + 1);
-    request.path.resize(mark);
-  }
+  HttpTarget target = split_target(copy(message.target()));
+  request.path = std::move(target.path);
+  request.query = std::move(target.query);
+  // What a whole URI says goes before the Host header (RFC 9112, 3.2.2).
+  if (!target.authority.empty()) message.set(http::field::host, target.authority);
   for (const auto& field : message) {
     std::string name = copy(field.name_string());
     for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
@@ -134,19 +138,28 @@ const char* reason_of(int status) {
   return "this is no HTTP request";
 }
 
-/// Whatever follows this header is read no further: its framing is ambiguous.
-bool suspicious(const RequestParser& parser) {
+/// Why nothing behind this header is read, or null: its framing is ambiguous, or whom it asks.
+const char* suspicion(const RequestParser& parser) {
   const auto& message = parser.get();
-  return message.count(http::field::content_length) > 1 ||
-         (message.count(http::field::content_length) == 1 &&
-          message.count(http::field::transfer_encoding) > 0);
+  if (message.count(http::field::content_length) > 1 ||
+      (message.count(http::field::content_length) == 1 &&
+       message.count(http::field::transfer_encoding) > 0))
+    return "Content-Length contradicts the request";
+  if (message.count(http::field::host) > 1) return "the request has more than one Host";
+  if (message.version() >= 11 && message.count(http::field::host) == 0)
+    return "a request of HTTP/1.1 needs a Host header";
+  return nullptr;
 }
 
-std::string head_of(const HttpResponse& response, bool keep_alive, std::string_view framing) {
+std::string head_of(const HttpResponse& response,
+                    bool keep_alive,
+                    std::string_view framing,
+                    bool dated) {
   const auto status = static_cast<http::status>(response.status);
   const auto reason = http::obsolete_reason(status);
   std::string out = concat("HTTP/1.1 ", response.status, ' ',
                            std::string_view(reason.data(), reason.size()), "\r\nServer: hadal\r\n");
+  if (dated) out += "Date: " + http_date(std::time(nullptr)) + "\r\n";
   if (!response.content_type.empty()) out += "Content-Type: " + response.content_type + "\r\n";
   // NOLINTNEXTLINE(performance-inefficient-string-concatenation)
   for (const auto& [name, value] : response.headers) out += name + ": " + value + "\r\n";
@@ -190,9 +203,10 @@ class Connection final : public ConnectionBase,
         began_ = true;
         chunked_ = connection_->http11_;
         if (!chunked_) connection_->keep_alive_ = false;
-        connection_->enqueue(head_of(head, connection_->keeps_alive(),
-                                     chunked_ ? "Transfer-Encoding: chunked\r\n" : ""),
-                             false);
+        connection_->enqueue(
+            head_of(head, connection_->keeps_alive(),
+                    chunked_ ? "Transfer-Encoding: chunked\r\n" : "", connection_->core_->dated),
+            false);
       });
     }
     void write(std::string bytes) override {
@@ -230,7 +244,19 @@ class Connection final : public ConnectionBase,
       }
       gone();
     }
+    void on_stop(std::function<void()> stopping) override {
+      submit([this, stopping = std::move(stopping)]() mutable { stopping_ = std::move(stopping); });
+    }
 
+    /// On the strand: the server waits no longer.
+    void stop() {
+      if (stopping_) {
+        post(std::exchange(stopping_, {}));
+      } else if (!began_) {
+        do_send(
+            connection_->core_->handler.error(503, "the server is stopping", connection_->path_));
+      }
+    }
     /// On the strand: the client has left.
     void leave() {
       std::function<void()> gone = end(true);
@@ -245,7 +271,8 @@ class Connection final : public ConnectionBase,
       if (began_) return fail();
       began_ = true;
       const std::string length = concat("Content-Length: ", response.body.size(), "\r\n");
-      std::string bytes = head_of(response, connection_->keeps_alive(), length);
+      std::string bytes =
+          head_of(response, connection_->keeps_alive(), length, connection_->core_->dated);
       if (!connection_->is_head_) bytes += response.body;
       connection_->enqueue(std::move(bytes), false);
       finish();
@@ -301,6 +328,7 @@ class Connection final : public ConnectionBase,
       }
     }
     std::function<void()> end(bool left) {
+      const std::function<void()> forgotten = std::exchange(stopping_, {});  // outlives the lock
       const std::lock_guard lock(mutex_);
       if (over_) return {};
       over_ = true;
@@ -318,6 +346,7 @@ class Connection final : public ConnectionBase,
     std::function<void()> gone_;
     // On the strand:
     bool began_ = false, chunked_ = false;
+    std::function<void()> stopping_;
     Clock::time_point written_;  // the latest write
     std::optional<net::steady_timer> silence_;
   };
@@ -347,6 +376,11 @@ class Connection final : public ConnectionBase,
   void close_if_idle() override {
     net::post(stream_.get_executor(), [self = this->shared_from_this()] {
       if (self->exchange_ == nullptr && self->out_.empty() && self->writing_.empty()) self->shut();
+    });
+  }
+  void end_answer() override {
+    net::post(stream_.get_executor(), [self = this->shared_from_this()] {
+      if (const auto exchange = self->exchange_) exchange->stop();
     });
   }
   void force_close() override {
@@ -391,12 +425,11 @@ class Connection final : public ConnectionBase,
     if (closed_) return;
     if (error) return on_read_error(error);
     const auto& message = parser_->get();
-    const auto target = message.target();
-    path_.assign(target.data(), std::min(target.size(), target.find('?')));
+    path_ = split_target({message.target().data(), message.target().size()}).path;
     http11_ = message.version() >= 11;
     keep_alive_ = message.keep_alive();
     is_head_ = message.method() == http::verb::head;
-    if (suspicious(*parser_)) return refuse(400, "Content-Length contradicts the request");
+    if (const char* problem = suspicion(*parser_)) return refuse(400, problem);
     if (http11_ && !parser_->is_done()) {
       const auto expect = message[http::field::expect];
       if (beast::iequals(expect, "100-continue")) enqueue("HTTP/1.1 100 Continue\r\n\r\n", false);
@@ -633,8 +666,13 @@ class HttpServer::Impl {
     each([](ConnectionBase& connection) { connection.close_if_idle(); });
     {
       std::unique_lock lock(core_->mutex);
-      core_->changed.wait_for(lock, core_->options.drain_timeout,
-                              [&] { return core_->active == 0; });
+      const auto all_ended = [&] { return core_->active == 0; };
+      if (!core_->changed.wait_for(lock, core_->options.drain_timeout, all_ended)) {
+        lock.unlock();
+        each([](ConnectionBase& connection) { connection.end_answer(); });
+        lock.lock();
+        core_->changed.wait_for(lock, kLastWords, all_ended);
+      }
       // What is written last still leaves.
       core_->changed.wait_for(lock, std::chrono::seconds(1), [&] { return core_->open == 0; });
     }
@@ -763,14 +801,16 @@ int parse_http_request(std::string_view bytes, const ServerOptions& options, Htt
   error_code error;
   parser.put(net::buffer(bytes.data(), bytes.size()), error);
   if (error && error != http::error::need_more) return status_of(error);
-  if (!parser.is_done() || suspicious(parser)) return 400;
+  if (!parser.is_done() || suspicion(parser) != nullptr) return 400;
   request = take_request(parser);
   return 0;
 }
 
 struct HttpSession::Impl {
   Impl(const ServerOptions& options, HttpHandler& handler)
-      : core(std::make_shared<Core>(options, handler)) {}
+      : core(std::make_shared<Core>(options, handler)) {
+    core->dated = false;
+  }
   /// Everything that can be done without more input.
   void poll() {
     core->io.restart();
