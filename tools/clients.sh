@@ -88,12 +88,14 @@ if [ -n "$hadal" ]; then
     kill -0 "$server" 2>/dev/null || { cat "$log" >&2; exit 1; }
     sleep 0.1
   done
-  url=$(sed -n 's/.* at \(http[^,]*\),.*/\1/p' "$log" | head -n 1)
+  url=$(sed -n 's/.* at \(http[^,]*\),.*/\1/p' "$log" | head -n 1 || true)
 else
-  binary=build/core/scripted_server
-  if ! [ -x "$binary" ]; then
+  # The newest there is.
+  binary=$(ls -t build/*/scripted_server 2>/dev/null | head -n 1 || true)
+  if [ -z "$binary" ]; then
     cmake --preset core >/dev/null
     cmake --build --preset core --target scripted_server >/dev/null
+    binary=build/core/scripted_server
   fi
   model=scripted
   coproc SERVER { exec "$binary"; }
