@@ -113,14 +113,20 @@ struct Api::Keys {
   /// The index of a request's key, -1 if it is none of ours.
   int find(const HttpRequest& request) const {
     if (!needed) return 0;
-    std::string_view given = request.header("x-api-key");
-    if (given.empty()) given = request.header("api-key");
+    // Clients that were told a token and a key send both.
+    int found = std::max(find(request.header("x-api-key")), find(request.header("api-key")));
     constexpr std::string_view kBearer = "bearer ";  // the scheme in any case (RFC 9110, 11.1)
-    const std::string_view authorization = request.header("authorization");
-    if (given.empty() && same_letters(authorization.substr(0, kBearer.size()), kBearer)) {
-      given = authorization.substr(kBearer.size());
-      given.remove_prefix(std::min(given.find_first_not_of(' '), given.size()));
+    std::string_view authorization = request.header("authorization");
+    if (same_letters(authorization.substr(0, kBearer.size()), kBearer)) {
+      authorization.remove_prefix(kBearer.size());
+      authorization.remove_prefix(
+          std::min(authorization.find_first_not_of(' '), authorization.size()));
+      found = std::max(found, find(authorization));
     }
+    return found;
+  }
+  /// The same for one value.
+  int find(std::string_view given) const {
     const Digest wanted = digest(given);
     int found = -1;
     for (size_t i = 0; i < keys.size(); ++i) {

@@ -243,7 +243,8 @@ TEST(HttpManners, KeysInEveryFormThatClientsSend) {
   options.api_keys = {"secret"};
   ScriptedService service(options);
   for (const char* good : {"Authorization: Bearer secret", "authorization: bearer secret",
-                           "Authorization: BEARER  secret", "x-api-key: secret", "api-key: secret"})
+                           "Authorization: BEARER  secret", "x-api-key: secret", "api-key: secret",
+                           "x-api-key: old\r\nAuthorization: Bearer secret"})
     EXPECT_EQ(service.get("/v1/models", std::string(good) + "\r\n").status, 200) << good;
   for (const char* bad : {"Authorization: Basic secret", "Authorization: secret",
                           "Authorization: Bearer", "x-api-key: Secret"})
