@@ -17,9 +17,7 @@ std::string_view authority_of(std::string_view origin) {
 
 }  // namespace
 
-Access::Access(const ServerOptions& options) : loopback_(is_loopback_name(host_of(options.host))) {
-  // An address without brackets is no authority.
-  if (options.host == "::1") loopback_ = true;
+Access::Access(const ServerOptions& options) : loopback_(is_loopback_name(options.host)) {
   for (const std::string& given : options.cors) {
     if (given == "*") {
       all_origins_ = true;

@@ -59,8 +59,9 @@ TEST(HttpManners, TargetsAreTakenApart) {
   EXPECT_EQ(percent_decoded("%zz%4"), "%zz%4");
   EXPECT_EQ(http_date(784111777), "Sun, 06 Nov 1994 08:49:37 GMT");
   EXPECT_EQ(http_date(1709210096), "Thu, 29 Feb 2024 12:34:56 GMT");
-  for (const char* host : {"localhost", "LocalHost:1", "127.0.0.1:80", "127.9.8.7", "[::1]:5",
-                           "a.localhost", "localhost."})
+  for (const char* host :
+       {"localhost", "LocalHost:1", "127.0.0.1:80", "127.9.8.7", "[::1]:5", "a.localhost",
+        "localhost.", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]:1"})
     EXPECT_TRUE(is_loopback_name(host_of(host))) << host;
   for (const char* host : {"", "x", "127.0.0.1.evil.org", "127.0.0", "127.0.0.256", "1.2.3.4",
                            "localhost.evil.org", "evil-localhost", "[::2]", "0127.0.0.1"})

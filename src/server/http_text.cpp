@@ -1,9 +1,10 @@
 #include "server/http_text.h"
 
 #include <algorithm>
+#include <arpa/inet.h>
 #include <array>
-#include <cstdint>
 #include <cstdio>
+#include <netinet/in.h>
 
 namespace hadal::server {
 namespace {
@@ -16,22 +17,12 @@ int hex_digit(char c) {
   return small >= 'a' && small <= 'f' ? small - 'a' + 10 : -1;
 }
 
-/// 127.x.y.z, each part a number up to 255.
-bool is_loopback_v4(std::string_view host) {
-  int parts = 0;
-  while (true) {
-    const size_t dot = host.find('.');
-    const std::string_view part = host.substr(0, dot);
-    if (part.empty() || part.size() > 3 || ++parts > 4) return false;
-    int value = 0;
-    for (const char c : part) {
-      if (c < '0' || c > '9') return false;
-      value = value * 10 + (c - '0');
-    }
-    if (value > 255 || (parts == 1 && value != 127)) return false;
-    if (dot == std::string_view::npos) return parts == 4;
-    host.remove_prefix(dot + 1);
-  }
+bool is_loopback_address(const std::string& host) {
+  in_addr four{};
+  if (::inet_pton(AF_INET, host.c_str(), &four) == 1) return ntohl(four.s_addr) >> 24 == 127;
+  in6_addr six{};
+  if (::inet_pton(AF_INET6, host.c_str(), &six) != 1) return false;
+  return IN6_IS_ADDR_LOOPBACK(&six) || (IN6_IS_ADDR_V4MAPPED(&six) && six.s6_addr[12] == 127);
 }
 
 }  // namespace
@@ -105,8 +96,8 @@ std::string host_of(std::string_view authority) {
 }
 
 bool is_loopback_name(std::string_view host) {
-  return host == "localhost" || host.ends_with(".localhost") || host == "::1" ||
-         (host.starts_with("::ffff:") && is_loopback_v4(host.substr(7))) || is_loopback_v4(host);
+  return host == "localhost" || host.ends_with(".localhost") ||
+         is_loopback_address(std::string(host));
 }
 
 }  // namespace hadal::server

@@ -25,7 +25,7 @@ std::string lower_case(std::string_view text);              ///< of A to Z
 
 /// The host of "host", "host:port" or "[host]:port", in lower case and without brackets.
 std::string host_of(std::string_view authority);
-/// "localhost", a name under it, or a loopback address.
+/// "localhost", a name under it, or a loopback address (without brackets).
 bool is_loopback_name(std::string_view host);
 
 }  // namespace hadal::server
