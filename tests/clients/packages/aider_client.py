@@ -8,7 +8,8 @@ from common import *
 
 with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "hello.py").write_text("print('hello')\n")
-    environment = dict(os.environ, HOME=folder, OPENAI_API_BASE=V1, OPENAI_API_KEY=KEY, AIDER_ANALYTICS="false")
+    environment = dict(os.environ, HOME=folder, OPENAI_API_BASE=V1, OPENAI_API_KEY=KEY, AIDER_ANALYTICS="false",
+                       LITELLM_LOCAL_MODEL_COST_MAP="True")
     for model, more in ((f"openai/{MODEL}", []), (f"openai/{MODEL}", ["--no-stream"]),
                         (f"anthropic/{MODEL}", [])):
         if model.startswith("anthropic"):

@@ -15,6 +15,7 @@ args = parser.parse_args()
 URL, V1, KEY, MODEL, FREE = args.url, args.url + "/v1", args.key, args.model, args.free
 QUESTION = "What is the weather in Paris?"
 LIMIT = 60 if FREE else 400
+THINKING_LIMIT = 60 if FREE else 2000  # with a budget of 1024
 checks = 0
 
 

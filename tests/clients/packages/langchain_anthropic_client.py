@@ -13,7 +13,7 @@ class City(BaseModel):
 
 weather = tool(get_weather)
 for thinking in (None, {"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}):
-    model = ChatAnthropic(base_url=URL, api_key=KEY, model=MODEL, max_tokens=2000 if thinking else LIMIT,
+    model = ChatAnthropic(base_url=URL, api_key=KEY, model=MODEL, max_tokens=THINKING_LIMIT if thinking else LIMIT,
                           thinking=thinking, max_retries=0)
     reply = model.invoke([("system", "Be brief."), ("human", "Hi")])
     check(reply.usage_metadata["output_tokens"] > 0, reply)

@@ -1,3 +1,6 @@
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network when it is imported
 import litellm
 from common import *
 
@@ -33,7 +36,7 @@ for model, where in ((f"openai/{MODEL}", openai_like), (f"hosted_vllm/{MODEL}", 
 reply = litellm.completion(model=f"openai/{MODEL}", messages=MESSAGES, reasoning_effort="high", max_tokens=LIMIT,
                            allowed_openai_params=["reasoning_effort"], **openai_like)
 strict(reply.choices[0].message.reasoning_content == "Let me think.", reply)
-reply = litellm.completion(model=f"anthropic/{MODEL}", messages=MESSAGES, max_tokens=2000,
+reply = litellm.completion(model=f"anthropic/{MODEL}", messages=MESSAGES, max_tokens=THINKING_LIMIT,
                            thinking={"type": "enabled", "budget_tokens": 1024}, allowed_openai_params=["thinking"],
                            **ANTHROPIC)
 strict(reply.choices[0].message.reasoning_content == "Let me think.", reply)
