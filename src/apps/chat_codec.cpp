@@ -44,12 +44,10 @@ int encode(const Options& options) {
 int parse(const Options& options) {
   const text::Completion completion = text::parse_completion(
       read_input(options.input), text::parse_thinking_mode(options.thinking_mode));
-  if (!completion.ok) {
-    write_output(PyJson::object({{"error", PyJson::string(completion.error)}}).dump() + "\n");
-    return 1;
-  }
-  write_output(completion.to_json().dump() + "\n");
-  return 0;
+  PyJson message = completion.to_json();
+  if (!completion.ok) message.set("error", PyJson::string(completion.error));
+  write_output(message.dump() + "\n");
+  return completion.lost ? 1 : 0;
 }
 
 }  // namespace

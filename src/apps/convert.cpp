@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/progress.h"
 
 namespace hadal::apps {
@@ -62,7 +63,7 @@ std::function<int()> define_convert(CLI::App& app) {
   app.add_flag("--drop-scales", flags->options.drop_scales,
                "bf16: do not keep the original scales beside the weights");
   app.add_option("--max-shard-bytes", flags->options.max_shard_bytes, "bytes of a file at most")
-      ->check(CLI::PositiveNumber)
+      ->check(above(0))
       ->capture_default_str();
   return [flags] { return run(*flags); };
 }

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
-#include <fstream>
 #include <memory>
+#include <sstream>
 
 #include <ATen/Context.h>
 
@@ -11,8 +11,11 @@
 
 #include "apps/command.h"
 #include "apps/decode_loop.h"
+#include "apps/flags.h"
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "checkpoint/digest.h"
 #include "engine/local_engine.h"
 #include "model/init.h"
@@ -40,8 +43,7 @@ engine::WindowPolicy parse_policy(const std::string& name) {
 }
 
 std::vector<std::string> read_keys(const std::string& path) {
-  std::ifstream file(path);
-  HADAL_INPUT_CHECK(file.good(), "--api-keys: cannot read ", path);
+  std::istringstream file(read_file(path, int64_t{1} << 24));
   std::vector<std::string> keys;
   for (std::string line; std::getline(file, line);) {
     while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();
@@ -72,6 +74,9 @@ int run(Flags flags) {
     model::move_to(loaded.model, at::kCUDA);
   }
   flags.engine.numerics = loaded.numerics;
+  flags.server.default_thinking = loaded.defaults.thinking;
+  flags.server.default_sampling = loaded.defaults.sampling;
+  flags.server.default_max_tokens = loaded.defaults.max_tokens;
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
@@ -89,6 +94,8 @@ int run(Flags flags) {
   }
   const std::string digest =
       flags.engine.disk.folder.empty() ? "" : checkpoint::weights_digest(loaded.folder);
+  flags.engine.warm_up = true;
+  drop_file_pages();  // what the start needed once, the files of packed weights among it
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
@@ -98,6 +105,10 @@ int run(Flags flags) {
   // Browsers ask for it; an empty one is enough.
   server.api().add_page("/favicon.ico", "image/x-icon", "");
   server.start();
+  const engine::EngineStats memory = local.engine().stats();
+  log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
+            memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
+            " MiB of workspace at rest; now ", resident_bytes() >> 20, " MiB");
   const server::Url url{!flags.server.tls_certificate.empty(), flags.server.host, server.port(),
                         ""};
   std::fprintf(stderr, "hadal: %s at %s, a page to chat at /; Ctrl-C ends it\n",
@@ -135,30 +146,30 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--tls-key", server.tls_key, "PEM file");
   app.add_option("--ping-seconds", flags->ping_seconds,
                  "a stream silent for so long gets a ping; 0: never")
-      ->check(CLI::NonNegativeNumber)
+      ->check(between(0, 1e6))
       ->capture_default_str();
-  app.add_option("--cache-gib", flags->cache_gib, "memory of pages and state slots")
-      ->check(CLI::PositiveNumber)
+  app.add_option("--cache-gib", flags->cache_gib, "memory of all that is remembered of texts")
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
-  app.add_option("--max-running", engine.max_running, "sequences in a step")
-      ->check(CLI::Range(1, 65536))
+  app.add_option("--max-running", engine.max_running, "sequences in a step, at most")
+      ->check(between(1, 65536))
       ->capture_default_str();
   app.add_option("--max-waiting", engine.max_waiting, "requests in the queue")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run, at most")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
-      ->check(CLI::Range(0, 8))
+      ->check(between(0, 8))
       ->capture_default_str();
   app.add_flag("--always-draft", engine.always_draft, "drafts even where they do not pay");
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
   app.add_option("--disk-gib", flags->disk_gib, "its budget")
-      ->check(CLI::PositiveNumber)
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")

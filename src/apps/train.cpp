@@ -8,6 +8,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "train/trainer.h"
@@ -57,9 +58,8 @@ std::function<int()> define_train(CLI::App& app) {
   app.add_option("config", flags->config, "the run's JSON file (docs/training.md)")->required();
   app.add_option("--max-seconds", flags->max_seconds,
                  "stop after this time with a checkpoint; the same command goes on")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--threads", flags->threads, "CPU threads; default: all")
-      ->check(CLI::Range(1, 1024));
+      ->check(between(0, 1e9));
+  app.add_option("--threads", flags->threads, "CPU threads; default: all")->check(between(1, 1024));
   return [flags] { return run(*flags); };
 }
 

@@ -1,9 +1,16 @@
 #include "base/memory.h"
 
 #include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace hadal {
@@ -14,6 +21,57 @@ void keep_freed_memory() {
   mallopt(M_MMAP_THRESHOLD, kBytes);
   mallopt(M_TRIM_THRESHOLD, kBytes);
 #endif
+}
+
+void give_back_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
+void drop_file_pages() {
+#if defined(__linux__)
+  struct Mapping {
+    uintptr_t begin = 0, end = 0;
+    bool drops = false;
+  };
+  // "begin-end perms offset dev inode path", then lines "Name: value". A page that was written, as
+  // by relocation or a debugger, is anonymous: none of such a mapping is dropped.
+  const auto drop = [](const Mapping& mapping) {
+    if (mapping.drops)
+      madvise(reinterpret_cast<void*>(mapping.begin), mapping.end - mapping.begin, MADV_DONTNEED);
+  };
+  std::ifstream file("/proc/self/smaps");
+  Mapping mapping;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream words(line);
+    std::string first, permissions, offset, device;
+    uint64_t inode = 0;
+    words >> first;
+    if (first == "Anonymous:") {
+      uint64_t kib = 0;
+      words >> kib;
+      mapping.drops = mapping.drops && kib == 0;
+    } else if (first.find('-') != std::string::npos && first.back() != ':') {
+      drop(mapping);
+      words >> permissions >> offset >> device >> inode;
+      const size_t dash = first.find('-');
+      mapping = {.begin = std::stoull(first.substr(0, dash), nullptr, 16),
+                 .end = std::stoull(first.substr(dash + 1), nullptr, 16),
+                 .drops = inode != 0 && permissions[1] == '-' && permissions[3] == 'p'};
+    }
+  }
+  drop(mapping);
+#endif
+}
+
+int64_t resident_bytes() {
+#if defined(__linux__)
+  std::ifstream file("/proc/self/statm");
+  int64_t size = 0, resident = 0;
+  if (file >> size >> resident) return resident * sysconf(_SC_PAGESIZE);
+#endif
+  return 0;
 }
 
 }  // namespace hadal

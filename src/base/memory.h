@@ -1,11 +1,24 @@
 // How the process deals with memory.
 #pragma once
 
+#include <cstdint>
+
 namespace hadal {
 
 /// Keeps memory that was freed for the next allocation, up to 256 MiB, in place of giving it back
 /// to the system and taking it anew, page by page, in every step. Call it once, at the start of a
 /// program. Without effect on other C libraries than glibc.
 void keep_freed_memory();
+
+/// Gives freed memory back to the system all the same: when nothing is going on.
+void give_back_freed_memory();
+
+/// Takes pages of files that were read into memory and never written, code and weights alike, out
+/// of the process; what is needed of them comes back from the system's cache when it is next
+/// touched. For the end of a start, most of whose code does not run again.
+void drop_file_pages();
+
+/// Bytes of the process in memory; 0 where the system does not say.
+int64_t resident_bytes();
 
 }  // namespace hadal

@@ -75,6 +75,10 @@ void save_model(const model::Transformer& model,
   }
   writer.finish();
   write_file_atomic(directory.temporary() + "/config.json", model::to_config_json(config));
+  if (!options.generation_config.empty()) {
+    write_file_atomic(directory.temporary() + "/generation_config.json",
+                      read_file(options.generation_config));
+  }
   if (!options.tokenizer.empty()) {
     write_file_atomic(directory.temporary() + "/tokenizer.json", read_file(options.tokenizer));
   }

@@ -16,7 +16,8 @@ enum class SaveFormat {
 struct SaveOptions {
   SaveFormat format = SaveFormat::kOfficial;
   int64_t max_shard_bytes = int64_t{4} << 30;
-  std::string tokenizer = "";  ///< a tokenizer.json to put beside the weights; empty: none
+  std::string tokenizer = "";          ///< a tokenizer.json to put beside the weights; empty: none
+  std::string generation_config = "";  ///< a generation_config.json likewise
 };
 
 /// Writes config.json and the weights into a folder that must not exist yet; it appears whole or

@@ -60,7 +60,7 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
   const auto add_blocks = [&](int64_t block, BlockKind kind, const RowFormat& format) {
     const int64_t ratio = config.ratio(block), page_blocks = page_tokens_ / ratio;
     blocks_[{block, kind}] = {.memory = RowMemory(options.num_pages * page_blocks, format.width,
-                                                  format, dense, options.device),
+                                                  format, dense, options.device, options.lazy),
                               .page_blocks = page_blocks,
                               .ratio = ratio};
   };

@@ -5,6 +5,8 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/math.h"
+#include "base/memory.h"
+#include "engine/memory_plan.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
 #include "engine_core/answer_filters.h"
@@ -28,22 +30,31 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
       .slack = std::max<int64_t>(options.max_drafts, 1),
       .with_mtp = drafts,
       .whole_windows = !options.disk.folder.empty() && options.disk.policy == WindowPolicy::kFull};
-  const KvCache one(config, sizes);
+  if (options.cache_tokens > 0) {
+    sizes.num_slots = options.max_running;
+    sizes.num_pages = pages_for_context(config, options.cache_tokens, sizes);
+  } else {
+    plan_cache(config, options.cache_bytes, options.max_running, sizes);
+  }
   sizes.device = options.device;
   sizes.lazy = options.lazy_memory;
-  sizes.num_slots = options.max_running;
-  if (options.cache_tokens > 0) {
-    // One page more than the tokens have: a shared last page is copied before it is written.
-    sizes.num_pages = ceil_div(options.cache_tokens, one.page_tokens()) + 1;
-    return sizes;
-  }
-  const int64_t left = options.cache_bytes - sizes.num_slots * one.state_bytes();
-  sizes.num_pages = one.page_bytes() > 0 ? left / one.page_bytes() : 1;
-  HADAL_INPUT_CHECK(sizes.num_pages >= 2, "engine: a cache of ", options.cache_bytes,
-                    " bytes holds ", sizes.num_slots, " slots of ", one.state_bytes(),
-                    " bytes and not two pages of ", one.page_bytes(),
-                    "; give it more or run fewer sequences");
   return sizes;
+}
+
+/// A prompt and a token, where nobody has anything yet.
+void warm_up(ModelRunner& runner, const KvCache& cache) {
+  const std::vector<int64_t> tokens(static_cast<size_t>(std::min<int64_t>(cache.page_tokens(), 16)),
+                                    0);
+  const std::vector<int64_t> page = {0};
+  for (const int64_t start : {int64_t{0}, std::ssize(tokens) - 1}) {
+    const SequenceStep step{.slot = 0,
+                            .start = start,
+                            .tokens = start == 0 ? std::span(tokens).first(tokens.size() - 1)
+                                                 : std::span(tokens).last(1),
+                            .pages = page,
+                            .num_logits = 1};
+    runner.run({&step, 1});
+  }
 }
 
 }  // namespace
@@ -82,6 +93,13 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     disk.window_pages = cache.window_pages();
     parts_->disk = std::make_unique<DiskStore>(disk);
   }
+  if (options.warm_up) {
+    warm_up(parts_->runner, cache);
+    give_back_freed_memory();
+  }
+  const int64_t weights = options.device.is_cpu() ? weights_bytes(model) : 0;
+  const int64_t in_cache = options.device.is_cpu() ? cache.allocated_bytes() : 0;
+  const int64_t workspace = std::max<int64_t>(resident_bytes() - weights - in_cache, 0);
   int64_t context =
       std::min(config.max_position_embeddings, (cache.num_pages() - 1) * cache.page_tokens());
   if (options.max_context > 0) context = std::min(context, options.max_context);
@@ -89,9 +107,11 @@ LocalEngine::LocalEngine(const model::Transformer& model,
                         .vocab_size = tokenizer.vocab_size(),
                         .max_context = context,
                         .max_choices = options.max_running,
-                        .eos_token = config.eos_token_id};
+                        .eos_token = config.eos_token_id,
+                        .weights_bytes = weights,
+                        .workspace_bytes = workspace};
   SchedulerOptions scheduling;
-  scheduling.max_running = options.max_running;
+  scheduling.max_running = std::min(options.max_running, cache.num_slots());
   scheduling.max_waiting = options.max_waiting;
   scheduling.step_tokens = options.step_tokens;
   scheduling.prompt_tokens = options.prompt_tokens;
@@ -99,14 +119,14 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.max_drafts = parts_->drafter ? std::min<int64_t>(options.max_drafts, 1) : 0;
   scheduling.always_draft = options.always_draft;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
-  scheduling.cache.snapshot_budget_bytes = options.snapshot_bytes;
   if (options.device.is_cuda()) {
     log::warn("engine", "products and attention run LibTorch's kernels on ", options.device.str(),
               ", which are not batch-invariant: the bits of an answer may depend on the load");
   }
-  log::info("engine", cache.num_pages(), " pages of ", cache.page_tokens(), " tokens and ",
-            cache.page_bytes(), " bytes, ", cache.num_slots(), " slots of ", cache.state_bytes(),
-            " bytes, context of at most ", context, " tokens");
+  log::info("engine", capacity(), ", context of at most ", context, " tokens");
+  if (scheduling.max_running < options.max_running && options.cache_tokens == 0)
+    log::info("engine", "at most ", scheduling.max_running, " sequences run at once, not ",
+              options.max_running, ": more state slots would leave too little of the cache");
   parts_->loop = std::make_unique<ServingLoop>(info, scheduling,
                                                SchedulerParts{.runner = parts_->runner,
                                                               .memory = cache,
@@ -120,6 +140,19 @@ LocalEngine::~LocalEngine() = default;
 Engine& LocalEngine::engine() { return *parts_->loop; }
 ServingLoop& LocalEngine::loop() { return *parts_->loop; }
 const KvCache& LocalEngine::cache() const { return parts_->cache; }
+
+std::string LocalEngine::capacity() const {
+  const KvCache& cache = parts_->cache;
+  constexpr int64_t kTokens = 5000;  // of a conversation, for an example
+  const int64_t pages = ceil_div(kTokens, cache.page_tokens()),
+                state = ceil_div(cache.snapshot_bytes(kTokens), cache.page_bytes());
+  return concat(cache.num_slots(), " slots of ", cache.state_bytes(), " bytes, ", cache.num_pages(),
+                " pages of ", cache.page_tokens(), " tokens and ", cache.page_bytes(),
+                " bytes for rows and states: ", cache.num_pages() / (pages + state),
+                " conversations of ", kTokens, " tokens fit, or ",
+                cache.num_pages() * cache.page_tokens(), " tokens");
+}
+
 const DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
 
 }  // namespace hadal::engine

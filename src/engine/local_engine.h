@@ -18,19 +18,21 @@ namespace hadal::engine {
 struct LocalEngineOptions {
   ops::Numerics numerics = ops::Numerics::kReleased;
   std::string model_name;
-  int64_t max_running = 64;                     ///< sequences in a step
-  int64_t max_waiting = 1024;                   ///< requests that wait
-  int64_t cache_bytes = int64_t{512} << 20;     ///< pages and slots together
-  int64_t cache_tokens = 0;                     ///< > 0: pages for so many instead
-  int64_t snapshot_bytes = int64_t{256} << 20;  ///< of the prefix tree, besides
-  int64_t snapshot_interval = 0;                ///< tokens; 0: the page
-  int64_t max_context = 0;                      ///< 0: what model and pages allow
-  int64_t step_tokens = 256;     ///< rows of a step while answers are running, at most
-  int64_t prompt_tokens = 1024;  ///< rows of a step of prompts alone
-  int64_t max_drafts = 0;        ///< 0: no speculation; the MTP block gives 1
-  bool always_draft = false;     ///< also where it does not pay: to measure
-  at::Device device = at::kCPU;  ///< where the model's parameters are
-  bool lazy_memory = false;      ///< as KvCacheOptions::lazy
+  int64_t max_running = 64;    ///< sequences in a step, at most: their slots are part of the cache
+  int64_t max_waiting = 1024;  ///< requests that wait
+  /// All that is remembered of texts: slots, pages of rows, kept states, books (memory_plan.h).
+  int64_t cache_bytes = int64_t{512} << 20;
+  int64_t cache_tokens = 0;       ///< > 0: pages for so many instead, and for some states
+  int64_t snapshot_interval = 0;  ///< tokens; 0: the page
+  int64_t max_context = 0;        ///< 0: what model and pages allow
+  int64_t step_tokens = 256;      ///< rows of a step while answers are running, at most
+  int64_t prompt_tokens = 1024;   ///< rows of a step of prompts alone
+  int64_t max_drafts = 0;         ///< 0: no speculation; the MTP block gives 1
+  bool always_draft = false;      ///< also where it does not pay: to measure
+  at::Device device = at::kCPU;   ///< where the model's parameters are
+  bool lazy_memory = false;       ///< as KvCacheOptions::lazy
+  /// A few tokens are run at the start, so that the memory a step takes is known and stated.
+  bool warm_up = false;
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
   DiskStoreOptions disk;
 };
@@ -50,6 +52,8 @@ class LocalEngine {
   Engine& engine();
   ServingLoop& loop();
   const KvCache& cache() const;
+  /// What fits into the cache, in words.
+  std::string capacity() const;
   /// Null without one.
   const DiskStore* disk() const;
 

@@ -1,12 +1,13 @@
 #include "engine_core/disk_db.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
+#include <cstdarg>
 #include <filesystem>
 #include <mutex>
 #include <optional>
 #include <rocksdb/db.h>
+#include <rocksdb/env.h>
 #include <rocksdb/options.h>
 #include <rocksdb/table.h>
 #include <rocksdb/write_batch.h>
@@ -17,6 +18,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
+#include "engine_core/freezing_file_system.h"
 
 namespace hadal::engine {
 namespace {
@@ -25,6 +27,22 @@ constexpr const char* kRecords = "records";
 constexpr const char* kIndex = "index";
 constexpr const char* kMarkerKey = "format";
 constexpr const char* kMarker = "hadal prefix store 1";
+
+/// Bytes of the file system that are left to others. To begin with there must be more, or closing
+/// and opening would make room for the next write and nothing else, again and again.
+constexpr uint64_t kLeftFree = uint64_t{4} << 20;
+constexpr uint64_t kFreeToBegin = 3 * kLeftFree;
+
+std::string no_room(uint64_t bytes) {
+  return concat("less than ", bytes >> 20, " MiB of the file system are free");
+}
+
+/// RocksDB's own log is a file that is renamed and made anew at every start.
+class NoLog final : public rocksdb::Logger {
+ public:
+  using Logger::Logv;
+  void Logv(const char* /*format*/, va_list /*arguments*/) override {}
+};
 
 std::span<const std::byte> bytes_of(const rocksdb::Slice& slice) {
   return std::as_bytes(std::span(slice.data(), slice.size()));
@@ -40,6 +58,8 @@ bool means_damage(const rocksdb::Status& status) {
 struct DiskDb::Impl {
   Options options;
   std::string path;
+  std::shared_ptr<FreezingFileSystem> files;
+  std::unique_ptr<rocksdb::Env> env;
   std::optional<FileLock> lock;
   std::shared_mutex mutex;  // exclusive: open and close
   std::unique_ptr<rocksdb::DB> db;
@@ -48,7 +68,13 @@ struct DiskDb::Impl {
 
   rocksdb::ColumnFamilyHandle* records() const { return handles[1]; }
   rocksdb::ColumnFamilyHandle* index() const { return handles[2]; }
-  rocksdb::Env* env() const { return options.env ? options.env : rocksdb::Env::Default(); }
+
+  explicit Impl(Options given)
+      : options(std::move(given)),
+        path(options.folder + "/db"),
+        files(std::make_shared<FreezingFileSystem>(
+            (options.env ? options.env : rocksdb::Env::Default())->GetFileSystem())),
+        env(rocksdb::NewCompositeEnv(files)) {}
 
   rocksdb::DBOptions db_options() const;
   std::vector<rocksdb::ColumnFamilyDescriptor> families() const;
@@ -56,14 +82,19 @@ struct DiskDb::Impl {
   bool take_lock(std::string* reason);
   bool is_foreign();
   bool lost_its_head() const;
+  bool has_room(uint64_t bytes) const { return files->free_bytes(options.folder) >= bytes; }
   rocksdb::Status try_open(bool read_only);
+  rocksdb::Status try_open_some_way(bool may_write,
+                                    bool* read_only,
+                                    bool* foreign,
+                                    std::string* reason);
   rocksdb::Status check_marker(bool read_only, bool* foreign);
   bool move_aside(const char* why, const std::string& reason);
 };
 
 rocksdb::DBOptions DiskDb::Impl::db_options() const {
   rocksdb::DBOptions db_options;
-  db_options.env = env();
+  db_options.env = env.get();
   db_options.create_if_missing = true;
   db_options.create_missing_column_families = true;
   // A record and its index entry reach the tables together.
@@ -73,8 +104,7 @@ rocksdb::DBOptions DiskDb::Impl::db_options() const {
   db_options.max_open_files = 256;
   db_options.max_background_jobs = 2;
   db_options.info_log_level = rocksdb::InfoLogLevel::WARN_LEVEL;
-  db_options.keep_log_file_num = 2;
-  db_options.max_log_file_size = size_t{1} << 20;
+  db_options.info_log = std::make_shared<NoLog>();
   db_options.stats_dump_period_sec = 0;
   db_options.stats_persist_period_sec = 0;
   return db_options;
@@ -196,10 +226,35 @@ bool DiskDb::Impl::move_aside(const char* why, const std::string& reason) {
   return true;
 }
 
-DiskDb::DiskDb(Options options) : impl_(std::make_unique<Impl>()) {
-  impl_->path = options.folder + "/db";
-  impl_->options = std::move(options);
+/// For writing if the system lets us, else for reading.
+rocksdb::Status DiskDb::Impl::try_open_some_way(bool may_write,
+                                                bool* read_only,
+                                                bool* foreign,
+                                                std::string* reason) {
+  *read_only = false;
+  if (!may_write || !has_room(kFreeToBegin)) {
+    *reason = no_room(kFreeToBegin);
+  } else {
+    rocksdb::Status status = try_open(false);
+    if (status.ok()) status = check_marker(false, foreign);
+    // What RocksDB says of files that it could not write is not to be believed.
+    if (!files->failed() && (status.ok() || means_damage(status) || !status.IsIOError())) {
+      *reason = status.ToString();
+      return status;
+    }
+    *reason = files->failed() ? files->reason() : status.ToString();
+    *foreign = false;
+  }
+  close();
+  files->thaw();
+  *read_only = true;
+  rocksdb::Status status = try_open(true);
+  if (status.ok()) return check_marker(true, foreign);
+  close();
+  return rocksdb::Status::IOError(status.ToString());
 }
+
+DiskDb::DiskDb(Options options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 
 DiskDb::~DiskDb() {
   const std::unique_lock lock(impl_->mutex);
@@ -207,36 +262,19 @@ DiskDb::~DiskDb() {
 }
 
 DiskDb::Opened DiskDb::open(
-    const std::function<void(std::string, std::span<const std::byte>)>& each) {
+    const std::function<void(std::string, std::span<const std::byte>)>& each, bool may_write) {
   Impl& impl = *impl_;
   const std::unique_lock lock(impl.mutex);
   Opened result;
   impl.close();
+  impl.files->thaw();
   if (!impl.take_lock(&result.reason)) return result;
   if (impl.damaged.exchange(false))
     result.moved_aside = impl.move_aside("damaged", "found while writing");
   for (int attempt = 0; attempt < 3; ++attempt) {
-    bool foreign = impl.is_foreign();
-    if (foreign && impl.options.foreign == ForeignStore::kLeave) {
-      result.reason = impl.path + ": is a database of something else";
-      return result;
-    }
-    bool read_only = false;
+    bool foreign = impl.is_foreign(), read_only = false;
     rocksdb::Status status;
-    if (!foreign) {
-      status = impl.try_open(false);
-      result.reason = status.ToString();
-      if (!status.ok() && !means_damage(status) && status.IsIOError()) {
-        impl.close();
-        read_only = true;
-        if (!impl.try_open(true).ok()) {
-          impl.close();
-          return result;
-        }
-        status = rocksdb::Status::OK();
-      }
-      if (status.ok()) status = impl.check_marker(read_only, &foreign);
-    }
+    if (!foreign) status = impl.try_open_some_way(may_write, &read_only, &foreign, &result.reason);
     if (foreign && impl.options.foreign == ForeignStore::kLeave) {
       impl.close();
       result.reason = impl.path + ": is a store of another version or something else";
@@ -252,9 +290,9 @@ DiskDb::Opened DiskDb::open(
         return result;
       }
     }
-    if (!foreign && status.IsIOError() && !means_damage(status)) {
+    // What is only read may look damaged because its last writes were refused.
+    if (!foreign && (read_only || (status.IsIOError() && !means_damage(status)))) {
       impl.close();
-      result.reason = status.ToString();
       return result;
     }
     result.reason = foreign ? "not a store of this version" : status.ToString();
@@ -265,6 +303,10 @@ DiskDb::Opened DiskDb::open(
   return result;
 }
 
+bool DiskDb::has_room() const { return impl_->has_room(kFreeToBegin); }
+
+std::string DiskDb::failure() const { return impl_->files->reason(); }
+
 DiskDb::Found DiskDb::get(const std::string& key,
                           const std::function<void(std::span<const std::byte>)>& use,
                           std::string* fault) {
@@ -274,6 +316,7 @@ DiskDb::Found DiskDb::get(const std::string& key,
   const rocksdb::Status status = impl_->db->Get({}, impl_->records(), key, &value);
   if (status.IsNotFound()) return Found::kNo;
   if (!status.ok()) {
+    if (impl_->files->failed()) return Found::kNo;  // written by a write that was refused
     *fault = status.ToString();
     return Found::kDamaged;
   }
@@ -284,6 +327,7 @@ DiskDb::Found DiskDb::get(const std::string& key,
 std::string DiskDb::write(const Batch& batch) {
   const std::shared_lock lock(impl_->mutex);
   if (!impl_->db) return "the store is off";
+  if (!impl_->has_room(kLeftFree)) return no_room(kLeftFree);
   rocksdb::WriteBatch writes;
   for (const std::string& key : batch.removals) {
     writes.Delete(impl_->records(), key);
@@ -295,6 +339,7 @@ std::string DiskDb::write(const Batch& batch) {
   }
   for (const auto& [key, entry] : batch.index_only) writes.Put(impl_->index(), key, entry);
   const rocksdb::Status status = impl_->db->Write({}, &writes);
+  if (impl_->files->failed()) return impl_->files->reason();
   if (status.ok()) return "";
   if (status.IsCorruption()) impl_->damaged = true;
   return status.ToString();
@@ -305,6 +350,7 @@ void DiskDb::compact() {
   if (!impl_->db) return;
   for (rocksdb::ColumnFamilyHandle* family : {impl_->records(), impl_->index()}) {
     const rocksdb::Status status = impl_->db->CompactRange({}, family, nullptr, nullptr);
+    if (impl_->files->failed()) return;  // told by the next write
     if (!status.ok()) log::warn("disk", "space is not given back: ", status.ToString());
   }
 }

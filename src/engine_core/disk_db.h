@@ -6,7 +6,8 @@
 //   FOLDER/damaged-N/    a database that did not open, untouched, for people to look at or delete
 //
 // Writes are atomic batches behind a write-ahead log that is not synced: SIGKILL loses nothing that
-// was written, a power cut at most the last seconds. No failure throws.
+// was written, a power cut at most the last seconds. A refused write is to the files a SIGKILL at
+// that moment (freezing_file_system.h): open() again for what can be read. No failure throws.
 #pragma once
 
 #include <cstddef>
@@ -61,15 +62,22 @@ class DiskDb {
   explicit DiskDb(Options options);
   ~DiskDb();
 
-  /// Opens, or closes and opens again. `each` gets all index entries; forget them when the result
-  /// says moved_aside: then the store is a new one.
-  Opened open(const std::function<void(std::string key, std::span<const std::byte> entry)>& each);
+  /// Opens, or closes and opens again; where there is no room to write, or unless `may_write`, for
+  /// reading alone. `each` gets all index entries; forget them when the result says moved_aside:
+  /// then the store is a new one.
+  Opened open(const std::function<void(std::string key, std::span<const std::byte> entry)>& each,
+              bool may_write = true);
+  /// Whether the file system has room enough to begin writing.
+  bool has_room() const;
+  /// Why nothing is written any more since open(), found by any thread; empty while all is well.
+  std::string failure() const;
   /// `use` gets the record's bytes; `*fault` the reason of kDamaged. kNo while another thread is in
   /// open().
   Found get(const std::string& key,
             const std::function<void(std::span<const std::byte>)>& use,
             std::string* fault);
   /// Empty when written, else the reason. After a failure nothing more is written until open().
+  /// Errors of reads are misses then.
   std::string write(const Batch& batch);
   /// Gives the space of removed records back to the file system. Slow.
   void compact();

@@ -79,7 +79,7 @@ class DiskStore::Impl {
   void forget(const std::string& key);
 
   // On the queue's thread.
-  void open();
+  void open(bool may_write = true);
   void use(const std::string& tokens);
   void write(std::vector<WriteItem> batch);
   void idle();
@@ -119,16 +119,17 @@ DiskStore::Impl::~Impl() {
 // --- opening
 // ---------------------------------------------------------------------------------------
 
-void DiskStore::Impl::open() {
+void DiskStore::Impl::open(bool may_write) {
   RecencyIndex index;
   DiskDb::Batch repair;
-  const DiskDb::Opened opened = db_.open([&](std::string key, std::span<const std::byte> bytes) {
+  const auto restore = [&](std::string key, std::span<const std::byte> bytes) {
     const std::optional<IndexEntry> entry = parse_index_entry(bytes);
     if (entry && key.size() == kKeyBytes)
       index.restore(key, *entry);
     else
       repair.removals.push_back(std::move(key));
-  });
+  };
+  const DiskDb::Opened opened = db_.open(restore, may_write);
   if (opened.moved_aside) {
     index.clear();
     repair = {};
@@ -331,7 +332,8 @@ std::optional<Bytes> DiskStore::Impl::read(RecordKind kind, const Lookup& lookup
     traffic.read_bytes += std::ssize(*payload);
     return payload;
   }
-  if (found != DiskDb::Found::kNo) {
+  // What a refused write should have written is not there, or not whole.
+  if (found != DiskDb::Found::kNo && db_.failure().empty()) {
     log::warn("disk", options_.folder, ": a ", kKindNames[static_cast<size_t>(kind)],
               " at position ", pos, " is damaged (", fault, "): a miss");
     const std::lock_guard lock(mutex_);
@@ -461,22 +463,31 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
   if (compact) db_.compact();
 }
 
+/// The database is opened anew for what can be read of it.
 void DiskStore::Impl::after_failure(const std::string& reason) {
-  const std::lock_guard lock(mutex_);
-  ++stats_.write_errors;
-  stats_.writing = false;
-  retry_at_ = Clock::now() + options_.retry;
-  if (!std::exchange(warned_, true))
-    log::warn("disk", options_.folder, ": writing stops, to be tried again: ", reason);
+  {
+    const std::lock_guard lock(mutex_);
+    ++stats_.write_errors;
+    stats_.writing = false;
+    if (!std::exchange(warned_, true))
+      log::warn("disk", options_.folder, ": writing stops, to be tried again: ", reason);
+  }
+  open(/*may_write=*/false);
 }
 
 void DiskStore::Impl::idle() {
-  bool reopen = false;
+  bool reopen = false, writing = false;
   {
     const std::lock_guard lock(mutex_);
-    reopen = !stats_.writing && Clock::now() >= retry_at_;
+    writing = stats_.writing;
+    reopen = !writing && Clock::now() >= retry_at_;
   }
-  if (reopen) open();
+  // RocksDB writes behind our back, too.
+  if (const std::string failure = db_.failure(); writing && !failure.empty()) {
+    after_failure(failure);
+  } else if (reopen && db_.has_room()) {
+    open();
+  }
   write_touched();
 }
 

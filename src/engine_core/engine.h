@@ -15,10 +15,14 @@ struct EngineStats {
   int64_t running = 0, waiting = 0;
   int64_t pages_total = 0, pages_free = 0, pages_cached = 0;  ///< cached: held by the tree alone
   int64_t state_slots_total = 0, state_slots_free = 0;
-  int64_t snapshot_bytes = 0;
+  int64_t states = 0, snapshot_pages = 0, snapshot_bytes = 0;  ///< kept: in pages of the pool
+  int64_t states_evicted = 0;
   int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0, generated_tokens = 0;  ///< ever
   int64_t preemptions = 0, steps = 0, finished = 0, cancelled = 0, failed = 0;
   int64_t drafted = 0, accepted = 0;
+  int64_t weights_bytes = 0, workspace_bytes = 0;  ///< EngineInfo's
+  int64_t cache_bytes = 0;                         ///< pages, slots and the books of both
+  int64_t context_tokens = 0;                      ///< that all pages together hold, without states
   int64_t disk_bytes = 0, disk_hits = 0, disk_misses = 0, disk_errors = 0;
   double model_seconds = 0, sampling_seconds = 0;
   double overhead_seconds = 0;  ///< of steps, outside model and sampler
@@ -33,6 +37,8 @@ struct EngineInfo {
   int64_t max_context = 0;  ///< prompt and answer together
   int64_t max_choices = 0;  ///< n
   int64_t eos_token = 0;
+  int64_t weights_bytes = 0;    ///< in memory
+  int64_t workspace_bytes = 0;  ///< of the process at rest, beside weights and caches
 };
 
 /// Thread-safe.

@@ -298,7 +298,7 @@ Scheduler::Sequence* Scheduler::worst_running() const {
 void Scheduler::preempt(Sequence& sequence, bool keep_prefix) {
   if (sequence.request->reporter == &sequence && !cache_.loads(sequence.cache))
     sequence.request->reporter = nullptr;
-  if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens);
+  if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens, StateKind::kEnd);
   cache_.close(sequence.cache);
   std::erase(running_, &sequence);
   sequence.chunk = 0;
@@ -357,7 +357,7 @@ void Scheduler::break_off(RequestState& request, FinishReason reason) {
     if (sequence->phase != Sequence::Phase::kRunning || sequence->suspect_until > sequence->pos())
       continue;
     try {
-      cache_.publish(sequence->cache, sequence->tokens);
+      cache_.publish(sequence->cache, sequence->tokens, StateKind::kEnd);
     } catch (const std::exception& error) {
       log::warn("engine", "request ", request.id, ": its prefix was not kept: ", error.what());
     }
@@ -397,7 +397,17 @@ EngineStats Scheduler::stats() const {
   stats.pages_cached = cache_.pages().num_cached();
   stats.state_slots_total = cache_.slots().num_slots();
   stats.state_slots_free = cache_.slots().num_free();
-  stats.snapshot_bytes = cache_.tree().snapshot_bytes();
+  stats.states = cache_.tree().num_states();
+  stats.states_evicted = cache_.tree().num_evicted();
+  stats.snapshot_pages = cache_.tree().num_snapshot_pages();
+  stats.snapshot_bytes = stats.snapshot_pages * parts_.memory.page_bytes();
+  const CacheMemory& memory = parts_.memory;
+  stats.weights_bytes = info_.weights_bytes;
+  stats.workspace_bytes = info_.workspace_bytes;
+  stats.cache_bytes =
+      memory.num_pages() * (memory.page_bytes() + SequenceCache::book_bytes(memory.page_tokens())) +
+      memory.num_slots() * memory.state_bytes();
+  stats.context_tokens = memory.num_pages() * memory.page_tokens();
   if (parts_.store != nullptr) stats.disk_bytes = parts_.store->stored_bytes();
   stats.disk_hits = cache_.counters().disk_hits;
   stats.disk_misses = cache_.counters().disk_misses;

@@ -38,7 +38,6 @@ Config random_config(const Philox& random) {
   config.scheduler.always_draft = c[0] % 2 == 0;
   config.scheduler.snapshot_prompts = c[1] % 2 == 0;
   config.scheduler.cache.snapshot_interval = config.model.page_tokens * (1 + c[2] % 3);
-  config.scheduler.cache.snapshot_budget_bytes = c[3] % 3 == 0 ? 200 : 1 << 20;
   config.max_context = 60;
   config.store = c[0] / 2 % 3 > 0;
   if (config.store)

@@ -352,6 +352,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   watch.add_to(sampling_);
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);
+  sampled.token = sequence.filter->decide(sampled.token);
   sequence.tokens.push_back(sampled.token);
   OutputToken& out = update.tokens.emplace_back();
   out.token = sampled.token;
@@ -410,9 +411,9 @@ void Scheduler::keep_state(Sequence& sequence, bool ends) {
   cache_.store_window(sequence.cache, sequence.tokens);
   const bool before_last =
       options_.snapshot_prompts && sequence.pos() == sequence.request->prompt_size() - 1;
-  if (ends || before_last || sequence.pos() % cache_.snapshot_interval() == 0) {
-    cache_.publish(sequence.cache, sequence.tokens);
-  }
+  if (!ends && !before_last && sequence.pos() % cache_.snapshot_interval() != 0) return;
+  cache_.publish(sequence.cache, sequence.tokens,
+                 ends ? StateKind::kEnd : (before_last ? StateKind::kPrompt : StateKind::kPage));
 }
 
 }  // namespace hadal::engine

@@ -198,7 +198,7 @@ TEST(Scheduler, ConversationsAreReusedToTheLastToken) {
     // All but the last drawn token, which was never run, and the new message.
     EXPECT_EQ(sink->cache.cached_tokens,
               turn == 0 ? 0 : static_cast<int64_t>(conversation.size()) - 4);
-    EXPECT_STREQ(sink->cache.miss, "new");
+    EXPECT_STREQ(sink->cache.miss, turn == 0 ? "new" : "none");
     const Tokens& answer = sink->answers[0].tokens;
     conversation.insert(conversation.end(), answer.begin(), answer.end());
     for (int64_t i = 0; i < 3; ++i) conversation.push_back(5 + turn + i);
@@ -210,7 +210,7 @@ TEST(Scheduler, ConversationsAreReusedToTheLastToken) {
   auto third = world.add(plain(conversation, 1));
   world.run_to_end();
   EXPECT_EQ(third->cache.cached_tokens, static_cast<int64_t>(conversation.size()) - 1);
-  EXPECT_STREQ(third->cache.miss, "tail");
+  EXPECT_STREQ(third->cache.miss, "none");
 }
 
 TEST(Scheduler, WhatWasBrokenOffGoesOnWhereItStood) {

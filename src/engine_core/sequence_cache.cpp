@@ -23,7 +23,7 @@ SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, Prefix
       keeps_windows_(store != nullptr && store->policy() == WindowPolicy::kFull),
       pages_(memory.num_pages()),
       slots_(memory.num_slots()),
-      tree_(page_tokens_, options.snapshot_budget_bytes, pages_),
+      tree_(page_tokens_, pages_),
       unsaved_(static_cast<size_t>(memory.num_pages())) {
   HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
               "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",
@@ -64,7 +64,7 @@ std::optional<int64_t> SequenceCache::allocate() {
       unsaved_[static_cast<size_t>(*page)] = 1;
       return page;
     }
-    if (!tree_.evict_page()) return std::nullopt;
+    if (!tree_.evict()) return std::nullopt;
   }
 }
 
@@ -78,6 +78,7 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
   if (!slot) return false;
   sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
   opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
+  if (use_tree) tree_.use(match);
   take_match(match, sequence);
   if (use_tree && store_ != nullptr) begin_load(tokens, match, sequence, opened);
   return true;
@@ -93,8 +94,49 @@ void SequenceCache::take_match(const PrefixMatch& match, CachedSequence& sequenc
   for (const int64_t page : pages) pages_.share(page);
   for (const int64_t page : sequence.pages) pages_.release(page);
   sequence.pages = std::move(pages);
-  memory_.load_snapshot(sequence.slot, match.pos, match.snapshot);
+  const std::span<std::byte> state = state_bytes(match.pos);
+  for (size_t i = 0; i < match.snapshot.size(); ++i)
+    memory_.read_page(match.snapshot[i], scratch_page(i));
+  memory_.load_snapshot(sequence.slot, match.pos, state);
   sequence.pos = match.pos;
+}
+
+// Room for the state at `pos`, in a buffer of whole pages.
+std::span<std::byte> SequenceCache::state_bytes(int64_t pos) {
+  const auto needed = static_cast<size_t>(snapshot_pages(pos) * memory_.page_bytes());
+  if (scratch_.size() < needed) scratch_.resize(needed);
+  return std::span(scratch_).first(static_cast<size_t>(memory_.snapshot_bytes(pos)));
+}
+
+std::span<std::byte> SequenceCache::scratch_page(size_t number) {
+  const auto size = static_cast<size_t>(memory_.page_bytes());
+  return std::span(scratch_).subspan(number * size, size);
+}
+
+int64_t SequenceCache::snapshot_pages(int64_t pos) const {
+  return ceil_div(memory_.snapshot_bytes(pos), memory_.page_bytes());
+}
+
+// The state at the end of `prefix`, whose full pages are known, goes into pages of its own unless
+// what would have to go is worth more. `save`: it is asked for whatever happens. Its bytes, or
+// none.
+std::span<const std::byte> SequenceCache::keep_state(const CachedSequence& sequence,
+                                                     std::span<const int64_t> prefix,
+                                                     StateKind kind,
+                                                     bool save) {
+  const int64_t count = snapshot_pages(std::ssize(prefix));
+  const bool room = tree_.make_room(prefix, kind, count);
+  if (!room && !save) return {};
+  const std::span<std::byte> state = state_bytes(std::ssize(prefix));
+  memory_.save_snapshot(sequence.slot, std::ssize(prefix), state);
+  if (!room) return state;
+  std::vector<int64_t> pages;
+  for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+    pages.push_back(pages_.allocate().value());
+    memory_.write_page(pages.back(), scratch_page(i));
+  }
+  tree_.keep_state(prefix, sequence.pages, pages, kind);
+  return state;
 }
 
 void SequenceCache::begin_load(std::span<const int64_t> tokens,
@@ -157,7 +199,10 @@ bool SequenceCache::load(CachedSequence& sequence,
     if (follows(sequence)) return false;
     end_load(sequence);
     const PrefixMatch match = tree_.match(tokens, std::ssize(tokens) - 1);
-    if (match.pos > sequence.pos) take_match(match, sequence);
+    if (match.pos > sequence.pos) {
+      tree_.use(match);
+      take_match(match, sequence);
+    }
     opened = {.cached_tokens = sequence.pos, .disk_tokens = 0, .miss = match.miss};
     begin_load(tokens, match, sequence, opened);
     return false;
@@ -259,7 +304,7 @@ void SequenceCache::finish_load(CachedSequence& sequence,
   const int64_t first = sequence.pos / page_tokens_, num_loaded = stored.pos / page_tokens_ - first;
   opened.cached_tokens = stored.pos;
   opened.disk_tokens = stored.pos - sequence.pos;
-  if (static_cast<int64_t>(tokens.size()) - 1 - stored.pos < page_tokens_) opened.miss = "tail";
+  opened.miss = "none";
   ++counters_.disk_hits;
   while (static_cast<int64_t>(sequence.pages.size()) > first) {
     pages_.release(sequence.pages.back());
@@ -269,13 +314,10 @@ void SequenceCache::finish_load(CachedSequence& sequence,
   sequence.pages.insert(sequence.pages.end(), sequence.loaded.begin(), used);
   sequence.loaded.erase(sequence.loaded.begin(), used);
   sequence.pos = stored.pos;
-  if (stored.snapshot.empty()) {
-    stored.snapshot.resize(static_cast<size_t>(memory_.snapshot_bytes(stored.pos)));
-    memory_.save_snapshot(sequence.slot, stored.pos, stored.snapshot);
-  }
   end_load(sequence);
-  tree_.insert(tokens.first(static_cast<size_t>(stored.pos)), sequence.pages,
-               std::move(stored.snapshot));
+  const auto prefix = tokens.first(static_cast<size_t>(stored.pos));
+  tree_.insert(prefix, sequence.pages);
+  if (!tree_.has_state(prefix)) keep_state(sequence, prefix, StateKind::kPage, false);
 }
 
 void SequenceCache::end_load(CachedSequence& sequence) {
@@ -320,28 +362,24 @@ std::optional<CachedSequence> SequenceCache::fork(const CachedSequence& sequence
   other.slot = *slot;
   other.pages.resize(static_cast<size_t>(num_pages_for(sequence.pos)));
   for (const int64_t page : other.pages) pages_.share(page);
-  std::vector<std::byte> state(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
+  const std::span<std::byte> state = state_bytes(sequence.pos);
   memory_.save_snapshot(sequence.slot, sequence.pos, state);
   memory_.load_snapshot(other.slot, sequence.pos, state);
   return other;
 }
 
-void SequenceCache::publish(CachedSequence& sequence, std::span<const int64_t> tokens) {
+void SequenceCache::publish(CachedSequence& sequence,
+                            std::span<const int64_t> tokens,
+                            StateKind kind) {
   // While it loads, memory has given it all it has, and the state may be another already.
   if (!sequence.use_tree || sequence.pos == 0 || loads(sequence)) return;
   const auto prefix = tokens.first(static_cast<size_t>(sequence.pos));
-  if (tree_.has_snapshot(prefix)) {
-    tree_.insert(prefix, sequence.pages, std::nullopt);
-    if (store_ != nullptr) store_new(sequence, prefix, {});
-    return;
-  }
-  std::vector<std::byte> snapshot(static_cast<size_t>(memory_.snapshot_bytes(sequence.pos)));
-  memory_.save_snapshot(sequence.slot, sequence.pos, snapshot);
-  std::vector<std::byte> for_store;
-  const bool page_end = sequence.pos % page_tokens_ == 0;
-  if (store_ != nullptr && page_end && store_->wants_snapshot(sequence.pos)) for_store = snapshot;
-  tree_.insert(prefix, sequence.pages, std::move(snapshot));
-  if (store_ != nullptr) store_new(sequence, prefix, for_store);
+  tree_.insert(prefix, sequence.pages);
+  const bool stores =
+      store_ != nullptr && sequence.pos % page_tokens_ == 0 && store_->wants_snapshot(sequence.pos);
+  std::span<const std::byte> state;
+  if (!tree_.has_state(prefix)) state = keep_state(sequence, prefix, kind, stores);
+  if (store_ != nullptr) store_new(sequence, prefix, stores ? state : std::span<const std::byte>());
 }
 
 void SequenceCache::store_new(const CachedSequence& sequence,
@@ -393,9 +431,13 @@ void SequenceCache::close(CachedSequence& sequence) {
   sequence = {};
 }
 
+int64_t SequenceCache::book_bytes(int64_t page_tokens) {
+  return PrefixTree::node_bytes(page_tokens) + static_cast<int64_t>(2 * sizeof(int64_t) + 2);
+}
+
 int64_t SequenceCache::bytes_in_use() const {
   return pages_.num_in_use() * memory_.page_bytes() +
-         (slots_.num_slots() - slots_.num_free()) * memory_.state_bytes() + tree_.snapshot_bytes();
+         (slots_.num_slots() - slots_.num_free()) * memory_.state_bytes();
 }
 
 void SequenceCache::check_integrity(std::span<const CachedSequence* const> open) const {

@@ -1,12 +1,13 @@
 // The caches of running sequences: which pages and which state slot each has, what it shares with
 // others and with the prefix tree, and what is kept when it ends.
 //
-// It owns both pools and the tree and moves bytes through CacheMemory; the optional PrefixStore is
-// asked when a sequence opens and told of every full page and every snapshot at a page's end that
-// is new in memory; pages that it refuses are offered again when their prefix is used again. What
-// it has is loaded piece by piece into pages of the sequence's own; until that ends the sequence
-// stands where memory alone lets it begin, and may be closed at any time. One thread. Failures of
-// the store are logged misses, never errors.
+// It owns both pools and the tree and moves bytes through CacheMemory. The pages of the pool hold
+// compressed rows or, as bytes, the states that are kept: both have one budget. The optional
+// PrefixStore is asked when a sequence opens and told of every full page and every snapshot at a
+// page's end that is new in memory; pages that it refuses are offered again when their prefix is
+// used again. What it has is loaded piece by piece into pages of the sequence's own; until that
+// ends the sequence stands where memory alone lets it begin, and may be closed at any time. One
+// thread. Failures of the store are logged misses, never errors.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,6 @@ class SequenceCache {
  public:
   struct Options {
     int64_t snapshot_interval = 0;  ///< tokens, a multiple of the page; 0: the page
-    int64_t snapshot_budget_bytes = int64_t{1} << 30;
   };
   /// What opening found.
   struct Opened {
@@ -91,8 +91,9 @@ class SequenceCache {
   bool reserve(CachedSequence& sequence, int64_t num_tokens);
   /// A second sequence with the same tokens: pages shared, state copied. Nothing: no slot is free.
   std::optional<CachedSequence> fork(const CachedSequence& sequence);
-  /// Makes the computed prefix of `tokens` known to others, with the state at its end.
-  void publish(CachedSequence& sequence, std::span<const int64_t> tokens);
+  /// Makes the computed prefix of `tokens` known to others, with the state at its end where there
+  /// is room for it.
+  void publish(CachedSequence& sequence, std::span<const int64_t> tokens, StateKind kind);
   /// At a page's end, for stores that keep all windows: the window of the page just computed.
   void store_window(const CachedSequence& sequence, std::span<const int64_t> tokens);
   /// Gives back pages and slot.
@@ -104,14 +105,24 @@ class SequenceCache {
   const SlotPool& slots() const { return slots_; }
   const PrefixTree& tree() const { return tree_; }
   const Counters& counters() const { return counters_; }
-  /// Pages, slots and snapshots that somebody holds.
+  /// Pages and slots that somebody holds.
   int64_t bytes_in_use() const;
+  /// Pages that a state at `pos` takes.
+  int64_t snapshot_pages(int64_t pos) const;
+  /// What a page takes beside its bytes, in the books.
+  static int64_t book_bytes(int64_t page_tokens);
 
   /// The pools' counts are those of `open` (all open sequences) and the tree; the tree is whole.
   void check_integrity(std::span<const CachedSequence* const> open) const;
 
  private:
   std::optional<int64_t> allocate();
+  std::span<std::byte> state_bytes(int64_t pos);
+  std::span<std::byte> scratch_page(size_t number);
+  std::span<const std::byte> keep_state(const CachedSequence& sequence,
+                                        std::span<const int64_t> prefix,
+                                        StateKind kind,
+                                        bool save);
   bool own_last_page(CachedSequence& sequence);
   void take_match(const PrefixMatch& match, CachedSequence& sequence);
   void begin_load(std::span<const int64_t> tokens,
@@ -150,7 +161,8 @@ class SequenceCache {
   PrefixTree tree_;
   std::map<int64_t, Load> loads_;  ///< by slot
   uint64_t last_load_ = 0;
-  std::vector<uint8_t> unsaved_;  ///< [num_pages] not from the store and not taken by it yet
+  std::vector<std::byte> scratch_;  ///< a state on its way
+  std::vector<uint8_t> unsaved_;    ///< [num_pages] not from the store and not taken by it yet
   Counters counters_;
 };
 

@@ -91,12 +91,13 @@ class World {
     const int64_t boundary = cache.next_kept(live.cache.pos) - live.cache.pos;
     compute(live, std::min(boundary, draw(left) + 1));
     cache.store_window(live.cache, live.tokens);
-    if (live.cache.pos % cache.snapshot_interval() == 0) cache.publish(live.cache, live.tokens);
+    if (live.cache.pos % cache.snapshot_interval() == 0)
+      cache.publish(live.cache, live.tokens, StateKind::kPage);
   }
 
   void end(size_t index, bool keep) {
     Live& live = *lives[index];
-    if (keep) cache.publish(live.cache, live.tokens);
+    if (keep) cache.publish(live.cache, live.tokens, StateKind::kEnd);
     history.push_back(live.tokens);
     if (history.size() > 40) history.erase(history.begin());
     cache.close(live.cache);
@@ -141,9 +142,8 @@ class World {
       ASSERT_GE(static_cast<int64_t>(sequence->pages.size()), least);
     }
     const int64_t pages = static_cast<int64_t>(held.size()) + cache.pages().num_cached();
-    ASSERT_EQ(cache.bytes_in_use(), pages * model.page_bytes() +
-                                        static_cast<int64_t>(open.size()) * model.state_bytes() +
-                                        cache.tree().snapshot_bytes());
+    ASSERT_EQ(cache.bytes_in_use(),
+              pages * model.page_bytes() + static_cast<int64_t>(open.size()) * model.state_bytes());
   }
 
   ScriptedModel model;
@@ -167,7 +167,7 @@ void expect_no_leak(World& world) {
 
 TEST(SequenceCache, HundredThousandRandomOperations) {
   World world({.page_tokens = 4, .num_pages = 40, .num_slots = 6, .slack = 0},
-              {.snapshot_interval = 8, .snapshot_budget_bytes = 600}, nullptr, 11);
+              {.snapshot_interval = 8}, nullptr, 11);
   for (int i = 0; i < 100000; ++i) {
     world.operate();
     if (HasFatalFailure()) return;
@@ -182,7 +182,7 @@ TEST(SequenceCache, RandomOperationsWithAStore) {
   log::set_level(log::Level::kError);  // hundreds of warnings that are meant
   ScriptedStore store(4);
   World world({.page_tokens = 4, .num_pages = 24, .num_slots = 4, .slack = 0},
-              {.snapshot_interval = 0, .snapshot_budget_bytes = 200}, &store, 12);
+              {.snapshot_interval = 0}, &store, 12);
   for (int i = 0; i < 12000; ++i) {
     store.throws = i % 1000 > 950;
     store.truncates = i % 1000 > 900;
@@ -210,7 +210,7 @@ TEST(SequenceCache, RandomOperationsWithAStoreOfAllWindows) {
                  .window = window,
                  .slack = 0,
                  .whole_windows = true},
-                {.snapshot_interval = 8, .snapshot_budget_bytes = 200}, &store, 13);
+                {.snapshot_interval = 8}, &store, 13);
     for (int i = 0; i < 6000; ++i) {
       store.throws = i % 1000 > 950;
       store.truncates = i % 1000 > 900;
@@ -246,20 +246,21 @@ TEST(SequenceCache, RecomputesLessThanAnIntervalOfASharedPrefix) {
 }
 
 TEST(SequenceCache, ALoneSequenceTakesOverItsTail) {
-  World world({.page_tokens = 4, .num_pages = 2, .num_slots = 1, .slack = 0}, {}, nullptr, 1);
+  World world({.page_tokens = 4, .num_pages = 3, .num_slots = 1, .slack = 0}, {}, nullptr, 1);
   World::Live live{.tokens = {1, 2, 3, 4, 5, 6, 7}, .cache = {}};
   SequenceCache::Opened opened;
   ASSERT_TRUE(world.cache.open(live.tokens, {}, true, live.cache, opened));
   world.compute(live, 4);
   world.compute(live, 2);
-  world.cache.publish(live.cache, live.tokens);
+  world.cache.publish(live.cache, live.tokens, StateKind::kEnd);
   world.cache.close(live.cache);
   const PrefixMatch match = world.cache.match(live.tokens, true);
   EXPECT_EQ(match.pos, 6);
   ASSERT_TRUE(world.cache.open(live.tokens, match, true, live.cache, opened));
-  EXPECT_TRUE(world.cache.reserve(live.cache, 8)) << "no page is free for a copy of the tail";
+  EXPECT_TRUE(world.cache.reserve(live.cache, 12))
+      << "the state's page is free, the tail is its own";
   world.compute(live, 1);
-  EXPECT_FALSE(world.cache.reserve(live.cache, 9));
+  EXPECT_FALSE(world.cache.reserve(live.cache, 13));
 }
 
 }  // namespace

@@ -1,10 +1,18 @@
 #include "engine_core/serving_loop.h"
 
+#include <chrono>
 #include <exception>
 
 #include "base/log.h"
+#include "base/memory.h"
 
 namespace hadal::engine {
+namespace {
+
+/// Without anything to do, until memory is given back that the next step would take again.
+constexpr std::chrono::seconds kRest{1};
+
+}  // namespace
 
 ServingLoop::ServingLoop(const EngineInfo& info,
                          const SchedulerOptions& options,
@@ -135,7 +143,14 @@ void ServingLoop::run() {
     if (busy || !submitted_.empty() || !cancelled_.empty() || stopping_) continue;
     is_idle_ = true;
     idle_.notify_all();
-    news_.wait(lock, [this] { return !submitted_.empty() || !cancelled_.empty() || stopping_; });
+    const auto has_news = [this] {
+      return !submitted_.empty() || !cancelled_.empty() || stopping_;
+    };
+    if (news_.wait_for(lock, kRest, has_news)) continue;
+    lock.unlock();
+    give_back_freed_memory();
+    lock.lock();
+    news_.wait(lock, has_news);
   }
 }
 

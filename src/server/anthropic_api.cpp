@@ -41,9 +41,18 @@ Json error_json(const RequestError& error, const std::string& request_id) {
 }
 
 const char* stop_reason(const Choice& choice) {
-  if (choice.finish == engine::FinishReason::kLength) return "max_tokens";
-  if (!choice.calls.empty()) return "tool_use";
-  return choice.finish == engine::FinishReason::kStopString ? "stop_sequence" : "end_turn";
+  switch (choice.ending()) {
+    case Ending::kLength:
+    case Ending::kMalformed:
+      return "max_tokens";  // of what clients know, what says that something is missing
+    case Ending::kToolCalls:
+      return "tool_use";
+    case Ending::kStopString:
+      return "stop_sequence";
+    case Ending::kStop:
+      break;
+  }
+  return "end_turn";
 }
 
 Json stop_sequence(const Choice& choice) {
@@ -118,11 +127,9 @@ class MessageFormat final : public Format {
   }
   void call_arguments(const Answer&,
                       size_t,
-                      const std::string&,
-                      const std::string& input,
+                      const std::string& arguments,
                       std::string& out) override {
-    if (input.empty()) return;
-    delta(Json::object({{"type", js("input_json_delta")}, {"partial_json", js(input)}}), out);
+    delta(Json::object({{"type", js("input_json_delta")}, {"partial_json", js(arguments)}}), out);
   }
   void call_ended(const Answer&, size_t, std::string& out) override { close_block(out); }
   void finished(const Answer& answer, size_t index, std::string& out) override {
@@ -153,7 +160,7 @@ class MessageFormat final : public Format {
       content.items().push_back(Json::object({{"type", js("tool_use")},
                                               {"id", js(call.id)},
                                               {"name", js(call.name)},
-                                              {"input", Json::parse(call.input, "input")}}));
+                                              {"input", Json::parse(call.arguments, "input")}}));
     Json message = frame(answer);
     message.set("content", std::move(content));
     message.set("stop_reason", js(stop_reason(choice)));
@@ -239,7 +246,7 @@ Job message_job(const Context& context, const Json& json) {
   if (!body.has("max_tokens")) body.fail("max_tokens", "expected an integer, found nothing");
   MessagesRequest read = read_messages_request(context, body);
   ChatJob& chat = read.chat;
-  read_sampling(body, chat.base);
+  read_sampling(context, body, chat.base);
   chat.base.stop = read_stop(body, "stop_sequences", context.options);
   chat.base.max_tokens = read_max_tokens(body, "max_tokens");
   const bool stream = body.boolean_or("stream", false);

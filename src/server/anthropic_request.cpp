@@ -267,7 +267,8 @@ void read_thinking(const Fields& body, MessagesRequest& out) {
       thinking.fail("type", "expected enabled, disabled or adaptive");
     out.chat.thinking = type != "disabled";
     out.omit_thinking = thinking.string_or("display", "") == "omitted";
-    thinking.integer_or("budget_tokens", 1024, 1, int64_t{1} << 40);  // checked, not a limit here
+    if (thinking.has("budget_tokens"))
+      out.chat.thinking_budget = thinking.integer_or("budget_tokens", 0, 1, int64_t{1} << 40);
   }
   if (!body.has("output_config")) return;
   const Fields config = body.object("output_config");

@@ -301,6 +301,13 @@ TEST_F(Anthropic, APromptThatIsTooLongIsSaidInTheWordsThatClientsMatch) {
   EXPECT_EQ(value_at(parsed(reply), "error.type"), "invalid_request_error");
 }
 
+TEST_F(Anthropic, TheBudgetOfThinkingReachesTheEngine) {
+  ask(kHi, R"("thinking": {"type": "enabled", "budget_tokens": 1234})");
+  EXPECT_EQ(service_.engine.requests().back().thinking_budget, 1234);
+  ask(kHi, R"("thinking": {"type": "adaptive"})");
+  EXPECT_EQ(service_.engine.requests().back().thinking_budget, -1);
+}
+
 TEST_F(Anthropic, StopSequencesAndEdits) {
   service_.answer = "one two STOP three";
   const Json whole = ask(kHi, R"("stop_sequences": ["STOP"], "context_management": {"edits":

@@ -94,6 +94,19 @@ HttpResponse json_response(const Json& json) {
   return response;
 }
 
+/// What a request gets that says nothing, so that a page can show it.
+Json defaults_json(const ServerOptions& options) {
+  const engine::Sampling& sampling = options.default_sampling;
+  const int64_t tokens = options.default_max_tokens;
+  return Json::object({{"thinking", js(options.default_thinking)},
+                       {"temperature", js(sampling.temperature)},
+                       {"top_p", js(sampling.top_p)},
+                       {"top_k", js(sampling.top_k)},
+                       {"min_p", js(sampling.min_p)},
+                       {"repetition_penalty", js(sampling.repetition_penalty)},
+                       {"max_tokens", tokens > 0 ? js(tokens) : Json()}});
+}
+
 }  // namespace
 
 /// API keys as digests, so that comparing takes the same time for every key, and the count of open
@@ -378,7 +391,8 @@ HttpResponse Api::models(const HttpRequest& request) const {
                          {"max_model_len", js(context_.max_context())},
                          {"type", js("model")},
                          {"display_name", js(name)},
-                         {"created_at", js(iso_time(created_))}});
+                         {"created_at", js(iso_time(created_))},
+                         {"defaults", defaults_json(context_.options)}});
   };
   std::vector<std::string> names = {own};
   for (const std::string& alias : context_.options.model_aliases) {

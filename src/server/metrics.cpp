@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include "base/memory.h"
+
 namespace hadal::server {
 namespace {
 
@@ -72,7 +74,12 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   total("queue_full_total", "requests refused by the engine's queue", queue_full.value());
   total("key_over_limit_total", "requests over a key's concurrency", over_limit.value());
   total("unauthorised_total", "requests without a valid key", unauthorised.value());
-  total("malformed_answers_total", "answers with malformed markup", malformed.value());
+  total("malformed_answers_total", "answers in which something of the model's is missing",
+        malformed.value());
+  total("irregular_answers_total", "answers with irregular markup, delivered in full",
+        irregular.value());
+  total("open_reasoning_answers_total", "answers that ended inside the reasoning",
+        open_reasoning.value());
   first_token.write(out, "time_to_first_token_seconds", "from request to the first token");
   duration.write(out, "generation_seconds", "from request to the last token");
 
@@ -83,7 +90,17 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   gauge("pages_cached", "pages only the prefix tree holds", engine.pages_cached);
   gauge("state_slots", "state slots", engine.state_slots_total);
   gauge("state_slots_free", "free state slots", engine.state_slots_free);
-  gauge("snapshot_bytes", "bytes of state snapshots", engine.snapshot_bytes);
+  gauge("states", "kept states: places to go on from", engine.states);
+  gauge("snapshot_pages", "cache pages that hold kept states", engine.snapshot_pages);
+  gauge("snapshot_bytes", "bytes of kept states", engine.snapshot_bytes);
+  total("states_evicted_total", "kept states given up for others", engine.states_evicted);
+  gauge("context_tokens_capacity", "tokens that fit into all cache pages", engine.context_tokens);
+  gauge("weights_bytes", "bytes of weights in memory", engine.weights_bytes);
+  gauge("cache_bytes", "bytes of the cache: pages, state slots and their books",
+        engine.cache_bytes);
+  gauge("workspace_bytes", "bytes of the process at rest beside weights and cache",
+        engine.workspace_bytes);
+  gauge("resident_bytes", "bytes of the process in memory", resident_bytes());
   gauge("disk_bytes", "bytes of the disk store", engine.disk_bytes);
   total("prompt_tokens_total", "tokens of prompts", engine.prompt_tokens);
   total("cached_tokens_total", "prompt tokens found in caches", engine.cached_tokens);

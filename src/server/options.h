@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "engine_core/request.h"
+
 namespace hadal::server {
 
 struct ServerOptions {
@@ -60,7 +62,9 @@ struct ServerOptions {
   int64_t max_context = 0;         ///< prompt and answer; 0: the engine's
   int64_t default_max_tokens = 0;  ///< where a request says nothing; 0: what the context leaves
 
-  bool default_thinking = true;  ///< of OpenAI-style chats that say nothing about it
+  // What a request gets that says nothing: the model's own (engine_core/generation_defaults.h).
+  bool default_thinking = true;       ///< of OpenAI-style chats
+  engine::Sampling default_sampling;  ///< its seed is not used
 };
 
 }  // namespace hadal::server

@@ -146,6 +146,7 @@ class FaultyFileSystem : public rocksdb::FileSystemWrapper {
   std::atomic<bool> short_reads{false};    ///< reads of table and blob files end early
   std::atomic<bool> flipped_reads{false};  ///< reads of table and blob files have one bit wrong
   std::atomic<bool> blocked{false};        ///< writes wait
+  std::atomic<int> full_after{-1};         ///< disk_full after so many changes of files; -1: never
   std::atomic<int> writes{0};
 
   FaultyFileSystem() : FileSystemWrapper(rocksdb::FileSystem::Default()) {}
@@ -156,6 +157,7 @@ class FaultyFileSystem : public rocksdb::FileSystemWrapper {
                                     std::unique_ptr<rocksdb::FSWritableFile>* result,
                                     rocksdb::IODebugContext* debug) override {
     if (read_only) return rocksdb::IOStatus::IOError("Read-only file system");
+    if (fills_now()) return rocksdb::IOStatus::NoSpace("No space left on device");
     rocksdb::IOStatus status = target()->NewWritableFile(name, options, result, debug);
     if (status.ok()) *result = std::make_unique<Writable>(this, std::move(*result));
     return status;
@@ -167,6 +169,13 @@ class FaultyFileSystem : public rocksdb::FileSystemWrapper {
     if (read_only) return rocksdb::IOStatus::IOError("Read-only file system");
     return target()->ReopenWritableFile(name, options, result, debug);
   }
+  rocksdb::IOStatus RenameFile(const std::string& from,
+                               const std::string& to,
+                               const rocksdb::IOOptions& options,
+                               rocksdb::IODebugContext* debug) override {
+    if (fills_now()) return rocksdb::IOStatus::NoSpace("No space left on device");
+    return target()->RenameFile(from, to, options, debug);
+  }
   rocksdb::IOStatus NewRandomAccessFile(const std::string& name,
                                         const rocksdb::FileOptions& options,
                                         std::unique_ptr<rocksdb::FSRandomAccessFile>* result,
@@ -174,6 +183,14 @@ class FaultyFileSystem : public rocksdb::FileSystemWrapper {
     rocksdb::IOStatus status = target()->NewRandomAccessFile(name, options, result, debug);
     if (status.ok()) *result = std::make_unique<Readable>(this, std::move(*result));
     return status;
+  }
+
+  /// Counts a change; with disk_full new files have no place either where `full_after` is used.
+  bool fills_now() {
+    if (full_after < 0) return false;
+    if (full_after > 0) return --full_after, false;
+    disk_full = true;
+    return true;
   }
 
  private:
@@ -188,6 +205,7 @@ class FaultyFileSystem : public rocksdb::FileSystemWrapper {
       faults_->blocked.wait(true);
       ++faults_->writes;
       if (faults_->read_only) return rocksdb::IOStatus::IOError("Read-only file system");
+      faults_->fills_now();
       if (!faults_->disk_full) return target()->Append(data, options, debug);
       target()->Append({data.data(), data.size() / 2}, options, debug).PermitUncheckedError();
       return rocksdb::IOStatus::NoSpace("No space left on device");

@@ -279,9 +279,11 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
     const PyJson* arguments = function == nullptr ? nullptr : function->find("arguments");
     HADAL_INPUT_CHECK(name != nullptr && name->is_string(), where,
                       ": a tool call has no function name");
-    HADAL_INPUT_CHECK(arguments != nullptr && arguments->is_string(), where, ": tool call '",
-                      name->text(), "' has no arguments string");
-    calls.push_back({name->text(), arguments->text()});
+    // Whatever clients make of what they got is history, and rendered.
+    calls.push_back({.name = name->text(),
+                     .arguments = arguments == nullptr     ? std::string("{}")
+                                  : arguments->is_string() ? arguments->text()
+                                                           : arguments->dump()});
   }
   return calls;
 }

@@ -98,7 +98,7 @@ struct Trainer::Impl {
         device(pick_device(config.device)),
         lock(prepare_folder(config)),
         sources(open_sources(config)),
-        plan(config, sources),
+        plan(config, sources, from_newest(config, load_parts)),
         model(build_model(config, model_config, sources)) {
     // Reductions inside LibTorch depend on its thread count; our own kernels do not.
     if (device.is_cpu()) at::set_num_threads(1);
@@ -129,22 +129,61 @@ struct Trainer::Impl {
     return config.out + "/lock";
   }
 
+  /// What `read` makes of the newest checkpoint; where that is damaged, the way on is named.
+  template <typename Read>
+  static auto from_newest(const RunConfig& config, Read read) -> decltype(read(std::string())) {
+    const std::vector<std::string> states = complete_states(config.out);
+    if (states.empty()) return {};
+    try {
+      return read(states.back());
+    } catch (const InputError& error) {
+      if (states.size() == 1) throw;
+      throw InputError(concat(error.what(), "; to go on from ", states[states.size() - 2],
+                              ", the checkpoint before it, remove ", states.back()));
+    }
+  }
+
   void restore() {
-    const auto folder = newest_state(config.out);
-    if (!folder) return;
-    progress = load_state(*folder, model, *optimizer);
+    const std::string folder = newest(config);
+    if (folder.empty()) return;
+    progress = from_newest(
+        config, [&](const std::string& state) { return load_state(state, model, *optimizer); });
     HADAL_INPUT_CHECK(progress.stage <= static_cast<int64_t>(config.stages.size()) &&
                           progress.plan.size() <= config.stages.size(),
-                      *folder, ": the run was in stage ", progress.stage, ", but ", config.path,
+                      folder, ": the run was in stage ", progress.stage, ", but ", config.path,
                       " has ", config.stages.size());
     for (size_t stage = 0; stage < progress.plan.size(); ++stage) {
       HADAL_INPUT_CHECK(
-          progress.plan[stage] == plan.fingerprint(stage), *folder, ": stage ",
+          progress.plan[stage] == plan.begun_fingerprint(stage), folder, ": stage ",
           config.stages[stage].name,
           " began with other rows (seed, data, tokenizer, row length, mixture or tokens changed); "
           "restore the configuration or choose another \"out\"");
     }
-    log::info("train", "going on from ", *folder, ", ", progress.tokens, " tokens");
+    log::info("train", "going on from ", folder, ", ", progress.tokens, " tokens");
+    extend_stage();
+  }
+
+  /// The stage that began last may have got more tokens since, also when it was finished.
+  void extend_stage() {
+    if (progress.plan.empty()) return;
+    const size_t last = progress.plan.size() - 1;
+    const int64_t more = plan.num_rows(last) - plan.begun_rows(last);
+    if (more > 0) {
+      log::info("train", "stage ", config.stages[last].name, " goes on with ", more, " more rows");
+      if (progress.stage > static_cast<int64_t>(last)) {
+        progress.stage = static_cast<int64_t>(last);
+        progress.row = plan.begun_rows(last);
+      }
+    }
+    progress.plan[last] = plan.fingerprint(last);
+    progress.parts.resize(progress.plan.size());
+    for (size_t stage = 0; stage < progress.plan.size(); ++stage)
+      progress.parts[stage] = plan.parts(stage);
+  }
+
+  static std::string newest(const RunConfig& config) {
+    const std::vector<std::string> states = complete_states(config.out);
+    return states.empty() ? "" : states.back();
   }
 
   const Stage& stage() const { return config.stages[static_cast<size_t>(progress.stage)]; }
@@ -196,8 +235,16 @@ struct Trainer::Impl {
         model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
          .max_shard_bytes = config.export_shard_bytes,
-         .tokenizer = config.tokenizer});
+         .tokenizer = config.tokenizer,
+         .generation_config = generation_config()});
     log::info("train", "the trained model is in ", folder);
+  }
+
+  /// The settings of generation that lie beside the architecture, checked; empty: none do.
+  std::string generation_config() const {
+    const auto path = std::filesystem::path(config.model).parent_path() / "generation_config.json";
+    if (!std::filesystem::exists(path)) return "";
+    return path.string();
   }
 
   void begin_stage() {
@@ -207,6 +254,7 @@ struct Trainer::Impl {
               ops::numerics_name(stage().numerics), ", ", plan.summary(index));
     if (progress.plan.size() > index) return;  // begun before this process
     progress.plan.push_back(plan.fingerprint(index));
+    progress.parts.push_back(plan.parts(index));
     // The same weights under the new rules: what the switch costs before any training.
     if (index > 0) validate("validation_at_switch", stage());
   }
