@@ -21,12 +21,14 @@
 #include "model/init.h"
 #include "server/page.h"
 #include "server/server.h"
+#include "server/url.h"
 
 namespace hadal::apps {
 namespace {
 
 struct Flags {
   std::string model, numerics, key_file, effort_levels;
+  std::vector<std::string> names;
   std::string disk_policy = "periodic", device = "cpu";
   double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
   engine::LocalEngineOptions engine;
@@ -91,7 +93,11 @@ int run(Flags flags) {
   flags.server.ping_interval =
       std::chrono::milliseconds(static_cast<int64_t>(flags.ping_seconds * 1000));
   if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
-  if (flags.engine.model_name.empty()) {
+  // The first name is the model's own, the others are answered to.
+  if (!flags.names.empty()) {
+    flags.engine.model_name = flags.names.front();
+    flags.server.model_aliases.assign(flags.names.begin() + 1, flags.names.end());
+  } else {
     std::string folder = loaded.folder;
     while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
     flags.engine.model_name = folder.substr(folder.find_last_of('/') + 1);
@@ -113,10 +119,10 @@ int run(Flags flags) {
   log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
             memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
             " MiB of workspace at rest; now ", resident_bytes() >> 20, " MiB");
-  std::fprintf(stderr, "hadal: %s at %s://%s:%u, a page to chat at /; Ctrl-C ends it\n",
-               flags.engine.model_name.c_str(),
-               flags.server.tls_certificate.empty() ? "http" : "https", flags.server.host.c_str(),
-               static_cast<unsigned>(server.port()));
+  const server::Url url{!flags.server.tls_certificate.empty(), flags.server.host, server.port(),
+                        ""};
+  std::fprintf(stderr, "hadal: %s at %s, a page to chat at /; Ctrl-C ends it\n",
+               flags.engine.model_name.c_str(), url.str().c_str());
   int signal = 0;
   sigwait(&signals, &signal);
   log::info("serve", "signal ", signal, ": open answers may end");
@@ -132,13 +138,23 @@ std::function<int()> define_serve(CLI::App& app) {
   server::ServerOptions& server = flags->server;
   app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
   app.add_option("--numerics", flags->numerics, "released, bf16 or ideal; default: as stored");
-  app.add_option("--name", engine.model_name, "model name in the APIs; default: the folder's");
+  app.add_option("--name", flags->names,
+                 "model name in the APIs; given again: further names that it answers to; "
+                 "default: the folder's")
+      ->allow_extra_args(false);
+  app.add_flag("--any-model", server.any_model, "answer to every model name");
   app.add_option("--effort-levels", flags->effort_levels,
                  "preview or 0731: what a reasoning effort means; default: the model's (hadal "
                  "inspect tells)");
   app.add_option("--host", server.host, "address to listen on")->capture_default_str();
   app.add_option("--port", server.port, "0: any free one")->capture_default_str();
   app.add_option("--api-keys", flags->key_file, "file with one key a line; default: no keys");
+  app.add_option("--cors", server.cors,
+                 "origin whose pages may call the server from a browser, or *; may be given again")
+      ->allow_extra_args(false);
+  app.add_option("--allow-host", server.allowed_hosts,
+                 "host name that requests may use beside this machine's; may be given again")
+      ->allow_extra_args(false);
   app.add_option("--tls-certificate", server.tls_certificate, "PEM file");
   app.add_option("--tls-key", server.tls_key, "PEM file");
   app.add_option("--ping-seconds", flags->ping_seconds,

@@ -133,6 +133,9 @@ void Generation::start() {
     self->metrics_.cancelled.add();
     self->lease_.reset();
   });
+  responder_->on_stop([self = shared_from_this()] {
+    if (!self->over_) self->fail(RequestError(503, "the server is stopping"));
+  });
 }
 
 void Generation::accepted(std::vector<uint64_t> ids) {
@@ -169,6 +172,7 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
       if (answer_.miss.empty()) answer_.miss = update.cache.miss;
     }
   }
+  if (streaming_ && !std::exchange(begun_, true)) job_.format->begin(answer_, out_);
   if (update.view && index == 0 && job_.on_view) job_.on_view(*update.view);
   if (!progress_[index].done) {
     answer_.choices[index].completion_tokens = update.completion_tokens;
@@ -280,15 +284,19 @@ void Generation::finish_choice(size_t index, engine::FinishReason reason) {
   if (streaming_) job_.format->finished(answer_, index, out_);
 }
 
-/// The client sees the answer's head and frame while the prompt is still waiting or read.
+/// The client sees the answer's head while the prompt is still waiting or read.
 void Generation::begin_stream() {
   streaming_ = true;
   HttpResponse head;
   head.content_type = "text/event-stream; charset=utf-8";
   head.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
   responder_->begin_stream(std::move(head));
-  job_.format->begin(answer_, out_);
-  if (out_.empty()) job_.format->ping(out_);
+  if (job_.format->begins_at_once()) {
+    begun_ = true;
+    job_.format->begin(answer_, out_);
+  }
+  // A comment where nothing is said yet: some wait for a first byte.
+  if (out_.empty()) out_ += ": ping\n\n";
   responder_->write(std::exchange(out_, {}));
   if (ping_interval_.count() > 0)
     responder_->when_silent(ping_interval_, [self = shared_from_this()] { self->ping(); });
@@ -324,6 +332,7 @@ void Generation::fail(const RequestError& error) {
   metrics_.failed.add();
   log::warn("server", answer_.id, ": ", error.what());
   if (streaming_) {
+    if (!std::exchange(begun_, true)) job_.format->begin(answer_, out_);
     job_.format->stream_error(error, out_);
     responder_->write(std::exchange(out_, {}));
     responder_->end_stream();

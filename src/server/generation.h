@@ -72,6 +72,12 @@ class Format {
  public:
   using Kind = text::CompletionEvent::Kind;
   virtual ~Format() = default;
+  /// What the answer's headers call the request.
+  virtual void name_request(const std::string& /*id*/) {}
+  /// Whether begin() comes as soon as the engine has the request, for APIs whose clients want to
+  /// hear that it waits. Else it comes with the first token, when it is known what the cache gave,
+  /// and clients measure when an answer begins instead of when it was asked for.
+  virtual bool begins_at_once() const { return false; }
   virtual void begin(const Answer&, std::string& /*out*/) {}
   /// Reasoning or content, already part of the answer.
   virtual void text(const Answer&, size_t, Kind, const std::string&, std::string& /*out*/) {}
@@ -124,7 +130,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
              Job job,
              Lease lease,
              std::chrono::milliseconds ping_interval = {});
-  /// Submits the job; a stream begins as soon as the engine has accepted all of it. Errors:
+  /// Submits the job; a stream's head leaves as soon as the engine has accepted all of it. Errors:
   /// RequestError where it refuses.
   void start();
 
@@ -166,7 +172,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   std::vector<std::pair<size_t, engine::Update>> early_;  ///< came before all was accepted
   std::string out_;
   size_t open_choices_ = 0;
-  bool accepted_ = false, streaming_ = false, over_ = false, first_ = true;
+  bool accepted_ = false, streaming_ = false, begun_ = false, over_ = false, first_ = true;
 };
 
 /// "prefix" and 24 random characters.

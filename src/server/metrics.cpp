@@ -85,10 +85,10 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
 
   gauge("engine_running", "sequences in the batch", engine.running);
   gauge("engine_waiting", "sequences waiting", engine.waiting);
-  gauge("pages_total", "cache pages", engine.pages_total);
+  gauge("pages", "cache pages", engine.pages_total);
   gauge("pages_free", "free cache pages", engine.pages_free);
   gauge("pages_cached", "pages only the prefix tree holds", engine.pages_cached);
-  gauge("state_slots_total", "state slots", engine.state_slots_total);
+  gauge("state_slots", "state slots", engine.state_slots_total);
   gauge("state_slots_free", "free state slots", engine.state_slots_free);
   gauge("states", "kept states: places to go on from", engine.states);
   gauge("snapshot_pages", "cache pages that hold kept states", engine.snapshot_pages);

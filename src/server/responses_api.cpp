@@ -29,6 +29,7 @@ class ResponseFormat final : public Format {
   explicit ResponseFormat(Echo echo)
       : echo_(std::move(echo)), message_id_(random_id("msg_")), reasoning_id_(random_id("rs_")) {}
 
+  bool begins_at_once() const override { return true; }
   void begin(const Answer& answer, std::string& out) override {
     begun_.id = answer.id;
     begun_.model = answer.model;
