@@ -100,6 +100,7 @@ class ScriptedSampler final : public engine::Sampler {
   engine::Sampled sample(const engine::SampleInput& input) override {
     return {.token = answers.at(input.sampling.seed).at(input.answer.size()), .top = {}};
   }
+  engine::TokenScore score(std::span<const float>, int64_t, int64_t) const override { return {}; }
   std::map<uint64_t, Tokens> answers;
 };
 

@@ -30,7 +30,7 @@ struct Flags {
   std::string model, numerics, key_file, effort_levels;
   std::vector<std::string> names;
   std::string disk_policy = "periodic", device = "cpu";
-  double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
+  double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15, response_gib = 0.25;
   engine::LocalEngineOptions engine;
   server::ServerOptions server;
 };
@@ -90,6 +90,7 @@ int run(Flags flags) {
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
+  flags.server.response_bytes = static_cast<int64_t>(flags.response_gib * (int64_t{1} << 30));
   flags.server.ping_interval =
       std::chrono::milliseconds(static_cast<int64_t>(flags.ping_seconds * 1000));
   if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
@@ -102,8 +103,7 @@ int run(Flags flags) {
     while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
     flags.engine.model_name = folder.substr(folder.find_last_of('/') + 1);
   }
-  const std::string digest =
-      flags.engine.disk.folder.empty() ? "" : checkpoint::weights_digest(loaded.folder);
+  const std::string digest = checkpoint::weights_digest(loaded.folder);
   flags.engine.warm_up = true;
   drop_file_pages();  // what the start needed once, the files of packed weights among it
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
@@ -186,6 +186,11 @@ std::function<int()> define_serve(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")
+      ->capture_default_str();
+  app.add_option("--response-store", server.response_folder,
+                 "folder that keeps responses for previous_response_id; default: none is kept");
+  app.add_option("--response-gib", flags->response_gib, "its budget")
+      ->check(between(0, 1e6))
       ->capture_default_str();
   app.add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))

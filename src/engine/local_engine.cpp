@@ -127,7 +127,8 @@ LocalEngine::LocalEngine(const model::Transformer& model,
                         .max_choices = options.max_running,
                         .eos_token = config.eos_token_id,
                         .weights_bytes = weights,
-                        .workspace_bytes = workspace};
+                        .workspace_bytes = workspace,
+                        .weights = weights_digest};
   SchedulerOptions scheduling;
   scheduling.max_running = std::min(options.max_running, cache.num_slots());
   scheduling.max_waiting = options.max_waiting;

@@ -8,6 +8,11 @@
 #include "base/check.h"
 
 namespace hadal::engine {
+namespace {
+
+constexpr int64_t kScoredRows = 32;  ///< of logits that exist at once: 17 MB at 129,280 tokens
+
+}  // namespace
 
 ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
     : model_(model),
@@ -35,6 +40,9 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   const ops::Batch batch = cache_.begin(steps);
   std::vector<int64_t> ids, asked;
   first_logits_.assign(1, 0);
+  first_rows_.assign(1, 0);
+  scored_ = at::Tensor();
+  bool scored = false;
   for (const SequenceStep& step : steps) {
     ids.insert(ids.end(), step.tokens.begin(), step.tokens.end());
     const auto end = static_cast<int64_t>(ids.size());
@@ -42,6 +50,8 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
                 "model_runner: ", step.num_logits, " logits of ", step.tokens.size(), " tokens");
     for (int64_t row = end - step.num_logits; row < end; ++row) asked.push_back(row);
     first_logits_.push_back(static_cast<int64_t>(asked.size()));
+    first_rows_.push_back(end);
+    scored = scored || step.scored;
   }
   for (const int64_t id : ids) {
     HADAL_CHECK(id >= 0 && id < vocab_size(), "model_runner: token ", id, " of ", vocab_size());
@@ -72,6 +82,7 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
         .selections = selections};
   }
   if (drafts_) keep_streams(steps, streams);
+  if (scored) scored_ = streams;
   logits_ = at::Tensor();
   if (asked.empty()) return;
   const at::Tensor rows =
@@ -112,6 +123,24 @@ std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) cons
   HADAL_CHECK(token >= 0 && row < first_logits_.at(static_cast<size_t>(sequence) + 1),
               "model_runner: no logits ", token, " of sequence ", sequence);
   return {logits_.const_data_ptr<float>() + row * vocab_size(), static_cast<size_t>(vocab_size())};
+}
+
+void ModelRunner::visit_logits(int64_t sequence,
+                               int64_t from,
+                               int64_t count,
+                               const VisitLogits& visit) const {
+  const auto index = static_cast<size_t>(sequence);
+  const int64_t first = first_rows_.at(index);
+  HADAL_CHECK(scored_.defined() && from >= 0 && first + from + count <= first_rows_.at(index + 1),
+              "model_runner: no logits of tokens ", from, " to ", from + count, " of sequence ",
+              sequence);
+  const c10::InferenceMode inference;
+  for (int64_t row = from; row < from + count; row += kScoredRows) {
+    const int64_t piece = std::min(kScoredRows, from + count - row);
+    const at::Tensor head = model_.head_input(scored_.narrow(0, first + row, piece), numerics_);
+    const at::Tensor logits = model_.logits(head, numerics_).cpu().contiguous();
+    visit(row, {logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel())});
+  }
 }
 
 std::shared_ptr<const ContextView> ModelRunner::context_view(int64_t slot) const {

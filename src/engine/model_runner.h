@@ -38,6 +38,10 @@ class ModelRunner final : public Runner {
   /// Errors: Error for an id outside the vocabulary or a step that the cache refuses.
   void run(std::span<const SequenceStep> steps) override;
   std::span<const float> logits(int64_t sequence, int64_t token) const override;
+  void visit_logits(int64_t sequence,
+                    int64_t from,
+                    int64_t count,
+                    const VisitLogits& visit) const override;
   /// Rings are addressed by position, so nothing moves.
   void rewind(int64_t slot, int64_t pos) override;
 
@@ -56,6 +60,8 @@ class ModelRunner final : public Runner {
   ops::Numerics numerics_;
   at::Tensor logits_;                  // [asked-for tokens, vocab] FP32
   std::vector<int64_t> first_logits_;  // [sequences + 1]
+  at::Tensor scored_;                  // [tokens, hc_mult, dim] streams of a step that is scored
+  std::vector<int64_t> first_rows_;    // [sequences + 1] of the step's tokens
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
   /// Runs tokens again for the state at `pos`: each layer sees those that its windows and the

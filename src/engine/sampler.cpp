@@ -1,12 +1,25 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "ops/sampling/sample.h"
 
 namespace hadal::engine {
 namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+/// Unless nothing else could be drawn.
+void avoid(std::span<float> logits, std::span<const int64_t> tokens) {
+  std::vector<float> before;
+  for (const int64_t token : tokens)
+    before.push_back(std::exchange(logits[static_cast<size_t>(token)], kNever));
+  if (std::ranges::any_of(logits, [](float logit) { return logit > kNever; })) return;
+  for (size_t i = tokens.size(); i-- > 0;) logits[static_cast<size_t>(tokens[i])] = before[i];
+}
 
 ops::SamplingParams params_of(const SampleInput& input) {
   const Sampling& s = input.sampling;
@@ -45,12 +58,27 @@ const ops::TokenHistory& history_of(const SampleInput& input,
 
 }  // namespace
 
+std::span<const float> ModelSampler::with_text(std::span<const float> logits) const {
+  return logits.first(static_cast<size_t>(std::min(vocab_size_, std::ssize(logits))));
+}
+
+TokenScore ModelSampler::score(std::span<const float> logits, int64_t token, int64_t top) const {
+  const std::span<const float> row = with_text(logits);
+  const float own = row[static_cast<size_t>(token)];
+  TokenScore score{
+      .logprob = ops::log_probability(row, token),
+      .rank = 1 + std::ranges::count_if(row, [own](float logit) { return logit > own; }),
+      .top = {}};
+  for (const auto& [other, logprob] : ops::top_log_probabilities(row, top))
+    score.top.push_back({.token = other, .logprob = logprob});
+  return score;
+}
+
 Sampled ModelSampler::sample(const SampleInput& input) {
-  const auto row = input.logits.first(
-      static_cast<size_t>(std::min(vocab_size_, static_cast<int64_t>(input.logits.size()))));
+  const std::span<const float> row = with_text(input.logits);
   const ops::SamplingParams params = params_of(input);
   Sampled result;
-  if (input.mask.empty() && !ops::adjusts_logits(params)) {
+  if (input.mask.empty() && input.avoided.empty() && !ops::adjusts_logits(params)) {
     result.token = ops::sample_token(row, params, input.pos);
   } else {
     std::unique_ptr<SamplerMemory> none;
@@ -63,6 +91,7 @@ Sampled ModelSampler::sample(const SampleInput& input) {
     const std::span<const uint32_t> mask(reinterpret_cast<const uint32_t*>(input.mask.data()),
                                          input.mask.size());
     ops::adjust_logits(adjusted, params, history, mask);
+    avoid(adjusted, input.avoided);
     result.token = ops::sample_token(adjusted, params, input.pos);
   }
   if (input.top_logprobs >= 0) {

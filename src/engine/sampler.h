@@ -12,8 +12,10 @@ class ModelSampler final : public Sampler {
   /// Ids from `vocab_size` on have no text and are never chosen.
   explicit ModelSampler(int64_t vocab_size) : vocab_size_(vocab_size) {}
   Sampled sample(const SampleInput& input) override;
+  TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const override;
 
  private:
+  std::span<const float> with_text(std::span<const float> logits) const;
   int64_t vocab_size_;
 };
 

@@ -56,6 +56,7 @@ TEST_P(SchedulesTest, GiveTheLogitsOfTheRequestAlone) {
   if (wanted < 10) return;
   EXPECT_GT(counts.preempted, 0);
   EXPECT_GT(counts.cached, 0);
+  EXPECT_GT(counts.scored, 0);
   EXPECT_GT(counts.drafted, 0);
   EXPECT_GT(counts.largest_company, 16);
   EXPECT_GT(counts.full, 0);

@@ -68,6 +68,7 @@ class Nothing final : public CacheMemory, public Runner {
     for (const SequenceStep& step : steps) computed += std::ssize(step.tokens);
   }
   std::span<const float> logits(int64_t, int64_t) const override { return logits_; }
+  void visit_logits(int64_t, int64_t, int64_t, const VisitLogits&) const override {}
   void rewind(int64_t, int64_t) override {}
 
   int64_t computed = 0;  ///< tokens
@@ -199,6 +200,7 @@ class Served {
     Sampled sample(const SampleInput& input) override {
       return {.token = (*answers.at(input.sampling.seed))[input.answer.size()], .top = {}};
     }
+    TokenScore score(std::span<const float>, int64_t, int64_t) const override { return {}; }
     std::map<uint64_t, const Tokens*> answers;
   };
 

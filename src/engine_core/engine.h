@@ -40,6 +40,7 @@ struct EngineInfo {
   int64_t eos_token = 0;
   int64_t weights_bytes = 0;    ///< in memory
   int64_t workspace_bytes = 0;  ///< of the process at rest, beside weights and caches
+  std::string weights = {};     ///< a digest of them; empty: nobody made one
 };
 
 /// Thread-safe.

@@ -40,10 +40,13 @@ struct Grammar {
 
 struct Request {
   std::vector<int64_t> prompt;  ///< token ids, at least one
-  int64_t max_tokens = 16;      ///< of each choice
+  int64_t max_tokens = 16;      ///< of each choice; 0: the prompt alone, ends with kLength
   int64_t n = 1;                ///< choices; they share the prompt's pages
   Sampling sampling;
-  std::vector<std::string> stop;  ///< bytes; the answer ends before the first that appears
+  std::vector<std::string> stop;     ///< bytes; the answer ends before the first that appears
+  std::vector<int64_t> stop_tokens;  ///< end the answer as EOS does
+  /// Before so many tokens neither EOS nor a stop token is drawn, unless nothing else may follow.
+  int64_t min_tokens = 0;
   Grammar grammar;
   bool thinking = false;  ///< the answer begins inside <think>: the grammar waits for its end
   /// A chat's answer: added tokens are structure, told apart by their ids. They are in no
@@ -53,8 +56,10 @@ struct Request {
   bool close_reasoning = false;  ///< an EOS inside the reasoning becomes `</think>`
   bool ignore_eos = false;       ///< for load tests
   int64_t top_logprobs = -1;     ///< -1: none; k: the token's and those of the k most likely
-  int priority = 0;              ///< higher first
-  std::string client;            ///< the fair queue shares the machine among clients
+  /// The same of the prompt's tokens. What was cached of the prompt is computed again for it.
+  int64_t prompt_logprobs = -1;
+  int priority = 0;    ///< higher first
+  std::string client;  ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
   bool context_view = false;  ///< the last update of a choice tells what its last token saw
@@ -86,6 +91,15 @@ enum class FinishReason : uint8_t {
 struct TokenLogprob {
   int64_t token = 0;
   double logprob = 0;
+  friend bool operator==(const TokenLogprob&, const TokenLogprob&) = default;
+};
+
+/// What the model gave a token of the prompt, after those before it.
+struct TokenScore {
+  double logprob = 0;
+  int64_t rank = 0;               ///< 1: no token was likelier; 0: the first token, which has none
+  std::vector<TokenLogprob> top;  ///< Request::prompt_logprobs of them
+  friend bool operator==(const TokenScore&, const TokenScore&) = default;
 };
 
 struct OutputToken {
@@ -115,11 +129,14 @@ struct Update {
   std::vector<OutputToken> tokens;
   std::optional<FinishReason> finish;  ///< set once per choice, in its last update
   std::string matched_stop;            ///< with kStopString
+  int64_t stop_token = -1;             ///< with kStop, where one of Request::stop_tokens ended it
   std::string error;                   ///< with kError
   CacheReport cache;                   ///< from the first update on
   int64_t completion_tokens = 0;       ///< of the choice so far
   int64_t accepted_drafts = 0, drafted = 0;
   std::shared_ptr<const ContextView> view;  ///< with Request::context_view, beside `finish`
+  /// Of each token of the prompt, with Request::prompt_logprobs >= 0; shared by all updates.
+  std::shared_ptr<const std::vector<TokenScore>> prompt_scores;
 };
 
 /// Gets the updates of one request, in order, from a thread that serves all requests: never block

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -66,6 +67,7 @@ struct SequenceStep {
   std::span<const int64_t> tokens;  ///< at least one
   std::span<const int64_t> pages;   ///< ceil((start + tokens) / page_tokens) page numbers
   int64_t num_logits = 0;           ///< of the last so many tokens
+  bool scored = false;              ///< visit_logits() will be asked for others
 };
 
 class Runner {
@@ -78,6 +80,14 @@ class Runner {
   /// [vocab_size] FP32, valid until the next run(). The states are behind the last tokens.
   virtual void run(std::span<const SequenceStep> steps) = 0;
   virtual std::span<const float> logits(int64_t sequence, int64_t token) const = 0;
+  /// Logits of tokens [from, from + count) of sequence i of the latest step, which was `scored`:
+  /// computed now and shown piece by piece, so that no more than a piece's rows exist at once.
+  /// `visit` gets a piece's first token and its rows [tokens, vocab_size].
+  using VisitLogits = std::function<void(int64_t first, std::span<const float> rows)>;
+  virtual void visit_logits(int64_t sequence,
+                            int64_t from,
+                            int64_t count,
+                            const VisitLogits& visit) const = 0;
   /// The state of a slot goes back to `pos`, at most slack() tokens.
   virtual void rewind(int64_t slot, int64_t pos) = 0;
   /// What the last token with logits of a slot's latest step attended to; null where nobody knows.

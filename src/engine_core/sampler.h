@@ -29,6 +29,8 @@ struct SampleInput {
   std::span<const int64_t> prompt, answer;
   /// Bit t % 32 of word t / 32: token t is allowed. Empty: all are.
   std::span<const int32_t> mask;
+  /// Not to be drawn while anything else can be.
+  std::span<const int64_t> avoided;
   int64_t top_logprobs = -1;  ///< as in Request
   /// Of this choice, whose answer only grows; null: nothing is kept.
   std::unique_ptr<SamplerMemory>* memory = nullptr;
@@ -44,6 +46,8 @@ class Sampler {
  public:
   virtual ~Sampler() = default;
   virtual Sampled sample(const SampleInput& input) = 0;
+  /// What the model's logits say of a token that is known, and their `top` most likely. Any thread.
+  virtual TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const = 0;
 };
 
 /// Between the tokens of one choice and its text. Keeps its state through preemption.

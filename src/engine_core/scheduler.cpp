@@ -66,18 +66,26 @@ Scheduler::~Scheduler() = default;
 Scheduler::PreparedPtr Scheduler::prepare(Request request, std::shared_ptr<Sink> sink) const {
   HADAL_INPUT_CHECK(!request.prompt.empty(), "request: the prompt has no tokens");
   const auto prompt_size = static_cast<int64_t>(request.prompt.size());
-  HADAL_INPUT_CHECK(prompt_size < max_tokens_, "request: a prompt of ", prompt_size,
-                    " tokens, expected less than ", max_tokens_);
+  const int64_t most = request.max_tokens == 0 ? max_tokens_ : max_tokens_ - 1;
+  HADAL_INPUT_CHECK(prompt_size <= most, "request: a prompt of ", prompt_size,
+                    " tokens, expected at most ", most);
   for (const int64_t token : request.prompt) {
     HADAL_INPUT_CHECK(token >= 0 && token < info_.vocab_size, "request: token ", token,
                       " in the prompt, expected less than ", info_.vocab_size);
   }
-  HADAL_INPUT_CHECK(request.max_tokens >= 1, "request: max_tokens must be at least 1, found ",
+  HADAL_INPUT_CHECK(request.max_tokens >= 0, "request: max_tokens must be at least 0, found ",
                     request.max_tokens);
   HADAL_INPUT_CHECK(request.n >= 1 && request.n <= info_.max_choices,
                     "request: n must be between 1 and ", info_.max_choices, ", found ", request.n);
-  HADAL_INPUT_CHECK(request.top_logprobs >= -1 && request.top_logprobs <= info_.vocab_size,
-                    "request: top_logprobs ", request.top_logprobs);
+  for (const int64_t token : request.stop_tokens) {
+    HADAL_INPUT_CHECK(token >= 0 && token < info_.vocab_size, "request: stop token ", token,
+                      ", expected less than ", info_.vocab_size);
+  }
+  HADAL_INPUT_CHECK(request.min_tokens >= 0 && request.min_tokens <= request.max_tokens,
+                    "request: min_tokens ", request.min_tokens, " of at most ", request.max_tokens);
+  for (const int64_t top : {request.top_logprobs, request.prompt_logprobs}) {
+    HADAL_INPUT_CHECK(top >= -1 && top <= info_.vocab_size, "request: top log probabilities ", top);
+  }
   check_sampling(request.sampling, info_.vocab_size);
   PreparedPtr prepared(new Prepared{std::move(request), std::move(sink), {}});
   for (int64_t choice = 0; choice < prepared->request.n; ++choice) {
@@ -94,6 +102,10 @@ void Scheduler::add(uint64_t id, PreparedPtr prepared) {
   state->request = std::move(prepared->request);
   state->sink = std::move(prepared->sink);
   state->num_open = state->request.n;
+  state->ends = state->request.stop_tokens;
+  if (!state->request.ignore_eos) state->ends.push_back(info_.eos_token);
+  if (state->request.prompt_logprobs >= 0)
+    state->scores = std::make_shared<std::vector<TokenScore>>(1);  // nothing is before the first
   for (int64_t choice = 0; choice < state->request.n; ++choice) {
     auto sequence = std::make_unique<Sequence>();
     sequence->request = state.get();
@@ -193,14 +205,16 @@ void Scheduler::admit() {
 bool Scheduler::try_admit(Sequence& sequence) {
   const bool use_tree = sequence.request->request.use_prefix_cache;
   const int64_t num_tokens = std::min(sequence.num_tokens() + 1, max_tokens_);
-  PrefixMatch match = cache_.match(sequence.tokens, use_tree);
+  const std::span<const int64_t> tokens = reusable(sequence);
+  PrefixMatch match = cache_.match(tokens, use_tree);
   if (!has_place() ||
       (!running_.empty() && cache_.pages_taken(match, num_tokens) > pages_spare())) {
     if (!make_room_for(sequence, cache_.pages_taken(match, num_tokens))) return false;
-    match = cache_.match(sequence.tokens, use_tree);
+    match = cache_.match(tokens, use_tree);
   }
-  if (!cache_.open(sequence.tokens, match, use_tree, sequence.cache, sequence.opened)) return false;
+  if (!cache_.open(tokens, match, use_tree, sequence.cache, sequence.opened)) return false;
   RequestState& request = *sequence.request;
+  if (use_tree && request.wants_scores()) sequence.opened.miss = "scored";
   if (!request.admitted) {
     request.admitted = true;
     --num_waiting_requests_;
@@ -242,7 +256,7 @@ void Scheduler::load_prefixes() {
     bool ran_model = false;
     try {
       ran_model =
-          cache_.load(sequence.cache, sequence.tokens, std::min(share, left), sequence.opened);
+          cache_.load(sequence.cache, reusable(sequence), std::min(share, left), sequence.opened);
     } catch (const std::exception& error) {
       fail(request, error.what());
       continue;
@@ -323,6 +337,7 @@ void Scheduler::deliver(Sequence& sequence, Update update) {
   if (request.sink == nullptr) return;
   update.choice = sequence.choice;
   update.cache = request.report;
+  if (!request.wants_scores()) update.prompt_scores = request.scores;
   update.completion_tokens = sequence.num_tokens() - request.prompt_size();
   update.drafted = sequence.drafted;
   update.accepted_drafts = sequence.accepted;

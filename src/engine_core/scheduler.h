@@ -112,6 +112,7 @@ class Scheduler {
   void load_prefixes();
   void add_cached(RequestState& request, const SequenceCache::Opened& opened);
   void enqueue(Sequence& sequence, bool resumes);
+  static std::span<const int64_t> reusable(const Sequence& sequence);
   void insert_running(Sequence& sequence);
   void preempt(Sequence& sequence, bool keep_prefix);
   Sequence* worst_running() const;
@@ -136,6 +137,7 @@ class Scheduler {
                                          int64_t index,
                                          int64_t row,
                                          Update& update);
+  void score_prompt(Sequence& sequence, int64_t index);
   void fork_choices(Sequence& leader, int64_t index);
   void keep_state(Sequence& sequence, bool ends);
   void deliver(Sequence& sequence, Update update);

@@ -68,12 +68,17 @@ Request random_request(const Philox& random, std::vector<Tokens>& prompts) {
   request.priority = static_cast<int>(c[2] % 3);
   request.client = std::string(1, static_cast<char>('a' + c[2] / 3 % 3));
   request.use_prefix_cache = c[3] % 6 > 0;
+  const auto d = random.block(13);
+  if (d[0] % 5 == 0) request.prompt_logprobs = d[0] / 5 % 3;
+  if (d[1] % 9 == 0) request.max_tokens = 0;
+  if (d[2] % 5 == 0) request.stop_tokens = {d[2] / 5 % 32, d[3] % 32};
+  if (d[3] % 4 == 0) request.min_tokens = d[3] / 4 % (request.max_tokens + 1);
   return request;
 }
 
 struct Totals {
   int64_t preemptions = 0, cached = 0, accepted = 0, drafted = 0, cancelled = 0, answers = 0,
-          from_disk[3] = {};  ///< by policy
+          scores = 0, from_disk[3] = {};  ///< by policy
 };
 
 void run_random_schedule(uint64_t seed, Totals& totals) {
@@ -131,6 +136,8 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
         continue;
       }
       ++totals.answers;
+      totals.scores += one.request.prompt_logprobs >= 0 ? 1 : 0;
+      ASSERT_EQ(one.sink->scores, expected_scores(world.model, one.request)) << "seed " << seed;
       ASSERT_EQ(answer, expected) << "seed " << seed << " request " << one.id << " choice "
                                   << choice;
     }
@@ -140,6 +147,7 @@ void run_random_schedule(uint64_t seed, Totals& totals) {
     world.run_to_end();
     for (const auto& [choice, answer] : again->answers) {
       ASSERT_EQ(answer, world.expected(one.request, choice)) << "seed " << seed << " again";
+      ASSERT_EQ(again->scores, expected_scores(world.model, one.request)) << "seed " << seed;
     }
   }
   const EngineStats stats = world.scheduler.stats();
@@ -162,6 +170,7 @@ TEST(Scheduler, RandomSchedulesGiveTheTokensOfEachRequestAlone) {
   }
   const auto scale = static_cast<int64_t>(kSchedules);
   EXPECT_GT(totals.answers, 4 * scale);
+  EXPECT_GT(totals.scores, scale);
   EXPECT_GT(totals.preemptions, scale);
   EXPECT_GT(totals.cached, 10 * scale);
   EXPECT_GT(totals.accepted, 2 * scale);

@@ -57,8 +57,14 @@ struct Scheduler::RequestState {
   bool admitted = false;
   const Sequence* reporter = nullptr;  ///< whose cache `report` tells of, until it is preempted
   CacheReport report;
+  /// With Request::prompt_logprobs: those of the prompt's first tokens; constant once all are
+  /// there.
+  std::shared_ptr<std::vector<TokenScore>> scores;
+
+  std::vector<int64_t> ends;  ///< tokens that end an answer
 
   int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }
+  bool wants_scores() const { return scores && std::ssize(*scores) < prompt_size(); }
 };
 
 }  // namespace hadal::engine

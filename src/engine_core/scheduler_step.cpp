@@ -240,7 +240,8 @@ void Scheduler::run_planned() {
                       .start = sequence->pos(),
                       .tokens = tokens,
                       .pages = std::span<const int64_t>(sequence->cache.pages).first(num_pages),
-                      .num_logits = draws ? 1 + static_cast<int64_t>(sequence->drafts.size()) : 0});
+                      .num_logits = draws ? 1 + static_cast<int64_t>(sequence->drafts.size()) : 0,
+                      .scored = sequence->request->wants_scores()});
     if (draws && sequence->chunk == 1) {
       ++rows_.answers;
     } else {
@@ -284,6 +285,11 @@ void Scheduler::finish_step() {
 
 void Scheduler::advance(Sequence& sequence, int64_t index) {
   const SequenceStep& step = steps_[static_cast<size_t>(index)];
+  if (sequence.request->wants_scores()) {
+    const Stopwatch watch;
+    score_prompt(sequence, index);
+    watch.add_to(model_);
+  }
   sequence.cache.pos += sequence.chunk;
   std::optional<FinishReason> reason;
   Update update;
@@ -327,6 +333,9 @@ SampleInput Scheduler::draw_input(Sequence& sequence) {
   const Request& request = sequence.request->request;
   const auto prompt_size = request.prompt.size();
   const std::span<const int64_t> tokens = sequence.tokens;
+  std::span<const int64_t> avoided;
+  if (std::ssize(tokens) - sequence.request->prompt_size() < request.min_tokens)
+    avoided = sequence.request->ends;
   return {.logits = {},
           .sampling = request.sampling,
           .choice = sequence.choice,
@@ -334,6 +343,7 @@ SampleInput Scheduler::draw_input(Sequence& sequence) {
           .prompt = tokens.first(prompt_size),
           .answer = tokens.subspan(prompt_size),
           .mask = sequence.filter->mask(),
+          .avoided = avoided,
           .memory = &sequence.memory};
 }
 
@@ -343,6 +353,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
                                                   int64_t row,
                                                   Update& update) {
   const Request& request = sequence.request->request;
+  if (request.max_tokens == 0) return FinishReason::kLength;
   const auto prompt_size = request.prompt.size();
   SampleInput input = draw_input(sequence);
   input.logits = parts_.runner.logits(index, row);
@@ -359,7 +370,9 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   out.logprob = sampled.logprob;
   out.top = std::move(sampled.top);
   const auto answered = static_cast<int64_t>(sequence.tokens.size() - prompt_size);
-  if (sampled.token == info_.eos_token && !request.ignore_eos) {
+  const std::vector<int64_t>& ends = sequence.request->ends;
+  if (std::ranges::find(ends, sampled.token) != ends.end()) {
+    if (sampled.token != info_.eos_token) update.stop_token = sampled.token;
     out.text = sequence.filter->finish();
     return FinishReason::kStop;
   }
@@ -394,8 +407,9 @@ void Scheduler::fork_choices(Sequence& leader, int64_t index) {
     insert_running(other);
     Update update;
     const std::optional<FinishReason> reason = take_token(other, index, 0, update);
-    ++stats_.generated_tokens;
-    queue_.charge(request.request.client, 1);
+    const int64_t drawn = std::ssize(update.tokens);
+    stats_.generated_tokens += drawn;
+    queue_.charge(request.request.client, drawn);
     if (reason) {
       end(other, *reason, std::move(update));
     } else {

@@ -486,7 +486,7 @@ TEST(Scheduler, RefusesWhatIsNotValid) {
   refuse([](Request& request) { request.prompt.clear(); });
   refuse([](Request& request) { request.prompt[0] = 32; });
   refuse([](Request& request) { request.prompt = counting(200); });
-  refuse([](Request& request) { request.max_tokens = 0; });
+  refuse([](Request& request) { request.max_tokens = -1; });
   refuse([](Request& request) { request.n = 5; });
   refuse([](Request& request) { request.sampling.top_p = 0; });
   refuse([](Request& request) { request.sampling.temperature = -1; });

@@ -26,6 +26,7 @@ struct Answer {
   std::string text;
   std::optional<FinishReason> finish;
   std::string matched_stop, error;
+  int64_t stop_token = -1;
   friend bool operator==(const Answer&, const Answer&) = default;
 };
 
@@ -43,6 +44,8 @@ class Recorder : public Sink {
     answer.finish = update.finish;
     answer.matched_stop = update.matched_stop;
     answer.error = update.error;
+    answer.stop_token = update.stop_token;
+    if (update.prompt_scores) scores = *update.prompt_scores;
     cache = update.cache;
     if (update.finish) ++finished;
     ++updates;
@@ -50,6 +53,7 @@ class Recorder : public Sink {
   }
   std::map<int64_t, Answer> answers;
   CacheReport cache;
+  std::vector<TokenScore> scores;
   int64_t finished = 0, updates = 0;
   bool throws = false;
 };
@@ -64,21 +68,28 @@ inline Answer expected_answer(const ScriptedModel& model,
   const std::unique_ptr<AnswerFilter> filter = filters.create(request);
   Tokens tokens = request.prompt;
   Answer answer;
+  if (request.max_tokens == 0) answer.finish = FinishReason::kLength;
+  Tokens ends = request.stop_tokens;
+  if (!request.ignore_eos) ends.push_back(0);
   while (!answer.finish) {
+    const bool early = std::ssize(answer.tokens) < request.min_tokens;
     const std::vector<float> logits = model.reference(tokens);
-    const int64_t token = sampler
-                              .sample({.logits = logits,
-                                       .sampling = request.sampling,
-                                       .choice = choice,
-                                       .pos = static_cast<int64_t>(tokens.size()),
-                                       .prompt = {},
-                                       .answer = {},
-                                       .mask = filter->mask(),
-                                       .top_logprobs = -1})
-                              .token;
+    const int64_t token =
+        sampler
+            .sample({.logits = logits,
+                     .sampling = request.sampling,
+                     .choice = choice,
+                     .pos = static_cast<int64_t>(tokens.size()),
+                     .prompt = {},
+                     .answer = {},
+                     .mask = filter->mask(),
+                     .avoided = early ? std::span<const int64_t>(ends) : std::span<const int64_t>(),
+                     .top_logprobs = -1})
+            .token;
     tokens.push_back(token);
     answer.tokens.push_back(token);
-    if (token == 0 && !request.ignore_eos) {
+    if (std::ranges::count(ends, token) > 0) {
+      if (token != 0) answer.stop_token = token;
       answer.text += filter->finish();
       answer.finish = FinishReason::kStop;
       break;
@@ -98,6 +109,20 @@ inline Answer expected_answer(const ScriptedModel& model,
     }
   }
   return answer;
+}
+
+// What the tokens of a prompt must score.
+inline std::vector<TokenScore> expected_scores(const ScriptedModel& model, const Request& request) {
+  const ScriptedSampler sampler;
+  std::vector<TokenScore> scores;
+  if (request.prompt_logprobs < 0) return scores;
+  for (size_t i = 0; i < request.prompt.size(); ++i) {
+    scores.emplace_back();
+    if (i == 0) continue;
+    const std::vector<float> logits = model.reference(std::span(request.prompt).first(i));
+    scores.back() = sampler.score(logits, request.prompt[i], request.prompt_logprobs);
+  }
+  return scores;
 }
 
 struct Config {

@@ -169,10 +169,26 @@ class ScriptedModel : public CacheMemory, public Runner {
   /// run() without on_run.
   void run_part(std::span<const SequenceStep> steps) {
     logits_.assign(steps.size(), {});
-    for (size_t i = 0; i < steps.size(); ++i) run_one(steps[i], logits_[i]);
+    scored_.assign(steps.size(), {});
+    for (size_t i = 0; i < steps.size(); ++i) run_one(steps[i], logits_[i], scored_[i]);
   }
   std::span<const float> logits(int64_t sequence, int64_t token) const override {
     return logits_.at(static_cast<size_t>(sequence)).at(static_cast<size_t>(token));
+  }
+  void visit_logits(int64_t sequence,
+                    int64_t from,
+                    int64_t count,
+                    const VisitLogits& visit) const override {
+    const auto& rows = scored_.at(static_cast<size_t>(sequence));
+    // Two at a time, so that pieces have an odd end now and then.
+    for (int64_t row = from; row < from + count; row += 2) {
+      std::vector<float> piece;
+      for (int64_t i = row; i < std::min(row + 2, from + count); ++i) {
+        const auto& logits = rows.at(static_cast<size_t>(i));
+        piece.insert(piece.end(), logits.begin(), logits.end());
+      }
+      visit(row, piece);
+    }
   }
   void rewind(int64_t slot, int64_t pos) override {
     State& state = states_.at(static_cast<size_t>(slot));
@@ -205,7 +221,8 @@ class ScriptedModel : public CacheMemory, public Runner {
     return logits;
   }
 
-  void run_one(const SequenceStep& step, std::vector<std::vector<float>>& logits) {
+  using Rows = std::vector<std::vector<float>>;
+  void run_one(const SequenceStep& step, Rows& logits, Rows& scored) {
     State& state = states_.at(static_cast<size_t>(step.slot));
     const auto count = static_cast<int64_t>(step.tokens.size());
     HADAL_CHECK(count > 0 && step.num_logits <= count, "scripted: empty step");
@@ -223,7 +240,8 @@ class ScriptedModel : public CacheMemory, public Runner {
       state.pos = pos + 1;
       page(step.pages[static_cast<size_t>(pos / options_.page_tokens)])[static_cast<size_t>(
           pos % options_.page_tokens)] = hash;
-      if (i < count - step.num_logits) continue;
+      const bool asked = i >= count - step.num_logits;
+      if (!asked && !step.scored) continue;
       uint64_t all = 1;
       for (int64_t past = 0; past <= pos; ++past) {
         all = mix(
@@ -234,14 +252,15 @@ class ScriptedModel : public CacheMemory, public Runner {
       for (int64_t back = std::max(pos + 1 - options_.window, int64_t{0}); back <= pos; ++back) {
         all = mix(all, state.ring[index(back)]);
       }
-      logits.push_back(spread(all));
+      if (step.scored) scored.push_back(spread(all));
+      if (asked) logits.push_back(spread(all));
     }
   }
 
   ScriptedOptions options_;
   std::vector<uint64_t> pages_;  ///< [num_pages, page_tokens]
   std::vector<State> states_;
-  std::vector<std::vector<std::vector<float>>> logits_;
+  std::vector<Rows> logits_, scored_;
 };
 
 /// The largest of logit + temperature x noise of (seed, choice, position, token).
@@ -250,22 +269,36 @@ class ScriptedSampler : public Sampler {
   Sampled sample(const SampleInput& input) override {
     Sampled best;
     double best_score = 0;
+    bool any = false;
     for (size_t token = 0; token < input.logits.size(); ++token) {
       if (!input.mask.empty() &&
           ((static_cast<uint32_t>(input.mask[token / 32]) >> (token % 32)) & 1u) == 0) {
         continue;
       }
+      if (std::ranges::count(input.avoided, static_cast<int64_t>(token)) > 0) continue;
       uint64_t key = ScriptedModel::mix(input.sampling.seed, static_cast<uint64_t>(input.choice));
       key = ScriptedModel::mix(key, static_cast<uint64_t>(input.pos));
       const auto noise = static_cast<double>(ScriptedModel::mix(key, token) >> 40);
       const double score =
           static_cast<double>(input.logits[token]) + input.sampling.temperature * noise;
-      if (token > 0 && score <= best_score) continue;
+      if (any && score <= best_score) continue;
+      any = true;
       best_score = score;
       best.token = static_cast<int64_t>(token);
     }
     best.logprob = best_score;
     return best;
+  }
+  /// The logit itself, and a digest of all as the rank.
+  TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const override {
+    uint64_t all = 0;
+    for (const float logit : logits) all = ScriptedModel::mix(all, static_cast<uint64_t>(logit));
+    TokenScore score{.logprob = logits[static_cast<size_t>(token)],
+                     .rank = static_cast<int64_t>(all >> 1),
+                     .top = {}};
+    for (int64_t other = 0; other < top; ++other)
+      score.top.push_back({.token = other, .logprob = logits[static_cast<size_t>(other)]});
+    return score;
   }
 };
 

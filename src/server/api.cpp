@@ -17,6 +17,7 @@
 #include "server/http_text.h"
 #include "server/openai_api.h"
 #include "server/openai_types.h"
+#include "server/response_store.h"
 #include "text/chat_tokens.h"
 #include "text/utf8.h"
 
@@ -51,6 +52,7 @@ std::string_view label(std::string_view path) {
   for (const std::string_view known : kKnown) {
     if (path == known) return known;
   }
+  if (path.starts_with("/v1/responses/")) return "/v1/responses";
   return path.starts_with("/v1/models/") ? "/v1/models" : "other";
 }
 
@@ -170,7 +172,11 @@ struct Api::Waiting {
 };
 
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
-    : context_{engine, tokenizer, options, std::make_shared<CallMemory>()},
+    : context_{engine, tokenizer, options, std::make_shared<CallMemory>(),
+               options.response_folder.empty()
+                   ? nullptr
+                   : std::make_shared<ResponseStore>(options.response_folder,
+                                                     options.response_bytes)},
       access_(options),
       keys_(std::make_shared<Keys>(options)),
       views_(std::make_shared<ViewStore>()),
@@ -299,6 +305,9 @@ void Api::route(const HttpRequest& request, const std::shared_ptr<Responder>& re
     check_method(request, "POST");
     return generate(request, responder, post.read, key);
   }
+  constexpr std::string_view kResponse = "/v1/responses/";
+  if (path.starts_with(kResponse))
+    return answer(stored_response(request, path.substr(kResponse.size())));
   struct Plain {
     std::string_view path, method;
     HttpResponse (Api::*answer)(const HttpRequest&) const;
@@ -377,6 +386,31 @@ HttpResponse Api::context_view(const HttpRequest& request) const {
   HttpResponse response;
   response.body = std::move(*view);
   return response;
+}
+
+/// GET and DELETE of a response, GET of what went into it.
+HttpResponse Api::stored_response(const HttpRequest& request, std::string id) const {
+  constexpr std::string_view kItems = "/input_items";
+  const bool items = id.ends_with(kItems);
+  if (items) id.resize(id.size() - kItems.size());
+  const RequestError missing(404, concat("Response with id '", id.substr(0, 64), "' not found."),
+                             "", "response_not_found");
+  if (context_.responses == nullptr) throw RequestError(missing);
+  if (request.method == "DELETE" && !items) {
+    if (!context_.responses->erase(id)) throw RequestError(missing);
+    return json_response(
+        Json::object({{"id", js(id)}, {"object", js("response.deleted")}, {"deleted", js(true)}}));
+  }
+  check_method(request, "GET");
+  auto stored = context_.responses->find(id);
+  if (!stored) throw RequestError(missing);
+  if (!items) return json_response(stored->response);
+  // The conversation without what this response added.
+  std::vector<Json>& list = stored->items.items();
+  const Json* output = stored->response.find("output");
+  if (output != nullptr) list.resize(list.size() - std::min(list.size(), output->items().size()));
+  return json_response(
+      Json::object({{"object", js("list")}, {"data", stored->items}, {"has_more", js(false)}}));
 }
 
 /// The list and its members have the fields of OpenAI's and of Anthropic's API.

@@ -53,6 +53,7 @@ class Api final : public HttpHandler {
   HttpResponse count_tokens(const HttpRequest& request) const;
   HttpResponse tokenize(const HttpRequest& request) const;
   HttpResponse detokenize(const HttpRequest& request) const;
+  HttpResponse stored_response(const HttpRequest& request, std::string id) const;
   HttpResponse context_view(const HttpRequest& request) const;
   HttpResponse health(const HttpRequest& request) const;
   HttpResponse version(const HttpRequest& request) const;

@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -30,7 +32,11 @@ constexpr std::array<const char*, 7> kPaths = {
 
 class Recorder final : public hadal::server::Responder {
  public:
-  void post(std::function<void()> work) override { work(); }
+  /// Behind what is under way, as on a connection's strand.
+  void post(std::function<void()> work) override { posted.push_back(std::move(work)); }
+  void run() {
+    for (; !posted.empty(); posted.pop_front()) posted.front()();
+  }
   void send(HttpResponse response) override {
     status = response.status;
     body = std::move(response.body);
@@ -47,6 +53,7 @@ class Recorder final : public hadal::server::Responder {
   int status = 0, ended = 0;
   bool streamed = false;
   std::string body;
+  std::deque<std::function<void()>> posted;
 };
 
 hadal::server::ServerOptions on_one_thread() {
@@ -95,7 +102,10 @@ struct World {
 
 // clang-format off
 constexpr std::string_view kKeys[] = {
-    "add_special_tokens", "arguments", "best_of", "call_id", "content", "description",
+    "add_generation_prompt", "add_special_tokens", "allowed_tools", "arguments", "best_of", "budget_tokens", "call_id", "chat_template_kwargs", "choice", "content",
+    "continue_final_message", "custom", "definition", "description", "enable_thinking", "enabled",
+    "encrypted_content", "guided_choice", "guided_json", "include", "min_tokens", "mode",
+    "namespace", "prompt_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
     "disable_parallel_tool_use", "echo", "effort", "format", "frequency_penalty", "function", "id",
     "include_usage", "input", "input_schema", "instructions", "is_error", "json_schema",
     "logit_bias", "logprobs", "max_completion_tokens", "max_output_tokens", "max_tokens",
@@ -111,7 +121,9 @@ constexpr std::string_view kValues[] = {
     "\"developer\"", "\"tool\"", "\"function\"", "\"auto\"", "\"none\"", "\"required\"", "\"any\"",
     "\"max\"", "\"text\"", "\"json_object\"", "\"json_schema\"", "\"function_call\"",
     "\"function_call_output\"", "\"tool_use\"", "\"tool_result\"", "\"thinking\"", "\"title\"",
-    "\"enabled\"", "\"f\"", "\"{\\\"a\\\": [1]}\"",
+    "\"enabled\"", "\"custom\"", "\"namespace\"", "\"allowed_tools\"",
+    "\"custom_tool_call\"", "\"custom_tool_call_output\"", "\"item_reference\"", "\"image_url\"",
+    "\"web_search\"", "\"reasoning.encrypted_content\"", "\"message.output_text.logprobs\"", "\"f\"", "\"{\\\"a\\\": [1]}\"",
     R"({"role": "user", "content": "x"})",
     R"({"role": "user", "content": [{"type": "text", "text": "y"}]})",
     R"({"role": "assistant", "content": "a", "reasoning_content": "r", "prefix": true})",
@@ -175,6 +187,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   request.body = std::string_view(reinterpret_cast<const char*>(data) + 1, size - 1);
   const auto recorder = std::make_shared<Recorder>();
   world.api.handle(std::move(request), recorder);
+  recorder->run();
   if (recorder->ended != 1 || recorder->status >= 500 || recorder->status < 200) std::abort();
   if (recorder->status >= 400 && recorder->body.find("\"error\"") == std::string::npos)
     std::abort();

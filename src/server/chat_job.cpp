@@ -61,6 +61,17 @@ struct Rendered {
   std::vector<int64_t> tokens;
 };
 
+/// Takes away what opens the answer.
+void close_turn(text::ChatPrompt& prompt) {
+  for (const std::string_view opens : {text::kThinkStart, text::kThinkEnd}) {
+    const std::string opening = concat(text::kAssistant, opens);
+    if (prompt.text.ends_with(opening)) {
+      prompt.text.resize(prompt.text.size() - opening.size());
+      return;
+    }
+  }
+}
+
 Rendered render(const Context& context, const ChatJob& chat) {
   bool thinking = chat.thinking.value_or(chat.default_thinking);
   text::ChatOptions options;
@@ -71,7 +82,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
     options.effort = effort.effort;
   }
   const Json* last_role = chat.messages.empty() ? nullptr : chat.messages.back().find("role");
-  const bool prefill = last_role != nullptr && last_role->text() == "assistant";
+  const bool prefill = last_role != nullptr && last_role->text() == "assistant" && chat.continues;
   // What the answer begins with is given, or the task's answer has no reasoning.
   if (is_forced(chat) && !chat.thinking && chat.effort.empty()) thinking = false;
   if (prefill || !chat.task.empty()) thinking = false;
@@ -79,6 +90,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
     options.recall = [&](std::string_view id, const text::ToolCall& call) {
       return context.calls->recall(id, call);
     };
+  options.drop_thinking = chat.drop_thinking;
   options.thinking_mode = thinking ? text::ThinkingMode::kThinking : text::ThinkingMode::kChat;
 
   Json messages = Json::array(chat.messages);
@@ -104,6 +116,10 @@ Rendered render(const Context& context, const ChatJob& chat) {
   Rendered rendered{options.thinking_mode, {}};
   try {
     text::ChatPrompt prompt = text::render_chat(messages, options);
+    if (!chat.opens_turn) {
+      close_turn(prompt);
+      rendered.mode = text::ThinkingMode::kChat;
+    }
     const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
     rendered.tokens = context.engine.as_written({ids.begin(), ids.end()});
   } catch (const RequestError&) {
@@ -243,17 +259,26 @@ int64_t read_max_tokens(const Fields& body, std::string_view key) {
   return body.integer_or(key, 0, 1, int64_t{1} << 40);
 }
 
-void fit_context(const Context& context, engine::Request& request) {
+ContextOverflow::ContextOverflow(int64_t prompt, int64_t context)
+    : RequestError(400,
+                   concat("This model's maximum context length is ",
+                          context,
+                          " tokens. However, your messages resulted in ",
+                          prompt,
+                          " tokens. Please reduce the length of the messages."),
+                   "messages",
+                   "context_length_exceeded"),
+      prompt_tokens(prompt),
+      max_context(context) {}
+
+void fit_context(const Context& context, engine::Request& request, Room room) {
   const int64_t limit = context.max_context();
   const int64_t left = limit - std::ssize(request.prompt);
-  if (left < 1)
-    throw RequestError(400,
-                       concat("the prompt has ", request.prompt.size(), " tokens; the context of ",
-                              limit, " leaves nothing for an answer"),
-                       "messages", "context_length_exceeded");
+  if (left < (room == Room::kNone ? 0 : 1))
+    throw ContextOverflow(std::ssize(request.prompt), limit);
   int64_t wanted = request.max_tokens > 0 ? request.max_tokens : context.options.default_max_tokens;
   if (wanted <= 0) wanted = left;
-  request.max_tokens = std::min(wanted, left);
+  request.max_tokens = room == Room::kNone ? 0 : std::min(wanted, left);
   const auto timeout = context.options.request_timeout;
   if (timeout.count() > 0) request.deadline = std::chrono::steady_clock::now() + timeout;
 }
@@ -301,6 +326,30 @@ void read_format(const Fields& format, const Fields& schema, ChatJob& chat) {
   }
 }
 
+namespace {
+
+/// What stands for a part that is no text.
+std::string unsupported(const std::string& type) {
+  const std::string_view name = type;
+  for (const std::string_view known : {"image", "audio", "video", "file"}) {
+    if (name.find(known) != std::string_view::npos) return concat("[Unsupported ", known, "]");
+  }
+  return concat("[Unsupported ", name.substr(0, 40), "]");
+}
+
+std::string part_text(const Fields& part, std::initializer_list<std::string_view> types) {
+  const std::string type = part.string("type");
+  if (std::find(types.begin(), types.end(), type) == types.end()) return unsupported(type);
+  // A refusal has its text under its own name.
+  return part.string(type == "refusal" && part.has(type) ? type : "text");
+}
+
+bool is_role(const Json& message, std::string_view role) {
+  return message.find("role")->text() == role;
+}
+
+}  // namespace
+
 std::string read_text(const Fields& message,
                       std::string_view key,
                       std::initializer_list<std::string_view> types) {
@@ -311,15 +360,40 @@ std::string read_text(const Fields& message,
     message.fail(key, concat("expected a string or a list of parts, found ", content->kind_name()));
   std::string text;
   for (size_t i = 0; i < content->items().size(); ++i) {
-    const Fields part(content->items()[i], concat(message.path(key), "[", i, "]"));
-    const std::string type = part.string("type");
-    if (std::find(types.begin(), types.end(), type) == types.end())
-      part.fail("type",
-                concat("'", type.substr(0, 40), "' is not supported; this model reads text"));
+    const Json& item = content->items()[i];
     if (i > 0) text += "\n\n";
-    text += part.string("text");
+    text += item.is_string()
+                ? item.text()
+                : part_text(Fields(item, concat(message.path(key), "[", i, "]")), types);
   }
   return text;
+}
+
+void settle_system_messages(std::vector<Json>& messages) {
+  const auto is_turn = [](const Json& message) {
+    return is_role(message, "user") || is_role(message, "tool");
+  };
+  const auto empty_turn = [] { return Json::object({{"role", js("user")}, {"content", js("")}}); };
+  std::vector<Json> settled;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    Json& message = messages[i];
+    const bool begun = std::ranges::any_of(
+        settled, [](const Json& earlier) { return !is_role(earlier, "system"); });
+    if (is_role(message, "system") && begun) {
+      // What speaks next decides whether it stands before a turn or in one.
+      size_t next = i + 1;
+      while (next < messages.size() && is_role(messages[next], "system")) ++next;
+      const bool before_turn = next < messages.size() && is_role(messages[next], "user");
+      const bool after_answer = !is_turn(settled.back());
+      if (!before_turn || !after_answer) message.set("role", js("user"));
+    } else if (is_role(message, "assistant") && !settled.empty() && !begun) {
+      settled.push_back(empty_turn());
+    }
+    settled.push_back(std::move(message));
+  }
+  if (std::ranges::all_of(settled, [](const Json& m) { return is_role(m, "system"); }))
+    settled.push_back(empty_turn());
+  messages = std::move(settled);
 }
 
 }  // namespace hadal::server

@@ -13,12 +13,15 @@
 
 namespace hadal::server {
 
+class ResponseStore;
+
 /// What every request handler needs; outlives them.
 struct Context {
   engine::Engine& engine;
   const text::Tokenizer& tokenizer;
   const ServerOptions& options;
-  std::shared_ptr<CallMemory> calls = nullptr;  ///< null: calls are not remembered
+  std::shared_ptr<CallMemory> calls = nullptr;         ///< null: calls are not remembered
+  std::shared_ptr<ResponseStore> responses = nullptr;  ///< null: nothing is stored
   int64_t max_context() const;
 };
 
@@ -41,9 +44,12 @@ struct ChatJob {
   bool default_thinking = true;
   std::string effort;  ///< "" or as effort_of() takes it
   engine::Grammar format;
-  Json format_schema;    ///< shown to the model; null: none
-  std::string task;      ///< a quick-instruction task, or empty
-  engine::Request base;  ///< sampling and limits; prompt, grammar, thinking are filled in here
+  Json format_schema;         ///< shown to the model; null: none
+  std::string task;           ///< a quick-instruction task, or empty
+  bool drop_thinking = true;  ///< the reasoning of earlier turns, where there are no tools
+  bool opens_turn = true;     ///< false: the prompt ends with the last message
+  bool continues = true;      ///< a last message of the assistant's is gone on from
+  engine::Request base;       ///< sampling and limits; prompt, grammar, thinking are filled in here
 };
 
 /// Renders, tokenises and checks. Errors: RequestError.
@@ -59,8 +65,18 @@ std::vector<std::string> read_stop(const Fields& body,
                                    const ServerOptions& options);
 /// A max_tokens, 0 when absent.
 int64_t read_max_tokens(const Fields& body, std::string_view key);
-/// Clips max_tokens to what the context leaves. Errors: RequestError when the prompt fills it.
-void fit_context(const Context& context, engine::Request& request);
+/// A prompt that leaves no room for an answer, in OpenAI's words, which clients match.
+class ContextOverflow : public RequestError {
+ public:
+  ContextOverflow(int64_t prompt_tokens, int64_t max_context);
+  const int64_t prompt_tokens, max_context;
+};
+enum class Room : uint8_t {
+  kAnswer,
+  kNone,  ///< max_tokens 0 means none, not that nobody said anything
+};
+/// Clips max_tokens to what the context leaves. Errors: ContextOverflow when the prompt fills it.
+void fit_context(const Context& context, engine::Request& request, Room room = Room::kAnswer);
 /// The model's name, checked. Errors: RequestError 404.
 std::string read_model(const Context& context, const Fields& body);
 /// {"name", "description", "parameters", "strict"} of a function, checked, as a tool.
@@ -68,9 +84,15 @@ Json read_function(const Fields& function);
 /// {"type": "json_schema"|"json_object"|"text"|"regex"|"grammar", ...} into chat.format. `schema`
 /// holds the fields of the schema (nested in one API, flat in another).
 void read_format(const Fields& format, const Fields& schema, ChatJob& chat);
-/// Text of a content: a string, or a list of parts of the given types.
+/// Text of a content: a string, or a list of texts and parts of the given types. What the model
+/// cannot see stands there as "[Unsupported image]", as the official encoder writes it.
 std::string read_text(const Fields& message,
                       std::string_view key,
                       std::initializer_list<std::string_view> types);
+/// System messages behind the first turn: between an answer and a user's message they stay (the
+/// official encoding knows that); inside a turn they become a part of it, since nothing may stand
+/// between a turn and its answer. Where nobody but the system has spoken before an answer, an empty
+/// turn is put in.
+void settle_system_messages(std::vector<Json>& messages);
 
 }  // namespace hadal::server

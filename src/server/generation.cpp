@@ -1,5 +1,7 @@
 #include "server/generation.h"
 
+#include <algorithm>
+#include <iterator>
 #include <random>
 
 #include "base/log.h"
@@ -8,6 +10,10 @@
 namespace hadal::server {
 
 namespace {
+
+/// Prompts of one request in the engine at a time, so that a long list does not fill its queue.
+constexpr int64_t kPromptsAtOnce = 64;
+
 std::mt19937_64& random_source() {
   thread_local std::mt19937_64 source = [] {
     std::random_device device;
@@ -48,18 +54,18 @@ Ending Choice::ending() const {
 /// Brings updates from the engine's thread to the answer's strand.
 class Generation::PostingSink final : public engine::Sink {
  public:
-  PostingSink(std::shared_ptr<Generation> generation, size_t first_choice)
-      : generation_(std::move(generation)), first_choice_(first_choice) {}
+  PostingSink(std::shared_ptr<Generation> generation, size_t part)
+      : generation_(std::move(generation)), part_(part) {}
   void on_update(engine::Update update) override {
     generation_->responder_->post(
-        [generation = generation_, first = first_choice_, update = std::move(update)] {
-          generation->update(first, update);
+        [generation = generation_, part = part_, update = std::move(update)] {
+          generation->update(part, update);
         });
   }
 
  private:
   std::shared_ptr<Generation> generation_;
-  size_t first_choice_;
+  size_t part_;
 };
 
 Generation::Generation(engine::Engine& engine,
@@ -83,6 +89,7 @@ Generation::Generation(engine::Engine& engine,
                         std::chrono::system_clock::now().time_since_epoch())
                         .count();
   for (const engine::Request& request : job_.requests) {
+    parts_.push_back({.first_choice = open_choices_, .running = request.n});
     open_choices_ += static_cast<size_t>(request.n);
     answer_.prompt_tokens += std::ssize(request.prompt);
   }
@@ -99,37 +106,54 @@ Generation::Generation(engine::Engine& engine,
   }
 }
 
+/// Hands the next request to the engine. Errors: RequestError where it refuses.
+uint64_t Generation::submit_next() {
+  const size_t part = num_submitted_;
+  // Kept where it may be refused and tried again.
+  engine::Request request =
+      parts_.size() > 1 ? job_.requests[part] : std::move(job_.requests[part]);
+  // Counted before the first update can come.
+  ++num_submitted_;
+  ++running_parts_;
+  const auto refuse = [&](const RequestError& error) {
+    --num_submitted_;
+    --running_parts_;
+    throw RequestError(error);
+  };
+  uint64_t id = 0;
+  try {
+    const engine::Submitted submitted = engine_.submit(
+        std::move(request), std::make_shared<PostingSink>(shared_from_this(), part), &id);
+    if (submitted == engine::Submitted::kStopping)
+      refuse(RequestError(503, "the server is stopping"));
+    if (submitted == engine::Submitted::kQueueFull)
+      refuse(RequestError(429, "the queue is full; try again later", "", "queue_full"));
+  } catch (const RequestError&) {
+    throw;
+  } catch (const InputError& error) {
+    refuse(RequestError(400, error.what()));
+  }
+  job_.requests[part] = {};
+  return id;
+}
+
 void Generation::start() {
   std::vector<uint64_t> ids;
-  size_t first = 0;
-  // The answer's parts are numbered before the first update can come.
-  for (engine::Request& request : job_.requests) {
-    const auto choices = static_cast<size_t>(request.n);
-    uint64_t id = 0;
-    engine::Submitted submitted = engine::Submitted::kStopping;
-    try {
-      submitted = engine_.submit(std::move(request),
-                                 std::make_shared<PostingSink>(shared_from_this(), first), &id);
-    } catch (const InputError& error) {
-      for (const uint64_t earlier : ids) engine_.cancel(earlier);
-      throw RequestError(400, error.what());
-    }
-    if (submitted != engine::Submitted::kAccepted) {
-      // What was accepted before ends unheard.
-      responder_->post([self = shared_from_this()] { self->over_ = true; });
-      for (const uint64_t earlier : ids) engine_.cancel(earlier);
-      if (submitted == engine::Submitted::kStopping)
-        throw RequestError(503, "the server is stopping");
-      metrics_.queue_full.add();
-      throw RequestError(429, "the queue is full; try again later", "", "queue_full");
-    }
-    ids.push_back(id);
-    first += choices;
+  try {
+    while (num_submitted_ < parts_.size() && running_parts_ < kPromptsAtOnce)
+      ids.push_back(submit_next());
+  } catch (const RequestError& error) {
+    // What was accepted before ends unheard.
+    responder_->post([self = shared_from_this()] { self->over_ = true; });
+    for (const uint64_t earlier : ids) engine_.cancel(earlier);
+    if (error.status() == 429) metrics_.queue_full.add();
+    throw;
   }
   responder_->post([self = shared_from_this(), ids] { self->accepted(ids); });
   responder_->on_close([self = shared_from_this(), ids] {
     self->over_ = true;
     for (const uint64_t id : ids) self->engine_.cancel(id);
+    self->cancel_all();
     self->metrics_.cancelled.add();
     self->lease_.reset();
   });
@@ -138,21 +162,34 @@ void Generation::start() {
   });
 }
 
+/// The prompts that did not go with the first, as there is room.
+void Generation::submit_more() {
+  while (!over_ && num_submitted_ < parts_.size() && running_parts_ < kPromptsAtOnce) {
+    try {
+      ids_.push_back(submit_next());
+    } catch (const RequestError& error) {
+      // Tried again when the next of ours ends.
+      if (error.status() == 429 && running_parts_ > 0) return;
+      return fail(error);
+    }
+  }
+}
+
 void Generation::accepted(std::vector<uint64_t> ids) {
   ids_ = std::move(ids);
   if (over_) return cancel_all();
   accepted_ = true;
   if (job_.stream) begin_stream();
-  for (const auto& [first_choice, news] : std::exchange(early_, {})) update(first_choice, news);
+  for (const auto& [part, news] : std::exchange(early_, {})) update(part, news);
 }
 
-void Generation::update(size_t first_choice, const engine::Update& update) {
+void Generation::update(size_t part, const engine::Update& update) {
   if (over_) return;
   if (!accepted_) {
-    early_.emplace_back(first_choice, update);
+    early_.emplace_back(part, update);
     return;
   }
-  const size_t index = first_choice + static_cast<size_t>(update.choice);
+  const size_t index = parts_[part].first_choice + static_cast<size_t>(update.choice);
   HADAL_CHECK(index < progress_.size(), "server: an update of choice ", update.choice);
   if (update.finish == engine::FinishReason::kError)
     return fail(RequestError(500, update.error.empty() ? "the engine failed" : update.error));
@@ -162,8 +199,11 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
     return fail(RequestError(503, "the request was cancelled"));
   if (first_) {
     first_ = false;
-    metrics_.first_token.observe(std::chrono::steady_clock::now() - began_);
+    const auto waited = std::chrono::steady_clock::now() - began_;
+    answer_.first_token_seconds = std::chrono::duration<double>(waited).count();
+    metrics_.first_token.observe(waited);
   }
+  if (update.prompt_scores) answer_.choices[index].prompt_scores = update.prompt_scores;
   if (!progress_[index].started) {
     progress_[index].started = true;
     if (update.choice == 0) {
@@ -183,21 +223,27 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
   }
   if (update.finish && !progress_[index].done) {
     answer_.choices[index].matched_stop = update.matched_stop;
+    answer_.choices[index].stop_token = update.stop_token;
     finish_choice(index, *update.finish);
   }
   if (streaming_ && !out_.empty()) responder_->write(std::exchange(out_, {}));
-  if (open_choices_ == 0) close();
+  if (open_choices_ == 0) return close();
+  if (update.finish && --parts_[part].running == 0) {
+    --running_parts_;
+    submit_more();
+  }
 }
 
 void Generation::take_token(size_t index, const engine::OutputToken& token) {
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
+  if (job_.keep_token_ids) choice.token_ids.push_back(token.token);
   if (progress.in_reasoning) {
     ++choice.reasoning_tokens;
     if (token.token == think_end_ || token.token == marker_) progress.in_reasoning = false;
   }
-  if (!(token.text.empty() && tokenizer_.is_added(static_cast<int32_t>(token.token))))
-    progress.pending.push_back(token);
+  const bool hidden = token.text.empty() && tokenizer_.is_added(static_cast<int32_t>(token.token));
+  if (!job_.chat || !hidden) progress.pending.push_back(token);
   std::vector<text::CompletionEvent> events;
   if (progress.parser) {
     events = progress.parser->push(token.text);
@@ -279,6 +325,11 @@ void Generation::finish_choice(size_t index, engine::FinishReason reason) {
       metrics_.irregular.add();
     }
   }
+  // A plain answer shows all that was drawn: its end, and what a stop string took away.
+  if (!job_.chat) {
+    std::ranges::move(progress.pending, std::back_inserter(choice.content_tokens_info));
+    progress.pending.clear();
+  }
   choice.finish = reason;
   --open_choices_;
   if (streaming_) job_.format->finished(answer_, index, out_);
@@ -313,7 +364,9 @@ void Generation::close() {
   cancel_all();  // choices that ended before the engine knew
   lease_.reset();
   metrics_.finished.add();
-  metrics_.duration.observe(std::chrono::steady_clock::now() - began_);
+  const auto took = std::chrono::steady_clock::now() - began_;
+  answer_.seconds = std::chrono::duration<double>(took).count();
+  metrics_.duration.observe(took);
   if (streaming_) {
     job_.format->end(answer_, out_);
     responder_->write(std::exchange(out_, {}));

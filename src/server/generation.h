@@ -45,9 +45,12 @@ struct Choice {
   std::vector<CallRecord> calls;        ///< complete ones
   std::optional<CallRecord> open_call;  ///< under way, or what is there of it where the answer ends
   std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
+  std::vector<int64_t> token_ids;  ///< all that were drawn, with Job::keep_token_ids
+  std::shared_ptr<const std::vector<engine::TokenScore>> prompt_scores;  ///< where asked for
   std::optional<engine::FinishReason> finish;
   std::string matched_stop;
-  std::string malformed;  ///< what the model wrote that could not be delivered, and why; or empty
+  int64_t stop_token = -1;  ///< one of the request's that ended it
+  std::string malformed;    ///< what the model wrote that could not be delivered, and why; or empty
   bool open_reasoning = false;  ///< EOS came inside the reasoning (malformed says so, too)
   /// Calls that were begun in a stream and dropped (Format::call_dropped): clients number on.
   int64_t dropped_calls = 0;
@@ -62,6 +65,7 @@ struct Answer {
   int64_t created = 0;  ///< seconds since 1970
   std::vector<Choice> choices;
   int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0;
+  double first_token_seconds = 0, seconds = 0;  ///< since the request, once known
   std::string miss;
   int64_t completion_tokens() const;
   int64_t reasoning_tokens() const;
@@ -112,6 +116,7 @@ struct Job {
   /// What values may be; null: nothing is known of the tools.
   std::shared_ptr<const text::ToolSchemas> tools;
   bool stream = false;
+  bool keep_token_ids = false;  ///< the format shows them
   std::string id, model;
   std::unique_ptr<Format> format;
   /// Gets the context view of the first choice, where its requests ask for one.
@@ -130,8 +135,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
              Job job,
              Lease lease,
              std::chrono::milliseconds ping_interval = {});
-  /// Submits the job; a stream's head leaves as soon as the engine has accepted all of it. Errors:
-  /// RequestError where it refuses.
+  /// Submits the job, of many prompts the first; a stream's head leaves as soon as the engine has
+  /// accepted them. The others follow as those before them end. Errors: RequestError where it
+  /// refuses.
   void start();
 
  private:
@@ -140,9 +146,16 @@ class Generation : public std::enable_shared_from_this<Generation> {
     std::vector<engine::OutputToken> pending;  ///< tokens whose text is held back
     bool in_reasoning = false, started = false, done = false;
   };
+  /// One of the job's requests.
+  struct Part {
+    size_t first_choice = 0;
+    int64_t running = 0;  ///< choices that the engine has not ended
+  };
   class PostingSink;
 
-  void update(size_t first_choice, const engine::Update& update);
+  uint64_t submit_next();
+  void submit_more();
+  void update(size_t part, const engine::Update& update);
   void take_token(size_t index, const engine::OutputToken& token);
   void take_special(int64_t token,
                     text::CompletionParser& parser,
@@ -168,8 +181,11 @@ class Generation : public std::enable_shared_from_this<Generation> {
   int64_t think_end_ = -1, marker_ = -1;
   Answer answer_;
   std::vector<Progress> progress_;
+  std::vector<Part> parts_;
+  size_t num_submitted_ = 0;
+  int64_t running_parts_ = 0;  ///< submitted and not ended
   std::vector<uint64_t> ids_;
-  std::vector<std::pair<size_t, engine::Update>> early_;  ///< came before all was accepted
+  std::vector<std::pair<size_t, engine::Update>> early_;  ///< of parts; came before acceptance
   std::string out_;
   size_t open_choices_ = 0;
   bool accepted_ = false, streaming_ = false, begun_ = false, over_ = false, first_ = true;

@@ -10,10 +10,14 @@ namespace hadal::server {
 /// use_prefix_cache, `prefix` on a last assistant message that is to be continued.
 Job chat_completion_job(const Context& context, const Json& body);
 /// The conversation of such a body (also of /tokenize).
-ChatJob read_chat_completion(const Context& context, const Fields& body);
+/// `notes`, if there, gets what is left out.
+ChatJob read_chat_completion(const Context& context,
+                             const Fields& body,
+                             std::vector<std::string>* notes = nullptr);
 
-/// POST /v1/completions. Prompts are plain text behind BOS unless `special_tokens` (recognise them)
-/// or `add_special_tokens` (false: no BOS) say otherwise; lists of token ids are taken as they are.
+/// POST /v1/completions. Prompts are plain text behind BOS. A text that begins with BOS, and any
+/// with `add_special_tokens` false, gets none, and its special tokens are recognised;
+/// `special_tokens` says whether they are, either way. Lists of token ids are taken as they are.
 Job text_completion_job(const Context& context, const Json& body);
 /// Tokens of a plain prompt as /v1/completions and /tokenize read it.
 std::vector<int64_t> plain_prompt_tokens(const Context& context,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "server/openai_format.h"
 #include "text/utf8.h"
 
 namespace hadal::server {
@@ -28,29 +29,14 @@ Json byte_list(std::string_view bytes) {
   return list;
 }
 
-/// A logprob JSON can hold: minus infinity becomes a number no token reaches.
-double finite(double logprob) { return std::max(logprob, -9999.0); }
-
-Json token_logprob(const text::Tokenizer& tokenizer, int64_t token, double logprob) {
+Json token_logprob(const text::Tokenizer& tokenizer,
+                   int64_t token,
+                   double logprob,
+                   bool id_as_token) {
   const std::string_view bytes = tokenizer.token_bytes(static_cast<int32_t>(token));
-  return Json::object({{"token", js(text::repair_utf8(bytes))},
-                       {"logprob", js(finite(logprob))},
-                       {"bytes", byte_list(bytes)}});
-}
-
-Json logprob_list(const text::Tokenizer& tokenizer,
-                  const std::vector<engine::OutputToken>& tokens,
-                  size_t from) {
-  Json list = Json::array();
-  for (size_t i = from; i < tokens.size(); ++i) {
-    Json entry = token_logprob(tokenizer, tokens[i].token, tokens[i].logprob);
-    Json top = Json::array();
-    for (const engine::TokenLogprob& other : tokens[i].top)
-      top.items().push_back(token_logprob(tokenizer, other.token, other.logprob));
-    entry.set("top_logprobs", std::move(top));
-    list.items().push_back(std::move(entry));
-  }
-  return list;
+  const std::string name = id_as_token ? concat("token_id:", token) : text::repair_utf8(bytes);
+  return Json::object(
+      {{"token", js(name)}, {"logprob", js(finite_logprob(logprob))}, {"bytes", byte_list(bytes)}});
 }
 
 Json call_json(const CallRecord& call) {
@@ -60,43 +46,6 @@ Json call_json(const CallRecord& call) {
        {"function", Json::object({{"name", js(call.name)}, {"arguments", js(call.arguments)}})}});
 }
 
-/// The two list what is common: errors in the middle of a stream and its end.
-class OpenAiFormat : public Format {
- public:
-  OpenAiFormat(const text::Tokenizer& tokenizer, OpenAiFormatOptions options)
-      : tokenizer_(tokenizer), options_(std::move(options)) {}
-  HttpResponse error(const RequestError& error) override { return openai_error(error); }
-  void stream_error(const RequestError& error, std::string& out) override {
-    out += "data: " + openai_error(error).body + "\n\ndata: [DONE]\n\n";
-  }
-
- protected:
-  void write_chunk(const Answer& answer, const char* object, Json choices, std::string& out) const {
-    Json chunk = frame(answer, object);
-    chunk.set("choices", std::move(choices));
-    if (options_.include_usage) chunk.set("usage", Json());
-    write_sse(out, chunk);
-  }
-  void write_end(const Answer& answer, const char* object, std::string& out) const {
-    if (options_.include_usage) {
-      Json chunk = frame(answer, object);
-      chunk.set("choices", Json::array());
-      chunk.set("usage", openai_usage(answer));
-      write_sse(out, chunk);
-    }
-    out += "data: [DONE]\n\n";
-  }
-  static Json frame(const Answer& answer, const char* object) {
-    return Json::object({{"id", js(answer.id)},
-                         {"object", js(object)},
-                         {"created", js(answer.created)},
-                         {"model", js(answer.model)}});
-  }
-
-  const text::Tokenizer& tokenizer_;
-  const OpenAiFormatOptions options_;
-};
-
 class ChatFormat final : public OpenAiFormat {
  public:
   using OpenAiFormat::OpenAiFormat;
@@ -104,6 +53,13 @@ class ChatFormat final : public OpenAiFormat {
 
   void begin(const Answer& answer, std::string& out) override {
     sent_.resize(answer.choices.size());
+    if (options_.token_ids || !options_.notes.empty()) {
+      Json chunk = frame(answer, kChunk);
+      chunk.set("choices", Json::array());
+      if (options_.token_ids) chunk.set("prompt_token_ids", id_list(prompt_of(0).tokens));
+      add_notes(options_.notes, chunk);
+      write_sse(out, chunk);
+    }
     for (size_t i = 0; i < answer.choices.size(); ++i)
       delta(answer, i, Json::object({{"role", js("assistant")}, {"content", js("")}}), {}, out);
   }
@@ -118,8 +74,8 @@ class ChatFormat final : public OpenAiFormat {
       const Choice& choice = answer.choices[index];
       const auto& tokens = content ? choice.content_tokens_info : choice.reasoning_tokens_info;
       size_t& sent = content ? sent_[index].content : sent_[index].reasoning;
-      logprobs = Json::object(
-          {{content ? "content" : "reasoning_content", logprob_list(tokenizer_, tokens, sent)}});
+      logprobs = Json::object({{content ? "content" : "reasoning_content",
+                                logprob_list(tokenizer_, tokens, sent, options_.ids_as_tokens)}});
       sent = tokens.size();
     }
     delta(answer, index, Json::object({{content ? "content" : "reasoning_content", js(text)}}),
@@ -143,6 +99,7 @@ class ChatFormat final : public OpenAiFormat {
                                {"logprobs", Json()},
                                {"finish_reason", js(openai_finish(choice))}});
     add_details(choice, entry);
+    add_ids(answer, index, entry);
     write_chunk(answer, kChunk, Json::array({std::move(entry)}), out);
   }
   void end(const Answer& answer, std::string& out) override { write_end(answer, kChunk, out); }
@@ -163,40 +120,58 @@ class ChatFormat final : public OpenAiFormat {
       }
       Json logprobs;
       if (options_.logprobs) {
-        logprobs = Json::object(
-            {{"content", logprob_list(tokenizer_, choice.content_tokens_info, 0)},
-             {"reasoning_content", logprob_list(tokenizer_, choice.reasoning_tokens_info, 0)},
-             {"refusal", Json()}});
+        logprobs = Json::object({{"content", logprobs_of(choice.content_tokens_info)},
+                                 {"reasoning_content", logprobs_of(choice.reasoning_tokens_info)},
+                                 {"refusal", Json()}});
       }
       Json entry = Json::object({{"index", js(static_cast<int64_t>(i))},
                                  {"message", std::move(message)},
                                  {"logprobs", std::move(logprobs)},
                                  {"finish_reason", js(openai_finish(choice))}});
       add_details(choice, entry);
+      if (options_.token_ids) entry.set("token_ids", id_list(choice.token_ids));
       choices.items().push_back(std::move(entry));
     }
     Json body = frame(answer, "chat.completion");
     body.set("choices", std::move(choices));
+    if (options_.token_ids) body.set("prompt_token_ids", id_list(prompt_of(0).tokens));
+    const auto& scores = answer.choices.front().prompt_scores;
+    if (options_.prompt_logprobs >= 0 && scores) {
+      body.set("prompt_logprobs",
+               prompt_logprobs_json(tokenizer_, options_, prompt_of(0), *scores));
+    }
     body.set("usage", openai_usage(answer));
+    add_notes(options_.notes, body);
     return body.dump();
   }
 
  private:
   struct Sent {
-    size_t content = 0, reasoning = 0;
+    size_t content = 0, reasoning = 0, ids = 0;
   };
+  Json logprobs_of(const std::vector<engine::OutputToken>& tokens) const {
+    return logprob_list(tokenizer_, tokens, 0, options_.ids_as_tokens);
+  }
+  /// The ids since the choice's last chunk.
+  void add_ids(const Answer& answer, size_t index, Json& entry) {
+    if (!options_.token_ids) return;
+    Sent& sent = sent_[index];
+    const std::vector<int64_t>& ids = answer.choices[index].token_ids;
+    entry.set("token_ids", id_list(ids, sent.ids));
+    sent.ids = ids.size();
+  }
   /// Extensions: which stop string matched, and markup that did not parse.
   static void add_details(const Choice& choice, Json& entry) {
-    if (!choice.matched_stop.empty()) entry.set("stop_reason", js(choice.matched_stop));
+    add_stop_reason(choice, entry);
     if (!choice.malformed.empty()) entry.set("malformed", js(text::repair_utf8(choice.malformed)));
   }
   void delta(const Answer& answer, size_t index, Json content, Json logprobs, std::string& out) {
-    write_chunk(answer, kChunk,
-                Json::array({Json::object({{"index", js(static_cast<int64_t>(index))},
-                                           {"delta", std::move(content)},
-                                           {"logprobs", std::move(logprobs)},
-                                           {"finish_reason", Json()}})}),
-                out);
+    Json entry = Json::object({{"index", js(static_cast<int64_t>(index))},
+                               {"delta", std::move(content)},
+                               {"logprobs", std::move(logprobs)},
+                               {"finish_reason", Json()}});
+    add_ids(answer, index, entry);
+    write_chunk(answer, kChunk, Json::array({std::move(entry)}), out);
   }
   /// Of the open call.
   void call_delta(const Answer& answer, size_t index, const Json& content, std::string& out) {
@@ -208,99 +183,31 @@ class ChatFormat final : public OpenAiFormat {
   std::vector<Sent> sent_;
 };
 
-class TextFormat final : public OpenAiFormat {
- public:
-  using OpenAiFormat::OpenAiFormat;
-  static constexpr const char* kObject = "text_completion";
-
-  void begin(const Answer& answer, std::string& out) override {
-    sent_.resize(answer.choices.size());
-    offset_.resize(answer.choices.size());
-    for (size_t i = 0; i < answer.choices.size(); ++i) {
-      if (const std::string echo = echo_of(i); !echo.empty())
-        write(answer, i, echo, Json(), Json(), out);
-    }
-  }
-  void text(const Answer& answer,
-            size_t index,
-            Kind,
-            const std::string& text,
-            std::string& out) override {
-    const auto& tokens = answer.choices[index].content_tokens_info;
-    Json logprobs;
-    if (options_.logprobs) logprobs = logprobs_of(tokens, sent_[index], offset_[index]);
-    sent_[index] = tokens.size();
-    write(answer, index, text, std::move(logprobs), Json(), out);
-  }
-  void finished(const Answer& answer, size_t index, std::string& out) override {
-    write(answer, index, "", Json(), js(openai_finish(answer.choices[index])), out);
-  }
-  void end(const Answer& answer, std::string& out) override { write_end(answer, kObject, out); }
-
-  std::string whole(const Answer& answer) override {
-    Json choices = Json::array();
-    for (size_t i = 0; i < answer.choices.size(); ++i) {
-      const Choice& choice = answer.choices[i];
-      int64_t offset = 0;
-      Json logprobs;
-      if (options_.logprobs) logprobs = logprobs_of(choice.content_tokens_info, 0, offset);
-      choices.items().push_back(Json::object({{"index", js(static_cast<int64_t>(i))},
-                                              {"text", js(echo_of(i) + choice.content)},
-                                              {"logprobs", std::move(logprobs)},
-                                              {"finish_reason", js(openai_finish(choice))}}));
-    }
-    Json body = frame(answer, kObject);
-    body.set("choices", std::move(choices));
-    body.set("usage", openai_usage(answer));
-    return body.dump();
-  }
-
- private:
-  std::string echo_of(size_t index) const {
-    const size_t prompt = index / static_cast<size_t>(options_.choices_per_prompt);
-    return prompt < options_.echo.size() ? options_.echo[prompt] : std::string();
-  }
-  Json logprobs_of(const std::vector<engine::OutputToken>& tokens,
-                   size_t from,
-                   int64_t& offset) const {
-    Json names = Json::array(), values = Json::array(), tops = Json::array(),
-         offsets = Json::array();
-    for (size_t i = from; i < tokens.size(); ++i) {
-      const auto name = [&](int64_t token) {
-        return text::repair_utf8(tokenizer_.token_bytes(static_cast<int32_t>(token)));
-      };
-      names.items().push_back(js(name(tokens[i].token)));
-      values.items().push_back(js(finite(tokens[i].logprob)));
-      Json top = Json::object();
-      for (const engine::TokenLogprob& other : tokens[i].top)
-        top.set(name(other.token), js(finite(other.logprob)));
-      tops.items().push_back(std::move(top));
-      offsets.items().push_back(js(offset));
-      offset += std::ssize(tokens[i].text);
-    }
-    return Json::object({{"tokens", std::move(names)},
-                         {"token_logprobs", std::move(values)},
-                         {"top_logprobs", std::move(tops)},
-                         {"text_offset", std::move(offsets)}});
-  }
-  void write(const Answer& answer,
-             size_t index,
-             const std::string& text,
-             Json logprobs,
-             Json finish,
-             std::string& out) {
-    write_chunk(answer, kObject,
-                Json::array({Json::object({{"index", js(static_cast<int64_t>(index))},
-                                           {"text", js(text)},
-                                           {"logprobs", std::move(logprobs)},
-                                           {"finish_reason", std::move(finish)}})}),
-                out);
-  }
-  std::vector<size_t> sent_;
-  std::vector<int64_t> offset_;
-};
-
 }  // namespace
+
+Json logprob_list(const text::Tokenizer& tokenizer,
+                  const std::vector<engine::OutputToken>& tokens,
+                  size_t from,
+                  bool ids_as_tokens) {
+  Json list = Json::array();
+  for (size_t i = from; i < tokens.size(); ++i) {
+    Json entry = token_logprob(tokenizer, tokens[i].token, tokens[i].logprob, ids_as_tokens);
+    Json top = Json::array();
+    for (const engine::TokenLogprob& other : tokens[i].top)
+      top.items().push_back(token_logprob(tokenizer, other.token, other.logprob, ids_as_tokens));
+    entry.set("top_logprobs", std::move(top));
+    list.items().push_back(std::move(entry));
+  }
+  return list;
+}
+
+Json id_list(const std::vector<int64_t>& ids, size_t from) {
+  Json list = Json::array();
+  for (size_t i = from; i < ids.size(); ++i) list.items().push_back(js(ids[i]));
+  return list;
+}
+
+double finite_logprob(double logprob) { return std::max(logprob, -9999.0); }
 
 HttpResponse openai_error(const RequestError& error) {
   HttpResponse response;
@@ -315,16 +222,37 @@ HttpResponse openai_error(const RequestError& error) {
   return response;
 }
 
+Json timings_json(const Answer& answer) {
+  Json timings = Json::object({{"first_token_ms", js(1000 * answer.first_token_seconds)},
+                               {"total_ms", js(1000 * answer.seconds)}});
+  const double writing = answer.seconds - answer.first_token_seconds;
+  const int64_t more = answer.completion_tokens() - std::ssize(answer.choices);
+  if (more > 0 && writing > 0)
+    timings.set("tokens_per_second", js(static_cast<double>(more) / writing));
+  return timings;
+}
+
+void add_notes(const std::vector<std::string>& notes, Json& answer) {
+  if (notes.empty()) return;
+  Json list = Json::array();
+  for (const std::string& note : notes) list.items().push_back(js(text::repair_utf8(note)));
+  answer.set("notes", std::move(list));
+}
+
 Json openai_usage(const Answer& answer) {
   Json prompt = Json::object({{"cached_tokens", js(answer.cached_tokens)},
                               {"disk_tokens", js(answer.disk_tokens)},
                               {"miss_reason", js(answer.miss)}});
   Json completion = Json::object({{"reasoning_tokens", js(answer.reasoning_tokens())}});
-  return Json::object({{"prompt_tokens", js(answer.prompt_tokens)},
-                       {"completion_tokens", js(answer.completion_tokens())},
-                       {"total_tokens", js(answer.prompt_tokens + answer.completion_tokens())},
-                       {"prompt_tokens_details", std::move(prompt)},
-                       {"completion_tokens_details", std::move(completion)}});
+  return Json::object(
+      {{"prompt_tokens", js(answer.prompt_tokens)},
+       {"completion_tokens", js(answer.completion_tokens())},
+       {"total_tokens", js(answer.prompt_tokens + answer.completion_tokens())},
+       {"prompt_cache_hit_tokens", js(answer.cached_tokens)},
+       {"prompt_cache_miss_tokens", js(answer.prompt_tokens - answer.cached_tokens)},
+       {"timings", timings_json(answer)},
+       {"prompt_tokens_details", std::move(prompt)},
+       {"completion_tokens_details", std::move(completion)}});
 }
 
 std::string openai_finish(const Choice& choice) {
@@ -350,9 +278,4 @@ std::unique_ptr<Format> chat_completion_format(const text::Tokenizer& tokenizer,
                                                OpenAiFormatOptions options) {
   return std::make_unique<ChatFormat>(tokenizer, std::move(options));
 }
-std::unique_ptr<Format> text_completion_format(const text::Tokenizer& tokenizer,
-                                               OpenAiFormatOptions options) {
-  return std::make_unique<TextFormat>(tokenizer, std::move(options));
-}
-
 }  // namespace hadal::server

@@ -53,13 +53,17 @@ struct ServerOptions {
   std::chrono::milliseconds ping_interval{15'000};
   std::chrono::seconds retry_after{1};  ///< told to those who find the queue full
 
+  // Responses that clients want kept (/v1/responses with store).
+  std::string response_folder;  ///< empty: none are
+  int64_t response_bytes = int64_t{256} << 20;
+
   // Limits of a request.
   int max_json_depth = 64;
   size_t max_json_values = 2'000'000;
   size_t max_messages = 4096;
   size_t max_tools = 512;
   size_t max_stop_strings = 16;
-  size_t max_prompts = 64;         ///< of one /v1/completions
+  size_t max_prompts = 4096;       ///< of one /v1/completions
   int64_t max_context = 0;         ///< prompt and answer; 0: the engine's
   int64_t default_max_tokens = 0;  ///< where a request says nothing; 0: what the context leaves
 

@@ -37,6 +37,11 @@ class RecordingSampler final : public engine::Sampler {
     drawn[{input.sampling.seed, input.choice, input.pos}] = {fnv1a64(bytes), sampled.token};
     return sampled;
   }
+  engine::TokenScore score(std::span<const float> logits,
+                           int64_t token,
+                           int64_t top) const override {
+    return sampler_.score(logits, token, top);
+  }
   std::map<Schedules::Key, Drawn> drawn;
 
  private:
@@ -63,9 +68,11 @@ struct Answer final : engine::Sink {
       tokens[update.choice].push_back(token.token);
     cached = update.cache.cached_tokens;
     disk = update.cache.disk_tokens;
+    if (update.prompt_scores) scores = update.prompt_scores;
     if (update.finish) ++finished;
   }
   std::map<int64_t, std::vector<int64_t>> tokens;
+  std::shared_ptr<const std::vector<engine::TokenScore>> scores;
   std::string error;
   int64_t cached = 0, disk = 0;
   int finished = 0;
@@ -112,9 +119,10 @@ struct Schedules::Machine {
 
 std::string ScheduleCounts::to_string() const {
   return concat(schedules, " schedules, ", tokens, " tokens compared, company up to ",
-                largest_company, ", ", preempted, " preemptions, ", cached, " tokens cached, ",
-                full, "/", periodic, "/", zero, " from disk (full/periodic/zero), ", drafted,
-                " drafted, ", accepted, " accepted");
+                largest_company, ", ", preempted, " preemptions, ", scored,
+                " tokens of prompts scored, ", cached, " tokens cached, ", full, "/", periodic, "/",
+                zero, " from disk (full/periodic/zero), ", drafted, " drafted, ", accepted,
+                " accepted");
 }
 
 Schedules::Schedules(const model::Transformer& model,
@@ -142,6 +150,7 @@ Schedules::Schedules(const model::Transformer& model,
     EXPECT_EQ(answer->error, "");
     alone_.insert(machine.sampler.drawn.begin(), machine.sampler.drawn.end());
     tokens_.push_back(answer->tokens);
+    scores_.push_back(answer->scores);
   }
 }
 
@@ -166,6 +175,7 @@ Request Schedules::draw_request(uint64_t seed, const std::vector<int64_t>& share
   request.sampling.top_p = 0.9;
   request.sampling.seed = seed;
   request.priority = static_cast<int>(seed % 2);
+  if (seed % 7 == 3) request.prompt_logprobs = 2;
   return request;
 }
 
@@ -235,6 +245,11 @@ void Schedules::run() {
     ASSERT_EQ(answers[i]->error, "");
     ASSERT_EQ(answers[i]->finished, requests_[order[i]].n);
     ASSERT_EQ(answers[i]->tokens, tokens_[order[i]]) << "request " << order[i];
+    ASSERT_EQ(answers[i]->scores == nullptr, scores_[order[i]] == nullptr);
+    if (answers[i]->scores != nullptr) {
+      ASSERT_EQ(*answers[i]->scores, *scores_[order[i]]) << "request " << order[i];
+      counts_.scored += std::ssize(*answers[i]->scores);
+    }
     counts_.cached += answers[i]->cached;
     tokens_from_disk += answers[i]->disk;
   }

@@ -37,6 +37,7 @@ struct ScheduleShape {
 /// What the schedules went through; a test asks that none of it is 0.
 struct ScheduleCounts {
   int64_t schedules = 0, tokens = 0, preempted = 0, cached = 0, drafted = 0, accepted = 0;
+  int64_t scored = 0;                        ///< tokens of prompts
   int64_t full = 0, periodic = 0, zero = 0;  ///< tokens from disk under each policy
   int64_t largest_company = 0;
   std::string to_string() const;
@@ -70,6 +71,7 @@ class Schedules {
   std::vector<engine::Request> requests_;
   std::map<Key, Drawn> alone_;
   std::vector<std::map<int64_t, std::vector<int64_t>>> tokens_;
+  std::vector<std::shared_ptr<const std::vector<engine::TokenScore>>> scores_;
   ScheduleCounts counts_;
 };
 

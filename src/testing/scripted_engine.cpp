@@ -54,7 +54,7 @@ ScriptedEngine::~ScriptedEngine() {
 engine::Submitted ScriptedEngine::submit(engine::Request request,
                                          std::shared_ptr<engine::Sink> sink,
                                          uint64_t* id) {
-  HADAL_INPUT_CHECK(!request.prompt.empty() && request.max_tokens > 0, "an empty request");
+  HADAL_INPUT_CHECK(!request.prompt.empty() && request.max_tokens >= 0, "an empty request");
   HADAL_INPUT_CHECK(std::ssize(request.prompt) + request.max_tokens <= info_.max_context,
                     "the context is too long");
   Running running;
@@ -68,6 +68,16 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
     }
     state.text = std::make_unique<engine::AnswerText>(tokenizer_, request);
     running.choices.push_back(std::move(state));
+  }
+  // Of the i-th token -i, that the likeliest is the token's predecessor.
+  if (request.prompt_logprobs >= 0) {
+    auto scores = std::make_shared<std::vector<engine::TokenScore>>(request.prompt.size());
+    for (size_t i = 1; i < scores->size(); ++i) {
+      (*scores)[i] = {.logprob = -static_cast<double>(i), .rank = 2, .top = {}};
+      if (request.prompt_logprobs > 0)
+        (*scores)[i].top.push_back({.token = request.prompt[i - 1], .logprob = -0.25});
+    }
+    running.scores = std::move(scores);
   }
   running.sink = std::move(sink);
   const std::lock_guard lock(mutex_);
@@ -130,6 +140,7 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
   engine::Update update;
   update.cache = {std::ssize(running.request.prompt), std::ssize(running.request.prompt) / 2, 0,
                   "tail"};
+  update.prompt_scores = running.scores;
   if (running.cancelled) {
     update.finish = FinishReason::kCancelled;
   } else if (!choice.error.empty()) {
@@ -142,8 +153,13 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
     const bool ends = choice.next >= choice.tokens.size();
     token.token = ends ? info_.eos_token : choice.tokens[choice.next];
     ++choice.next;
+    const auto& stops = running.request.stop_tokens;
     if (ends) {
       update.finish = FinishReason::kStop;
+      token.text = choice.text->finish();
+    } else if (std::ranges::count(stops, token.token) > 0) {
+      update.finish = FinishReason::kStop;
+      update.stop_token = token.token;
       token.text = choice.text->finish();
     } else {
       token.text = choice.text->push(token.token);

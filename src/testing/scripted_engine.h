@@ -62,6 +62,7 @@ class ScriptedEngine final : public engine::Engine {
     engine::Request request;
     std::shared_ptr<engine::Sink> sink;
     std::vector<ChoiceState> choices;
+    std::shared_ptr<const std::vector<engine::TokenScore>> scores;
     bool cancelled = false;
   };
   void loop();
