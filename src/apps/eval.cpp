@@ -1,6 +1,7 @@
 // hadal eval perplexity: bits per byte of a text, or of every document of a JSON lines file.
 // hadal eval selection: what the indexer's choice keeps of the attention.
 // hadal eval tool-calls: the form of the calls that a model makes in recorded dialogues.
+// hadal eval choice and generate: eval_tasks.h.
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -11,6 +12,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/eval_tasks.h"
 #include "apps/flags.h"
 #include "apps/perplexity.h"
 #include "apps/tool_call_eval.h"
@@ -279,6 +281,12 @@ std::function<int()> define_eval(CLI::App& app) {
       "selection", "the share of the attention over blocks that the indexer's choice keeps");
   auto selection_flags = std::make_shared<SelectionFlags>();
   define_selection(*selection, selection_flags);
+  CLI::App* choice = app.add_subcommand(
+      "choice", "multiple choice: whether the right one of several continuations is likeliest");
+  const std::function<int()> run_choice = define_eval_choice(*choice);
+  CLI::App* generate =
+      app.add_subcommand("generate", "whether the answers that a model writes are the right ones");
+  const std::function<int()> run_generate = define_eval_generate(*generate);
   CLI::App* perplexity = app.add_subcommand(
       "perplexity", "bits per byte of a text: what a model has to be told of it");
   perplexity->footer(
@@ -311,6 +319,8 @@ std::function<int()> define_eval(CLI::App& app) {
       ->capture_default_str();
   perplexity->add_flag("--json", flags->json, "print JSON");
   return [=] {
+    if (choice->parsed()) return run_choice();
+    if (generate->parsed()) return run_generate();
     if (tool_calls->parsed()) return run_tool_calls(*tool_flags);
     if (selection->parsed()) return run_selection(*selection_flags);
     return run(*flags);
