@@ -11,7 +11,9 @@ list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
 # have edges of its own, so that a(-[0-9]+)? took "a1" and (xb+|a){2,} took "aab"; states without a way on were merged with
 # one that had been merged with another, so that (b|[ab]{1,3}|(a+){0,2}|[ab]) took "bbbb". Strings of JSON: those with a length
 # took bare control characters, all took half a surrogate pair (\ud800), which is no character. Classes of characters: bytes
-# that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one.
+# that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one. A pattern of a
+# JSON string that writes a backslash as [\\] means it (src/engine_core/grammar_pattern.h): no automaton, which would drop it.
+# Properties in any order: one could come twice, and one that is required not at all.
 function(xgrammar_mend file)
   file(READ "${XGRAMMAR_ROOT}/cpp/${file}" text)
   set(pairs ${ARGN})
@@ -55,7 +57,42 @@ set(escape_after "Choice({escaped_character, unicode_escape,
                 builder_.AddCharacterClass({{'0', '7'}}), hexadecimal_character, hexadecimal_character})})")
 set(first_before "      {ByteString(\"u\"),\n       hexadecimal_character,")
 set(first_after "      {ByteString(\"u\"),\n       builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}}),")
-xgrammar_mend(json_schema_converter.cc control_before control_after escape_before escape_after first_before first_after)
+set(automaton_before "character >= 0x20 && character <= 0x7e;
+        });")
+set(automaton_after "${automaton_before}
+    can_use_fsm = can_use_fsm && regex.find(\"[\\\\\\\\]\") == std::string::npos;")
+set(order_before "  if (any_order_) {
+    return GetAnyOrder")
+set(order_after "  // With bounds on their number, and where there are too many for a rule each set of them, in the schema's order.
+  if (any_order_ && properties.size() <= 6 && max_properties == -1 && min_properties <= static_cast<int>(required.size())) {
+    return GetAnyOrder")
+set(item_before "  int32_t item_rule_id = builder_.AddRuleWithHint(rule_name + \"_item\", Choice(items));
+")
+set(item_after "  // A rule for what may follow each set of properties: each of them once, none that is required left out.
+  const size_t num_properties = properties.size(), num_sets = size_t{1} << num_properties;
+  std::vector<int32_t> parts, rests(num_sets);
+  for (size_t i = 0; i < items.size(); ++i)
+    parts.push_back(RuleRef(builder_.AddRuleWithHint(rule_name + \"_part\", items[i])));
+  for (size_t set = 0; set < num_sets; ++set) rests[set] = builder_.AddEmptyRuleWithHint(rule_name + \"_rest\");
+  std::vector<int32_t> firsts;
+  for (size_t set = 0; set < num_sets; ++set) {
+    std::vector<int32_t> ways;
+    bool complete = true;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const bool is_property = i < num_properties;
+      if (is_property && (set >> i & 1) != 0) continue;
+      if (is_property && required.count(properties[i].name) > 0) complete = false;
+      const int32_t rest = RuleRef(rests[is_property ? set | size_t{1} << i : set]);
+      ways.push_back(Sequence({middle_separator, parts[i], rest}));
+      if (set == 0) firsts.push_back(Sequence({first_separator, parts[i], rest, last_separator}));
+    }
+    if (complete) ways.push_back(Empty());
+    builder_.UpdateRuleBody(rests[set], Choice(ways));
+  }
+  if (!firsts.empty()) return Choice(firsts);
+  int32_t item_rule_id = builder_.AddRuleWithHint(rule_name + \"_item\", Choice(items));
+")
+xgrammar_mend(json_schema_converter.cc order_before order_after item_before item_after automaton_before automaton_after control_before control_after escape_before escape_after first_before first_after)
 xgrammar_mend(fsm.cc optional_before optional_after sink_before sink_after)
 set(utf8_before "  // Ensure max and min are valid unicode value.
 ")
@@ -81,3 +118,5 @@ if(HADAL_SANITIZE)
   target_compile_options(xgrammar PRIVATE -fno-sanitize=undefined)
 endif()
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+# Several files a compilation: most of their time goes into the same headers, and they never change.
+hadal_unity(xgrammar 8)

@@ -52,6 +52,7 @@ class Apps : public CliFixture {
     const std::string tokenizer = write("tokenizer.json", testing::byte_tokenizer_json(more));
     const std::string folder = folder_ / "model";
     checkpoint::save_model(model, folder, {.tokenizer = tokenizer});
+    write("model/generation_config.json", R"({"thinking": false})");
     return folder;
   }
   std::string random_model() const {

@@ -9,63 +9,14 @@
 #include <nlohmann/json.hpp>
 
 #include "cli_fixture.h"
+#include "serve_process.h"
 #include "testing/loopback_client.h"
 
 namespace hadal {
 namespace {
 
 using nlohmann::json;
-
-/// A running server; its port is read from what it says.
-class Server {
- public:
-  explicit Server(std::vector<std::string> flags) {
-    int ends[2];
-    EXPECT_EQ(::pipe(ends), 0);
-    pid_ = ::fork();
-    if (pid_ == 0) {
-      ::dup2(ends[1], STDERR_FILENO);
-      std::vector<std::string> words = {HADAL_BINARY, "serve", "--port", "0"};
-      words.insert(words.end(), flags.begin(), flags.end());
-      std::vector<char*> arguments;
-      for (std::string& word : words) arguments.push_back(word.data());
-      arguments.push_back(nullptr);
-      ::execv(HADAL_BINARY, arguments.data());
-      ::_exit(127);
-    }
-    ::close(ends[1]);
-    said_ = ::fdopen(ends[0], "r");
-    char line[1024];
-    while (std::fgets(line, sizeof(line), said_) != nullptr) {
-      log_ += line;
-      const std::string text = line;
-      const size_t at = text.find("127.0.0.1:");
-      if (at == std::string::npos || text.find(" at http") == std::string::npos) continue;
-      port_ = static_cast<uint16_t>(std::stoi(text.substr(at + 10)));
-      break;
-    }
-  }
-  ~Server() {
-    if (pid_ > 0) stop(SIGKILL);
-    std::fclose(said_);
-  }
-  uint16_t port() const { return port_; }
-  const std::string& log() const { return log_; }
-  /// The exit code; -1 when a signal ended it.
-  int stop(int signal) {
-    ::kill(pid_, signal);
-    int status = 0;
-    ::waitpid(pid_, &status, 0);
-    pid_ = 0;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  }
-
- private:
-  pid_t pid_ = 0;
-  FILE* said_ = nullptr;
-  uint16_t port_ = 0;
-  std::string log_;
-};
+using testing::Server;
 
 class Serve : public CliFixture {};
 

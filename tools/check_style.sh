@@ -7,7 +7,7 @@ if [ -z "$format" ]; then
   echo "check_style: clang-format is missing; install it with: apt-get install -y clang-format" >&2
   exit 2
 fi
-mapfile -t files < <(git ls-files --cached --others --exclude-standard 'src/*.h' 'src/*.cpp' 'src/*.cu' 'src/*.cuh' 'tests/*.cpp' 'bench/*.cpp')
+mapfile -t files < <(git ls-files --cached --others --exclude-standard 'src/*.h' 'src/*.cpp' 'src/*.cu' 'src/*.cuh' 'tests/*.cpp' 'bench/*.cpp' 'bench/*.cu')
 if [ "${1:-}" = "--fix" ]; then
   printf '%s\n' "${files[@]}" | xargs -P 2 -n 20 "$format" -i
   exit 0

@@ -20,8 +20,8 @@ case "$mode" in
 esac
 
 packages=(g++ cmake make ninja-build unzip xz-utils python3 python3-pip
-  nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev liblzma-dev libzstd-dev
-  librocksdb-dev libxxhash-dev libboost-dev libssl-dev libgtest-dev libbenchmark-dev pkg-config)
+  nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev liblzma-dev libzstd-dev zlib1g-dev
+  librocksdb-dev libxxhash-dev libboost-dev libssl-dev libgtest-dev libbenchmark-dev libedit-dev pkg-config)
 comforts=(ccache mold git)  # builds are faster with them; nothing fails without
 if [ "$mode" = --tools ]; then
   packages=(clang-format clang-19 clang-tidy-19 libclang-rt-19-dev)

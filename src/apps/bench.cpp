@@ -14,6 +14,7 @@
 
 #include "apps/bench_serve.h"
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/json.h"
 #include "base/parallel.h"
@@ -209,11 +210,8 @@ int run(const Options& options) {
   HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm",
                     "bench: expected read, gemm or serve, found ",
                     options.what.empty() ? "nothing" : options.what);
-  HADAL_INPUT_CHECK(options.in % 32 == 0 && options.in > 0 && options.out > 0,
-                    "bench: --in must be a multiple of 32 and --out positive, found ", options.in,
-                    " and ", options.out);
-  HADAL_INPUT_CHECK(options.gib >= 0.001 && options.gib <= 1024,
-                    "bench: --gib: expected 0.001 to 1024, found ", options.gib);
+  HADAL_INPUT_CHECK(options.in % 32 == 0, "bench: --in must be a multiple of 32, found ",
+                    options.in);
   const at::NoGradGuard no_grad;
   ReadBench read(static_cast<int64_t>(options.gib * kGiB));
   std::vector<double> bandwidth;
@@ -236,10 +234,17 @@ std::function<int()> define_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
   app.add_option("what", options->what,
                  "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel");
-  app.add_option("--out", options->out, "outputs of each matrix")->capture_default_str();
-  app.add_option("--in", options->in, "inputs of each matrix")->capture_default_str();
-  app.add_option("--gib", options->gib, "distinct memory to go through")->capture_default_str();
+  app.add_option("--out", options->out, "outputs of each matrix")
+      ->check(between(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--in", options->in, "inputs of each matrix")
+      ->check(between(32, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--gib", options->gib, "distinct memory to go through")
+      ->check(between(0.001, 1024))
+      ->capture_default_str();
   app.add_option("--seconds", options->seconds, "measured at least so long for each line")
+      ->check(between(0, 86400))
       ->capture_default_str();
   app.add_flag("--json", options->json, "print JSON");
   CLI::App* serve = app.add_subcommand("serve", "load on an OpenAI-compatible server");

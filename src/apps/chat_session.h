@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -26,7 +27,7 @@ struct ChatSettings {
   text::ChatOptions encoding;
   std::string system;
   text::PyJson tools;  ///< a list in OpenAI form, or null
-  ops::SamplingParams sampling;
+  engine::Sampling sampling;
   int64_t max_tokens = 1024;
   bool recompute = false;  ///< never use cached state
 };
@@ -45,8 +46,20 @@ class ChatSession {
   ChatSession(const LoadedModel& loaded, ChatSettings settings);
   ~ChatSession();
 
+  /// What later answers go by.
+  ChatSettings& settings() { return settings_; }
   /// Back to the system message and the tools.
   void reset();
+  /// Puts another system message in front of the conversation; empty: none.
+  void set_system(const std::string& text);
+  /// The conversation in OpenAI's form.
+  const text::PyJson& messages() const { return messages_; }
+  /// Goes on from another conversation. Errors: InputError (naming `name`) where it is none;
+  /// nothing is changed then.
+  void set_messages(text::PyJson messages, const std::string& name);
+  /// Takes the last answer away, so that answer() gives another; false when there is none. It comes
+  /// back where answer() is interrupted before the first token.
+  bool take_answer();
   void add_user(std::string_view text);
   /// The result of call `index` of the last answer.
   void add_tool_result(size_t index, std::string_view text);
@@ -63,8 +76,9 @@ class ChatSession {
   ChatSettings settings_;
   std::unique_ptr<engine::LocalEngine> engine_;
   text::PyJson messages_;
-  size_t answered_ = 0;    ///< messages that an interrupted answer leaves
-  int64_t num_calls_ = 0;  ///< of the whole conversation, for ids
+  std::optional<text::PyJson> taken_;  ///< by take_answer()
+  size_t answered_ = 0;                ///< messages that an interrupted answer leaves
+  int64_t num_calls_ = 0;              ///< of the whole conversation, for ids
   int64_t first_call_ = 0;
 };
 

@@ -33,7 +33,21 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::strin
   return {.folder = folder,
           .numerics = numerics,
           .model = checkpoint::load_model(source, numerics),
-          .tokenizer = std::move(tokenizer)};
+          .tokenizer = std::move(tokenizer),
+          .defaults = engine::load_generation_defaults(folder),
+          .effort = choose_effort_levels(folder, source.config(), "")};
+}
+
+ops::SamplingParams sampling_params(const engine::Sampling& sampling) {
+  return {.temperature = sampling.temperature,
+          .top_p = sampling.top_p,
+          .seed = sampling.seed,
+          .top_k = sampling.top_k,
+          .min_p = sampling.min_p,
+          .repetition_penalty = sampling.repetition_penalty,
+          .presence_penalty = sampling.presence_penalty,
+          .frequency_penalty = sampling.frequency_penalty,
+          .logit_bias = sampling.logit_bias};
 }
 
 Sequence::Sequence(const LoadedModel& loaded)
@@ -112,12 +126,22 @@ Finish decode(const LoadedModel& loaded,
               const std::function<bool(int64_t token)>& on_token,
               const StopFunction& stop) {
   const model::ModelConfig& config = loaded.config();
+  ops::TokenHistory history;
+  const bool adjusts = ops::adjusts_logits(sampling);
+  if (adjusts) history.add_prompt(sequence.tokens());
+  std::vector<float> adjusted;
   for (int64_t count = 0; count < max_tokens; ++count) {
     if (stop && stop()) return Finish::kInterrupted;
     // Ids beyond the tokenizer's have no text, so they are never chosen.
-    const std::span<const float> row(sequence.logits().const_data_ptr<float>(),
-                                     static_cast<size_t>(loaded.tokenizer.vocab_size()));
+    std::span<const float> row(sequence.logits().const_data_ptr<float>(),
+                               static_cast<size_t>(loaded.tokenizer.vocab_size()));
+    if (adjusts) {
+      adjusted.assign(row.begin(), row.end());
+      ops::adjust_logits(adjusted, sampling, history, {});
+      row = adjusted;
+    }
     const int64_t token = ops::sample_token(row, sampling, sequence.length());
+    if (adjusts) history.add(token);
     if (!on_token(token) || token == config.eos_token_id) return Finish::kStop;
     if (count + 1 == max_tokens || sequence.length() >= config.max_position_embeddings) break;
     sequence.append({token});

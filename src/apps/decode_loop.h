@@ -9,7 +9,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "apps/effort_choice.h"
 #include "checkpoint/load_model.h"
+#include "engine_core/generation_defaults.h"
 #include "model/contiguous_kv.h"
 #include "ops/sampling/sample.h"
 #include "text/tokenizer.h"
@@ -22,6 +24,8 @@ struct LoadedModel {
   ops::Numerics numerics;
   model::Transformer model;
   text::Tokenizer tokenizer;
+  engine::GenerationDefaults defaults;  ///< the folder's
+  EffortChoice effort;  ///< the levels of reasoning effort that the model was taught
 
   const model::ModelConfig& config() const { return model.config(); }
 };
@@ -30,6 +34,9 @@ struct LoadedModel {
 /// --numerics, or empty for what the checkpoint's scales say. InputError when the tokenizer knows
 /// ids that the model does not.
 LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::string& numerics_flag);
+
+/// The engine's parameters as the sampler's.
+ops::SamplingParams sampling_params(const engine::Sampling& sampling);
 
 using StopFunction = std::function<bool()>;
 

@@ -11,6 +11,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "apps/perplexity.h"
 #include "apps/tool_call_eval.h"
 #include "base/check.h"
@@ -205,9 +206,9 @@ void define_selection(CLI::App& app, const std::shared_ptr<SelectionFlags>& flag
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--context", flags->text.context,
                  "tokens a window; default: trained_length in config.json, else 4096")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   app.add_option("--windows", flags->windows, "windows at the beginning of every document")
-      ->check(CLI::PositiveNumber)
+      ->check(above(0))
       ->capture_default_str();
   app.add_option("--field", flags->text.field, "of a .jsonl line: the text")->capture_default_str();
   app.add_option("--numerics", flags->text.numerics,
@@ -256,10 +257,10 @@ void define_tool_calls(CLI::App& app, const std::shared_ptr<ToolCallFlags>& flag
   app.add_option("--model", flags->model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--turns", flags->options.turns, "turns to try, one of every dialogue")
-      ->check(CLI::PositiveNumber)
+      ->check(above(0))
       ->capture_default_str();
   app.add_option("--max-tokens", flags->options.max_tokens, "tokens of an answer at most")
-      ->check(CLI::PositiveNumber)
+      ->check(above(0))
       ->capture_default_str();
   app.add_option("--numerics", flags->numerics,
                  "ideal, bf16 or released; default: by the checkpoint's scales");
@@ -293,17 +294,17 @@ std::function<int()> define_eval(CLI::App& app) {
   perplexity
       ->add_option("--context", flags->context,
                    "tokens a window; default: trained_length in config.json, else 4096")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   perplexity->add_option("--field", flags->field, "of a .jsonl line: the text")
       ->capture_default_str();
   perplexity->add_option("--max-bytes", flags->max_bytes, "score the beginning of every document")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   perplexity->add_option("--max-documents", flags->max_documents, "score the first documents only")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   perplexity->add_option("--numerics", flags->numerics,
                          "ideal, bf16 or released; default: by the checkpoint's scales");
   perplexity->add_option("--step-tokens", flags->step_tokens, "tokens a forward pass, for memory")
-      ->check(CLI::PositiveNumber)
+      ->check(above(0))
       ->capture_default_str();
   perplexity->add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))

@@ -2,22 +2,27 @@
 #include <chrono>
 #include <cstdio>
 #include <memory>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
 #include "apps/decode_loop.h"
+#include "apps/flags.h"
 #include "apps/interrupt.h"
+#include "apps/perplexity.h"
+#include "apps/text_io.h"
 #include "base/check.h"
 
 namespace hadal::apps {
 namespace {
 
 struct Flags {
-  std::string model, prompt, numerics;
+  std::string model, prompt, prompt_file, numerics;
+  bool prompt_given = false;
   int64_t max_tokens = 128;
-  ops::SamplingParams sampling;
+  SamplingFlags sampling;
   bool json = false;
 };
 
@@ -25,17 +30,35 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-int run(const Flags& flags) {
+/// The text to continue: of the flag, of a file, or of standard input. The newline at the end of a
+/// file is the editor's or the shell's, not the text's.
+std::string read_prompt(const Flags& flags) {
+  HADAL_INPUT_CHECK(!flags.prompt_given || flags.prompt_file.empty(),
+                    "generate: --prompt and --prompt-file are both given");
+  if (flags.prompt_given) return flags.prompt;
+  HADAL_INPUT_CHECK(!flags.prompt_file.empty() || isatty(STDIN_FILENO) == 0,
+                    "generate: no text: give --prompt, --prompt-file or standard input");
+  std::string text = read_input(flags.prompt_file);
+  if (text.ends_with('\n')) text.pop_back();
+  if (text.ends_with('\r')) text.pop_back();
+  check_text(text, flags.prompt_file.empty() ? "standard input" : flags.prompt_file);
+  return text;
+}
+
+int run(Flags flags) {
+  flags.prompt = read_prompt(flags);
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   std::vector<int64_t> ids = {loaded.config().bos_token_id};
   for (const int32_t id : loaded.tokenizer.encode(flags.prompt, text::SpecialTokens::kAsText))
     ids.push_back(id);
+  const ops::SamplingParams sampling =
+      sampling_params(flags.sampling.over(loaded.defaults.sampling));
   Sequence sequence(loaded);
   const InterruptFlag interrupt;
   const StopFunction stop = [&] { return interrupt.raised(); };
 
   const auto start = std::chrono::steady_clock::now();
-  if (!flags.json) std::printf("%s", flags.prompt.c_str());
+  if (!flags.json) write_output(flags.prompt);
   const bool complete = sequence.append(ids, stop);
   const double prompt_seconds = seconds_since(start);
   text::DecodeStream decoder(loaded.tokenizer);
@@ -43,14 +66,13 @@ int run(const Flags& flags) {
   std::vector<int64_t> tokens;
   const auto emit = [&](const std::string& piece) {
     generated += piece;
-    if (!flags.json) std::fwrite(piece.data(), 1, piece.size(), stdout);
-    if (!flags.json) std::fflush(stdout);
+    if (!flags.json) write_output(piece);  // nobody waits for an answer that cannot be written
   };
   const auto decode_start = std::chrono::steady_clock::now();
   Finish finish = Finish::kInterrupted;
   if (complete) {
     finish = decode(
-        loaded, sequence, flags.sampling, flags.max_tokens,
+        loaded, sequence, sampling, flags.max_tokens,
         [&](int64_t token) {
           tokens.push_back(token);
           if (token != loaded.config().eos_token_id) {
@@ -75,7 +97,7 @@ int run(const Flags& flags) {
     std::printf("%s\n",
                 result.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
-    std::printf("\n");
+    write_output("\n");
     std::fprintf(stderr,
                  "prompt: %zu tokens, %.0f tokens/s; generated: %zu tokens, %.0f tokens/s\n",
                  ids.size(), prompt_rate, tokens.size(), decode_rate);
@@ -89,18 +111,18 @@ std::function<int()> define_generate(CLI::App& app) {
   auto flags = std::make_shared<Flags>();
   app.add_option("--model", flags->model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
-  app.add_option("--prompt", flags->prompt, "text to continue")->required();
-  app.add_option("--max-tokens", flags->max_tokens, "tokens to generate at most")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--temperature", flags->sampling.temperature, "0: always the most likely token")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--top-p", flags->sampling.top_p, "keep the most likely tokens of this mass")
-      ->check(CLI::Range(0.0, 1.0));
-  app.add_option("--seed", flags->sampling.seed, "same seed, same text");
+  CLI::Option* prompt =
+      app.add_option("--prompt", flags->prompt, "text to continue; default: standard input");
+  app.add_option("--prompt-file", flags->prompt_file, "file with the text; -: standard input");
+  app.add_option("--max-tokens", flags->max_tokens, "tokens to generate at most")->check(above(0));
+  flags->sampling.define(app);
   app.add_option("--numerics", flags->numerics,
                  "ideal, bf16 or released; default: by the checkpoint's scales");
   app.add_flag("--json", flags->json, "one JSON object instead of a stream");
-  return [flags] { return run(*flags); };
+  return [flags, prompt] {
+    flags->prompt_given = prompt->count() > 0;
+    return run(*flags);
+  };
 }
 
 }  // namespace hadal::apps

@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "apps/model_folder.h"
 #include "base/check.h"
 #include "checkpoint/load_model.h"
@@ -70,8 +71,7 @@ std::function<int()> define_logits(CLI::App& app) {
       ->required();
   app.add_option("--numerics", flags->numerics,
                  "ideal, bf16 or released; default: by the checkpoint's scales");
-  app.add_option("--chunk", flags->chunk, "tokens a step; default: all at once")
-      ->check(CLI::PositiveNumber);
+  app.add_option("--chunk", flags->chunk, "tokens a step; default: all at once")->check(above(0));
   return [flags] { return run(*flags); };
 }
 

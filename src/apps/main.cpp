@@ -1,56 +1,91 @@
 // The hadal binary: picks the subcommand, owns the exit code.
-#include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <exception>
-#include <functional>
+#include <fcntl.h>
+#include <filesystem>
+#include <iostream>
+#include <new>
+#include <string>
+#include <unistd.h>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
-#include "apps/command.h"
+#include "apps/program.h"
 #include "base/check.h"
 #include "base/memory.h"
 
 namespace {
 
+/// A descriptor that the caller closed would be that of the next file, which messages would then
+/// damage. Taken by one that can be neither read nor written to, so that writing still fails.
+void occupy_standard_descriptors() {
+  for (int fd = 0; fd < 3; ++fd) {
+    if (::fcntl(fd, F_GETFD) >= 0 || errno != EBADF) continue;
+    if (::open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) != fd) return;
+  }
+}
+
+/// Whatever a command printed has arrived, or the program says that it has not.
+void finish_output() {
+  std::cout.flush();
+  const bool failed_before = std::ferror(stdout) != 0 || !std::cout;
+  errno = 0;
+  const bool fails_now = std::fflush(stdout) != 0;
+  HADAL_INPUT_CHECK(!failed_before && !fails_now, "standard output: cannot be written",
+                    fails_now && errno != 0 ? ": " : "",
+                    fails_now && errno != 0 ? std::strerror(errno) : "");
+}
+
 int run(int argc, char** argv) {
-  CLI::App app{"hadal: DeepSeek-V4 as a complete system"};
-  app.require_subcommand(1);
-  std::function<int()> chosen;
-  for (const hadal::apps::Command& command : hadal::apps::commands()) {
-    CLI::App* sub = app.add_subcommand(command.name, command.summary);
-    sub->footer("Example:\n" + command.example);
-    std::function<int()> body = command.define(*sub);
-    sub->final_callback([&chosen, body] { chosen = body; });
-  }
+  const std::unique_ptr<hadal::apps::Program> program = hadal::apps::make_program();
+  int code = 0;
   try {
-    app.parse(argc, argv);
+    program->app->parse(argc, argv);
+    code = program->chosen();
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help
-    const auto& table = hadal::apps::commands();
-    const bool known =
-        argc > 1 && std::any_of(table.begin(), table.end(),
-                                [&](const auto& command) { return command.name == argv[1]; });
-    const std::string what = argc > 1 && !known && argv[1][0] != '-'
-                                 ? hadal::concat("no subcommand '", argv[1], "'")
-                                 : std::string(error.what());
-    std::fprintf(stderr, "hadal: %s; see hadal %s--help\n", what.c_str(),
-                 known ? hadal::concat(argv[1], " ").c_str() : "");
-    return 2;
+    if (error.get_exit_code() == 0) {
+      program->app->exit(error);  // --help, --version
+    } else {
+      const std::vector<std::string> words(argv + 1, argv + argc);
+      std::fprintf(stderr, "hadal: %s\n",
+                   hadal::apps::refusal(*program->app, words, error).c_str());
+      code = 2;
+    }
   }
-  return chosen();
+  finish_output();
+  return code;
+}
+
+/// The reason alone: LibTorch's exceptions carry a stack trace behind it.
+std::string first_line(const char* text) {
+  const std::string whole = text;
+  return whole.substr(0, whole.find('\n'));
+}
+
+int fail(int code, const std::string& what) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "hadal: %s\n", what.c_str());
+  return code;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   hadal::keep_freed_memory();
+  occupy_standard_descriptors();
   try {
     return run(argc, argv);
   } catch (const hadal::InputError& error) {
-    std::fprintf(stderr, "hadal: %s\n", error.what());
-    return 2;
+    return fail(2, error.what());
+  } catch (const std::filesystem::filesystem_error& error) {
+    // Names that people gave: a link to itself, a folder that may not be read.
+    return fail(2, hadal::concat(error.path1().string(), ": ", error.code().message()));
+  } catch (const std::bad_alloc&) {
+    return fail(2, "there is not enough memory");
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "hadal: internal error: %s\n", error.what());
-    return 3;
+    return fail(3, "internal error: " + first_line(error.what()));
   }
 }

@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/json.h"
@@ -121,7 +122,9 @@ int run(const Options& options) {
 std::function<int()> define_plan(CLI::App& app) {
   auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
   app.add_option("--config", options->config, "a config.json")->required();
-  app.add_option("--context", options->context, "tokens of context")->capture_default_str();
+  app.add_option("--context", options->context, "tokens of context")
+      ->check(between(1, 1e12))
+      ->capture_default_str();
   app.add_option("--against", options->against, "the model to compare with")->capture_default_str();
   app.add_option("--svg", options->svg, "write both curves over 4K to 1M here");
   app.add_flag("--json", options->json, "print JSON");

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/flags.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/join.h"
@@ -93,18 +94,21 @@ std::vector<std::string> chosen_keys(const Flags& flags, const Metrics& metrics)
   return keys;
 }
 
-int run(const Flags& flags) {
-  const Metrics metrics = read_metrics(flags.file, flags.x);
-  const std::vector<std::string> keys = chosen_keys(flags, metrics);
+/// What a metric is measured in; metrics of one unit share an axis.
+std::string unit_of(const std::string& key) {
+  if (key.find("loss") != std::string::npos) return "loss (nats per token)";
+  if (key.find("_mass") != std::string::npos || key.starts_with("clamped/")) return "share";
+  if (key == "tokens_per_second") return "tokens per second";
+  if (key == "batch_tokens") return "tokens a step";
+  return key;
+}
+
+/// One panel: metrics of one unit.
+Chart panel_of(const Flags& flags, const Metrics& metrics, const std::vector<std::string>& keys) {
   Chart chart;
-  chart.title = flags.title.empty() ? join(keys) : flags.title;
+  chart.title = join(keys);
   chart.x_label = flags.x;
-  const auto is_loss = [](const std::string& key) { return key.find("loss") != std::string::npos; };
-  if (keys.size() == 1) {
-    chart.y_label = keys[0];
-  } else if (std::all_of(keys.begin(), keys.end(), is_loss)) {
-    chart.y_label = "loss (nats per token)";
-  }
+  chart.y_label = keys.size() == 1 ? keys[0] : unit_of(keys[0]);
   chart.marks = metrics.stages;
   for (const std::string& key : keys) {
     const Points& points = metrics.series.at(key);
@@ -114,7 +118,29 @@ int run(const Flags& flags) {
     chart.series.push_back(
         {.label = key, .points = smooth ? smoothed(points, flags.smooth) : points, .faint = false});
   }
-  write_file_atomic(flags.out, draw_svg({&chart, 1}));
+  return chart;
+}
+
+int run(const Flags& flags) {
+  const Metrics metrics = read_metrics(flags.file, flags.x);
+  const std::vector<std::string> keys = chosen_keys(flags, metrics);
+  std::vector<std::vector<std::string>> panels;
+  for (const std::string& key : keys) {
+    const auto same = std::find_if(panels.begin(), panels.end(), [&](const auto& panel) {
+      return unit_of(panel.front()) == unit_of(key);
+    });
+    if (same != panels.end()) {
+      same->push_back(key);
+    } else {
+      panels.push_back({key});
+    }
+  }
+  std::vector<Chart> charts;
+  for (const auto& panel : panels) charts.push_back(panel_of(flags, metrics, panel));
+  if (!flags.title.empty()) charts.front().title = flags.title;
+  if (charts.size() > 1)
+    for (Chart& chart : charts) chart.height = 300;
+  write_file_atomic(flags.out, draw_svg(charts, ChartOrder::kBelow));
   std::printf("%s: %s\n", flags.out.c_str(), join(keys).c_str());
   return 0;
 }
@@ -126,10 +152,11 @@ std::function<int()> define_plot(CLI::App& app) {
   app.add_option("METRICS", flags->file, "a run's metrics.jsonl")->required();
   app.add_option("--out", flags->out, "SVG file to write")->required();
   app.add_option("--keys", flags->keys,
-                 "what to draw, separated by commas; default: loss/main,validation/loss")
+                 "what to draw, separated by commas, a panel for each unit; default: "
+                 "loss/main,validation/loss")
       ->delimiter(',');
   app.add_option("--smooth", flags->smooth, "means over this many points, in front of the points")
-      ->check(CLI::PositiveNumber);
+      ->check(above(0));
   app.add_option("--x", flags->x, "tokens or step")
       ->check(CLI::IsMember({"tokens", "step"}))
       ->capture_default_str();

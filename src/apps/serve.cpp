@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
-#include <fstream>
 #include <memory>
+#include <sstream>
 
 #include <ATen/Context.h>
 
@@ -11,7 +11,9 @@
 
 #include "apps/command.h"
 #include "apps/decode_loop.h"
+#include "apps/flags.h"
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "base/memory.h"
 #include "checkpoint/digest.h"
@@ -19,12 +21,14 @@
 #include "model/init.h"
 #include "server/page.h"
 #include "server/server.h"
+#include "server/url.h"
 
 namespace hadal::apps {
 namespace {
 
 struct Flags {
-  std::string model, numerics, key_file;
+  std::string model, numerics, key_file, effort_levels;
+  std::vector<std::string> names;
   std::string disk_policy = "periodic", device = "cpu";
   double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
   engine::LocalEngineOptions engine;
@@ -39,8 +43,7 @@ engine::WindowPolicy parse_policy(const std::string& name) {
 }
 
 std::vector<std::string> read_keys(const std::string& path) {
-  std::ifstream file(path);
-  HADAL_INPUT_CHECK(file.good(), "--api-keys: cannot read ", path);
+  std::istringstream file(read_file(path, int64_t{1} << 24));
   std::vector<std::string> keys;
   for (std::string line; std::getline(file, line);) {
     while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();
@@ -70,14 +73,31 @@ int run(Flags flags) {
     flags.engine.device = at::kCUDA;
     model::move_to(loaded.model, at::kCUDA);
   }
+  if (!flags.effort_levels.empty())
+    loaded.effort = choose_effort_levels(loaded.folder, loaded.config(), flags.effort_levels);
+  flags.server.effort_levels = loaded.effort.levels;
+  const auto effort_line =
+      concat("reasoning effort has the levels of ", text::effort_levels_name(loaded.effort.levels),
+             " (", loaded.effort.reason, ")");
+  loaded.effort.certain ? log::info("serve", effort_line) : log::warn("serve", effort_line);
+  if (loaded.config().drafter.exists())
+    log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
+              " stages) is kept, but this server does not draft with it yet");
   flags.engine.numerics = loaded.numerics;
+  flags.server.default_thinking = loaded.defaults.thinking;
+  flags.server.default_sampling = loaded.defaults.sampling;
+  flags.server.default_max_tokens = loaded.defaults.max_tokens;
   flags.engine.cache_bytes = static_cast<int64_t>(flags.cache_gib * (int64_t{1} << 30));
   flags.engine.disk.policy = parse_policy(flags.disk_policy);
   flags.engine.disk.max_bytes = static_cast<int64_t>(flags.disk_gib * (int64_t{1} << 30));
   flags.server.ping_interval =
       std::chrono::milliseconds(static_cast<int64_t>(flags.ping_seconds * 1000));
   if (!flags.key_file.empty()) flags.server.api_keys = read_keys(flags.key_file);
-  if (flags.engine.model_name.empty()) {
+  // The first name is the model's own, the others are answered to.
+  if (!flags.names.empty()) {
+    flags.engine.model_name = flags.names.front();
+    flags.server.model_aliases.assign(flags.names.begin() + 1, flags.names.end());
+  } else {
     std::string folder = loaded.folder;
     while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
     flags.engine.model_name = folder.substr(folder.find_last_of('/') + 1);
@@ -99,10 +119,10 @@ int run(Flags flags) {
   log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
             memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
             " MiB of workspace at rest; now ", resident_bytes() >> 20, " MiB");
-  std::fprintf(stderr, "hadal: %s at %s://%s:%u, a page to chat at /; Ctrl-C ends it\n",
-               flags.engine.model_name.c_str(),
-               flags.server.tls_certificate.empty() ? "http" : "https", flags.server.host.c_str(),
-               static_cast<unsigned>(server.port()));
+  const server::Url url{!flags.server.tls_certificate.empty(), flags.server.host, server.port(),
+                        ""};
+  std::fprintf(stderr, "hadal: %s at %s, a page to chat at /; Ctrl-C ends it\n",
+               flags.engine.model_name.c_str(), url.str().c_str());
   int signal = 0;
   sigwait(&signals, &signal);
   log::info("serve", "signal ", signal, ": open answers may end");
@@ -118,38 +138,51 @@ std::function<int()> define_serve(CLI::App& app) {
   server::ServerOptions& server = flags->server;
   app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
   app.add_option("--numerics", flags->numerics, "released, bf16 or ideal; default: as stored");
-  app.add_option("--name", engine.model_name, "model name in the APIs; default: the folder's");
+  app.add_option("--name", flags->names,
+                 "model name in the APIs; given again: further names that it answers to; "
+                 "default: the folder's")
+      ->allow_extra_args(false);
+  app.add_flag("--any-model", server.any_model, "answer to every model name");
+  app.add_option("--effort-levels", flags->effort_levels,
+                 "preview or 0731: what a reasoning effort means; default: the model's (hadal "
+                 "inspect tells)");
   app.add_option("--host", server.host, "address to listen on")->capture_default_str();
   app.add_option("--port", server.port, "0: any free one")->capture_default_str();
   app.add_option("--api-keys", flags->key_file, "file with one key a line; default: no keys");
+  app.add_option("--cors", server.cors,
+                 "origin whose pages may call the server from a browser, or *; may be given again")
+      ->allow_extra_args(false);
+  app.add_option("--allow-host", server.allowed_hosts,
+                 "host name that requests may use beside this machine's; may be given again")
+      ->allow_extra_args(false);
   app.add_option("--tls-certificate", server.tls_certificate, "PEM file");
   app.add_option("--tls-key", server.tls_key, "PEM file");
   app.add_option("--ping-seconds", flags->ping_seconds,
                  "a stream silent for so long gets a ping; 0: never")
-      ->check(CLI::NonNegativeNumber)
+      ->check(between(0, 1e6))
       ->capture_default_str();
   app.add_option("--cache-gib", flags->cache_gib, "memory of all that is remembered of texts")
-      ->check(CLI::PositiveNumber)
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
   app.add_option("--max-running", engine.max_running, "sequences in a step, at most")
-      ->check(CLI::Range(1, 65536))
+      ->check(between(1, 65536))
       ->capture_default_str();
   app.add_option("--max-waiting", engine.max_waiting, "requests in the queue")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run, at most")
-      ->check(CLI::Range(1, 1 << 20))
+      ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
-      ->check(CLI::Range(0, 8))
+      ->check(between(0, 8))
       ->capture_default_str();
   app.add_flag("--always-draft", engine.always_draft, "drafts even where they do not pay");
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");
   app.add_option("--disk-gib", flags->disk_gib, "its budget")
-      ->check(CLI::PositiveNumber)
+      ->check(between(1e-6, 1e6))
       ->capture_default_str();
   app.add_option("--disk-policy", flags->disk_policy,
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")

@@ -1,15 +1,14 @@
 // hadal tokenizer-cut: a small tokenizer.json out of a large one and the texts it is meant for.
 #include "text/tokenizer_cut.h"
 
-#include <filesystem>
-#include <fstream>
 #include <memory>
 
 #include <CLI/CLI.hpp>
 
+#include "apps/flags.h"
 #include "apps/text_commands.h"
 #include "apps/text_io.h"
-#include "base/check.h"
+#include "base/file.h"
 
 namespace hadal::apps {
 namespace {
@@ -33,15 +32,7 @@ int cut(const Options& options) {
                                                    text = read_input(options.texts[next++]);
                                                    return true;
                                                  });
-  // Whole or not at all: a reader never sees half a file.
-  const std::string temporary = options.out + ".tmp";
-  std::ofstream file(temporary, std::ios::binary);
-  file << result;
-  file.close();
-  HADAL_INPUT_CHECK(file.good(), temporary, ": cannot be written");
-  std::error_code error;
-  std::filesystem::rename(temporary, options.out, error);
-  HADAL_INPUT_CHECK(!error, options.out, ": cannot be written: ", error.message());
+  write_file_atomic(options.out, result);
   return 0;
 }
 
@@ -51,10 +42,10 @@ std::function<int()> define_tokenizer_cut(CLI::App& app) {
   auto options = std::make_shared<Options>();
   app.add_option("--tokenizer", options->tokenizer, "the large tokenizer.json")->required();
   app.add_option("--vocab-size", options->vocab_size, "ids of the result, added tokens included")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+      ->check(between(1, 1 << 24))
       ->capture_default_str();
   app.add_option("--min-count", options->min_count, "how often a merge must occur in the texts")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--out", options->out, "file to write")->required();
   app.add_option("text", options->texts, "plain text files")->required();

@@ -79,8 +79,8 @@ text::Completion answer(const LoadedModel& loaded,
   text::CompletionParser parser(dialogue.encoding.thinking_mode);
   decode(loaded, sequence, {.temperature = 0.0}, max_tokens,
          [&](int64_t token) {
-           parser.push(loaded.tokenizer.token_bytes(static_cast<int32_t>(token)));
-           return !parser.malformed();
+           parser.push_token(loaded.tokenizer, static_cast<int32_t>(token));
+           return true;
          },
          {});
   std::vector<text::CompletionEvent> rest;

@@ -67,6 +67,7 @@ class Drawing {
       for (const auto& [px, py] : series.points) {
         x_.add(px);
         y_.add(py);
+        whole_x_ = whole_x_ && px == std::floor(px);
       }
     if (chart.from_zero) y_.add(0.0);
     if (x_.size() < 0) x_ = {0.0, 1.0};
@@ -147,7 +148,7 @@ class Drawing {
   std::vector<std::pair<double, std::string>> x_ticks() const {
     std::vector<std::pair<double, std::string>> ticks;
     if (chart_.x_scale == XScale::kLinear) {
-      for (const double value : round_ticks(x_.low, x_.high, 7))
+      for (const double value : round_ticks(x_.low, x_.high, 7, whole_x_))
         ticks.emplace_back(value, short_number(value));
       return ticks;
     }
@@ -255,18 +256,20 @@ class Drawing {
 
   const Chart& chart_;
   double left_, right_ = 0, bottom_ = 0;
+  bool whole_x_ = true;
   Range x_, y_;
   std::string out_;
 };
 
 }  // namespace
 
-std::vector<double> round_ticks(double low, double high, int count) {
+std::vector<double> round_ticks(double low, double high, int count, bool whole) {
   if (!(high > low) || count < 1) return {low};
-  const double rough = (high - low) / count;
+  const double rough = whole ? std::max(1.0, (high - low) / count) : (high - low) / count;
   const double unit = std::pow(10, std::floor(std::log10(rough)));
   double step = 10 * unit;
   for (const double factor : {1.0, 2.0, 2.5, 5.0}) {
+    if (whole && factor * unit != std::floor(factor * unit)) continue;
     if (factor * unit >= rough * 0.999) {
       step = factor * unit;
       break;
@@ -279,13 +282,20 @@ std::vector<double> round_ticks(double low, double high, int count) {
   return ticks;
 }
 
-std::string draw_svg(std::span<const Chart> charts) {
+std::string draw_svg(std::span<const Chart> charts, ChartOrder order) {
   double width = 0, height = 0;
   std::string body;
   for (const Chart& chart : charts) {
-    body += Drawing(chart, width).draw();
-    width += chart.width;
-    height = std::max(height, chart.height);
+    if (order == ChartOrder::kBelow) {
+      body += fmt::format("<g transform='translate(0 {:g})'>\n{}</g>\n", height,
+                          Drawing(chart, 0).draw());
+      width = std::max(width, chart.width);
+      height += chart.height;
+    } else {
+      body += Drawing(chart, width).draw();
+      width += chart.width;
+      height = std::max(height, chart.height);
+    }
   }
   return fmt::format(
              "<svg xmlns='http://www.w3.org/2000/svg' width='{0:g}' height='{1:g}' "

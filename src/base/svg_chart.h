@@ -33,10 +33,13 @@ struct Chart {
   double width = 880, height = 420;  ///< of this chart, in pixels
 };
 
-/// One document with the charts side by side.
-std::string draw_svg(std::span<const Chart> charts);
+enum class ChartOrder { kBeside, kBelow };
 
-/// About `count` round values that lie in [low, high].
-std::vector<double> round_ticks(double low, double high, int count);
+/// One document with the charts beside or below each other. An axis of whole numbers (tokens,
+/// steps) has ticks at whole numbers.
+std::string draw_svg(std::span<const Chart> charts, ChartOrder order = ChartOrder::kBeside);
+
+/// About `count` round values that lie in [low, high]; `whole`: whole numbers, fewer if need be.
+std::vector<double> round_ticks(double low, double high, int count, bool whole = false);
 
 }  // namespace hadal

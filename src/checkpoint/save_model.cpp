@@ -61,6 +61,8 @@ void save_model(const model::Transformer& model,
   const at::NoGradGuard no_grad;
   model::ModelConfig config = model.config();
   const bool official = options.format == SaveFormat::kOfficial;
+  config.drafter = {};
+  if (options.trained_length >= 0) config.trained_length = options.trained_length;
   config.quantized = official;
   config.expert_dtype = official ? model::ExpertDtype::kFp4 : model::ExpertDtype::kBf16;
   if (official) config.check_released();
@@ -75,6 +77,10 @@ void save_model(const model::Transformer& model,
   }
   writer.finish();
   write_file_atomic(directory.temporary() + "/config.json", model::to_config_json(config));
+  if (!options.generation_config.empty()) {
+    write_file_atomic(directory.temporary() + "/generation_config.json",
+                      read_file(options.generation_config));
+  }
   if (!options.tokenizer.empty()) {
     write_file_atomic(directory.temporary() + "/tokenizer.json", read_file(options.tokenizer));
   }

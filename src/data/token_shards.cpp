@@ -7,12 +7,14 @@
 
 #include "base/check.h"
 #include "base/hash.h"
+#include "base/join.h"
 #include "base/log.h"
 #include "base/parallel.h"
 #include "base/tensor_file.h"
 #include "data/conversation.h"
 #include "data/text_source.h"
 #include "text/chat_tokens.h"
+#include "text/utf8.h"
 
 namespace hadal::data {
 namespace {
@@ -51,6 +53,7 @@ class Encoder {
   }
 
   void add(std::string text, std::string origin) {
+    holds_text |= text.find_first_not_of(" \t\r\n") != std::string::npos;
     pending_bytes_ += text.size();
     text_bytes += static_cast<int64_t>(text.size());
     pending_.push_back({std::move(text), std::move(origin)});
@@ -77,6 +80,7 @@ class Encoder {
   std::vector<uint8_t> scored;
   std::vector<int64_t> documents = {0};
   int64_t text_bytes = 0;
+  bool holds_text = false;
 
  private:
   static constexpr size_t kBatchBytes = size_t{64} << 20;
@@ -88,6 +92,9 @@ class Encoder {
     if (spec_.kind == SourceKind::kConversation) {
       return encode_conversation(document.text, document.origin, tokenizer_);
     }
+    const size_t valid = text::valid_utf8_prefix(document.text);
+    HADAL_INPUT_CHECK(valid == document.text.size(), document.origin, ": no UTF-8 at byte ", valid,
+                      ": a source is text");
     MarkedTokens result;
     result.ids.push_back(bos_);
     tokenizer_.encode(document.text, text::SpecialTokens::kAsText, result.ids);
@@ -206,6 +213,8 @@ std::string build_token_shards(const SourceSpec& spec,
     }
   }
   encoder.flush();
+  HADAL_INPUT_CHECK(encoder.holds_text, "source ", spec.name, ": its files hold no text (",
+                    join(spec.files), ")");
   write_tokens(path, encoder, fingerprint);
   log::info("data", spec.name, ": ", encoder.documents.size() - 1, " documents, ",
             encoder.tokens.size(), " tokens, ", encoder.text_bytes, " bytes");

@@ -1,11 +1,13 @@
 #include "engine_core/answer_filters.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
-#include "engine_core/stop.h"
+#include "engine_core/answer_text.h"
+#include "text/chat_tokens.h"
 
 namespace hadal::engine {
 namespace {
@@ -13,43 +15,61 @@ namespace {
 class TextFilter final : public AnswerFilter {
  public:
   TextFilter(const text::Tokenizer& tokenizer,
-             std::shared_ptr<const StopSet> stops,
+             const Request& request,
              std::optional<GrammarSession> grammar,
              size_t mask_words)
-      : tokenizer_(tokenizer),
-        stream_(std::move(stops)),
+      : text_(tokenizer, request),
+        eos_(tokenizer.find(text::kEos).value_or(-1)),
+        budget_(request.thinking_budget),
+        closes_reasoning_(request.close_reasoning),
         grammar_(std::move(grammar)),
-        mask_(grammar_ ? mask_words : 0) {}
+        mask_(mask_words) {}
 
   std::span<const int32_t> mask() override {
+    const std::span<const int32_t> whole{reinterpret_cast<const int32_t*>(mask_.data()),
+                                         mask_.size()};
+    if (budget_ >= 0 && text_.in_reasoning() && text_.reasoning_tokens() >= budget_ &&
+        text_.think_end() >= 0) {
+      std::fill(mask_.begin(), mask_.end(), 0);
+      const auto place = static_cast<size_t>(text_.think_end());
+      mask_[place / 32] |= 1u << place % 32;
+      return whole;
+    }
     if (!grammar_ || !grammar_->mask(mask_)) return {};
-    return {reinterpret_cast<const int32_t*>(mask_.data()), mask_.size()};
+    return whole;
+  }
+
+  int64_t decide(int64_t token) override {
+    const bool closes = closes_reasoning_ && token == eos_ && text_.in_reasoning();
+    return closes && text_.think_end() >= 0 ? text_.think_end() : token;
   }
 
   Accepted accept(int64_t token) override {
     Accepted accepted;
     HADAL_CHECK(!grammar_ || grammar_->accept(token), "engine: token ", token,
                 " is not what the grammar allows");
-    accepted.text = stream_.push(tokenizer_.token_bytes(static_cast<int32_t>(token)));
-    if (stream_.stopped()) {
+    accepted.text = text_.push(token);
+    if (text_.stopped()) {
       accepted.verdict = Verdict::kStopString;
-      accepted.matched_stop = *stream_.matched();
+      accepted.matched_stop = *text_.matched();
     }
     return accepted;
   }
 
-  std::string finish() override { return stream_.finish(); }
+  std::string finish() override { return text_.finish(); }
 
  private:
-  const text::Tokenizer& tokenizer_;
-  StopStream stream_;
+  AnswerText text_;
+  int64_t eos_, budget_;
+  bool closes_reasoning_;
   std::optional<GrammarSession> grammar_;
   std::vector<uint32_t> mask_;
 };
 
 /// The compiler's form: a list of tools alone means that one has to be called.
 Grammar compiler_form(Grammar grammar) {
-  if (grammar.kind == Grammar::Kind::kToolCalls && !grammar.must_call)
+  const bool is_list = grammar.text.find_first_not_of(" \t\r\n") == grammar.text.find('[');
+  if (grammar.kind == Grammar::Kind::kToolCalls && !grammar.must_call && is_list)
     grammar.text = concat("{\"tools\": ", grammar.text, ", \"mode\": \"auto\"}");
   return grammar;
 }
@@ -60,9 +80,7 @@ std::unique_ptr<AnswerFilter> TextFilters::create(const Request& request) {
   std::optional<GrammarSession> grammar;
   if (const auto compiled = compiler_.compile(compiler_form(request.grammar)))
     grammar.emplace(compiled, request.thinking);
-  std::shared_ptr<const StopSet> stops;
-  if (!request.stop.empty()) stops = std::make_shared<const StopSet>(request.stop);
-  return std::make_unique<TextFilter>(tokenizer_, std::move(stops), std::move(grammar),
+  return std::make_unique<TextFilter>(tokenizer_, request, std::move(grammar),
                                       compiler_.mask_words());
 }
 

@@ -1,6 +1,7 @@
 #include "engine_core/grammar.h"
 
 #include <algorithm>
+#include <bit>
 #include <condition_variable>
 #include <future>
 #include <list>
@@ -16,6 +17,8 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_calls.h"
+#include "engine_core/grammar_ends.h"
 #include "engine_core/grammar_log.h"
 #include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
@@ -27,8 +30,6 @@
 namespace hadal::engine {
 namespace {
 
-constexpr std::string_view kEnd = text::kThinkEnd;
-constexpr size_t kEndLength = kEnd.size();
 constexpr size_t kMaxCompiling = 2;
 
 const char* kind_name(Grammar::Kind kind) {
@@ -49,7 +50,9 @@ const char* kind_name(Grammar::Kind kind) {
   return "none";
 }
 
-xgrammar::Grammar read_grammar(const Grammar& grammar, const GrammarVocabulary& vocabulary) {
+xgrammar::Grammar read_grammar(const Grammar& grammar,
+                               const GrammarVocabulary& vocabulary,
+                               const ToolGrammar& tools) {
   const std::string what = concat("grammar: ", kind_name(grammar.kind));
   switch (grammar.kind) {
     case Grammar::Kind::kJsonObject:
@@ -59,19 +62,21 @@ xgrammar::Grammar read_grammar(const Grammar& grammar, const GrammarVocabulary& 
     case Grammar::Kind::kJsonSchema: {
       check_schema(*parse_json(grammar.text, what), what);
       auto schema = nlohmann::ordered_json::parse(grammar.text);
-      const bool changed = prepare_strings(schema, false, what);
+      const bool changed = prepare_strings(schema, what);
       return xgrammar::Grammar::FromJSONSchema(changed ? schema.dump() : grammar.text, true,
-                                               std::nullopt, std::nullopt, true, kMaxWhitespace);
+                                               std::nullopt, std::nullopt, true, kMaxWhitespace,
+                                               false, true);
     }
     case Grammar::Kind::kRegex:
       check_pattern(grammar.text, what);
+      json_pattern(grammar.text, what);  // classes of no characters
       return xgrammar::Grammar::FromRegex(grammar.text);
     case Grammar::Kind::kEbnf:
       check_pattern(grammar.text, what);
       return xgrammar::Grammar::FromEBNF(grammar.text);
     case Grammar::Kind::kToolCalls: {
-      auto result = xgrammar::Grammar::FromStructuralTag(tool_calls_structural_tag(grammar.text),
-                                                         vocabulary.with_dsml);
+      auto result =
+          xgrammar::Grammar::FromStructuralTag(tools.structural_tag, vocabulary.with_dsml);
       if (const auto* error = std::get_if<xgrammar::StructuralTagError>(&result)) {
         std::visit([](const auto& e) { throw InputError(concat("grammar: tools: ", e.what())); },
                    *error);
@@ -90,12 +95,16 @@ class CompiledGrammar {
  public:
   CompiledGrammar(std::shared_ptr<const GrammarVocabulary> tokens,
                   xgrammar::CompiledGrammar grammar,
-                  bool calls)
-      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), has_calls(calls) {}
+                  const ToolGrammar& tools)
+      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), watch(tools.watch) {
+    if (!tools.calls.empty())
+      calls = std::make_shared<const std::vector<CallParameters>>(tools.calls);
+  }
 
   std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::CompiledGrammar compiled;
-  bool has_calls;  ///< of tools: the marker has its place, which xgrammar's free text does not know
+  MarkerGuard::Watch watch;  ///< the marker has its place, which free text does not know
+  std::shared_ptr<const std::vector<CallParameters>> calls;  ///< null: no tools
 };
 
 // --- GrammarCompiler
@@ -129,24 +138,37 @@ struct GrammarCompiler::Impl {
   std::vector<std::list<std::thread>::iterator> ended;  ///< of them, those to join
 
   Result build(const Grammar& grammar) {
+    const auto checked = [&](bool prefer, bool& has_preferences) {
+      try {
+        const GrammarWarnings warnings;
+        const bool calls = grammar.kind == Grammar::Kind::kToolCalls;
+        const ToolGrammar tools = calls ? read_tool_grammar(grammar.text, prefer) : ToolGrammar();
+        has_preferences = tools.has_preferences;
+        const xgrammar::Grammar read = read_grammar(grammar, *vocabulary, tools);
+        check_ends(read.ToString(), concat("grammar: ", kind_name(grammar.kind)));
+        auto result = std::make_shared<const CompiledGrammar>(
+            vocabulary, (calls ? *with_dsml : *plain).CompileGrammar(read), tools);
+        HADAL_INPUT_CHECK(warnings.first().empty(), "grammar: ", kind_name(grammar.kind), ": ",
+                          warnings.first());
+        HADAL_INPUT_CHECK(result->compiled.MemorySizeBytes() <= limits.compiled_bytes,
+                          "grammar: ", kind_name(grammar.kind), ": compiled, it takes ",
+                          result->compiled.MemorySizeBytes(), " bytes, at most ",
+                          limits.compiled_bytes, " are allowed");
+        return result;
+      } catch (const Error&) {
+        throw;
+      } catch (const std::exception& error) {
+        throw InputError(
+            concat("grammar: ", kind_name(grammar.kind), ": ", grammar_message(error)));
+      }
+    };
+    bool has_preferences = false;
     try {
-      const GrammarWarnings warnings;
-      const xgrammar::Grammar read = read_grammar(grammar, *vocabulary);
-      auto& compiler = grammar.kind == Grammar::Kind::kToolCalls ? *with_dsml : *plain;
-      auto result = std::make_shared<const CompiledGrammar>(
-          vocabulary, compiler.CompileGrammar(read), grammar.kind == Grammar::Kind::kToolCalls);
-      HADAL_INPUT_CHECK(warnings.first().empty(), "grammar: ", kind_name(grammar.kind), ": ",
-                        warnings.first());
-      HADAL_INPUT_CHECK(result->compiled.MemorySizeBytes() <= limits.compiled_bytes,
-                        "grammar: ", kind_name(grammar.kind), ": compiled, it takes ",
-                        result->compiled.MemorySizeBytes(), " bytes, at most ",
-                        limits.compiled_bytes, " are allowed");
-      return result;
-    } catch (const Error&) {
-      throw;
-    } catch (const std::exception& error) {
-      throw InputError(concat("grammar: ", kind_name(grammar.kind), ": ", grammar_message(error)));
+      return checked(true, has_preferences);
+    } catch (const InputError&) {
+      if (!has_preferences) throw;
     }
+    return checked(false, has_preferences);
   }
 
   /// Drops what was not used for longest; the mutex is held.
@@ -281,65 +303,56 @@ size_t GrammarCompiler::mask_words() const { return impl_->vocabulary->mask_word
 struct GrammarSession::Impl {
   /// What one token changed.
   struct Step {
-    bool thinking;   ///< before it
-    size_t matched;  ///< of kEnd, before it
-    int8_t utf8;     ///< before it
+    bool thinking;  ///< before it
+    int8_t utf8;    ///< before it
     int matcher_steps;
     MarkerGuard marker;  ///< before it
+    CallTracker calls;   ///< before it
   };
 
   explicit Impl(const std::shared_ptr<const CompiledGrammar>& grammar, bool is_thinking)
       : vocabulary(grammar->vocabulary),
         matcher(grammar->compiled),
         thinking(is_thinking),
-        marker(grammar->has_calls) {}
+        marker(grammar->watch),
+        calls(grammar->calls) {}
 
   Step step(int matcher_steps) const {
     return {.thinking = thinking,
-            .matched = matched,
             .utf8 = utf8,
             .matcher_steps = matcher_steps,
-            .marker = marker};
+            .marker = marker,
+            .calls = calls};
   }
 
   bool accept_thinking(int64_t token) {
     const auto place = static_cast<size_t>(token);
     if ((vocabulary->thinking_mask[place / 32] >> place % 32 & 1u) == 0) return false;
-    Step before = step(0);
-    const std::string& bytes = vocabulary->bytes[place];
-    if (bytes.empty()) {  // kEnd as an added token
-      thinking = false;
-      matched = 0;
-      steps.push_back(std::move(before));
-      return true;
-    }
-    size_t now = matched;
-    for (size_t pos = 0; pos < bytes.size(); ++pos) {
-      now = step_match(kEnd, now, bytes[pos]);
-      if (now < kEndLength) continue;
-      if (pos + 1 < bytes.size()) {
-        const std::string rest = bytes.substr(pos + 1);
-        const int8_t behind = step_utf8(kWhole, rest);
-        if (behind == kBroken || !marker.allows(rest) || !matcher.AcceptString(rest)) return false;
-        utf8 = behind;
-        marker.add(rest);
-        before.matcher_steps = 1;
-      }
-      thinking = false;
-      now = 0;
-      break;
-    }
-    matched = now;
-    steps.push_back(std::move(before));
+    steps.push_back(step(0));
+    thinking = token != vocabulary->think_end;
     return true;
+  }
+
+  bool allows_marker() const { return marker.allows_marker() && calls.allows_marker(); }
+
+  /// Clears the tokens that only the calls before them forbid.
+  void forbid_calls(std::span<uint32_t> words) const {
+    for (size_t word = 0; word < words.size(); ++word) {
+      for (uint32_t bits = words[word]; bits != 0; bits &= bits - 1) {
+        const auto bit = static_cast<size_t>(std::countr_zero(bits));
+        const size_t place = word * 32 + bit;
+        if (place < vocabulary->bytes.size() && !calls.allows(vocabulary->bytes[place]))
+          words[word] &= ~(1u << bit);
+      }
+    }
   }
 
   std::shared_ptr<const GrammarVocabulary> vocabulary;
   xgrammar::GrammarMatcher matcher;
   bool thinking;
-  size_t matched = 0;
   int8_t utf8 = kWhole;  ///< of the text that the grammar has seen
   MarkerGuard marker;    ///< of the same text
+  CallTracker calls;     ///< of the same text
   std::vector<Step> steps;
 };
 
@@ -366,13 +379,20 @@ bool GrammarSession::accept(int64_t token) {
   const std::vector<std::string>& bytes = impl_->vocabulary->bytes;
   const int8_t behind =
       step_utf8(utf8, place < bytes.size() ? std::string_view(bytes[place]) : std::string_view());
-  const std::string_view text = impl_->vocabulary->bytes_with_dsml(place);
-  if (behind == kBroken || !impl_->marker.allows(text) ||
+  const bool is_marker = token == impl_->vocabulary->dsml;
+  if (behind == kBroken || (is_marker && !impl_->allows_marker()) ||
+      (!is_marker && place < bytes.size() && !impl_->calls.allows(bytes[place])) ||
       !impl_->matcher.AcceptToken(static_cast<int32_t>(token)))
     return false;
   impl_->steps.push_back(impl_->step(1));
   impl_->utf8 = behind;
-  impl_->marker.add(text);
+  if (is_marker) {
+    impl_->marker.add_marker();
+    impl_->calls.add_marker();
+  } else if (place < bytes.size()) {
+    impl_->marker.add(bytes[place]);
+    impl_->calls.add(bytes[place]);
+  }
   return true;
 }
 
@@ -383,9 +403,9 @@ void GrammarSession::rollback(int64_t count) {
   for (; count > 0; --count) {
     const Impl::Step& step = impl_->steps.back();
     impl_->thinking = step.thinking;
-    impl_->matched = step.matched;
     impl_->utf8 = step.utf8;
     impl_->marker = step.marker;
+    impl_->calls = step.calls;
     matcher_steps += step.matcher_steps;
     impl_->steps.pop_back();
   }
@@ -398,16 +418,6 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
               " words, expected ", vocabulary.mask_words());
   if (impl_->thinking) {
     std::copy(vocabulary.thinking_mask.begin(), vocabulary.thinking_mask.end(), words.begin());
-    for (const Border& border : vocabulary.borders[impl_->matched]) {
-      const auto place = static_cast<size_t>(border.token);
-      const std::string rest = vocabulary.bytes[place].substr(border.rest);
-      if (step_utf8(kWhole, rest) != kBroken && impl_->marker.allows(rest) &&
-          impl_->matcher.AcceptString(rest)) {
-        impl_->matcher.Rollback(1);
-      } else {
-        words[place / 32] &= ~(1u << place % 32);
-      }
-    }
     return true;
   }
   if (impl_->matcher.IsTerminated()) {
@@ -429,11 +439,10 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
     std::fill(words.begin(), words.end(), ~uint32_t{0});
   const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
-  if (!impl_->marker.watches()) return true;
-  for (const int32_t token : vocabulary.marker_ends[impl_->marker.matched()]) {
-    const auto place = static_cast<size_t>(token);
-    if (!impl_->marker.allows(vocabulary.bytes_with_dsml(place)))
-      words[place / 32] &= ~(1u << place % 32);
+  if (impl_->calls.watches()) impl_->forbid_calls(words);
+  if (vocabulary.dsml >= 0 && !impl_->allows_marker()) {
+    const auto place = static_cast<size_t>(vocabulary.dsml);
+    words[place / 32] &= ~(1u << place % 32);
   }
   return true;
 }

@@ -1,9 +1,9 @@
-// Patterns of strings inside JSON, put so that xgrammar keeps what it takes apart: internal to
-// grammar.cpp.
+// Patterns and lengths of strings inside JSON, put so that they speak of the characters a string
+// holds while xgrammar matches the text between its quotes: internal to grammar.cpp.
 //
-// xgrammar matches a pattern in ASCII by an automaton that leaves out what JSON must escape. Other
-// patterns it expands into rules without that, and a `"` or a line break could end the string. The
-// markup's marker it keeps out of strings without a pattern only, and then drops their lengths.
+// xgrammar takes a pattern for that text as it stands, and leaves out of it what JSON must escape:
+// no string with a pattern or a length could hold a quotation mark. Here each part of a pattern
+// that matches such characters gets their escapes as alternatives.
 #pragma once
 
 #include <string>
@@ -15,16 +15,15 @@ namespace hadal::engine {
 
 struct JsonPattern {
   std::string text;
-  bool plain = true;  ///< it matches nothing that JSON must escape, so rules are as good
+  bool plain = true;  ///< it matches nothing that JSON must escape
 };
 
-/// The pattern in ASCII. `in_markup`: and without what could match the first character of the
-/// markup's marker. Errors: InputError beginning with `where` for what cannot be put so.
-JsonPattern json_pattern(std::string_view pattern, bool in_markup, const std::string& where);
+/// The pattern of the text between the quotes, in ASCII. Errors: InputError beginning with `where`
+/// for broken escapes and for classes that match no character.
+JsonPattern json_pattern(std::string_view pattern, const std::string& where);
 
-/// Puts the patterns of a schema and of all below it so, in tool calls (`in_markup`) also the
-/// lengths of strings, which are patterns then. Returns whether it changed anything. Errors:
-/// InputError for a pattern that JSON cannot hold.
-bool prepare_strings(nlohmann::ordered_json& schema, bool in_markup, const std::string& where);
+/// Puts the patterns and lengths of a schema and of all below it so. Returns whether it changed
+/// anything. Errors: InputError for a pattern that cannot be.
+bool prepare_strings(nlohmann::ordered_json& schema, const std::string& where);
 
 }  // namespace hadal::engine

@@ -400,8 +400,7 @@ void expect_mask_is_acceptance(GrammarSession& session) {
 }
 
 TEST(Grammar, BeginsBehindTheThinking) {
-  // One word holds the thinking's end, spelled in every way that the vocabulary has.
-  const std::string kText = "{\"answer\"";
+  // Its own token ends the thinking; text that looks like it does not.
   GrammarSession session =
       start(Grammar::Kind::kJsonSchema,
             R"({"type":"object","properties":{"answer":{"type":"boolean"}},"required":["answer"]})",
@@ -414,18 +413,12 @@ TEST(Grammar, BeginsBehindTheThinking) {
   EXPECT_FALSE(session.completed());
   EXPECT_FALSE(bit(mask_of(session), eos()));
   expect_mask_is_acceptance(session);
-  spell("so: <</thin");
+  spell("so: <</think>X");
   expect_mask_is_acceptance(session);
-  spell("k");
-  expect_mask_is_acceptance(session);
-  for (int32_t id = 0; id < tokenizer().vocab_size(); ++id) {
-    const std::string_view bytes = tokenizer().token_bytes(id);
-    if (tokenizer().is_added(id) || !bytes.starts_with('>')) continue;
-    const bool begins = std::string_view(kText).starts_with(bytes.substr(1));
-    EXPECT_EQ(bit(mask_of(session), id), begins) << bytes;
-  }
   const int64_t before = session.length();
-  spell(">{\"answer\": true}");
+  ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
+  expect_mask_is_acceptance(session);
+  spell("{\"answer\": true}");
   EXPECT_TRUE(session.completed());
   EXPECT_TRUE(session.accept(eos()));
   EXPECT_EQ(mask_of(session)[static_cast<size_t>(eos()) / 32], 1u << eos() % 32);
@@ -435,11 +428,8 @@ TEST(Grammar, BeginsBehindTheThinking) {
   expect_mask_is_acceptance(session);
   spell("X");
   EXPECT_FALSE(session.completed());
-  ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
-  expect_mask_is_acceptance(session);
   session.rollback(session.length());
   EXPECT_THROW(session.rollback(1), Error);
-  spell("</think>{");
 }
 
 const char kTools[] = R"([
@@ -543,7 +533,7 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
 
 TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
   const std::string tools = concat(R"({"mode": "auto", "tools": )", kTools, "}");
-  ASSERT_TRUE(text::tool_block_start().starts_with(kBlockMarker));
+  ASSERT_TRUE(text::tool_block_start().starts_with(concat(kBlockBegin, text::kDsml)));
   const int64_t marker = tokenizer().id_of(text::kDsml);
   // Spelled byte by byte, or as its own token: whether all of it is accepted.
   const auto takes = [&](GrammarSession& session, std::string_view text, bool as_token) {
@@ -568,16 +558,17 @@ TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
       EXPECT_FALSE(session.accept(marker));
       ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
     }
+    // Spelled by ordinary tokens it is text, wherever it stands.
     for (const bool as_token : {false, true}) {
       const std::string_view open = text::tool_block_start();  // "\n\n<|DSML|tool_calls"
       EXPECT_TRUE(takes(session, open, as_token));
       EXPECT_TRUE(takes(session, concat("a\n\n", open), as_token));
       EXPECT_TRUE(takes(session, concat(open.substr(0, 7), "\n<", open.substr(0, 3), "b"), false));
-      EXPECT_FALSE(takes(session, open.substr(1), as_token));
-      EXPECT_FALSE(takes(session, open.substr(3), as_token));
-      EXPECT_FALSE(takes(session, concat("a\n<", text::kDsml, "parameter"), as_token));
-      EXPECT_FALSE(takes(session, concat("\n\n<", text::kDsml, "invoke"), as_token));
-      EXPECT_FALSE(takes(session, concat("\uff5c\uff5cDSM", text::kDsml), as_token));
+      EXPECT_EQ(takes(session, open.substr(1), as_token), !as_token);
+      EXPECT_EQ(takes(session, open.substr(3), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("a\n<", text::kDsml, "parameter"), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("\n\n<", text::kDsml, "invoke"), as_token), !as_token);
+      EXPECT_EQ(takes(session, concat("\uff5c\uff5cDSM", text::kDsml), as_token), !as_token);
     }
     EXPECT_TRUE(takes(session, "\uff5cDSML \n\n<div> \uff5cDSML\uff5d", false));
   }
@@ -614,14 +605,9 @@ TEST(Grammar, RefusesWhatItCannotKeep) {
       {Kind::kJsonSchema, R"({"type": "string", "maxLength": 1000000000})", "maxLength"},
       {Kind::kJsonSchema, R"({"$ref": "#/$defs/none"})", "none"},
       {Kind::kJsonSchema, R"({"type": "string", "pattern": "(a"})", "JSON schema"},
-      {Kind::kJsonSchema, R"({"type": "string", "pattern": "^\"a"})", "escape"},
-      {Kind::kJsonSchema, R"({"type": "string", "pattern": "^a\\nb$"})", "escape"},
       {Kind::kJsonSchema, R"({"maxLength": 2})", "maxLength without type"},
       {Kind::kJsonSchema, R"({"items": {"minimum": 2}})", "items: minimum without type"},
       {Kind::kJsonSchema, R"({"patternProperties": {"a": {}}})", "without type"},
-      {Kind::kToolCalls, R"([{"name": "f", "strict": true, "parameters": {"properties": {"a":
-        {"type": "string", "pattern": "^[a\uff5c]$"}}}}])",
-       "U+FF5C"},
       {Kind::kJsonSchema, R"({"anyOf": [{"type": "null"}], "required": ["a"]})", "required beside"},
       {Kind::kJsonSchema, R"({"type": "object", "properties": {"not": {"type": "string", "pattern":
         "((a", "minLength": 2}}})",
@@ -679,35 +665,6 @@ TEST(Grammar, PatternsStayInsideTheirStrings) {
       EXPECT_FALSE(takes(Kind::kJsonSchema, schema.dump(), concat("\"", text, "\""))) << text;
       EXPECT_FALSE(takes(Kind::kJsonSchema, named.dump(), concat("{\"", text, "\": 1}"))) << text;
     }
-  }
-}
-
-TEST(Grammar, StringsOfStrictToolsKeepTheirLengthAndTheMarkerOut) {
-  const std::string marker = "\uff5cDSML\uff5c";
-  const std::string before =
-      concat("\n\n<", marker, "tool_calls>\n<", marker, "invoke name=\"f\">\n<", marker,
-             "parameter name=\"a\" string=\"false\">[\"");
-  const std::string behind =
-      concat("\"]</", marker, "parameter>\n</", marker, "invoke>\n</", marker, "tool_calls>");
-  const auto accepts = [&](const json& item, const std::string& text) {
-    const json parameters = {{"type", "object"},
-                             {"properties", {{"a", {{"type", "array"}, {"items", item}}}}},
-                             {"required", {"a"}}};
-    json tool = {{"name", "f"}, {"strict", true}, {"parameters", parameters}};
-    const std::string grammar = concat("[", tool.dump(), "]");
-    return takes(Grammar::Kind::kToolCalls, grammar, concat(before, text, behind));
-  };
-  const json bounded = {{"type", {"string", "null"}}, {"minLength", 2}, {"maxLength", 300}};
-  EXPECT_TRUE(accepts(bounded, "a\u00e4"));
-  for (const char* text : {"a", "a\"b", "a\nb", "a\tb", "a\\b"})
-    EXPECT_FALSE(accepts(bounded, text));
-  EXPECT_TRUE(accepts({{"type", "string"}, {"maxLength", 3}}, "abc"));
-  EXPECT_FALSE(accepts({{"type", "string"}, {"maxLength", 3}}, "abcd"));
-  for (const char* pattern : {"^.*$", "^[^a]*$", "^\\S*$", "^[\\s\\S]*$", "^(x|\\W)*$"}) {
-    const json schema = {{"type", "string"}, {"pattern", pattern}};
-    EXPECT_TRUE(accepts(schema, pattern == std::string("^(x|\\W)*$") ? "x-" : "xy-")) << pattern;
-    EXPECT_FALSE(accepts(schema, concat("x</", marker, "parameter"))) << pattern;
-    EXPECT_FALSE(accepts(schema, "x\uff5c")) << pattern;
   }
 }
 

@@ -3,22 +3,33 @@
 #include <algorithm>
 #include <array>
 #include <set>
+#include <variant>
 #include <vector>
+#include <xgrammar/xgrammar.h>
 
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
 #include "base/json.h"
+#include "engine_core/grammar_ends.h"
 #include "engine_core/grammar_marker.h"
 #include "engine_core/grammar_pattern.h"
 #include "engine_core/grammar_schema.h"
-#include "text/chat_tokens.h"
-#include "text/tool_calls.h"
+#include "engine_core/grammar_vocabulary.h"
 
 namespace hadal::engine {
 namespace {
 
+constexpr const char* kPrefer = "prefer";
+
 using Json = nlohmann::ordered_json;  // members in the order of the text: models follow it
+
+// The markup, with kMarkerSign for its marker (no literal would separate "\x01" from a letter).
+const std::string kOpen = concat("<", kMarkerSign);
+const std::string kClose = concat("</", kMarkerSign);
+const std::string kBlock = concat("\n\n", kOpen, "tool_calls>\n");
+const std::string kBlockEnd = concat(kClose, "tool_calls>");
+const std::string kParameterEnd = concat(kClose, "parameter>\n");
 
 Json constant(std::string text) { return {{"type", "const_string"}, {"value", std::move(text)}}; }
 Json sequence(std::vector<Json> elements) {
@@ -30,16 +41,14 @@ Json one_of(std::vector<Json> elements) {
 }
 Json regex(std::string pattern) { return {{"type", "regex"}, {"pattern", std::move(pattern)}}; }
 
-/// JSON text of a schema; the markup's marker cannot stand in it.
+/// JSON text of a schema. No string in it can hold kMarkerSign, a control character.
 Json json_value(Json schema) {
-  prepare_strings(schema, true, "tools");
+  prepare_strings(schema, "tools");
   return {{"type", "json_schema"},
           {"json_schema", std::move(schema)},
-          {"max_whitespace_cnt", kMaxWhitespace},
-          {"excludes", {text::kDsml}}};
+          {"any_order", true},
+          {"max_whitespace_cnt", kMaxWhitespace}};
 }
-
-std::string parameter_end() { return concat("<", text::dsml::kParameterEnd, text::dsml::kTagEnd); }
 
 /// The schema of one parameter together with the definitions it may refer to.
 Json with_definitions(Json schema, const Json& root) {
@@ -53,10 +62,10 @@ Json with_definitions(Json schema, const Json& root) {
 Json raw_string() {
   return {{"type", "tag"},
           {"begin", ""},
-          {"content", {{"type", "any_text"}, {"excludes", {text::kDsml}}}},
-          {"end", parameter_end()}};
+          {"content", {{"type", "any_text"}, {"excludes", {kMarkerSign}}}},
+          {"end", kParameterEnd}};
 }
-Json raw_string(Json content) { return sequence({std::move(content), constant(parameter_end())}); }
+Json raw_string(Json content) { return sequence({std::move(content), constant(kParameterEnd)}); }
 
 /// What follows ` string="` for one schema: each way of writing a value, as string or as JSON.
 class Values {
@@ -71,7 +80,7 @@ class Values {
  private:
   void as_string(Json rest) { ways_.push_back(sequence({constant("true\">"), std::move(rest)})); }
   void as_json(Json value) {
-    ways_.push_back(sequence({constant("false\">"), std::move(value), constant(parameter_end())}));
+    ways_.push_back(sequence({constant("false\">"), std::move(value), constant(kParameterEnd)}));
   }
 
   void add(const Json& schema, int depth) {
@@ -127,8 +136,8 @@ class Values {
 
   void add_value(const Json& value) {
     const std::string text = value.is_string() ? value.get<std::string>() : value.dump();
-    HADAL_INPUT_CHECK(text.find(text::kDsml) == std::string::npos, "tools: the value ",
-                      value.dump(), " holds the marker of tool calls");
+    HADAL_INPUT_CHECK(text.find(kMarkerSign) == std::string::npos, "tools: the value ",
+                      value.dump(), " holds the character U+0001");
     if (value.is_string()) {
       as_string(raw_string(constant(text)));
     } else {
@@ -146,8 +155,7 @@ class Values {
     const int64_t least = schema.value("minLength", int64_t{0});
     const std::string most =
         schema.contains("maxLength") ? std::to_string(schema["maxLength"].get<int64_t>()) : "";
-    // Without the first character of the marker.
-    as_string(raw_string(regex(concat("[^\uff5c]{", least, ",", most, "}"))));
+    as_string(raw_string(regex(concat("[^\\x01]{", least, ",", most, "}"))));
   }
 
   const Json& root_;
@@ -156,12 +164,13 @@ class Values {
 
 /// One parameter and the line's end.
 Json parameter(const std::string& name, const Json& schema, const Json& root) {
-  return sequence({constant(concat(text::dsml::kParameter, " name=\"", name, "\" string=\"")),
+  return sequence({constant(concat(kOpen, "parameter name=\"", name, "\" string=\"")),
                    Values(root).read(schema)});
 }
 
-/// The parameters of a tool with "strict".
-std::vector<Json> strict_parameters(const std::string& tool, const Json& schema) {
+/// The parameters of a tool with "strict", in any order.
+Json strict_parameters(const Json& schema, CallParameters& calls) {
+  const std::string& tool = calls.tool;
   static const std::set<std::string> known = {
       "type",    "properties", "required", "additionalProperties", "$defs",   "definitions",
       "$schema", "$id",        "title",    "description",          "examples"};
@@ -183,58 +192,94 @@ std::vector<Json> strict_parameters(const std::string& tool, const Json& schema)
   std::vector<Json> parameters;
   for (const auto& [name, value] : properties.items()) {
     HADAL_INPUT_CHECK(name.find_first_of("\"<>\n") == std::string::npos &&
-                          name.find(text::kDsml) == std::string::npos,
+                          name.find(kMarkerSign) == std::string::npos,
                       "tools: '", tool, "': the property '", name, "' cannot be written as markup");
-    Json one = parameter(name, value, schema);
-    const bool must = std::find(required.begin(), required.end(), name) != required.end();
-    if (!must) one = Json{{"type", "optional"}, {"content", std::move(one)}};
-    parameters.push_back(std::move(one));
+    parameters.push_back(parameter(name, value, schema));
+    calls.names.push_back(name);
   }
-  return parameters;
+  for (const Json& name : required) calls.required.push_back(name.get<std::string>());
+  if (parameters.empty()) return {};
+  // One without an end would be a trap: the star over all of them may end before it.
+  const Json each{{"type", "structural_tag"}, {"format", sequence(parameters)}};
+  const auto read = xgrammar::Grammar::FromStructuralTag(each.dump());
+  if (const auto* grammar = std::get_if<xgrammar::Grammar>(&read))
+    check_ends(grammar->ToString(), concat("tools: '", tool, "'"));
+  return {{"type", "star"}, {"content", one_of(std::move(parameters))}};
 }
 
 /// Any parameters.
-Json free_parameters() {
+Json free_parameters(CallParameters& calls) {
+  calls.any = true;
   const Json any = Json::object();
-  Json one = sequence({constant(concat(text::dsml::kParameter, " name=\"")),
+  Json one = sequence({constant(concat(kOpen, "parameter name=\"")),
                        regex("[a-zA-Z_][a-zA-Z0-9_.-]{0,63}"), constant("\" string=\""),
                        Values(any).read(any)});
   return {{"type", "star"}, {"content", std::move(one)}};
 }
 
-Json call(const Json& tool, size_t index) {
+Json call(const Json& tool, size_t index, bool prefer, std::vector<CallParameters>& all) {
   HADAL_INPUT_CHECK(tool.is_object() && tool.contains("name") && tool["name"].is_string(), "tools[",
                     index, "]: has no name");
   const auto name = tool["name"].get<std::string>();
   HADAL_INPUT_CHECK(!name.empty() && name.find_first_of("\"<>\n") == std::string::npos &&
-                        name.find(text::kDsml) == std::string::npos,
+                        name.find(kMarkerSign) == std::string::npos,
                     "tools[", index, "]: the name '", name, "' cannot be written as markup");
   const Json strict = tool.value("strict", Json(false));
-  HADAL_INPUT_CHECK(strict.is_boolean() || strict.is_null(), "tools: '", name,
+  HADAL_INPUT_CHECK(strict.is_boolean() || strict.is_null() || strict == kPrefer, "tools: '", name,
                     "': strict is no boolean");
-  std::vector<Json> elements = {
-      constant(concat(text::dsml::kInvoke, " name=\"", name, "\"", text::dsml::kTagEnd))};
-  if (strict == true) {
+  std::vector<Json> elements = {constant(concat(kOpen, "invoke name=\"", name, "\">\n"))};
+  CallParameters calls;
+  calls.tool = name;
+  const auto add_strict = [&] {
     const Json parameters = tool.value("parameters", Json::object());
     HADAL_INPUT_CHECK(parameters.is_object(), "tools: '", name, "': parameters is no object");
     check_schema(nlohmann::json(parameters), concat("tools: '", name, "': parameters"));
-    for (Json& one : strict_parameters(name, parameters)) elements.push_back(std::move(one));
+    Json some = strict_parameters(parameters, calls);
+    if (!some.is_null()) elements.push_back(std::move(some));
+  };
+  if (strict == true) {
+    add_strict();
+  } else if (strict == kPrefer && prefer) {
+    try {
+      add_strict();
+    } catch (const std::exception&) {  // nobody asked for it to be kept
+      calls = {};
+      calls.tool = name;
+      elements.push_back(free_parameters(calls));
+    }
   } else {
-    elements.push_back(free_parameters());
+    elements.push_back(free_parameters(calls));
   }
-  elements.push_back(constant(concat(text::dsml::kInvokeEnd, text::dsml::kTagEnd)));
+  all.push_back(std::move(calls));
+  elements.push_back(constant(concat(kClose, "invoke>\n")));
   return sequence(std::move(elements));
+}
+
+/// What an answer that is no calls must be: {"kind", "text"}.
+Json content_format(const Json& answer) {
+  const std::string kind = answer.value("kind", ""), text = answer.value("text", "");
+  if (kind == "json_object")
+    return json_value({{"type", "object"}, {"additionalProperties", true}});
+  if (kind == "json_schema") {
+    check_schema(*parse_json(text, "grammar: JSON schema"), "grammar: JSON schema");
+    return json_value(Json::parse(text));
+  }
+  check_pattern(text, "grammar");
+  if (kind == "regex") return regex(text);
+  HADAL_INPUT_CHECK(kind == "ebnf", "tools: content.kind is '", kind, "'");
+  return {{"type", "grammar"}, {"grammar", text}};
 }
 
 }  // namespace
 
-std::string tool_calls_structural_tag(std::string_view text) {
+ToolGrammar read_tool_grammar(std::string_view text, bool prefer) {
   parse_json(text, "tools");  // depth and repeated keys
   Json document = Json::parse(text);
   bool required = true, parallel = true;
-  Json tools = document;
+  Json tools = document, answer;
   if (document.is_object()) {
     tools = document.value("tools", Json::array());
+    answer = document.value("content", Json());
     const Json mode = document.value("mode", Json("required"));
     HADAL_INPUT_CHECK(mode == "required" || mode == "auto", "tools: mode is ", mode.dump(),
                       ", expected \"required\" or \"auto\"");
@@ -244,24 +289,31 @@ std::string tool_calls_structural_tag(std::string_view text) {
     parallel = flag.get<bool>();
   }
   HADAL_INPUT_CHECK(tools.is_array() && !tools.empty(), "tools: expected a list of tools");
+  ToolGrammar result;
   std::vector<Json> calls;
-  for (size_t index = 0; index < tools.size(); ++index) calls.push_back(call(tools[index], index));
+  for (size_t index = 0; index < tools.size(); ++index) {
+    calls.push_back(call(tools[index], index, prefer, result.calls));
+    result.has_preferences =
+        result.has_preferences || tools[index].value("strict", Json(false)) == kPrefer;
+  }
   Json content = one_of(std::move(calls));
   if (parallel) content = Json{{"type", "plus"}, {"content", std::move(content)}};
-  const std::string begin = concat(text::tool_block_start(), text::dsml::kTagEnd);
-  Json format = sequence({constant(begin), content, constant(std::string(text::dsml::kBlockEnd))});
-  if (!required) {
-    Json tag{{"type", "tag"},
-             {"begin", begin},
-             {"content", std::move(content)},
-             {"end", text::dsml::kBlockEnd}};
+  Json format = sequence({constant(kBlock), content, constant(kBlockEnd)});
+  if (!required && answer.is_null()) {
+    Json tag{
+        {"type", "tag"}, {"begin", kBlock}, {"content", std::move(content)}, {"end", kBlockEnd}};
     format = Json{{"type", "triggered_tags"},
                   // Sessions see to it that the marker comes nowhere else.
-                  {"triggers", {kBlockMarker}},
+                  {"triggers", {concat(kBlockBegin, kMarkerSign)}},
                   {"tags", {std::move(tag)}},
                   {"stop_after_first", true}};
+    result.watch = MarkerGuard::Watch::kBlocks;
+  } else if (!required) {
+    format = one_of({content_format(answer), std::move(format)});
+    result.watch = MarkerGuard::Watch::kStart;
   }
-  return Json{{"type", "structural_tag"}, {"format", std::move(format)}}.dump();
+  result.structural_tag = Json{{"type", "structural_tag"}, {"format", std::move(format)}}.dump();
+  return result;
 }
 
 }  // namespace hadal::engine

@@ -3,15 +3,26 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "engine_core/grammar_calls.h"
+#include "engine_core/grammar_marker.h"
 
 namespace hadal::engine {
 
-/// The structural tag for the text of a kToolCalls grammar (grammar.h). Errors: InputError naming
-/// the tool and what is wrong with it.
-std::string tool_calls_structural_tag(std::string_view text);
+struct ToolGrammar {
+  std::string structural_tag;
+  MarkerGuard::Watch watch = MarkerGuard::Watch::kNothing;
+  std::vector<CallParameters> calls;  ///< what the tag cannot say: of any order, each one once
+  bool has_preferences = false;       ///< of tools with "strict": "prefer"
+};
 
-/// Most characters of white space in a row in JSON: without a bound a model can write them for
-/// ever.
-inline constexpr int kMaxWhitespace = 16;
+/// The structural tag for the text of a kToolCalls grammar (grammar.h). `prefer`: whether to try
+/// the schemas of tools with "strict": "prefer". Errors: InputError naming the tool and what is
+/// wrong with it.
+ToolGrammar read_tool_grammar(std::string_view text, bool prefer);
+
+/// Most characters of white space in a row in JSON: a model can write runs of them for ever.
+inline constexpr int kMaxWhitespace = 1;
 
 }  // namespace hadal::engine

@@ -3,13 +3,9 @@
 #include <utility>
 
 #include "base/check.h"
-#include "engine_core/grammar_marker.h"
 
 namespace hadal::engine {
 namespace {
-
-constexpr std::string_view kEnd = text::kThinkEnd;
-constexpr std::string_view kMarker = text::kDsml;
 
 int8_t step_byte(int8_t state, uint8_t byte) {
   const auto in = [byte](uint8_t first, uint8_t last, int8_t next) {
@@ -61,7 +57,9 @@ std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& 
               " tokens, the tokenizer has ", tokenizer.vocab_size());
   vocabulary.eos = tokenizer.id_of(text::kEos);
   const std::optional<int32_t> dsml = tokenizer.find(text::kDsml);
-  const std::optional<int32_t> end = tokenizer.find(kEnd);
+  std::optional<int32_t> end = tokenizer.find(text::kThinkEnd);
+  if (end && !tokenizer.is_added(*end)) end.reset();
+  vocabulary.think_end = end.value_or(-1);
   vocabulary.bytes.resize(static_cast<size_t>(tokenizer.vocab_size()));
   vocabulary.thinking_mask.resize(vocabulary.mask_words());
   for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
@@ -70,18 +68,8 @@ std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& 
     const std::string_view bytes = tokenizer.token_bytes(id);
     if (bytes.empty()) continue;
     vocabulary.thinking_mask[place / 32] |= 1u << place % 32;
-    if (id == end && tokenizer.is_added(id)) continue;
+    if (id == end) continue;
     vocabulary.bytes[place] = bytes;
-    if (bytes.find(kEnd.back()) == std::string_view::npos) continue;
-    for (size_t before = 0; before < kEnd.size(); ++before) {
-      size_t matched = before;
-      for (size_t pos = 0; pos + 1 < bytes.size(); ++pos) {
-        matched = step_match(kEnd, matched, bytes[pos]);
-        if (matched < kEnd.size()) continue;
-        vocabulary.borders[before].push_back({.token = id, .rest = pos + 1});
-        break;
-      }
-    }
   }
   for (int8_t state = 0; state < kUtf8States; ++state) {
     std::vector<uint32_t>& mask = vocabulary.utf8_masks[static_cast<uint8_t>(state)];
@@ -92,30 +80,19 @@ std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& 
       if (step_utf8(state, bytes) != kBroken) mask[place / 32] |= 1u << place % 32;
     }
   }
-  vocabulary.dsml = dsml.value_or(-1);
-  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
-    const std::string_view bytes = vocabulary.bytes_with_dsml(static_cast<size_t>(id));
-    if (bytes.find(kMarker.back()) == std::string_view::npos) continue;
-    for (size_t before = 0; before < kMarker.size(); ++before) {
-      size_t matched = before;
-      for (size_t pos = 0; pos < bytes.size() && matched < kMarker.size(); ++pos)
-        matched = step_match(kMarker, matched, bytes[pos]);
-      if (matched == kMarker.size()) vocabulary.marker_ends[before].push_back(id);
-    }
-  }
+  vocabulary.dsml = dsml && tokenizer.is_added(*dsml) ? *dsml : -1;
   const auto info = [&](const std::vector<std::string>& bytes) {
     return xgrammar::TokenizerInfo(bytes, xgrammar::VocabType::RAW,
                                    static_cast<int>(vocabulary.size),
                                    std::vector<int32_t>{vocabulary.eos});
   };
   vocabulary.plain = info(vocabulary.bytes);
-  if (dsml.has_value()) {
-    std::vector<std::string> bytes = vocabulary.bytes;
-    bytes[static_cast<size_t>(*dsml)] = text::kDsml;
-    vocabulary.with_dsml = info(bytes);
-  } else {
-    vocabulary.with_dsml = vocabulary.plain;
+  std::vector<std::string> bytes = vocabulary.bytes;
+  for (std::string& text : bytes) {
+    if (text.find(kMarkerSign) != std::string::npos) text.clear();
   }
+  if (vocabulary.dsml >= 0) bytes[static_cast<size_t>(vocabulary.dsml)] = kMarkerSign;
+  vocabulary.with_dsml = info(bytes);
   return result;
 }
 

@@ -17,12 +17,6 @@
 
 namespace hadal::engine {
 
-/// A token that, with so much of `</think>` before it, ends the thinking and brings more.
-struct Border {
-  int32_t token;
-  size_t rest;  ///< where its bytes behind it begin
-};
-
 /// Where a text stands between two characters (kWhole) or inside one: what may follow is UTF-8 or
 /// it is not (Unicode 16, table 3-7). -1: it cannot be.
 enum Utf8State : int8_t {
@@ -41,23 +35,22 @@ inline constexpr int kUtf8States = 8;
 /// The state behind `bytes`; a token without bytes (an added one) stands between characters only.
 int8_t step_utf8(int8_t state, std::string_view bytes);
 
+/// What stands for the marker's own token in the grammars of tool calls: a character that no JSON
+/// string holds and that no other token brings there, so that text which only looks like the marker
+/// is text.
+inline constexpr std::string_view kMarkerSign = "\x01";
+
 /// What follows from the tokenizer alone.
 struct GrammarVocabulary {
   int64_t size = 0;
   int32_t eos = -1;
-  std::vector<std::string> bytes;       ///< empty: never part of a match
-  std::vector<uint32_t> thinking_mask;  ///< ordinary tokens and `</think>`
-  std::array<std::vector<Border>, text::kThinkEnd.size()> borders;
-  std::optional<xgrammar::TokenizerInfo> plain, with_dsml;
+  std::vector<std::string> bytes;                           ///< empty: never part of a match
+  std::vector<uint32_t> thinking_mask;                      ///< ordinary tokens and `</think>`
+  int64_t think_end = -1;                                   ///< its own token
+  std::optional<xgrammar::TokenizerInfo> plain, with_dsml;  ///< with_dsml: for tool calls
 
   size_t mask_words() const { return static_cast<size_t>((size + 31) / 32); }
-  std::string_view bytes_with_dsml(size_t place) const {
-    if (static_cast<int64_t>(place) == dsml) return text::kDsml;
-    return place < bytes.size() ? std::string_view(bytes[place]) : std::string_view();
-  }
   int64_t dsml = -1;  ///< the marker's own token
-  /// The tokens that complete the marker, by how much of it the text ends with.
-  std::array<std::vector<int32_t>, text::kDsml.size()> marker_ends;
   /// By Utf8State: the tokens behind which the text is still UTF-8.
   std::array<std::vector<uint32_t>, kUtf8States> utf8_masks;
 };

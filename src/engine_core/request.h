@@ -34,7 +34,7 @@ struct Grammar {
   /// A JSON schema, a regular expression, an EBNF grammar; for kToolCalls a JSON list of
   /// {"name", "parameters": schema, "strict": bool}, or an object with that list (grammar.h).
   std::string text;
-  bool must_call = false;  ///< with kToolCalls: the answer is calls, no text before them
+  bool must_call = false;  ///< with kToolCalls and a list: the answer is calls, no text before them
   friend bool operator==(const Grammar&, const Grammar&) = default;
 };
 
@@ -45,11 +45,16 @@ struct Request {
   Sampling sampling;
   std::vector<std::string> stop;  ///< bytes; the answer ends before the first that appears
   Grammar grammar;
-  bool thinking = false;      ///< the answer begins inside <think>: the grammar waits for its end
-  bool ignore_eos = false;    ///< for load tests
-  int64_t top_logprobs = -1;  ///< -1: none; k: the token's and those of the k most likely
-  int priority = 0;           ///< higher first
-  std::string client;         ///< the fair queue shares the machine among clients
+  bool thinking = false;  ///< the answer begins inside <think>: the grammar waits for its end
+  /// A chat's answer: added tokens are structure, told apart by their ids. They are in no
+  /// OutputToken::text, and stop strings see what readers see: neither reasoning nor calls.
+  bool structured = false;
+  int64_t thinking_budget = -1;  ///< tokens until `</think>` is forced, with `thinking`; -1: none
+  bool close_reasoning = false;  ///< an EOS inside the reasoning becomes `</think>`
+  bool ignore_eos = false;       ///< for load tests
+  int64_t top_logprobs = -1;     ///< -1: none; k: the token's and those of the k most likely
+  int priority = 0;              ///< higher first
+  std::string client;            ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
   bool context_view = false;  ///< the last update of a choice tells what its last token saw
@@ -86,7 +91,8 @@ struct TokenLogprob {
 struct OutputToken {
   int64_t token = 0;
   /// Bytes that are certain not to belong to a stop string; empty while they might. Whole
-  /// characters only. EOS has none.
+  /// characters only. EOS has none. In a structured answer, an added token's text is what was held
+  /// back before it; the token itself is known by its id.
   std::string text;
   double logprob = 0;  ///< with top_logprobs >= 0
   std::vector<TokenLogprob> top;

@@ -63,6 +63,8 @@ class AnswerFilter {
   virtual ~AnswerFilter() = default;
   /// Tokens allowed next, as SampleInput::mask; valid until accept().
   virtual std::span<const int32_t> mask() = 0;
+  /// What stands in the answer for a token that was drawn; then accept() takes it.
+  virtual int64_t decide(int64_t token) { return token; }
   virtual Accepted accept(int64_t token) = 0;
   /// The answer ends (EOS, which accept() does not see, or a limit): text that was held back.
   virtual std::string finish() = 0;

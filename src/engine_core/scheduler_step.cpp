@@ -352,6 +352,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   watch.add_to(sampling_);
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);
+  sampled.token = sequence.filter->decide(sampled.token);
   sequence.tokens.push_back(sampled.token);
   OutputToken& out = update.tokens.emplace_back();
   out.token = sampled.token;

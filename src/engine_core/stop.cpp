@@ -66,11 +66,14 @@ std::string StopStream::push(std::string_view bytes) {
   return take(utf8_.push(bytes));
 }
 
-std::string StopStream::finish() {
+std::string StopStream::finish() { return flush(); }
+
+std::string StopStream::flush() {
   if (stopped()) return {};
   std::string out = take(utf8_.flush());
   if (!stopped()) out += held_;
   held_.clear();
+  node_ = 0;
   return out;
 }
 

@@ -57,12 +57,15 @@ class StopStream {
 
   /// Adds the bytes of one token; returns what is certain now. Nothing once stopped().
   std::string push(std::string_view bytes);
+  /// Ends a stretch in which stop strings may lie, like finish(), but more may follow.
+  std::string flush();
   /// Ends the answer, perhaps with a stop string that an unfinished character completes as U+FFFD;
   /// returns what was held back. Call it once.
   std::string finish();
 
   /// The stop string that ended the answer, as the request had it (repaired).
   const std::optional<std::string>& matched() const { return matched_; }
+  bool watches() const { return stops_ != nullptr && !stops_->empty(); }
   bool stopped() const { return matched_.has_value(); }
   /// Bytes held back, those of an unfinished character included.
   size_t pending() const { return held_.size() + utf8_.pending(); }

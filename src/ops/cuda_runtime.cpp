@@ -1,6 +1,5 @@
 // The one place that asks LibTorch's CUDA side anything; a CPU build answers without it.
 #include "base/check.h"
-#include "ops/kernel_types.h"
 #include "ops/op.h"
 
 #ifdef HADAL_WITH_CUDA
@@ -8,10 +7,6 @@
 #endif
 
 namespace hadal::ops {
-
-void throw_kernel_error(const char* kernel, const char* message) {
-  throw Error(concat(kernel, ": ", message));
-}
 
 Stream current_stream(const at::Tensor& x) {
   if (x.is_cpu()) return nullptr;

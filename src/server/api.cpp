@@ -6,13 +6,19 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <chrono>
+#include <ctime>
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
 
 #include "base/log.h"
+#include "server/answer_headers.h"
 #include "server/anthropic_api.h"
+#include "server/content_coding.h"
+#include "server/http_text.h"
 #include "server/openai_api.h"
 #include "server/openai_types.h"
+#include "text/chat_tokens.h"
+#include "text/utf8.h"
 
 namespace hadal::server {
 namespace {
@@ -29,7 +35,7 @@ bool is_anthropic(std::string_view path) { return path.starts_with("/v1/messages
 
 /// The routes by name, for metrics: what clients make up has no label of its own.
 std::string_view label(std::string_view path) {
-  constexpr std::array<std::string_view, 10> kKnown = {"/v1/chat/completions",
+  constexpr std::array<std::string_view, 13> kKnown = {"/v1/chat/completions",
                                                        "/v1/completions",
                                                        "/v1/responses",
                                                        "/v1/messages",
@@ -38,6 +44,9 @@ std::string_view label(std::string_view path) {
                                                        "/tokenize",
                                                        "/detokenize",
                                                        "/health",
+                                                       "/ping",
+                                                       "/version",
+                                                       "/tokenizer_info",
                                                        "/metrics"};
   for (const std::string_view known : kKnown) {
     if (path == known) return known;
@@ -45,10 +54,57 @@ std::string_view label(std::string_view path) {
   return path.starts_with("/v1/models/") ? "/v1/models" : "other";
 }
 
+/// What other servers have and a model that writes text has not: said at once, since clients that
+/// get a bare 404 look for a wrong address.
+constexpr std::array<std::pair<std::string_view, std::string_view>, 8> kAbsent = {
+    {{"/v1/embeddings", "makes no embeddings"},
+     {"/v1/moderations", "moderates nothing"},
+     {"/v1/images", "makes no images"},
+     {"/v1/audio", "neither hears nor speaks"},
+     {"/v1/rerank", "ranks nothing"},
+     {"/v1/score", "scores nothing; /v1/completions gives log-probabilities"},
+     {"/v1/batches", "takes no batches"},
+     {"/v1/files", "keeps no files"}}};
+
+/// As in "2026-01-31T12:00:00Z".
+std::string iso_time(int64_t seconds) {
+  const std::time_t time = seconds;
+  std::tm parts{};
+  gmtime_r(&time, &parts);
+  std::array<char, 32> buffer{};
+  const size_t size = std::strftime(buffer.data(), buffer.size(), "%FT%TZ", &parts);
+  return {buffer.data(), size};
+}
+
+/// The id that a client gave its request, if it is fit for a header and a log, else a new one.
+std::string request_id(const HttpRequest& request) {
+  constexpr size_t kMaxSize = 128;
+  for (const char* name : {"x-request-id", "request-id", "x-client-request-id"}) {
+    const std::string_view given = request.header(name);
+    if (!given.empty() && given.size() <= kMaxSize &&
+        std::ranges::all_of(given, [](char c) { return c > ' ' && c < 0x7f; }))
+      return std::string(given);
+  }
+  return random_id("req_");
+}
+
 HttpResponse json_response(const Json& json) {
   HttpResponse response;
   response.body = json.dump();
   return response;
+}
+
+/// What a request gets that says nothing, so that a page can show it.
+Json defaults_json(const ServerOptions& options) {
+  const engine::Sampling& sampling = options.default_sampling;
+  const int64_t tokens = options.default_max_tokens;
+  return Json::object({{"thinking", js(options.default_thinking)},
+                       {"temperature", js(sampling.temperature)},
+                       {"top_p", js(sampling.top_p)},
+                       {"top_k", js(sampling.top_k)},
+                       {"min_p", js(sampling.min_p)},
+                       {"repetition_penalty", js(sampling.repetition_penalty)},
+                       {"max_tokens", tokens > 0 ? js(tokens) : Json()}});
 }
 
 }  // namespace
@@ -70,11 +126,20 @@ struct Api::Keys {
   /// The index of a request's key, -1 if it is none of ours.
   int find(const HttpRequest& request) const {
     if (!needed) return 0;
-    std::string_view given = request.header("x-api-key");
-    const std::string_view bearer = request.header("authorization");
-    if (given.empty() && bearer.size() > 7 && (bearer[0] == 'B' || bearer[0] == 'b') &&
-        bearer.substr(1, 6) == "earer ")
-      given = bearer.substr(7);
+    // Clients that were told a token and a key send both.
+    int found = std::max(find(request.header("x-api-key")), find(request.header("api-key")));
+    constexpr std::string_view kBearer = "bearer ";  // the scheme in any case (RFC 9110, 11.1)
+    std::string_view authorization = request.header("authorization");
+    if (same_letters(authorization.substr(0, kBearer.size()), kBearer)) {
+      authorization.remove_prefix(kBearer.size());
+      authorization.remove_prefix(
+          std::min(authorization.find_first_not_of(' '), authorization.size()));
+      found = std::max(found, find(authorization));
+    }
+    return found;
+  }
+  /// The same for one value.
+  int find(std::string_view given) const {
     const Digest wanted = digest(given);
     int found = -1;
     for (size_t i = 0; i < keys.size(); ++i) {
@@ -105,7 +170,8 @@ struct Api::Waiting {
 };
 
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
-    : context_{engine, tokenizer, options},
+    : context_{engine, tokenizer, options, std::make_shared<CallMemory>()},
+      access_(options),
       keys_(std::make_shared<Keys>(options)),
       views_(std::make_shared<ViewStore>()),
       created_(std::chrono::duration_cast<std::chrono::seconds>(
@@ -131,34 +197,62 @@ void Api::add_page(std::string path,
   pages_[std::move(path)] = std::move(page);
 }
 
-HttpResponse Api::refuse(const RequestError& error, std::string_view path) const {
-  HttpResponse response = is_anthropic(path) ? anthropic_error(error) : openai_error(error);
+HttpResponse Api::refuse(const RequestError& error, std::string_view path, std::string id) const {
+  // A wrong method's error says which is right; its code is one that clients know.
+  const bool wrong_method = error.status() == 405;
+  const RequestError shown(error.status(), error.what(), error.param(),
+                           wrong_method ? "method_not_allowed" : error.code());
+  if (id.empty()) id = random_id("req_");
+  HttpResponse response = is_anthropic(path) ? anthropic_error(shown, id) : openai_error(shown);
   if (error.status() == 429 || error.status() == 503)
     response.headers.emplace_back("Retry-After", concat(context_.options.retry_after.count()));
   if (error.status() == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
-  if (error.status() == 405) response.headers.emplace_back("Allow", error.code());
+  if (error.status() == 415)
+    response.headers.emplace_back("Accept-Encoding", "gzip, deflate, zstd");
+  if (wrong_method) response.headers.emplace_back("Allow", error.code());
   return response;
 }
 
 HttpResponse Api::error(int status, std::string_view message, std::string_view path) {
   metrics_.count_response(label(path), status);
-  return refuse(RequestError(status, std::string(message)), path);
+  const std::string id = random_id("req_");
+  HttpResponse response = refuse(RequestError(status, std::string(message)), path, id);
+  response.headers.emplace_back(is_anthropic(path) ? "request-id" : "x-request-id", id);
+  return response;
 }
 
 void Api::handle(HttpRequest request, std::shared_ptr<Responder> responder) {
-  guarded(request.path, *responder, [&] { route(request, responder); });
+  // Every answer names its request, and says to browsers who may read it.
+  std::string id = request_id(request);
+  auto headers = access_.headers(request);
+  headers.emplace_back("x-request-id", id);
+  if (is_anthropic(request.path)) headers.emplace_back("request-id", id);
+  const std::shared_ptr<Responder> named = with_headers(std::move(responder), std::move(headers));
+  request.id = std::move(id);
+  guarded(request, *named, [&] {
+    if (std::optional<HttpResponse> answer = access_.preflight(request)) {
+      metrics_.count_response(label(request.path), answer->status);
+      return named->send(*std::move(answer));
+    }
+    access_.check(request);
+    if (const std::string_view coding = request.header("content-encoding"); !coding.empty())
+      request.body = decoded_body(coding, std::move(request.body), context_.options.max_body_bytes);
+    route(request, named);
+  });
 }
 
-void Api::guarded(std::string_view path, Responder& responder, const std::function<void()>& work) {
+void Api::guarded(const HttpRequest& request,
+                  Responder& responder,
+                  const std::function<void()>& work) {
   try {
     work();
   } catch (const RequestError& error) {
-    metrics_.count_response(label(path), error.status());
-    responder.send(refuse(error, path));
+    metrics_.count_response(label(request.path), error.status());
+    responder.send(refuse(error, request.path, request.id));
   } catch (const std::exception& error) {
-    log::error("server", path, ": ", error.what());
-    metrics_.count_response(label(path), 500);
-    responder.send(refuse(RequestError(500, "internal error"), path));
+    log::error("server", request.path, ": ", error.what());
+    metrics_.count_response(label(request.path), 500);
+    responder.send(refuse(RequestError(500, "internal error"), request.path, request.id));
   }
 }
 
@@ -176,7 +270,11 @@ void Api::route(const HttpRequest& request, const std::shared_ptr<Responder>& re
   };
   if (path == "/health") {
     check_method(request, "GET");
-    return answer(health());
+    return answer(health(request));
+  }
+  if (path == "/ping") {  // asked by whoever starts containers, either way
+    if (request.method != "POST") check_method(request, "GET");
+    return answer(health(request));
   }
   if (const auto page = pages_.find(path); page != pages_.end()) {
     check_method(request, "GET");
@@ -201,27 +299,29 @@ void Api::route(const HttpRequest& request, const std::shared_ptr<Responder>& re
     check_method(request, "POST");
     return generate(request, responder, post.read, key);
   }
-  if (path == "/v1/messages/count_tokens") {
-    check_method(request, "POST");
-    const Json body = parse_body(request.body, context_.options);
-    return answer(
-        json_response(Json::object({{"input_tokens", js(count_message_tokens(context_, body))}})));
+  struct Plain {
+    std::string_view path, method;
+    HttpResponse (Api::*answer)(const HttpRequest&) const;
+  };
+  constexpr std::array<Plain, 8> kPlain = {
+      {{"/v1/messages/count_tokens", "POST", &Api::count_tokens},
+       {"/tokenize", "POST", &Api::tokenize},
+       {"/detokenize", "POST", &Api::detokenize},
+       {"/v1/models", "GET", &Api::models},
+       {"/v1/hadal/context", "GET", &Api::context_view},
+       {"/version", "GET", &Api::version},
+       {"/tokenizer_info", "GET", &Api::tokenizer_info},
+       {"/metrics", "GET", &Api::metrics_page}}};
+  for (const Plain& plain : kPlain) {
+    if (path != plain.path && !(plain.path == "/v1/models" && path.starts_with("/v1/models/")))
+      continue;
+    check_method(request, plain.method);
+    return answer((this->*plain.answer)(request));
   }
-  if (path == "/tokenize" || path == "/detokenize") {
-    check_method(request, "POST");
-    return answer(path == "/tokenize" ? tokenize(request) : detokenize(request));
-  }
-  if (path == "/v1/models" || path.starts_with("/v1/models/")) {
-    check_method(request, "GET");
-    return answer(models(path));
-  }
-  if (path == "/v1/hadal/context") {
-    check_method(request, "GET");
-    return answer(context_view(request));
-  }
-  if (path == "/metrics") {
-    check_method(request, "GET");
-    return answer(metrics_page());
+  for (const auto& [absent, what] : kAbsent) {
+    if (path == absent || (path.starts_with(absent) && path[absent.size()] == '/'))
+      throw RequestError(404, concat(absent, ": this server writes text and ", what), "",
+                         "unsupported_endpoint");
   }
   throw RequestError(404, concat("nothing is at ", path.substr(0, 200)), "", "not_found");
 }
@@ -239,6 +339,7 @@ void Api::generate(const HttpRequest& request,
   }
   Job job = read(context_, parse_body(request.body, context_.options));
   for (engine::Request& part : job.requests) part.client = concat("key", key);
+  job.format->name_request(request.id);
   if (job.chat) {
     job.requests.front().context_view = true;
     job.on_view = [views = views_, id = job.id](const engine::ContextView& view) {
@@ -258,9 +359,12 @@ void Api::generate(const HttpRequest& request,
   if (!has_grammar || waiting_ == nullptr) return start();
   const auto left = std::make_shared<std::atomic<bool>>(false);
   responder->on_close([left] { *left = true; });
-  boost::asio::post(waiting_->threads, [this, start, left, responder, path = request.path] {
+  HttpRequest named;  // what refusing it takes
+  named.path = request.path;
+  named.id = request.id;
+  boost::asio::post(waiting_->threads, [this, start, left, responder, named = std::move(named)] {
     if (*left) return metrics_.cancelled.add();
-    guarded(path, *responder, start);
+    guarded(named, *responder, start);
   });
 }
 
@@ -275,20 +379,67 @@ HttpResponse Api::context_view(const HttpRequest& request) const {
   return response;
 }
 
-HttpResponse Api::models(std::string_view path) const {
-  const engine::EngineInfo& info = context_.engine.info();
-  const Json model = Json::object({{"id", js(info.model_name)},
-                                   {"object", js("model")},
-                                   {"created", js(created_)},
-                                   {"owned_by", js("hadal")},
-                                   {"max_model_len", js(context_.max_context())}});
-  if (path == "/v1/models")
-    return json_response(Json::object({{"object", js("list")}, {"data", Json::array({model})}}));
-  const std::string_view name = path.substr(std::string_view("/v1/models/").size());
-  if (name != info.model_name)
+/// The list and its members have the fields of OpenAI's and of Anthropic's API.
+HttpResponse Api::models(const HttpRequest& request) const {
+  const std::string& own = context_.engine.info().model_name;
+  const auto model = [&](const std::string& name) {
+    return Json::object({{"id", js(name)},
+                         {"object", js("model")},
+                         {"created", js(created_)},
+                         {"owned_by", js("hadal")},
+                         {"root", js(own)},
+                         {"max_model_len", js(context_.max_context())},
+                         {"type", js("model")},
+                         {"display_name", js(name)},
+                         {"created_at", js(iso_time(created_))},
+                         {"defaults", defaults_json(context_.options)}});
+  };
+  std::vector<std::string> names = {own};
+  for (const std::string& alias : context_.options.model_aliases) {
+    if (std::ranges::find(names, alias) == names.end()) names.push_back(alias);
+  }
+  constexpr std::string_view kList = "/v1/models";
+  if (request.path == kList) {
+    Json list = Json::array();
+    for (const std::string& name : names) list.items().push_back(model(name));
+    return json_response(Json::object({{"object", js("list")},
+                                       {"data", std::move(list)},
+                                       {"has_more", js(false)},
+                                       {"first_id", js(names.front())},
+                                       {"last_id", js(names.back())}}));
+  }
+  // Names such as org/model come with their slash escaped.
+  const std::string name =
+      text::repair_utf8(percent_decoded(std::string_view(request.path).substr(kList.size() + 1)));
+  if (name.empty() ||
+      (!context_.options.any_model && std::ranges::find(names, name) == names.end()))
     throw RequestError(404, concat("there is no model '", name.substr(0, 100), "'"), "model",
                        "model_not_found");
-  return json_response(model);
+  return json_response(model(name));
+}
+
+HttpResponse Api::count_tokens(const HttpRequest& request) const {
+  const Json body = parse_body(request.body, context_.options);
+  return json_response(Json::object({{"input_tokens", js(count_message_tokens(context_, body))}}));
+}
+
+HttpResponse Api::version(const HttpRequest&) const {
+  return json_response(Json::object({{"version", js(HADAL_VERSION)}}));
+}
+
+/// What programs that tokenise through /tokenize and /detokenize ask first.
+HttpResponse Api::tokenizer_info(const HttpRequest&) const {
+  const auto known = [&](std::string_view token) {
+    return context_.tokenizer.find(token) ? js(token) : Json();
+  };
+  return json_response(Json::object({{"tokenizer_class", js("PreTrainedTokenizerFast")},
+                                     {"bos_token", known(text::kBos)},
+                                     {"eos_token", known(text::kEos)},
+                                     {"pad_token", known(text::kPad)},
+                                     {"add_bos_token", js(true)},
+                                     {"add_eos_token", js(false)},
+                                     {"vocab_size", js(int64_t{context_.tokenizer.vocab_size()})},
+                                     {"model_max_length", js(context_.max_context())}}));
 }
 
 HttpResponse Api::tokenize(const HttpRequest& request) const {
@@ -319,7 +470,7 @@ HttpResponse Api::detokenize(const HttpRequest& request) const {
   return json_response(Json::object({{"prompt", js(context_.tokenizer.decode(ids))}}));
 }
 
-HttpResponse Api::health() const {
+HttpResponse Api::health(const HttpRequest&) const {
   const bool draining = draining_ && draining_();
   HttpResponse response =
       json_response(Json::object({{"status", js(draining ? "stopping" : "ok")}}));
@@ -327,7 +478,7 @@ HttpResponse Api::health() const {
   return response;
 }
 
-HttpResponse Api::metrics_page() const {
+HttpResponse Api::metrics_page(const HttpRequest&) const {
   HttpResponse response;
   response.content_type = "text/plain; version=0.0.4; charset=utf-8";
   response.body = metrics_.text(context_.engine.stats(), stats_ ? stats_() : HttpStats{});

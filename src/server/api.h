@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine_core/engine.h"
+#include "server/access.h"
 #include "server/chat_job.h"
 #include "server/http.h"
 #include "server/metrics.h"
@@ -19,7 +20,7 @@ namespace hadal::server {
 
 class Api final : public HttpHandler {
  public:
-  /// All arguments outlive it.
+  /// All arguments outlive it. Errors: InputError for options that make no sense.
   Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options);
   ~Api() override;
 
@@ -39,22 +40,27 @@ class Api final : public HttpHandler {
   using Reader = Job (*)(const Context&, const Json&);
 
   /// Runs `work`; what it throws becomes the answer.
-  void guarded(std::string_view path, Responder& responder, const std::function<void()>& work);
+  void guarded(const HttpRequest& request, Responder& responder, const std::function<void()>& work);
   void route(const HttpRequest& request, const std::shared_ptr<Responder>& responder);
   void generate(const HttpRequest& request,
                 const std::shared_ptr<Responder>& responder,
                 Reader read,
                 int key);
   void check_method(const HttpRequest& request, std::string_view allowed) const;
-  HttpResponse refuse(const RequestError& error, std::string_view path) const;
-  HttpResponse models(std::string_view path) const;
+  /// `id` names the request in headers and body; empty: a new one.
+  HttpResponse refuse(const RequestError& error, std::string_view path, std::string id) const;
+  HttpResponse models(const HttpRequest& request) const;
+  HttpResponse count_tokens(const HttpRequest& request) const;
   HttpResponse tokenize(const HttpRequest& request) const;
   HttpResponse detokenize(const HttpRequest& request) const;
   HttpResponse context_view(const HttpRequest& request) const;
-  HttpResponse health() const;
-  HttpResponse metrics_page() const;
+  HttpResponse health(const HttpRequest& request) const;
+  HttpResponse version(const HttpRequest& request) const;
+  HttpResponse tokenizer_info(const HttpRequest& request) const;
+  HttpResponse metrics_page(const HttpRequest& request) const;
 
   const Context context_;
+  const Access access_;
   std::shared_ptr<Keys> keys_;
   ApiMetrics metrics_;
   std::shared_ptr<ViewStore> views_;

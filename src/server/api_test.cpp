@@ -264,24 +264,29 @@ TEST_F(ApiTest, MalformedMarkupEndsTheAnswerWithoutLeaking) {
       post("/v1/chat/completions", chat(std::string(R"("thinking": false, )") + kTools));
   EXPECT_EQ(at(reply, "choices.0.message.content"), "\"text\"");
   EXPECT_NE(at(reply, "choices.0.malformed"), "nothing");
-  EXPECT_EQ(at(reply, "choices.0.finish_reason"), "\"stop\"");
+  EXPECT_EQ(at(reply, "choices.0.finish_reason"), "\"length\"");
 }
 
 TEST_F(ApiTest, ToolChoice) {
-  // A forced call is begun in the prompt; the script goes on from there.
+  // A forced call is the grammar's, whether its schema is strict or not.
   const std::string all = calls();
-  const std::string named = concat(text::dsml::kInvoke, " name=\"f\">\n");
-  answers_ = {all.substr(all.find(named) + named.size())};
+  answers_ = {all};
   const std::string choice = R"("tool_choice": {"type": "function", "function": {"name": "f"}}, )";
   const Json reply = post("/v1/chat/completions", chat(choice + kTools));
-  EXPECT_TRUE(prompt_of_last().ends_with("invoke name=\"f\">\n"));
+  EXPECT_FALSE(last().thinking);
+  EXPECT_TRUE(last().grammar.must_call);
+  EXPECT_EQ(last().grammar.text,
+            R"([{"name": "f", "parameters": {"type": "object"}, "strict": "prefer"}])");
   EXPECT_EQ(at(reply, "choices.0.message.tool_calls.0.function.name"), "\"f\"");
+  EXPECT_EQ(at(reply, "choices.0.message.content"), "null");
   EXPECT_EQ(at(reply, "choices.0.finish_reason"), "\"tool_calls\"");
-  answers_ = {" name=" + all.substr(all.find("\"f\">"))};
-  const Json any =
-      post("/v1/chat/completions", chat(std::string(R"("tool_choice": "required", )") + kTools));
-  EXPECT_EQ(at(any, "choices.0.message.tool_calls.0.function.name"), "\"f\"");
-  EXPECT_EQ(at(any, "choices.0.message.content"), "null");
+  // With thinking on, the model thinks first.
+  answers_ = {"why</think>" + all};
+  const Json thought =
+      post("/v1/chat/completions", chat(R"("thinking": true, )" + choice + kTools));
+  EXPECT_TRUE(last().thinking);
+  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kToolCalls);
+  EXPECT_EQ(at(thought, "choices.0.message.tool_calls.0.function.name"), "\"f\"");
   answers_ = {"plain"};
   post("/v1/chat/completions",
        chat(std::string(R"("thinking": false, "tool_choice": "none", )") + kTools));
@@ -604,7 +609,7 @@ TEST_F(ApiTest, ArgumentsThatAreNoJsonStayText) {
   EXPECT_EQ(at(reply, "content.0.input"), R"({"a": "NaN"})");
   const Json raw =
       post("/v1/chat/completions", chat(std::string(R"("thinking": false, )") + kTools));
-  EXPECT_EQ(at(raw, "choices.0.message.tool_calls.0.function.arguments"), R"("{\"a\": NaN}")");
+  EXPECT_EQ(at(raw, "choices.0.message.tool_calls.0.function.arguments"), R"("{\"a\": \"NaN\"}")");
 }
 
 /// One call whose parameters are given as they stand in the markup.
@@ -616,12 +621,13 @@ std::string call_of(const std::vector<std::string>& parameters) {
   return concat(out, text::dsml::kInvokeEnd, ">\n", text::dsml::kBlockEnd);
 }
 
-/// A stream's calls add up to those of the whole answer, in several deltas, in every API.
+/// A stream's calls add up to those of the whole answer, long ones in many deltas, in every API.
 TEST_F(ApiTest, ArgumentsStreamInEveryApi) {
   const std::string messages = R"("messages": [{"role": "user", "content": "x"}])";
   const std::vector<std::vector<std::string>> calls = {
       {},
-      {R"(name="a" string="true">a "long" text\n</b> of many words, \u4f60)"},
+      {R"(name="a" string="true">a "long" text\n</b> of many words, \u4f60)" +
+       std::string(2000, '.')},
       {R"(name="a" string="false">[1.50, {"b":2}])", R"(name="s" string="true">)"},
       {R"(name="a" string="false">NaN)", R"(name="b" string="false">)"},
       {R"(name="a" string="false">1, "b": 2)", R"(name="c" string="false">{"d": [true]})"},
@@ -643,7 +649,7 @@ TEST_F(ApiTest, ArgumentsStreamInEveryApi) {
     }
     EXPECT_EQ(Json::string(sum).dump(),
               at(whole, "choices.0.message.tool_calls.0.function.arguments"));
-    EXPECT_GT(deltas, parameters.empty() ? 1u : 3u);
+    EXPECT_GT(deltas, sum.size() > 1024 ? 100u : 0u);
 
     const std::string responses = R"({"input": "x", "reasoning": {"effort": "none"},
         "tools": [{"type": "function", "name": "f"}])";
@@ -658,7 +664,7 @@ TEST_F(ApiTest, ArgumentsStreamInEveryApi) {
     }
     EXPECT_EQ(Json::string(sum).dump(), at(response, "output.1.arguments"));
 
-    const std::string body = R"({"max_tokens": 900, "tools": [{"name": "f"}], )" + messages;
+    const std::string body = R"({"max_tokens": 3500, "tools": [{"name": "f"}], )" + messages;
     const Json message = post("/v1/messages", body + "}");
     sum.clear();
     for (const Event& event : stream("/v1/messages", body + R"(, "stream": true})")) {
@@ -784,10 +790,6 @@ TEST_F(ApiTest, MalformedRequestsNameTheField) {
     "content": "x"}]})",
        "messages[0].tool_calls[0].function"},
       {kChatPath,
-       R"({"messages": [{"role": "assistant", "tool_calls": [{"id": "1",
-    "function": {"name": "f", "arguments": "3"}}]}, {"role": "user", "content": "x"}]})",
-       "arguments"},
-      {kChatPath,
        R"({"messages": [{"role": "user", "content": "1"}, {"role": "user", "content": "1"},
     {"role": "user", "content": "1"}, {"role": "user", "content": "1"}]})",
        "messages: more than 3"},
@@ -821,11 +823,6 @@ TEST_F(ApiTest, MalformedRequestsNameTheField) {
            R"("tool_choice": {"type": "function", "function": {"name": "z"}},
     "tools": [{"type": "function", "function": {"name": "f"}}])"),
        "no tool is named 'z'"},
-      {kChatPath,
-       chat(
-           R"("thinking": true, "tool_choice": "required", "tools": [{"type": "function",
-    "function": {"name": "f"}}])"),
-       "thinking"},
       {kChatPath, chat(R"("response_format": {"type": "xml"})"), "response_format.type"},
       {kChatPath, chat(R"("response_format": {"type": "json_schema"})"),
        "response_format.json_schema"},
@@ -852,17 +849,11 @@ TEST_F(ApiTest, MalformedRequestsNameTheField) {
       {"/v1/responses", R"({"input": [{"role": "assistant", "content": "x"}]})", "input"},
       {"/v1/messages", R"({"messages": [{"role": "user", "content": "x"}]})", "max_tokens"},
       {"/v1/messages", R"({"max_tokens": 5})", "messages"},
-      {"/v1/messages", R"({"max_tokens": 5, "messages": [{"role": "system", "content": "x"}]})",
+      {"/v1/messages", R"({"max_tokens": 5, "messages": [{"role": "tool", "content": "x"}]})",
        "messages[0].role"},
       {"/v1/messages",
-       R"({"max_tokens": 5, "messages": [{"role": "user", "content": [{"type": "image"}]}]})",
+       R"({"max_tokens": 5, "messages": [{"role": "user", "content": [{"text": "x"}]}]})",
        "messages[0].content[0].type"},
-      {"/v1/messages", R"({"max_tokens": 5, "messages": [{"role": "user", "content": []}]})",
-       "messages[0].content"},
-      {"/v1/messages",
-       R"({"max_tokens": 5, "messages": [{"role": "user", "content": "x"}],
-    "tools": [{"type": "web_search_20250305", "name": "w"}]})",
-       "tools[0].type"},
       {"/v1/messages",
        R"({"max_tokens": 5, "messages": [{"role": "user", "content": "x"}],
     "tool_choice": {"type": "x"}})",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
+#include <map>
 
 #include "text/chat_tokens.h"
 
@@ -14,15 +15,19 @@ struct Effort {
   text::ReasoningEffort effort;
 };
 
-Effort effort_of(const std::string& name) {
+/// The level that a client's word stands for; with 0731's levels as DeepSeek's own server takes
+/// them.
+Effort effort_of(const std::string& name, text::EffortLevels levels) {
   using text::ReasoningEffort;
+  const bool later = levels == text::EffortLevels::k0731;
   if (name == "none") return {false, ReasoningEffort::kNone};
-  if (name == "minimal" || name == "low" || name == "medium" || name == "high")
+  if (name == "minimal" || name == "low") return {true, ReasoningEffort::kLow};
+  if (name == "medium" || name == "high" || (later && name == "xhigh"))
     return {true, ReasoningEffort::kHigh};
-  if (name == "xhigh" || name == "max") return {true, ReasoningEffort::kMax};
+  if (name == "xhigh" || name == "max" || name == "ultra") return {true, ReasoningEffort::kMax};
   throw RequestError(400,
                      concat("reasoning effort '", name.substr(0, 40),
-                            "': expected none, minimal, low, medium, high, xhigh or max"),
+                            "': expected none, minimal, low, medium, high, xhigh, max or ultra"),
                      "reasoning_effort");
 }
 
@@ -40,27 +45,40 @@ bool is_strict(const Json& tool) {
   return strict != nullptr && strict->truthy();
 }
 
+bool is_forced(const ChatJob& chat) {
+  return chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
+}
+
+bool may_call(const ChatJob& chat, const std::string& name) {
+  if (chat.tool_choice == ToolChoice::kNamed) return name == chat.tool_name;
+  const auto& allowed = chat.allowed_tools;
+  return allowed.empty() || std::find(allowed.begin(), allowed.end(), name) != allowed.end();
+}
+
 /// How the conversation is rendered.
 struct Rendered {
   text::ThinkingMode mode;
   std::vector<int64_t> tokens;
-  std::string opening;
 };
 
 Rendered render(const Context& context, const ChatJob& chat) {
   bool thinking = chat.thinking.value_or(chat.default_thinking);
   text::ChatOptions options;
   if (!chat.effort.empty()) {
-    const Effort effort = effort_of(chat.effort);
+    options.levels = context.options.effort_levels;
+    const Effort effort = effort_of(chat.effort, options.levels);
     if (!chat.thinking) thinking = effort.thinking;
     options.effort = effort.effort;
   }
-  const bool forced =
-      chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
   const Json* last_role = chat.messages.empty() ? nullptr : chat.messages.back().find("role");
   const bool prefill = last_role != nullptr && last_role->text() == "assistant";
   // What the answer begins with is given, or the task's answer has no reasoning.
-  if (forced || prefill || !chat.task.empty()) thinking = false;
+  if (is_forced(chat) && !chat.thinking && chat.effort.empty()) thinking = false;
+  if (prefill || !chat.task.empty()) thinking = false;
+  if (context.calls)
+    options.recall = [&](std::string_view id, const text::ToolCall& call) {
+      return context.calls->recall(id, call);
+    };
   options.thinking_mode = thinking ? text::ThinkingMode::kThinking : text::ThinkingMode::kChat;
 
   Json messages = Json::array(chat.messages);
@@ -83,17 +101,9 @@ Rendered render(const Context& context, const ChatJob& chat) {
   if (!chat.task.empty()) messages.items().back().set("task", js(chat.task));
   if (prefill) messages.items().back().set("wo_eos", js(true));
 
-  Rendered rendered{options.thinking_mode, {}, {}};
-  const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_strict);
-  if (forced && !strict) {
-    // The answer begins with the call; what follows is the model's.
-    rendered.opening = concat(text::tool_block_start(), ">\n", text::dsml::kInvoke);
-    if (chat.tool_choice == ToolChoice::kNamed)
-      rendered.opening += concat(" name=\"", chat.tool_name, "\">\n");
-  }
+  Rendered rendered{options.thinking_mode, {}};
   try {
     text::ChatPrompt prompt = text::render_chat(messages, options);
-    prompt.text += rendered.opening;
     const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
     rendered.tokens = context.engine.as_written({ids.begin(), ids.end()});
   } catch (const RequestError&) {
@@ -104,6 +114,42 @@ Rendered render(const Context& context, const ChatJob& chat) {
   return rendered;
 }
 
+/// What the answer must be: calls of the tools that may be called, text in a format, or either.
+engine::Grammar grammar_of(const ChatJob& chat) {
+  using Kind = engine::Grammar::Kind;
+  const bool forced = is_forced(chat);
+  const bool limited = !chat.allowed_tools.empty();
+  const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_strict);
+  const bool callable = !chat.tools.empty() && chat.tool_choice != ToolChoice::kNone;
+  const bool has_format = chat.format.kind != Kind::kNone;
+  if (!callable || !(forced || limited || strict || has_format)) return chat.format;
+  Json list = Json::array();
+  for (const Json& tool : chat.tools) {
+    const Json& function = function_of(tool);
+    if (!may_call(chat, function.find("name")->text())) continue;
+    const Json* parameters = function.find_set("parameters");
+    // Where a call is forced the grammar keeps every schema that it can.
+    const Json strictness = is_strict(tool) || !forced ? js(is_strict(tool)) : js("prefer");
+    list.items().push_back(
+        Json::object({{"name", *function.find("name")},
+                      {"parameters", parameters != nullptr ? *parameters : Json::object()},
+                      {"strict", strictness}}));
+  }
+  if (forced && chat.parallel_calls) return {Kind::kToolCalls, list.dump(), true};
+  Json text = Json::object({{"tools", std::move(list)},
+                            {"mode", js(forced ? "required" : "auto")},
+                            {"parallel", js(chat.parallel_calls)}});
+  if (has_format && !forced) {
+    static const std::map<Kind, const char*> names = {{Kind::kJsonObject, "json_object"},
+                                                      {Kind::kJsonSchema, "json_schema"},
+                                                      {Kind::kRegex, "regex"},
+                                                      {Kind::kEbnf, "ebnf"}};
+    text.set("content", Json::object({{"kind", js(names.at(chat.format.kind))},
+                                      {"text", js(chat.format.text)}}));
+  }
+  return {Kind::kToolCalls, text.dump(), forced};
+}
+
 }  // namespace
 
 int64_t Context::max_context() const {
@@ -112,48 +158,35 @@ int64_t Context::max_context() const {
 }
 
 Job make_chat_job(const Context& context, ChatJob chat) {
-  const bool forced =
-      chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
-  if (forced && chat.tools.empty())
+  if (is_forced(chat) && chat.tools.empty())
     throw RequestError(400, "tool_choice asks for a call, but there are no tools", "tool_choice");
-  if (forced && chat.thinking.value_or(false))
-    throw RequestError(400, "tool_choice cannot force a call while thinking is on", "tool_choice");
-  if (chat.tool_choice == ToolChoice::kNamed) {
+  const auto check_name = [&](const std::string& wanted) {
     const auto named = [&](const Json& tool) {
-      return function_of(tool).find("name")->text() == chat.tool_name;
+      return function_of(tool).find("name")->text() == wanted;
     };
     if (std::none_of(chat.tools.begin(), chat.tools.end(), named))
-      throw RequestError(400, concat("tool_choice: no tool is named '", chat.tool_name, "'"),
+      throw RequestError(400, concat("tool_choice: no tool is named '", wanted, "'"),
                          "tool_choice");
-  }
+  };
+  if (chat.tool_choice == ToolChoice::kNamed) check_name(chat.tool_name);
+  for (const std::string& name : chat.allowed_tools) check_name(name);
   Rendered rendered = render(context, chat);
   engine::Request request = std::move(chat.base);
   request.prompt = std::move(rendered.tokens);
   request.thinking = rendered.mode == text::ThinkingMode::kThinking;
-  request.grammar = std::move(chat.format);
-  const bool tools = !chat.tools.empty() && chat.tool_choice != ToolChoice::kNone;
-  if (tools && request.grammar.kind == engine::Grammar::Kind::kNone &&
-      std::any_of(chat.tools.begin(), chat.tools.end(), is_strict)) {
-    Json list = Json::array();
-    for (const Json& tool : chat.tools) {
-      const Json& function = function_of(tool);
-      if (chat.tool_choice == ToolChoice::kNamed && function.find("name")->text() != chat.tool_name)
-        continue;
-      const Json* parameters = function.find_set("parameters");
-      list.items().push_back(
-          Json::object({{"name", *function.find("name")},
-                        {"parameters", parameters != nullptr ? *parameters : Json::object()},
-                        {"strict", js(is_strict(tool))}}));
-    }
-    request.grammar = {engine::Grammar::Kind::kToolCalls, list.dump(), forced};
-  }
+  request.structured = true;
+  if (request.thinking) request.thinking_budget = chat.thinking_budget.value_or(-1);
+  request.grammar = grammar_of(chat);
+  request.close_reasoning = chat.close_reasoning.value_or(!chat.tools.empty());
   fit_context(context, request);
   Job job;
   job.chat = true;
   job.mode = rendered.mode;
-  job.opening = std::move(rendered.opening);
-  job.one_call = !chat.parallel_calls;
   job.requests.push_back(std::move(request));
+  job.tools = std::make_shared<const text::ToolSchemas>(Json::array(chat.tools));
+  job.certain_calls = job.requests.front().grammar.kind == engine::Grammar::Kind::kToolCalls;
+  job.one_call = !chat.parallel_calls;
+  job.calls = context.calls;
   return job;
 }
 
@@ -161,14 +194,17 @@ std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& c
   return render(context, chat).tokens;
 }
 
-void read_sampling(const Fields& body, engine::Request& request) {
+void read_sampling(const Context& context, const Fields& body, engine::Request& request) {
+  const engine::Sampling& model = context.options.default_sampling;
   engine::Sampling& sampling = request.sampling;
-  sampling.temperature = body.number_or("temperature", 1.0, 0.0, 2.0);
+  sampling.temperature = body.number_or("temperature", model.temperature, 0.0, 2.0);
   // 0 means the most likely token alone, which the smallest share gives.
-  sampling.top_p = std::max(body.number_or("top_p", 1.0, 0.0, 1.0), 1e-9);
-  sampling.min_p = body.number_or("min_p", 0.0, 0.0, 0.999999);
-  sampling.top_k = std::max<int64_t>(0, body.integer_or("top_k", 0, -1, int64_t{1} << 31));
-  sampling.repetition_penalty = body.number_or("repetition_penalty", 1.0, 0.01, 10.0);
+  sampling.top_p = std::max(body.number_or("top_p", model.top_p, 0.0, 1.0), 1e-9);
+  sampling.min_p = body.number_or("min_p", model.min_p, 0.0, 0.999999);
+  sampling.top_k =
+      std::max<int64_t>(0, body.integer_or("top_k", model.top_k, -1, int64_t{1} << 31));
+  sampling.repetition_penalty =
+      body.number_or("repetition_penalty", model.repetition_penalty, 0.01, 10.0);
   sampling.presence_penalty = body.number_or("presence_penalty", 0.0, -2.0, 2.0);
   sampling.frequency_penalty = body.number_or("frequency_penalty", 0.0, -2.0, 2.0);
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();

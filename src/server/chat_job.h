@@ -18,6 +18,7 @@ struct Context {
   engine::Engine& engine;
   const text::Tokenizer& tokenizer;
   const ServerOptions& options;
+  std::shared_ptr<CallMemory> calls = nullptr;  ///< null: calls are not remembered
   int64_t max_context() const;
 };
 
@@ -28,8 +29,15 @@ struct ChatJob {
   std::vector<Json> tools;     ///< {"type": "function", "function": {...}}, checked
   ToolChoice tool_choice = ToolChoice::kAuto;
   std::string tool_name;  ///< for kNamed
+  /// Names of the tools that may be called ("allowed_tools"); all are shown. Empty: all may.
+  std::vector<std::string> allowed_tools;
   bool parallel_calls = true;
   std::optional<bool> thinking;  ///< unset: nobody said anything
+  /// Most tokens of reasoning ("budget_tokens", "thinking_budget", "reasoning.max_tokens").
+  std::optional<int64_t> thinking_budget;
+  /// Whether an EOS inside the reasoning closes it and the answer goes on; unset: it does where
+  /// there are tools.
+  std::optional<bool> close_reasoning;
   bool default_thinking = true;
   std::string effort;  ///< "" or as effort_of() takes it
   engine::Grammar format;
@@ -43,8 +51,8 @@ Job make_chat_job(const Context& context, ChatJob chat);
 /// The prompt alone, for counting.
 std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& chat);
 
-/// temperature, top_p, ... seed of a request.
-void read_sampling(const Fields& body, engine::Request& request);
+/// temperature, top_p, ... seed of a request; what it leaves out is the model's own.
+void read_sampling(const Context& context, const Fields& body, engine::Request& request);
 /// A string or a list of them; at most options.max_stop_strings.
 std::vector<std::string> read_stop(const Fields& body,
                                    std::string_view key,

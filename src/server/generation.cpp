@@ -2,7 +2,6 @@
 
 #include <random>
 
-#include "base/json.h"
 #include "base/log.h"
 #include "text/chat_tokens.h"
 
@@ -16,19 +15,6 @@ std::mt19937_64& random_source() {
     return std::mt19937_64(seeds);
   }();
   return source;
-}
-
-/// A value of a call's arguments as PyJson writes it; a string if it is no strict JSON.
-std::string strict_value(const std::string& text) {
-  try {
-    const std::string list = concat("[", text, "]");
-    parse_json(list, "value");  // PyJson would let NaN through
-    const Json parsed = Json::parse(list, "value");
-    if (parsed.items().size() == 1) return parsed.items().front().dump();
-  } catch (const InputError&) {
-    return text::quote_json(text);  // models write such things
-  }
-  return text::quote_json(text);
 }
 }  // namespace
 
@@ -50,6 +36,13 @@ int64_t Answer::reasoning_tokens() const {
   int64_t sum = 0;
   for (const Choice& choice : choices) sum += choice.reasoning_tokens;
   return sum;
+}
+
+Ending Choice::ending() const {
+  if (finish == engine::FinishReason::kLength) return Ending::kLength;
+  if (!calls.empty()) return Ending::kToolCalls;
+  if (finish == engine::FinishReason::kStopString) return Ending::kStopString;
+  return malformed.empty() ? Ending::kStop : Ending::kMalformed;
 }
 
 /// Brings updates from the engine's thread to the answer's strand.
@@ -77,6 +70,7 @@ Generation::Generation(engine::Engine& engine,
                        Lease lease,
                        std::chrono::milliseconds ping_interval)
     : engine_(engine),
+      tokenizer_(tokenizer),
       metrics_(metrics),
       responder_(std::move(responder)),
       job_(std::move(job)),
@@ -96,10 +90,12 @@ Generation::Generation(engine::Engine& engine,
   progress_.resize(open_choices_);
   if (!job_.chat) return;
   if (const auto id = tokenizer.find(text::kThinkEnd)) think_end_ = *id;
+  if (const auto id = tokenizer.find(text::kDsml)) marker_ = *id;
   for (Progress& progress : progress_) {
-    progress.parser.emplace(job_.mode);
+    text::CompletionParserOptions options{.tools = job_.tools};
+    if (job_.certain_calls) options.hold_bytes = 0;
+    progress.parser.emplace(job_.mode, std::move(options));
     progress.in_reasoning = job_.mode == text::ThinkingMode::kThinking;
-    if (!job_.opening.empty()) progress.parser->push(job_.opening);
   }
 }
 
@@ -137,6 +133,9 @@ void Generation::start() {
     self->metrics_.cancelled.add();
     self->lease_.reset();
   });
+  responder_->on_stop([self = shared_from_this()] {
+    if (!self->over_) self->fail(RequestError(503, "the server is stopping"));
+  });
 }
 
 void Generation::accepted(std::vector<uint64_t> ids) {
@@ -173,6 +172,7 @@ void Generation::update(size_t first_choice, const engine::Update& update) {
       if (answer_.miss.empty()) answer_.miss = update.cache.miss;
     }
   }
+  if (streaming_ && !std::exchange(begun_, true)) job_.format->begin(answer_, out_);
   if (update.view && index == 0 && job_.on_view) job_.on_view(*update.view);
   if (!progress_[index].done) {
     answer_.choices[index].completion_tokens = update.completion_tokens;
@@ -194,20 +194,29 @@ void Generation::take_token(size_t index, const engine::OutputToken& token) {
   Choice& choice = answer_.choices[index];
   if (progress.in_reasoning) {
     ++choice.reasoning_tokens;
-    if (token.token == think_end_) progress.in_reasoning = false;
+    if (token.token == think_end_ || token.token == marker_) progress.in_reasoning = false;
   }
-  if (token.token != think_end_ && !(token.text.empty() && token.token == engine_.info().eos_token))
+  if (!(token.text.empty() && tokenizer_.is_added(static_cast<int32_t>(token.token))))
     progress.pending.push_back(token);
   std::vector<text::CompletionEvent> events;
   if (progress.parser) {
     events = progress.parser->push(token.text);
+    if (tokenizer_.is_added(static_cast<int32_t>(token.token)))
+      take_special(token.token, *progress.parser, events);
   } else if (!token.text.empty()) {
     events.push_back({Format::Kind::kContent, token.text, {}});
   }
   take_events(index, events);
-  if (progress.done) return;
-  if (progress.parser && progress.parser->malformed())
-    finish_choice(index, engine::FinishReason::kStop);
+}
+
+/// EOS is told to the parser where the choice ends; one that the client ignores means nothing.
+void Generation::take_special(int64_t token,
+                              text::CompletionParser& parser,
+                              std::vector<text::CompletionEvent>& events) {
+  if (token == engine_.info().eos_token) return;
+  for (text::CompletionEvent& event :
+       parser.push_special(tokenizer_.token_bytes(static_cast<int32_t>(token))))
+    events.push_back(std::move(event));
 }
 
 void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& events) {
@@ -231,27 +240,22 @@ void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& e
 }
 
 void Generation::take_call_event(size_t index, const text::CompletionEvent& event) {
-  Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   if (event.kind == Format::Kind::kCallBegin) {
-    choice.open_call = {random_id("call_"), event.call.name, {}, {}};
+    choice.open_call = {random_id("call_"), event.call.name, {}};
     if (streaming_) job_.format->call_begun(answer_, index, out_);
   } else if (event.kind == Format::Kind::kToolCall) {
+    if (job_.calls) job_.calls->remember(choice.open_call->id, event.call);
     choice.calls.push_back(std::move(*choice.open_call));
     choice.open_call.reset();
     if (streaming_) job_.format->call_ended(answer_, index, out_);
+  } else if (event.kind == Format::Kind::kCallDropped) {
+    if (streaming_) job_.format->call_dropped(answer_, index, out_);
+    choice.open_call.reset();
+    ++choice.dropped_calls;
   } else {
-    std::string input;
-    if (event.unchecked) {
-      progress.value = progress.value.value_or("") + event.text;
-    } else {
-      if (progress.value) input = strict_value(*progress.value);
-      progress.value.reset();
-      input += event.text;
-    }
     choice.open_call->arguments += event.text;
-    choice.open_call->input += input;
-    if (streaming_) job_.format->call_arguments(answer_, index, event.text, input, out_);
+    if (streaming_) job_.format->call_arguments(answer_, index, event.text, out_);
   }
 }
 
@@ -261,15 +265,18 @@ void Generation::finish_choice(size_t index, engine::FinishReason reason) {
   progress.done = true;  // before events come that could end it again
   if (progress.parser) {
     std::vector<text::CompletionEvent> events;
-    const bool was_malformed = progress.parser->malformed();
-    const bool whole = reason == engine::FinishReason::kStop && !was_malformed &&
-                       !(job_.one_call && !choice.calls.empty());
-    if (whole) events = progress.parser->push(text::kEos);
+    const bool whole =
+        reason == engine::FinishReason::kStop && !(job_.one_call && !choice.calls.empty());
+    if (whole) events = progress.parser->push_special(text::kEos);
     const text::Completion completion = progress.parser->finish(events);
     take_events(index, events);
-    if ((whole || was_malformed) && !completion.ok) {
-      choice.malformed = completion.error;
+    if (completion.lost) choice.malformed = completion.error;
+    choice.open_reasoning = completion.open_reasoning;
+    if (completion.open_reasoning) metrics_.open_reasoning.add();
+    if (completion.lost) {
       metrics_.malformed.add();
+    } else if (whole && !completion.ok) {
+      metrics_.irregular.add();
     }
   }
   choice.finish = reason;
@@ -277,15 +284,19 @@ void Generation::finish_choice(size_t index, engine::FinishReason reason) {
   if (streaming_) job_.format->finished(answer_, index, out_);
 }
 
-/// The client sees the answer's head and frame while the prompt is still waiting or read.
+/// The client sees the answer's head while the prompt is still waiting or read.
 void Generation::begin_stream() {
   streaming_ = true;
   HttpResponse head;
   head.content_type = "text/event-stream; charset=utf-8";
   head.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
   responder_->begin_stream(std::move(head));
-  job_.format->begin(answer_, out_);
-  if (out_.empty()) job_.format->ping(out_);
+  if (job_.format->begins_at_once()) {
+    begun_ = true;
+    job_.format->begin(answer_, out_);
+  }
+  // A comment where nothing is said yet: some wait for a first byte.
+  if (out_.empty()) out_ += ": ping\n\n";
   responder_->write(std::exchange(out_, {}));
   if (ping_interval_.count() > 0)
     responder_->when_silent(ping_interval_, [self = shared_from_this()] { self->ping(); });
@@ -321,6 +332,7 @@ void Generation::fail(const RequestError& error) {
   metrics_.failed.add();
   log::warn("server", answer_.id, ": ", error.what());
   if (streaming_) {
+    if (!std::exchange(begun_, true)) job_.format->begin(answer_, out_);
     job_.format->stream_error(error, out_);
     responder_->write(std::exchange(out_, {}));
     responder_->end_stream();

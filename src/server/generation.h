@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine_core/engine.h"
+#include "server/call_memory.h"
 #include "server/http.h"
 #include "server/json_reader.h"
 #include "server/metrics.h"
@@ -24,8 +25,18 @@
 namespace hadal::server {
 
 struct CallRecord {
-  std::string id, name, arguments;
-  std::string input;  ///< the arguments, but strict JSON: a value that is none is a string here
+  std::string id, name;
+  std::string arguments;  ///< JSON text of an object, as far as it is known
+};
+
+/// How an answer ended, for the APIs to put in their words.
+enum class Ending : uint8_t {
+  kStop,
+  kStopString,
+  kToolCalls,  ///< there are complete calls; Choice::malformed may be set beside them
+  kLength,
+  kMalformed,  ///< the model ended it, but what it began is not there (Choice::malformed): a call
+               ///< that is incomplete, or reasoning without an end. Never told as a plain stop
 };
 
 /// What is known of one choice so far.
@@ -36,8 +47,14 @@ struct Choice {
   std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
   std::optional<engine::FinishReason> finish;
   std::string matched_stop;
-  std::string malformed;  ///< what is wrong with the model's markup; the answer ends there
+  std::string malformed;  ///< what the model wrote that could not be delivered, and why; or empty
+  bool open_reasoning = false;  ///< EOS came inside the reasoning (malformed says so, too)
+  /// Calls that were begun in a stream and dropped (Format::call_dropped): clients number on.
+  int64_t dropped_calls = 0;
   int64_t completion_tokens = 0, reasoning_tokens = 0;
+
+  /// Once finished.
+  Ending ending() const;
 };
 
 struct Answer {
@@ -55,19 +72,26 @@ class Format {
  public:
   using Kind = text::CompletionEvent::Kind;
   virtual ~Format() = default;
+  /// What the answer's headers call the request.
+  virtual void name_request(const std::string& /*id*/) {}
+  /// Whether begin() comes as soon as the engine has the request, for APIs whose clients want to
+  /// hear that it waits. Else it comes with the first token, when it is known what the cache gave,
+  /// and clients measure when an answer begins instead of when it was asked for.
+  virtual bool begins_at_once() const { return false; }
   virtual void begin(const Answer&, std::string& /*out*/) {}
   /// Reasoning or content, already part of the answer.
   virtual void text(const Answer&, size_t, Kind, const std::string&, std::string& /*out*/) {}
   /// The choice's open call is new, its arguments still empty.
   virtual void call_begun(const Answer&, size_t, std::string& /*out*/) {}
-  /// More of its arguments as the model wrote them, and of its input; one of them may be empty.
+  /// More of its arguments; the pieces of a complete call add up to JSON.
   virtual void call_arguments(const Answer&,
                               size_t,
                               const std::string& /*arguments*/,
-                              const std::string& /*input*/,
                               std::string& /*out*/) {}
   /// It is complete: the last of the choice's calls now.
   virtual void call_ended(const Answer&, size_t, std::string& /*out*/) {}
+  /// It was begun and will not be completed; the answer goes on. Still the choice's open call.
+  virtual void call_dropped(const Answer&, size_t, std::string& /*out*/) {}
   virtual void finished(const Answer&, size_t, std::string& /*out*/) {}
   virtual void end(const Answer&, std::string& /*out*/) {}
   virtual std::string whole(const Answer&) = 0;
@@ -82,8 +106,11 @@ struct Job {
   std::vector<engine::Request> requests;  ///< one a prompt; choices are numbered through
   bool chat = false;                      ///< the answer is reasoning, content and calls
   text::ThinkingMode mode = text::ThinkingMode::kChat;
-  std::string opening;    ///< of the answer, which the prompt ends with already
-  bool one_call = false;  ///< the answer ends behind its first call
+  bool one_call = false;              ///< the answer ends behind its first call
+  std::shared_ptr<CallMemory> calls;  ///< gets what is called; may be null
+  bool certain_calls = false;         ///< a grammar makes sure that calls become complete
+  /// What values may be; null: nothing is known of the tools.
+  std::shared_ptr<const text::ToolSchemas> tools;
   bool stream = false;
   std::string id, model;
   std::unique_ptr<Format> format;
@@ -103,7 +130,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
              Job job,
              Lease lease,
              std::chrono::milliseconds ping_interval = {});
-  /// Submits the job; a stream begins as soon as the engine has accepted all of it. Errors:
+  /// Submits the job; a stream's head leaves as soon as the engine has accepted all of it. Errors:
   /// RequestError where it refuses.
   void start();
 
@@ -111,13 +138,15 @@ class Generation : public std::enable_shared_from_this<Generation> {
   struct Progress {
     std::optional<text::CompletionParser> parser;
     std::vector<engine::OutputToken> pending;  ///< tokens whose text is held back
-    std::optional<std::string> value;          ///< of a call's arguments, not known to be JSON yet
     bool in_reasoning = false, started = false, done = false;
   };
   class PostingSink;
 
   void update(size_t first_choice, const engine::Update& update);
   void take_token(size_t index, const engine::OutputToken& token);
+  void take_special(int64_t token,
+                    text::CompletionParser& parser,
+                    std::vector<text::CompletionEvent>& events);
   void take_events(size_t index, std::vector<text::CompletionEvent>& events);
   void take_call_event(size_t index, const text::CompletionEvent& event);
   void finish_choice(size_t index, engine::FinishReason reason);
@@ -129,20 +158,21 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void cancel_all();
 
   engine::Engine& engine_;
+  const text::Tokenizer& tokenizer_;
   ApiMetrics& metrics_;
   const std::shared_ptr<Responder> responder_;
   Job job_;
   Lease lease_;
   const std::chrono::milliseconds ping_interval_;  ///< of a silent stream; 0: none
   const std::chrono::steady_clock::time_point began_;
-  int64_t think_end_ = -1;
+  int64_t think_end_ = -1, marker_ = -1;
   Answer answer_;
   std::vector<Progress> progress_;
   std::vector<uint64_t> ids_;
   std::vector<std::pair<size_t, engine::Update>> early_;  ///< came before all was accepted
   std::string out_;
   size_t open_choices_ = 0;
-  bool accepted_ = false, streaming_ = false, over_ = false, first_ = true;
+  bool accepted_ = false, streaming_ = false, begun_ = false, over_ = false, first_ = true;
 };
 
 /// "prefix" and 24 random characters.

@@ -22,8 +22,10 @@ namespace hadal::server {
 
 struct HttpRequest {
   std::string method, path, query;  ///< path and query as sent, without '?'
-  std::vector<std::pair<std::string, std::string>> headers;  ///< names in lower case
+  /// Names in lower case. Where the target was a whole URI, its authority is the "host".
+  std::vector<std::pair<std::string, std::string>> headers;
   std::string body;
+  std::string id;  ///< set by the handler: what its answer calls the request
   /// The value of a header (lower-case name), or empty.
   std::string_view header(std::string_view name) const;
 };
@@ -50,6 +52,9 @@ class Responder {
   virtual void when_silent(std::chrono::milliseconds interval, std::function<void()> work) = 0;
   /// `gone` runs once if the client leaves before the answer's end, at once if it has left.
   virtual void on_close(std::function<void()> gone) = 0;
+  /// `stopping` runs once, in order with all else of this answer, if the server stops and cannot
+  /// wait for the answer any longer: its last chance to end with a word instead of in silence.
+  virtual void on_stop(std::function<void()> /*stopping*/) {}
 };
 
 class HttpHandler {
@@ -78,8 +83,9 @@ class HttpServer {
   void start();  ///< serves from here on; once
   uint16_t port() const;
   HttpStats stats() const;
-  /// Accepts nobody any more, lets open answers end (at most drain_timeout), then closes what is
-  /// left. May be called again and from any thread but the server's own.
+  /// Accepts nobody any more, lets open answers end (at most drain_timeout), tells those that do
+  /// not (Responder::on_stop), then closes what is left. May be called again and from any thread
+  /// but the server's own.
   void stop();
   bool draining() const;
 

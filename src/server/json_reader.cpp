@@ -51,7 +51,7 @@ std::string shown(const text::PyJson& value) {
 text::PyJson parse_body(std::string_view body, const ServerOptions& options) {
   check_size(body, options);
   try {
-    text::PyJson value = text::PyJson::parse(body, "the body");
+    text::PyJson value = text::PyJson::parse(body, "the body", text::PyJson::Keys::kOnce);
     if (!value.is_object())
       throw RequestError(400, concat("the body is ", value.kind_name(), ", expected an object"));
     return value;

@@ -34,7 +34,8 @@ class RequestError : public InputError {
   std::string param_, code_;
 };
 
-/// Parses a body: an object, of limited depth and number of values. Errors: RequestError 400.
+/// Parses a body: an object, of limited depth and number of values, no key twice. Errors:
+/// RequestError 400.
 text::PyJson parse_body(std::string_view body, const ServerOptions& options);
 
 /// The fields of one object. Null counts as absent. Errors: RequestError 400.

@@ -74,16 +74,21 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   total("queue_full_total", "requests refused by the engine's queue", queue_full.value());
   total("key_over_limit_total", "requests over a key's concurrency", over_limit.value());
   total("unauthorised_total", "requests without a valid key", unauthorised.value());
-  total("malformed_answers_total", "answers with malformed markup", malformed.value());
+  total("malformed_answers_total", "answers in which something of the model's is missing",
+        malformed.value());
+  total("irregular_answers_total", "answers with irregular markup, delivered in full",
+        irregular.value());
+  total("open_reasoning_answers_total", "answers that ended inside the reasoning",
+        open_reasoning.value());
   first_token.write(out, "time_to_first_token_seconds", "from request to the first token");
   duration.write(out, "generation_seconds", "from request to the last token");
 
   gauge("engine_running", "sequences in the batch", engine.running);
   gauge("engine_waiting", "sequences waiting", engine.waiting);
-  gauge("pages_total", "cache pages", engine.pages_total);
+  gauge("pages", "cache pages", engine.pages_total);
   gauge("pages_free", "free cache pages", engine.pages_free);
   gauge("pages_cached", "pages only the prefix tree holds", engine.pages_cached);
-  gauge("state_slots_total", "state slots", engine.state_slots_total);
+  gauge("state_slots", "state slots", engine.state_slots_total);
   gauge("state_slots_free", "free state slots", engine.state_slots_free);
   gauge("states", "kept states: places to go on from", engine.states);
   gauge("snapshot_pages", "cache pages that hold kept states", engine.snapshot_pages);

@@ -39,7 +39,8 @@ class Histogram {
 };
 
 struct ApiMetrics {
-  Counter finished, failed, cancelled, queue_full, malformed, over_limit, unauthorised;
+  Counter finished, failed, cancelled, queue_full, malformed, irregular, open_reasoning, over_limit,
+      unauthorised;
   Histogram first_token, duration;
 
   void count_response(std::string_view route, int status);

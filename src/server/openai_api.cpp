@@ -170,7 +170,7 @@ Job chat_completion_job(const Context& context, const Json& json) {
   const std::string model = read_model(context, body);
   ChatJob chat = read_chat_completion(context, body);
   engine::Request& request = chat.base;
-  read_sampling(body, request);
+  read_sampling(context, body, request);
   read_logit_bias(context, body, request);
   request.stop = read_stop(body, "stop", context.options);
   const int64_t new_limit = read_max_tokens(body, "max_completion_tokens");
@@ -263,7 +263,7 @@ Job text_completion_job(const Context& context, const Json& json) {
   if (body.has("suffix") && !body.string("suffix").empty())
     body.fail("suffix", "insertion is not supported");
   engine::Request base;
-  read_sampling(body, base);
+  read_sampling(context, body, base);
   read_logit_bias(context, body, base);
   base.stop = read_stop(body, "stop", context.options);
   base.max_tokens = body.integer_or("max_tokens", 16, 1, int64_t{1} << 40);

@@ -127,14 +127,12 @@ class ChatFormat final : public OpenAiFormat {
   }
   void call_begun(const Answer& answer, size_t index, std::string& out) override {
     const CallRecord& call = *answer.choices[index].open_call;
-    call_delta(answer, index, call_json({call.id, call.name, {}, {}}), out);
+    call_delta(answer, index, call_json({call.id, call.name, {}}), out);
   }
   void call_arguments(const Answer& answer,
                       size_t index,
                       const std::string& arguments,
-                      const std::string&,
                       std::string& out) override {
-    if (arguments.empty()) return;
     call_delta(answer, index,
                Json::object({{"function", Json::object({{"arguments", js(arguments)}})}}), out);
   }
@@ -202,7 +200,8 @@ class ChatFormat final : public OpenAiFormat {
   }
   /// Of the open call.
   void call_delta(const Answer& answer, size_t index, const Json& content, std::string& out) {
-    Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls))}});
+    Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls) +
+                                           answer.choices[index].dropped_calls)}});
     for (const auto& [key, value] : content.members()) call.set(key, value);
     delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(call)})}}), {}, out);
   }
@@ -329,8 +328,15 @@ Json openai_usage(const Answer& answer) {
 }
 
 std::string openai_finish(const Choice& choice) {
-  if (choice.finish == engine::FinishReason::kLength) return "length";
-  return choice.calls.empty() ? "stop" : "tool_calls";
+  switch (choice.ending()) {
+    case Ending::kLength:
+    case Ending::kMalformed:
+      return "length";  // of what clients know, what says that something is missing
+    case Ending::kToolCalls:
+      return "tool_calls";
+    default:
+      return "stop";
+  }
 }
 
 void write_sse(std::string& out, const Json& data, std::string_view event) {

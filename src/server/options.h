@@ -7,6 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "engine_core/request.h"
+#include "text/chat_format.h"
+
 namespace hadal::server {
 
 struct ServerOptions {
@@ -20,6 +23,10 @@ struct ServerOptions {
   std::vector<std::string> api_keys;  ///< empty: everybody
   int64_t max_concurrent_per_key =
       1024;  ///< generations at a time of one key (of all without keys)
+  /// Origins whose pages may call the server from a browser; "*": all. Empty: none.
+  std::vector<std::string> cors;
+  /// Host names that requests may name beside this machine's, where the server is on loopback.
+  std::vector<std::string> allowed_hosts;
   std::vector<std::string> model_aliases;  ///< names accepted beside the engine's
   bool any_model = false;                  ///< every model name is accepted
 
@@ -33,7 +40,7 @@ struct ServerOptions {
   // Limits of the connection.
   size_t max_connections = 10'000;
   size_t max_header_bytes = 16 << 10;
-  size_t max_body_bytes = 16 << 20;
+  size_t max_body_bytes = 32 << 20;  ///< as sent, and once more when decompressed
   /// Bytes of a stream waiting for the client; one that reads slower is dropped.
   size_t max_output_bytes = 1 << 20;
   int socket_send_bytes = 0;                        ///< the kernel's send buffer; 0: its default
@@ -56,7 +63,11 @@ struct ServerOptions {
   int64_t max_context = 0;         ///< prompt and answer; 0: the engine's
   int64_t default_max_tokens = 0;  ///< where a request says nothing; 0: what the context leaves
 
-  bool default_thinking = true;  ///< of OpenAI-style chats that say nothing about it
+  /// What the model was taught a reasoning effort to mean.
+  text::EffortLevels effort_levels = text::EffortLevels::kPreview;
+  // What a request gets that says nothing: the model's own (engine_core/generation_defaults.h).
+  bool default_thinking = true;       ///< of OpenAI-style chats
+  engine::Sampling default_sampling;  ///< its seed is not used
 };
 
 }  // namespace hadal::server

@@ -29,6 +29,7 @@ class ResponseFormat final : public Format {
   explicit ResponseFormat(Echo echo)
       : echo_(std::move(echo)), message_id_(random_id("msg_")), reasoning_id_(random_id("rs_")) {}
 
+  bool begins_at_once() const override { return true; }
   void begin(const Answer& answer, std::string& out) override {
     begun_.id = answer.id;
     begun_.model = answer.model;
@@ -71,9 +72,7 @@ class ResponseFormat final : public Format {
   void call_arguments(const Answer& answer,
                       size_t index,
                       const std::string& arguments,
-                      const std::string&,
                       std::string& out) override {
-    if (arguments.empty()) return;
     event(out, "response.function_call_arguments.delta",
           {{"item_id", js("fc_" + answer.choices[index].open_call->id)},
            {"output_index", js(item_)},
@@ -87,6 +86,9 @@ class ResponseFormat final : public Format {
            {"name", js(call.name)},
            {"arguments", js(call.arguments)}});
     close_call(call, "completed", out);
+  }
+  void call_dropped(const Answer& answer, size_t index, std::string& out) override {
+    close_item(answer.choices[index], out);
   }
   void finished(const Answer& answer, size_t index, std::string& out) override {
     close_item(answer.choices[index], out);
@@ -111,8 +113,8 @@ class ResponseFormat final : public Format {
   enum class Open : uint8_t { kNone, kReasoning, kMessage, kCall };
 
   static const char* status_of(const Answer& answer) {
-    return answer.choices.front().finish == engine::FinishReason::kLength ? "incomplete"
-                                                                          : "completed";
+    const Ending ending = answer.choices.front().ending();
+    return ending == Ending::kLength || ending == Ending::kMalformed ? "incomplete" : "completed";
   }
   static Json message(const std::string& id, const char* status, Json content) {
     return Json::object({{"id", js(id)},
@@ -177,7 +179,8 @@ class ResponseFormat final : public Format {
     Json usage, incomplete;
     if (over && !answer.choices.empty()) {
       const Choice& choice = answer.choices.front();
-      const bool cut = choice.finish == engine::FinishReason::kLength;
+      const Ending ending = choice.ending();
+      const bool cut = ending == Ending::kLength || ending == Ending::kMalformed;
       const char* item_status = cut ? "incomplete" : "completed";
       if (!choice.reasoning.empty())
         output.items().push_back(
@@ -189,7 +192,9 @@ class ResponseFormat final : public Format {
         output.items().push_back(function_call(call, "completed"));
       if (choice.open_call)
         output.items().push_back(function_call(*choice.open_call, "incomplete"));
-      if (cut) incomplete = Json::object({{"reason", js("max_output_tokens")}});
+      if (cut)
+        incomplete = Json::object(
+            {{"reason", js(ending == Ending::kLength ? "max_output_tokens" : "malformed")}});
       const int64_t tokens = answer.completion_tokens();
       usage = Json::object(
           {{"input_tokens", js(answer.prompt_tokens)},
@@ -362,13 +367,13 @@ Job response_job(const Context& context, const Json& json) {
     }
   }
   if (body.has("reasoning")) chat.effort = body.object("reasoning").string_or("effort", "");
-  read_sampling(body, chat.base);
+  read_sampling(context, body, chat.base);
   chat.base.stop = read_stop(body, "stop", context.options);
   chat.base.max_tokens = read_max_tokens(body, "max_output_tokens");
   echo.instructions = copy_or(body, "instructions", Json());
   echo.max_output_tokens = copy_or(body, "max_output_tokens", Json());
   echo.temperature = js(chat.base.sampling.temperature);
-  echo.top_p = js(body.number_or("top_p", 1.0, 0.0, 1.0));
+  echo.top_p = js(body.number_or("top_p", context.options.default_sampling.top_p, 0.0, 1.0));
   echo.effort = chat.effort.empty() ? Json() : js(chat.effort);
   echo.tools = copy_or(body, "tools", Json::array());
   echo.tool_choice = copy_or(body, "tool_choice", js("auto"));

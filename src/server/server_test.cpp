@@ -74,7 +74,7 @@ TEST(Server, KeepsConnectionsAliveAndAnswersPipelinedRequestsInOrder) {
   EXPECT_EQ(client.get("/health").body, R"({"status": "ok"})");
   EXPECT_EQ(client.post("/v1/chat/completions", kPlain).status, 200);
   client.send(testing::post_bytes("/v1/chat/completions", kChat) +
-              "GET /health HTTP/1.1\r\nHost: x\r\n\r\n" +
+              "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" +
               testing::post_bytes("/v1/chat/completions", kPlain));
   const Reply first = client.receive();
   EXPECT_EQ(first.events().back(), "[DONE]");
@@ -160,7 +160,7 @@ TEST(Server, ClosesWhereTheClientAsksTo) {
   EXPECT_EQ(stream.status, 200);
   EXPECT_EQ(stream.events().back(), "[DONE]");
   LoopbackClient head = f.client();
-  head.send("HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+  head.send("HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
   const std::string bytes = head.receive_until("\n\n");
   EXPECT_TRUE(bytes.ends_with("\r\n\r\n")) << bytes;
 }
@@ -179,10 +179,10 @@ TEST(Server, StreamsBeginBeforeTheFirstTokenAndStayAlive) {
     std::string body, first, ping, last;
   };
   const Case cases[] = {
-      {"/v1/chat/completions", kChat, "\"role\": \"assistant\"", ": ping\n\n", "data: [DONE]"},
+      {"/v1/chat/completions", kChat, ": ping\n\n", ": ping\n\n", "data: [DONE]"},
       {"/v1/completions", R"({"prompt": "hi", "stream": true})", "", ": ping\n\n", "data: [DONE]"},
       {"/v1/responses", response, "response.in_progress", ": ping\n\n", "response.completed"},
-      {"/v1/messages", message, "message_start", "event: ping\ndata: {\"type\": \"ping\"}\n\n",
+      {"/v1/messages", message, "event: ping", "event: ping\ndata: {\"type\": \"ping\"}\n\n",
        "message_stop"},
   };
   for (const Case& c : cases) {
@@ -231,7 +231,8 @@ TEST(Server, SaysContinueWhereAsked) {
   Fixture f;
   LoopbackClient client = f.client();
   client.send(
-      "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: " +
+      "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: "
+      "100-continue\r\nContent-Length: " +
       std::to_string(std::string_view(kPlain).size()) + "\r\n\r\n");
   EXPECT_EQ(client.receive_until("\r\n\r\n"), "HTTP/1.1 100 Continue\r\n\r\n");
   client.send(kPlain);
@@ -244,7 +245,7 @@ TEST(Server, RefusesWhatIsNoRequest) {
     int status;
   };
   const std::string long_header =
-      "GET /health HTTP/1.1\r\nHost: x\r\nX: " + std::string(20'000, 'a') + "\r\n\r\n";
+      "GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + std::string(20'000, 'a') + "\r\n\r\n";
   const Case cases[] = {
       {"\r\n\r\nGARBAGE\r\n\r\n", 400},
       {"GET /health\r\n\r\n", 400},
@@ -258,11 +259,11 @@ TEST(Server, RefusesWhatIsNoRequest) {
       {"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", 400},
       {"GET /health HTTP/1.1\r\nBad Header\r\n\r\n", 400},
       {long_header.c_str(), 431},
-      {"GET /nowhere HTTP/1.1\r\n\r\n", 404},
-      {"GET /v1/chat/completions HTTP/1.1\r\n\r\n", 405},
-      {"POST /health HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405},
-      {"DELETE /v1/models HTTP/1.1\r\n\r\n", 405},
-      {"BREW /v1/messages HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 405},
+      {"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n", 404},
+      {"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", 405},
+      {"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", 405},
+      {"DELETE /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405},
+      {"BREW /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", 405},
   };
   Fixture f;
   for (const Case& c : cases) {
@@ -282,7 +283,8 @@ TEST(Server, RefusesLargeBodiesAlsoInChunks) {
   const std::string large(2000, ' ');
   EXPECT_EQ(f.client().post("/v1/messages", large).status, 413);
   LoopbackClient chunks = f.client();
-  chunks.send("POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
+  chunks.send(
+      "POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n");
   for (int i = 0; i < 4; ++i) chunks.send("190\r\n" + std::string(400, ' ') + "\r\n");
   const Reply reply = chunks.receive();
   EXPECT_EQ(reply.status, 413);
@@ -296,7 +298,7 @@ TEST(Server, DropsThoseWhoSendTooSlowly) {
   Fixture f("x", options);
   LoopbackClient silent = f.client(), header = f.client(), body = f.client(), idle = f.client();
   header.send("GET /hea");
-  body.send("POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{");
+  body.send("POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{");
   EXPECT_EQ(idle.get("/health").status, 200);
   EXPECT_EQ(idle.post("/v1/chat/completions", kPlain).status, 200);
   for (LoopbackClient* client : {&silent, &header, &body, &idle}) EXPECT_TRUE(client->at_end());
@@ -490,11 +492,12 @@ TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
   Mirror mirror;
   HttpSession session(options, mirror);
   const std::string bytes =
-      "GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
-      "POST /b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
-      "POST /stream HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\nbody"
-      "HEAD /c HTTP/1.1\r\n\r\nPOST /d HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi"
-      "GET /never HTTP/1.1\r\n\r\n";
+      "GET /a HTTP/1.1\r\nHost: localhost\r\n\r\n"
+      "POST /b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "
+      "chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+      "POST /stream HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\nbody"
+      "HEAD /c HTTP/1.1\r\nHost: x\r\n\r\nPOST /d HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi"
+      "GET /never HTTP/1.1\r\nHost: x\r\n\r\n";
   const auto run = [&](const std::vector<std::string_view>& pieces) { return session.run(pieces); };
   const std::string whole = run({bytes});
   size_t from = 0;
@@ -512,12 +515,13 @@ TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
   std::vector<std::string_view> every;
   for (size_t i = 0; i < bytes.size(); ++i) every.push_back(std::string_view(bytes).substr(i, 1));
   EXPECT_EQ(run(every), whole);
-  EXPECT_NE(run({"GET /a HTTP/1.1\r\n\r\nnonsense\r\n\r\n"}).find("HTTP/1.1 400"),
+  EXPECT_NE(run({"GET /a HTTP/1.1\r\nHost: x\r\n\r\nnonsense\r\n\r\n"}).find("HTTP/1.1 400"),
             std::string::npos);
   EXPECT_EQ(run({"GET /a HT"}), "");
   // The end of an empty body, byte by byte.
-  EXPECT_TRUE(run({"POST /e HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "\r", "\n"})
-                  .ends_with("POST /e "));
+  EXPECT_TRUE(
+      run({"POST /e HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "\r", "\n"})
+          .ends_with("POST /e "));
 }
 
 TEST(Server, HandlersThatThrowAreAnswered500) {
@@ -674,7 +678,7 @@ TEST(Server, Tls) {
   }
   EXPECT_TRUE(f.engine.wait_cancelled(1));
   LoopbackClient plain = f.client();
-  plain.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+  plain.send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
   EXPECT_TRUE(plain.at_end());
   LoopbackClient socket = f.client();
   SSL* ssl = connect(socket);

@@ -127,7 +127,7 @@ Reply LoopbackClient::receive() {
 }
 
 std::string post_bytes(std::string_view path, std::string_view json, std::string_view headers) {
-  return concat("POST ", path, " HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n",
+  return concat("POST ", path, " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n",
                 headers, "Content-Length: ", json.size(), "\r\n\r\n", json);
 }
 
@@ -136,7 +136,7 @@ Reply LoopbackClient::post(std::string_view path, std::string_view json, std::st
   return receive();
 }
 Reply LoopbackClient::get(std::string_view path, std::string_view headers) {
-  send(concat("GET ", path, " HTTP/1.1\r\nHost: test\r\n", headers, "\r\n"));
+  send(concat("GET ", path, " HTTP/1.1\r\nHost: localhost\r\n", headers, "\r\n"));
   return receive();
 }
 

@@ -5,10 +5,30 @@
 
 #include "base/check.h"
 #include "text/chat_tokens.h"
+#include "text/tool_calls.h"
 
 namespace hadal::testing {
 
 using engine::FinishReason;
+
+namespace {
+
+/// A byte 0x1A before a special token's literal makes it ordinary text.
+std::vector<int32_t> script_tokens(const text::Tokenizer& tokenizer, std::string_view script) {
+  std::vector<int32_t> tokens;
+  while (!script.empty()) {
+    const size_t mark = std::min(script.find('\x1a'), script.size());
+    tokenizer.encode(script.substr(0, mark), text::SpecialTokens::kRecognise, tokens);
+    script.remove_prefix(std::min(mark + 1, script.size()));
+    if (const auto [pos, size] = text::find_special(script); pos == 0 && size > 0) {
+      tokenizer.encode(script.substr(0, size), text::SpecialTokens::kAsText, tokens);
+      script.remove_prefix(size);
+    }
+  }
+  return tokens;
+}
+
+}  // namespace
 
 ScriptedEngine::ScriptedEngine(const text::Tokenizer& tokenizer,
                                Script script,
@@ -44,8 +64,9 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
     if (text.starts_with('!')) {
       state.error = text.substr(1);
     } else {
-      state.tokens = tokenizer_.encode(text, text::SpecialTokens::kRecognise);
+      state.tokens = script_tokens(tokenizer_, text);
     }
+    state.text = std::make_unique<engine::AnswerText>(tokenizer_, request);
     running.choices.push_back(std::move(state));
   }
   running.sink = std::move(sink);
@@ -123,14 +144,14 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
     ++choice.next;
     if (ends) {
       update.finish = FinishReason::kStop;
+      token.text = choice.text->finish();
     } else {
-      token.text = tokenizer_.token_bytes(static_cast<int32_t>(token.token));
-      choice.text += token.text;
-      for (const std::string& stop : running.request.stop) {
-        if (!choice.text.ends_with(stop)) continue;
+      token.text = choice.text->push(token.token);
+      if (static_cast<int64_t>(choice.next) == running.request.max_tokens)
+        token.text += choice.text->finish();
+      if (choice.text->stopped()) {
         update.finish = FinishReason::kStopString;
-        update.matched_stop = stop;
-        token.text.clear();
+        update.matched_stop = *choice.text->matched();
       }
     }
     if (running.request.top_logprobs >= 0) {

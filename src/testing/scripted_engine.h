@@ -5,11 +5,13 @@
 #include <condition_variable>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "engine_core/answer_text.h"
 #include "engine_core/engine.h"
 #include "text/tokenizer.h"
 
@@ -23,7 +25,8 @@ struct ScriptedEngineOptions {
 };
 
 /// The script maps a request and a choice to the text of the answer, chat markup included; EOS
-/// follows it. A text that begins with "!" ends the choice with the error behind it.
+/// follows it. Literals of special tokens become them, except behind a byte 0x1A ("\x1a"), which is
+/// left out. A text that begins with "!" ends the choice with the error behind it.
 class ScriptedEngine final : public engine::Engine {
  public:
   using Script = std::function<std::string(const engine::Request&, int64_t choice)>;
@@ -50,7 +53,8 @@ class ScriptedEngine final : public engine::Engine {
  private:
   struct ChoiceState {
     std::vector<int32_t> tokens;
-    std::string error, text;
+    std::string error;
+    std::unique_ptr<engine::AnswerText> text;
     size_t next = 0;
     bool done = false;
   };

@@ -105,7 +105,8 @@ void append_float(std::string& out, double value) {
 
 class PyJsonReader {
  public:
-  PyJsonReader(std::string_view text, std::string_view name) : text_(text), name_(name) {}
+  PyJsonReader(std::string_view text, std::string_view name, PyJson::Keys keys)
+      : text_(text), name_(name), once_(keys == PyJson::Keys::kOnce) {}
 
   PyJson read() {
     const size_t valid = valid_utf8_prefix(text_);
@@ -280,7 +281,10 @@ class PyJsonReader {
     if (accept("}")) return value;
     for (;;) {
       if (peek() != '"') fail(pos_, "expected a key in double quotes");
+      const size_t start = pos_;
       std::string key = read_string();
+      if (once_ && (places.empty() ? value.find(key) != nullptr : places.contains(key)))
+        fail(start, concat("key ", quote_json(key.substr(0, 100)), " comes again"));
       skip_space();
       if (!accept(":")) fail(pos_, "expected ':'");
       skip_space();
@@ -312,6 +316,7 @@ class PyJsonReader {
 
   std::string_view text_;
   std::string_view name_;
+  bool once_;
   size_t pos_ = 0;
 };
 
@@ -357,8 +362,8 @@ PyJson PyJson::object(std::vector<Member> members) {
   return json;
 }
 
-PyJson PyJson::parse(std::string_view text, std::string_view name) {
-  return PyJsonReader(text, name).read();
+PyJson PyJson::parse(std::string_view text, std::string_view name, Keys keys) {
+  return PyJsonReader(text, name, keys).read();
 }
 
 const char* PyJson::kind_name() const {

@@ -31,7 +31,10 @@ class PyJson {
 
   /// Reads a text as json.loads does; `name` begins every message. Errors: InputError with the byte
   /// position; nesting deeper than 512 and invalid UTF-8 are errors, too.
-  static PyJson parse(std::string_view text, std::string_view name);
+  /// With Keys::kOnce a key that comes twice in an object is an error: whoever read the text before
+  /// may have taken the other value.
+  enum class Keys : uint8_t { kLastWins, kOnce };
+  static PyJson parse(std::string_view text, std::string_view name, Keys keys = Keys::kLastWins);
 
   Kind kind() const { return kind_; }
   bool is_null() const { return kind_ == Kind::kNull; }

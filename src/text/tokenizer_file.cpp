@@ -1,6 +1,7 @@
 #include "text/tokenizer_file.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 #include <unordered_map>
@@ -318,6 +319,9 @@ TokenizerFile parse_tokenizer_file(std::string_view json, std::string_view name)
 }
 
 std::string read_file(const std::string& path) {
+  // A folder can be opened, and reading from it throws.
+  std::error_code error;
+  HADAL_INPUT_CHECK(!std::filesystem::is_directory(path, error), path, ": is a folder");
   std::ifstream in(path, std::ios::binary);
   HADAL_INPUT_CHECK(in.good(), path, ": cannot be opened");
   std::string content{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};

@@ -6,7 +6,7 @@
 
 #include "base/check.h"
 #include "text/chat_tokens.h"
-#include "text/utf8.h"
+#include "text/completion_parser.h"
 
 namespace hadal::text {
 namespace dsml {
@@ -17,151 +17,53 @@ const std::string_view kInvokeEnd = "</\uff5cDSML\uff5cinvoke";
 const std::string_view kParameter = "<\uff5cDSML\uff5cparameter";
 const std::string_view kParameterEnd = "/\uff5cDSML\uff5cparameter";
 const std::string_view kTagEnd = ">\n";
-const std::string_view kName = "name=\"";
-const std::string_view kAsString = "\" string=\"true\">";
-const std::string_view kAsJson = "\" string=\"false\">";
-
-namespace {
-
-/// Python's str.isspace for one character, which `\s` of its expressions is.
-bool is_space(char32_t code) {
-  return (code >= 0x9 && code <= 0xD) || (code >= 0x1C && code <= 0x20) || code == 0x85 ||
-         code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) || code == 0x2028 ||
-         code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
-}
-
-}  // namespace
-
-bool strip_end(std::string_view& text, std::string_view end) {
-  if (text.ends_with(end)) {
-    text.remove_suffix(end.size());
-    return true;
-  }
-  if (!text.ends_with('\n')) return false;
-  text.remove_suffix(1);
-  if (!text.ends_with(end)) return false;
-  text.remove_suffix(end.size());
-  return true;
-}
-
-// ^\s*name="(.*?)">\n$
-bool read_head(std::string_view head, std::string& name) {
-  size_t pos = 0;
-  while (pos < head.size()) {
-    const Utf8Char c = decode_utf8(head, pos);
-    if (!is_space(c.code_point)) break;
-    pos += c.length;
-  }
-  head.remove_prefix(pos);
-  if (!head.starts_with(kName)) return false;
-  head.remove_prefix(kName.size());
-  if (!strip_end(head, "\">\n")) return false;
-  name = head;
-  return true;
-}
-
-bool CallBuilder::open(std::string_view head) {
-  parameters_.clear();
-  return read_head(head, name_);
-}
-
-// ^ name="(.*?)" string="(true|false)">(.*?)<$
-bool CallBuilder::add(std::string_view parameter) {
-  if (!parameter.starts_with(' ') || !parameter.substr(1).starts_with(kName)) return false;
-  parameter.remove_prefix(1 + kName.size());
-  const size_t as_string = parameter.find(kAsString);
-  const size_t as_json = parameter.find(kAsJson);
-  const size_t key_end = std::min(as_string, as_json);
-  if (key_end == std::string_view::npos) return false;
-  const bool is_string = as_string < as_json;
-  std::string_view value = parameter.substr(key_end + (is_string ? kAsString : kAsJson).size());
-  if (!strip_end(value, "<")) return false;
-  const std::string_view key = parameter.substr(0, key_end);
-  const bool known = std::any_of(parameters_.begin(), parameters_.end(),
-                                 [&](const Parameter& p) { return p.key == key; });
-  if (known) return false;
-  parameters_.push_back({std::string(key), is_string ? quote_json(value) : std::string(value)});
-  return true;
-}
-
-ToolCall CallBuilder::close() {
-  ToolCall call;
-  call.name = std::move(name_);
-  call.arguments = "{";
-  const char* separator = "";
-  for (const Parameter& parameter : parameters_) {
-    call.arguments += concat(separator, quote_json(parameter.key), ": ", parameter.value);
-    separator = ", ";
-  }
-  call.arguments += "}";
-  return call;
-}
 
 }  // namespace dsml
 
 namespace {
 
-/// The arguments as an object of Python values; nothing if they are no JSON.
+/// The arguments as an object of Python values; nothing if they are none.
 std::optional<PyJson> parse_arguments(const std::string& arguments) {
   try {
-    return PyJson::parse(arguments, "arguments");
+    PyJson value = PyJson::parse(arguments, "arguments");
+    if (value.is_object()) return value;
   } catch (const InputError&) {
     return std::nullopt;
   }
+  return std::nullopt;
 }
 
-/// The text up to the earliest of several stop strings.
-struct Stretch {
-  std::string_view text;
-  std::string_view stop;  ///< empty: none of them comes
-};
+/// Special tokens that the parser of completions knows.
+constexpr std::array<std::string_view, 5> kSpecial = {kBos, kEos, kThinkStart, kThinkEnd, kDsml};
 
-Stretch read_until(std::string_view& rest, std::initializer_list<std::string_view> stops) {
-  Stretch found{rest, {}};
-  for (const std::string_view stop : stops) {
-    const size_t pos = rest.find(stop);
-    if (pos < found.text.size()) found = {rest.substr(0, pos), stop};
+void write_parameters(const std::string& arguments, ChatPrompt& prompt) {
+  std::optional<PyJson> object = parse_arguments(arguments);
+  if (!object) object = PyJson::object({{"arguments", PyJson::string(arguments)}});
+  const char* separator = "";
+  for (const auto& [key, value] : object->members()) {
+    prompt.text += concat(separator, dsml::kParameter, " name=\"");
+    prompt.add_foreign(key);
+    prompt.text += concat("\" string=\"", value.is_string() ? "true" : "false", "\">");
+    prompt.add_foreign(value.is_string() ? value.text() : value.dump());
+    prompt.text += concat("<", dsml::kParameterEnd, ">");
+    separator = "\n";
   }
-  rest.remove_prefix(found.text.size() + found.stop.size());
-  return found;
 }
 
-Completion malformed(Completion completion, std::string error) {
-  completion.ok = false;
-  completion.error = std::move(error);
-  return completion;
-}
-
-/// Reads the calls behind tool_block_start(); returns an error or "".
-std::string parse_calls(std::string_view& rest, std::vector<ToolCall>& calls) {
-  for (;;) {
-    const Stretch before = read_until(rest, {dsml::kInvoke, dsml::kBlockEnd});
-    if (before.stop.empty()) return "the tool call block does not end";
-    if (before.text != dsml::kTagEnd) return "unexpected text between tool calls";
-    if (before.stop == dsml::kBlockEnd) return "";
-    dsml::CallBuilder call;
-    Stretch part = read_until(rest, {dsml::kParameter, dsml::kInvokeEnd});
-    if (part.stop.empty()) return "a tool call does not end";
-    if (!call.open(part.text)) return "a tool call has no name";
-    while (part.stop == dsml::kParameter) {
-      const Stretch parameter = read_until(rest, {dsml::kParameterEnd});
-      if (parameter.stop.empty()) return "a parameter does not end";
-      if (!call.add(parameter.text)) return "a parameter is malformed or repeated";
-      part = read_until(rest, {dsml::kParameter, dsml::kInvokeEnd});
-      if (part.stop.empty()) return "a tool call does not end";
-      if (part.text != dsml::kTagEnd) return "unexpected text between parameters";
-    }
-    calls.push_back(call.close());
+void write_raw(const RawMarkup& raw, ChatPrompt& prompt) {
+  const std::string_view text = raw.text;
+  size_t done = 0;
+  for (const TextRange& special : raw.special) {
+    prompt.add_foreign(text.substr(done, special.begin - done));
+    prompt.text += text.substr(special.begin, special.end - special.begin);
+    done = special.end;
   }
+  prompt.add_foreign(text.substr(done));
 }
 
 }  // namespace
 
-std::span<const std::string_view> forbidden_in_text() {
-  static constexpr std::array<std::string_view, 5> strings = {kBos, kEos, kThinkStart, kThinkEnd,
-                                                              kDsml};
-  return strings;
-}
+std::span<const std::string_view> forbidden_in_text() { return kSpecial; }
 
 std::string_view tool_block_start() { return "\n\n<\uff5cDSML\uff5ctool_calls"; }
 
@@ -175,22 +77,15 @@ void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt) {
   std::string& out = prompt.text;
   out += concat("<", kDsml, "tool_calls>\n");
   for (const ToolCall& call : calls) {
-    std::optional<PyJson> arguments = parse_arguments(call.arguments);
-    if (!arguments) arguments = PyJson::object({{"arguments", PyJson::string(call.arguments)}});
-    HADAL_INPUT_CHECK(arguments->is_object(), "tool call '", call.name, "': arguments are ",
-                      arguments->kind_name(), ", expected an object");
+    if (!call.raw.text.empty()) {
+      write_raw(call.raw, prompt);
+      out += "\n";
+      continue;
+    }
     out += concat(dsml::kInvoke, " name=\"");
     prompt.add_foreign(call.name);
     out += "\">\n";
-    const char* separator = "";
-    for (const auto& [key, value] : arguments->members()) {
-      out += concat(separator, dsml::kParameter, " name=\"");
-      prompt.add_foreign(key);
-      out += concat("\" string=\"", value.is_string() ? "true" : "false", "\">");
-      prompt.add_foreign(value.is_string() ? value.text() : value.dump());
-      out += concat("<", dsml::kParameterEnd, ">");
-      separator = "\n";
-    }
+    write_parameters(call.arguments, prompt);
     out += concat("\n", dsml::kInvokeEnd, ">\n");
   }
   if (calls.empty()) out += "\n";
@@ -211,39 +106,26 @@ PyJson Completion::to_json() const {
                          {"tool_calls", std::move(calls)}});
 }
 
+std::pair<size_t, size_t> find_special(std::string_view text) {
+  // First bytes of all of them: '<' and the lead byte of U+FF5C.
+  for (size_t pos = 0; (pos = text.find_first_of("<\xEF", pos)) != std::string_view::npos; ++pos) {
+    for (const std::string_view special : kSpecial) {
+      if (text.substr(pos).starts_with(special)) return {pos, special.size()};
+    }
+  }
+  return {text.size(), 0};
+}
+
 Completion parse_completion(std::string_view text, ThinkingMode mode) {
-  const std::string repaired = repair_utf8(text);
-  std::string_view rest = repaired;
-  Completion result;
-  if (mode == ThinkingMode::kThinking) {
-    const Stretch reasoning = read_until(rest, {kThinkEnd, tool_block_start()});
-    if (reasoning.stop != kThinkEnd)
-      return malformed(result, "the reasoning does not end with </think>");
-    result.reasoning = reasoning.text;
+  CompletionParser parser(mode);
+  while (!text.empty()) {
+    const auto [pos, size] = find_special(text);
+    parser.push(text.substr(0, pos));
+    if (size > 0) parser.push_special(text.substr(pos, size));
+    text.remove_prefix(pos + size);
   }
-  const Stretch content = read_until(rest, {kEos, tool_block_start()});
-  if (content.stop.empty())
-    return malformed(result, "the completion does not end with the end-of-sentence token");
-  result.content = content.text;
-  for (const std::string_view forbidden : forbidden_in_text()) {
-    if (result.content.find(forbidden) != std::string::npos ||
-        result.reasoning.find(forbidden) != std::string::npos) {
-      return malformed(result, concat("'", forbidden, "' stands in the text"));
-    }
-  }
-  if (content.stop == tool_block_start()) {
-    if (const std::string error = parse_calls(rest, result.tool_calls); !error.empty()) {
-      return malformed(result, error);
-    }
-    if (rest.starts_with(kEos)) {
-      rest.remove_prefix(kEos.size());
-    } else if (!rest.empty()) {
-      return malformed(result, "text follows the tool calls");
-    }
-  }
-  if (!rest.empty()) return malformed(result, "text follows the end-of-sentence token");
-  result.ok = true;
-  return result;
+  std::vector<CompletionEvent> events;
+  return parser.finish(events);
 }
 
 }  // namespace hadal::text

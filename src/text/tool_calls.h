@@ -1,9 +1,9 @@
 // Tool calls in DSML, the markup of V4: written into prompts, read out of completions
 // (model.md 6.4, 6.6).
 //
-// parse_completion() reads a whole completion and accepts well-formed ones only; CompletionParser
-// (completion_parser.h) gives the same result from pieces. Malformed output of a model is an
-// expected outcome, so it is a value, no exception.
+// parse_completion() reads a whole completion in which literals stand for special tokens, by the
+// rules of CompletionParser (completion_parser.h). Malformed output of a model is an expected
+// outcome, so it is a value, no exception.
 #pragma once
 
 #include <span>
@@ -16,24 +16,35 @@
 
 namespace hadal::text {
 
-struct ToolCall {
-  std::string name;
-  std::string arguments;  ///< JSON text of an object; values the model marked as no strings are
-                          ///< copied unchecked
-
-  friend bool operator==(const ToolCall&, const ToolCall&) = default;
+/// Markup as it was written: what `special` covers are special tokens, the rest is ordinary text.
+struct RawMarkup {
+  std::string text = {};
+  std::vector<TextRange> special = {};
 };
 
-/// The block `<|DSML|tool_calls> ... </|DSML|tool_calls>` (without the blank line before it).
-/// Arguments that are no JSON become one string parameter `arguments`. Errors: InputError if they
-/// are JSON but no object.
+struct ToolCall {
+  std::string name;
+  std::string arguments;  ///< JSON text of an object
+  RawMarkup raw = {};     ///< of a call that was read: from its opening tag to its closing one
+
+  friend bool operator==(const ToolCall& a, const ToolCall& b) {
+    return a.name == b.name && a.arguments == b.arguments;
+  }
+};
+
+/// The block `<|DSML|tool_calls> ... </|DSML|tool_calls>` (without the blank line before it). A
+/// call that has `raw` is written so. Arguments that are no JSON object become one string parameter
+/// `arguments`, as they are.
 std::string write_tool_calls(std::span<const ToolCall> calls);
 /// Appends the same; names, keys and values become ranges of prompt.foreign.
 void write_tool_calls(std::span<const ToolCall> calls, ChatPrompt& prompt);
 
 struct Completion {
-  bool ok = false;
-  std::string error;  ///< what is malformed; empty if ok
+  bool ok = false;    ///< all of it is as the encoder would have written it
+  std::string error;  ///< what is wrong first, what is lost before what is unusual; empty if ok
+  bool lost = false;  ///< something is not here: a call that is incomplete, a stray piece of markup
+  bool cut = false;   ///< without EOS it ends inside a call, or there is none
+  bool open_reasoning = false;  ///< EOS came inside the reasoning; lost, too
   std::string reasoning;
   std::string content;
   std::vector<ToolCall> tool_calls;
@@ -42,11 +53,13 @@ struct Completion {
   PyJson to_json() const;
 };
 
-/// Reads what a model wrote after the transition, EOS included. Invalid UTF-8 is repaired first.
+/// Reads what a model wrote after the transition, EOS included; special tokens are recognised by
+/// their literals. Invalid UTF-8 is repaired.
 Completion parse_completion(std::string_view text, ThinkingMode mode);
 
-// --- the parts both parsers share
-// -------------------------------------------------------------------
+/// The first special token in `text` that has a meaning in a completion: its place and length. At
+/// the end: text.size() and 0.
+std::pair<size_t, size_t> find_special(std::string_view text);
 
 /// Strings that may stand in neither reasoning nor content, in no order.
 std::span<const std::string_view> forbidden_in_text();
@@ -60,32 +73,6 @@ extern const std::string_view kInvokeEnd;     ///< </|DSML|invoke
 extern const std::string_view kParameter;     ///< <|DSML|parameter
 extern const std::string_view kParameterEnd;  ///< /|DSML|parameter
 extern const std::string_view kTagEnd;        ///< ">" and a newline
-extern const std::string_view kName;          ///< name="
-extern const std::string_view kAsString;      ///< " string="true">: ends a key, begins a string
-extern const std::string_view kAsJson;        ///< " string="false">: ends a key, begins JSON
-
-/// Reads what stands between kInvoke and the next tag; false if it is no ` name="..."` and tag end.
-bool read_head(std::string_view head, std::string& name);
-/// Removes `end` and the newline that Python's `$` allows behind it; false if it is not there.
-bool strip_end(std::string_view& text, std::string_view end);
-
-/// Collects the parameters of one call.
-class CallBuilder {
- public:
-  bool open(std::string_view head);  ///< read_head()
-  /// Takes what stands between kParameter and kParameterEnd; false if it is malformed or the key is
-  /// there already.
-  bool add(std::string_view parameter);
-  ToolCall close();
-
- private:
-  struct Parameter {
-    std::string key;
-    std::string value;  ///< JSON text
-  };
-  std::string name_;
-  std::vector<Parameter> parameters_;
-};
 }  // namespace dsml
 
 }  // namespace hadal::text

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 
 #include "base/check.h"
 #include "base/file.h"
@@ -48,6 +49,47 @@ PackedRows fill(const std::vector<const data::TokenShards*>& sources,
   return packed;
 }
 
+/// The tokens of a stage as the file has them now, behind those it has begun with.
+std::vector<int64_t> parts_of(const RunConfig& config, const StageParts& begun, size_t index) {
+  const Stage& stage = config.stages[index];
+  if (index >= begun.size() || begun[index].empty()) return {stage.tokens};
+  std::vector<int64_t> parts = begun[index];
+  const int64_t before = std::accumulate(parts.begin(), parts.end(), int64_t{0});
+  if (stage.tokens == before) return parts;
+  HADAL_INPUT_CHECK(stage.tokens > before, config.path, ": stage ", stage.name,
+                    ": tokens: began with ", before, ", found ", stage.tokens,
+                    "; what a stage has begun with can be raised, not lowered");
+  HADAL_INPUT_CHECK(index + 1 == begun.size(), config.path, ": stage ", stage.name,
+                    ": tokens: was ", before, ", found ", stage.tokens,
+                    ", but a later stage has begun; "
+                    "add a stage behind it instead");
+  parts.push_back(stage.tokens - before);
+  return parts;
+}
+
+/// The next tokens of a stage's mixture.
+std::vector<data::Piece> take(const RunConfig& config,
+                              const Stage& stage,
+                              int64_t stage_tokens,
+                              std::vector<data::DocumentStream>& streams,
+                              std::string& summary) {
+  double total = 0.0;
+  for (const auto& [name, share] : stage.mix) total += share;
+  std::vector<data::Piece> pieces;
+  for (const auto& [name, share] : stage.mix) {
+    if (share == 0.0) continue;
+    const auto index = static_cast<size_t>(config.source_index(name));
+    const auto tokens =
+        static_cast<int64_t>(std::llround(static_cast<double>(stage_tokens) * share / total));
+    const double before = streams[index].passes();
+    streams[index].take(tokens, stage.row_length, pieces);
+    char text[64];
+    std::snprintf(text, sizeof(text), " %.3f to %.3f passes", before, streams[index].passes());
+    summary += concat(summary.empty() ? "" : ", ", name, text);
+  }
+  return pieces;
+}
+
 }  // namespace
 
 std::vector<data::TokenShards> open_sources(const RunConfig& config) {
@@ -60,7 +102,9 @@ std::vector<data::TokenShards> open_sources(const RunConfig& config) {
   return sources;
 }
 
-RowPlan::RowPlan(const RunConfig& config, const std::vector<data::TokenShards>& sources)
+RowPlan::RowPlan(const RunConfig& config,
+                 const std::vector<data::TokenShards>& sources,
+                 const StageParts& begun)
     : sources_(&sources) {
   std::vector<data::DocumentStream> streams;
   for (size_t i = 0; i < sources.size(); ++i) {
@@ -73,39 +117,37 @@ RowPlan::RowPlan(const RunConfig& config, const std::vector<data::TokenShards>& 
     StagePlan plan;
     plan.row_length = stage.row_length;
     plan.first_token = first_token;
-    double total = 0.0;
-    for (const auto& [name, share] : stage.mix) total += share;
-    std::vector<data::Piece> pieces;
-    for (const auto& [name, share] : stage.mix) {
-      if (share == 0.0) continue;
-      const auto index = static_cast<size_t>(config.source_index(name));
-      const auto tokens =
-          static_cast<int64_t>(std::llround(static_cast<double>(stage.tokens) * share / total));
-      const double before = streams[index].passes();
-      streams[index].take(tokens, stage.row_length, pieces);
-      char text[64];
-      std::snprintf(text, sizeof(text), " %.3f to %.3f passes", before, streams[index].passes());
-      plan.summary += concat(plan.summary.empty() ? "" : ", ", name, text);
-    }
-    std::vector<data::Row> packed = data::pack_best_fit(pieces, stage.row_length);
-    const std::vector<int64_t> order = data::shuffled(static_cast<int64_t>(packed.size()),
-                                                      config.seed, fnv1a64(concat("rows ", s)));
-    plan.fingerprint = fnv1a64(concat(stage.row_length, ' ', config.seed));
+    const std::vector<int64_t> parts = parts_of(config, begun, s);
+    plan.begun = s < begun.size() ? begun[s].size() : 0;
+    uint64_t fingerprint = fnv1a64(concat(stage.row_length, ' ', config.seed));
     for (const auto& [name, share] : stage.mix) {
       const uint64_t source = sources[static_cast<size_t>(config.source_index(name))].fingerprint();
-      plan.fingerprint = fnv1a64(concat(name, ' ', source), plan.fingerprint);
+      fingerprint = fnv1a64(concat(name, ' ', source), fingerprint);
     }
-    for (const int64_t row : order) {
-      plan.rows.push_back(std::move(packed[static_cast<size_t>(row)]));
-      for (const data::Piece& piece : plan.rows.back()) {
-        const int64_t key[4] = {piece.source, piece.length, piece.document, piece.begin};
-        plan.fingerprint = fnv1a64(
-            std::string_view(reinterpret_cast<const char*>(key), sizeof(key)), plan.fingerprint);
+    for (size_t part = 0; part < parts.size(); ++part) {
+      std::vector<data::Row> packed = data::pack_best_fit(
+          take(config, stage, parts[part], streams, plan.summary), stage.row_length);
+      const std::string purpose = concat("rows ", s, part > 0 ? concat(" part ", part) : "");
+      for (const int64_t row : data::shuffled(std::ssize(packed), config.seed, fnv1a64(purpose))) {
+        plan.rows.push_back(std::move(packed[static_cast<size_t>(row)]));
+        for (const data::Piece& piece : plan.rows.back()) {
+          const int64_t key[4] = {piece.source, piece.length, piece.document, piece.begin};
+          fingerprint = fnv1a64(std::string_view(reinterpret_cast<const char*>(key), sizeof(key)),
+                                fingerprint);
+        }
       }
+      plan.parts.push_back(
+          {.tokens = parts[part], .end_row = std::ssize(plan.rows), .fingerprint = fingerprint});
     }
-    first_token += static_cast<int64_t>(plan.rows.size()) * stage.row_length;
+    first_token += std::ssize(plan.rows) * stage.row_length;
     stages_.push_back(std::move(plan));
   }
+}
+
+std::vector<int64_t> RowPlan::parts(size_t stage) const {
+  std::vector<int64_t> tokens;
+  for (const Part& part : stages_[stage].parts) tokens.push_back(part.tokens);
+  return tokens;
 }
 
 int64_t RowPlan::tokens_before(size_t stage, int64_t row) const {

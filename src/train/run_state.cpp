@@ -48,6 +48,21 @@ std::vector<std::pair<std::string, at::Tensor>> named_state(model::Transformer& 
   return result;
 }
 
+/// Two lists of one length: the stage of each part, and its tokens.
+StageParts parts_of(const JsonObject& json) {
+  StageParts parts;
+  if (!json.has("part_stages")) return parts;
+  const std::vector<int64_t> stages = json.integers("part_stages", 0, 4096);
+  const std::vector<int64_t> tokens = json.integers("part_tokens", 0, INT64_MAX);
+  HADAL_INPUT_CHECK(stages.size() == tokens.size(), json.where("part_stages"), ": ", stages.size(),
+                    " stages, but ", tokens.size(), " part_tokens");
+  for (size_t i = 0; i < stages.size(); ++i) {
+    parts.resize(std::max(parts.size(), static_cast<size_t>(stages[i]) + 1));
+    parts[static_cast<size_t>(stages[i])].push_back(tokens[i]);
+  }
+  return parts;
+}
+
 }  // namespace
 
 void save_state(const std::string& out,
@@ -75,7 +90,15 @@ void save_state(const std::string& out,
         .field("skipped_steps", progress.skipped_steps)
         .field("optimizer_steps", optimizer.num_steps());
     std::vector<int64_t> plan(progress.plan.begin(), progress.plan.end());
-    json.field("plan", plan).end_object();
+    json.field("plan", plan);
+    std::vector<int64_t> stages, tokens;
+    for (size_t stage = 0; stage < progress.parts.size(); ++stage) {
+      for (const int64_t part : progress.parts[stage]) {
+        stages.push_back(static_cast<int64_t>(stage));
+        tokens.push_back(part);
+      }
+    }
+    json.field("part_stages", stages).field("part_tokens", tokens).end_object();
     write_file_atomic(directory.temporary() + "/progress.json", json.str());
     directory.commit();
   }
@@ -108,10 +131,14 @@ void remove_leftovers(const std::string& out) {
   }
 }
 
-std::optional<std::string> newest_state(const std::string& out) {
-  const auto all = states(out);
-  if (all.empty()) return std::nullopt;
-  return all.back().second;
+std::vector<std::string> complete_states(const std::string& out) {
+  std::vector<std::string> paths;
+  for (const auto& [step, path] : states(out)) paths.push_back(path);
+  return paths;
+}
+
+StageParts load_parts(const std::string& folder) {
+  return parts_of(JsonObject::load(folder + "/progress.json"));
 }
 
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer) {
@@ -128,6 +155,7 @@ RunProgress load_state(const std::string& folder, model::Transformer& model, Opt
   for (const int64_t value : json.integers("plan", INT64_MIN, INT64_MAX)) {
     progress.plan.push_back(static_cast<uint64_t>(value));
   }
+  progress.parts = parts_of(json);
   const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
   const auto targets = named_state(model, optimizer);
   for (const auto& [name, tensor] : targets) {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +15,10 @@
 
 namespace hadal::train {
 
+/// Tokens of each stage, part by part: a stage whose `tokens` were raised after it had begun keeps
+/// its rows, and those of the rest follow them.
+using StageParts = std::vector<std::vector<int64_t>>;
+
 struct RunProgress {
   int64_t step = 0;
   int64_t stage = 0;
@@ -23,6 +26,7 @@ struct RunProgress {
   int64_t tokens = 0;  ///< consumed
   int64_t skipped_steps = 0;
   std::vector<uint64_t> plan;  ///< RowPlan::fingerprint of the stages begun
+  StageParts parts;            ///< tokens of the stages begun; checkpoints of old have none
 };
 
 /// Writes a checkpoint and removes the oldest beyond `keep`.
@@ -36,8 +40,11 @@ void save_state(const std::string& out,
 /// checkpoints, token files, metrics and models. Only for whoever holds the run's lock.
 void remove_leftovers(const std::string& out);
 
-/// The newest complete checkpoint below a run's folder; none: nullopt.
-std::optional<std::string> newest_state(const std::string& out);
+/// The complete checkpoints below a run's folder, oldest first.
+std::vector<std::string> complete_states(const std::string& out);
+
+/// RunProgress::parts alone.
+StageParts load_parts(const std::string& folder);
 
 /// Restores model and optimizer in place. InputErrors name file and tensor where the checkpoint is
 /// of another model or damaged; nothing is changed then.

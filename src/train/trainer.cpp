@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <unistd.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -16,6 +17,7 @@
 #include "checkpoint/load_model.h"
 #include "checkpoint/save_model.h"
 #include "model/init.h"
+#include "train/export_run.h"
 #include "train/row_plan.h"
 
 namespace hadal::train {
@@ -50,9 +52,39 @@ std::vector<int64_t> token_counts(const RunConfig& config,
   return counts;
 }
 
+/// FP32 weights, gradients and the optimizer's moments must fit before anything is allocated.
+void check_memory(const std::string& path, const model::ModelConfig& config) {
+  const auto census = checkpoint::take_census(config, checkpoint::storage_of(config));
+  const double needed = 12.0 * static_cast<double>(census.total().parameters);
+  const double machine =
+      static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
+  constexpr double kGib = 0x1p30;
+  HADAL_INPUT_CHECK(needed <= machine, path, ": training needs about ", std::ceil(needed / kGib),
+                    " GiB for weights, gradients and the optimizer, this "
+                    "machine has ",
+                    std::floor(machine / kGib), " GiB");
+}
+
 /// The model's configuration, and whether the stages can be trained with it.
 model::ModelConfig checked_model_config(const RunConfig& config) {
   model::ModelConfig result = model::load_config(config.model);
+  check_memory(config.model, result);
+  if (result.drafter.exists()) {
+    log::warn("train", config.model, ": the DSpark drafter is no part of the training; the ",
+              "exported model has none");
+  }
+  if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
+    // Found at the start, not when the finished model cannot be written.
+    try {
+      exported.check_released();
+    } catch (const InputError& error) {
+      throw InputError(
+          concat(config.init_checkpoint.empty() ? config.model : config.init_checkpoint,
+                 ": quantization_config asks for a model in FP8 and FP4 (without it the model is "
+                 "BF16): ",
+                 error.what()));
+    }
+  }
   const auto check_length = [&](const std::string& where, int64_t row_length) {
     HADAL_INPUT_CHECK(row_length <= result.max_position_embeddings, config.path, ": ", where,
                       ": row_length ", row_length, " exceeds max_position_embeddings ",
@@ -74,9 +106,15 @@ model::Transformer build_model(const RunConfig& config,
     model::Transformer model =
         checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
                                ops::Numerics::kIdeal, checkpoint::Held::kDense);
+    // A checkpoint from transformers has no MTP block although its config names one.
+    const auto main_ratios = [](const model::ModelConfig& c) {
+      return std::vector<int64_t>(c.compress_ratios.begin(),
+                                  c.compress_ratios.begin() + c.n_layers);
+    };
     HADAL_INPUT_CHECK(model.config().vocab_size == model_config.vocab_size &&
                           model.config().dim == model_config.dim &&
-                          model.config().compress_ratios == model_config.compress_ratios,
+                          main_ratios(model.config()) == main_ratios(model_config) &&
+                          model.config().n_mtp_layers <= model_config.n_mtp_layers,
                       config.init_checkpoint, ": not a model of ", config.model);
     // The file's memory must not be written to.
     model.visit([](model::Parameter& parameter) { parameter.value = parameter.value.clone(); });
@@ -98,7 +136,7 @@ struct Trainer::Impl {
         device(pick_device(config.device)),
         lock(prepare_folder(config)),
         sources(open_sources(config)),
-        plan(config, sources),
+        plan(config, sources, from_newest(config, load_parts)),
         model(build_model(config, model_config, sources)) {
     // Reductions inside LibTorch depend on its thread count; our own kernels do not.
     if (device.is_cpu()) at::set_num_threads(1);
@@ -129,22 +167,61 @@ struct Trainer::Impl {
     return config.out + "/lock";
   }
 
+  /// What `read` makes of the newest checkpoint; where that is damaged, the way on is named.
+  template <typename Read>
+  static auto from_newest(const RunConfig& config, Read read) -> decltype(read(std::string())) {
+    const std::vector<std::string> states = complete_states(config.out);
+    if (states.empty()) return {};
+    try {
+      return read(states.back());
+    } catch (const InputError& error) {
+      if (states.size() == 1) throw;
+      throw InputError(concat(error.what(), "; to go on from ", states[states.size() - 2],
+                              ", the checkpoint before it, remove ", states.back()));
+    }
+  }
+
   void restore() {
-    const auto folder = newest_state(config.out);
-    if (!folder) return;
-    progress = load_state(*folder, model, *optimizer);
+    const std::string folder = newest(config);
+    if (folder.empty()) return;
+    progress = from_newest(
+        config, [&](const std::string& state) { return load_state(state, model, *optimizer); });
     HADAL_INPUT_CHECK(progress.stage <= static_cast<int64_t>(config.stages.size()) &&
                           progress.plan.size() <= config.stages.size(),
-                      *folder, ": the run was in stage ", progress.stage, ", but ", config.path,
+                      folder, ": the run was in stage ", progress.stage, ", but ", config.path,
                       " has ", config.stages.size());
     for (size_t stage = 0; stage < progress.plan.size(); ++stage) {
       HADAL_INPUT_CHECK(
-          progress.plan[stage] == plan.fingerprint(stage), *folder, ": stage ",
+          progress.plan[stage] == plan.begun_fingerprint(stage), folder, ": stage ",
           config.stages[stage].name,
           " began with other rows (seed, data, tokenizer, row length, mixture or tokens changed); "
           "restore the configuration or choose another \"out\"");
     }
-    log::info("train", "going on from ", *folder, ", ", progress.tokens, " tokens");
+    log::info("train", "going on from ", folder, ", ", progress.tokens, " tokens");
+    extend_stage();
+  }
+
+  /// The stage that began last may have got more tokens since, also when it was finished.
+  void extend_stage() {
+    if (progress.plan.empty()) return;
+    const size_t last = progress.plan.size() - 1;
+    const int64_t more = plan.num_rows(last) - plan.begun_rows(last);
+    if (more > 0) {
+      log::info("train", "stage ", config.stages[last].name, " goes on with ", more, " more rows");
+      if (progress.stage > static_cast<int64_t>(last)) {
+        progress.stage = static_cast<int64_t>(last);
+        progress.row = plan.begun_rows(last);
+      }
+    }
+    progress.plan[last] = plan.fingerprint(last);
+    progress.parts.resize(progress.plan.size());
+    for (size_t stage = 0; stage < progress.plan.size(); ++stage)
+      progress.parts[stage] = plan.parts(stage);
+  }
+
+  static std::string newest(const RunConfig& config) {
+    const std::vector<std::string> states = complete_states(config.out);
+    return states.empty() ? "" : states.back();
   }
 
   const Stage& stage() const { return config.stages[static_cast<size_t>(progress.stage)]; }
@@ -196,7 +273,9 @@ struct Trainer::Impl {
         model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
          .max_shard_bytes = config.export_shard_bytes,
-         .tokenizer = config.tokenizer});
+         .trained_length = trained_length(config, progress),
+         .tokenizer = config.tokenizer,
+         .generation_config = generation_config(config)});
     log::info("train", "the trained model is in ", folder);
   }
 
@@ -207,6 +286,7 @@ struct Trainer::Impl {
               ops::numerics_name(stage().numerics), ", ", plan.summary(index));
     if (progress.plan.size() > index) return;  // begun before this process
     progress.plan.push_back(plan.fingerprint(index));
+    progress.parts.push_back(plan.parts(index));
     // The same weights under the new rules: what the switch costs before any training.
     if (index > 0) validate("validation_at_switch", stage());
   }

@@ -14,7 +14,8 @@ import pathlib
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / ".deps/clients"))
+if sys.prefix == sys.base_prefix:  # not where tools/clients.sh installed them
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / ".deps/clients"))
 try:
     import anthropic
     import openai

@@ -1,9 +1,15 @@
 // Serves a scripted engine until its input ends: `scripted_server [PORT]` prints the address.
-// What the script answers follows from the prompt, so that clients can ask for every kind.
+// What the script answers follows from the prompt, so that clients can ask for every kind: the
+// first tool that is offered is called once, a schema is filled with the plainest values, and
+// everything else is greeted.
 #include <charconv>
 #include <cstdio>
 #include <iostream>
+#include <sstream>
 #include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "server/server.h"
 #include "testing/scripted_engine.h"
@@ -14,6 +20,80 @@
 namespace {
 
 using hadal::engine::Grammar;
+using json = nlohmann::ordered_json;
+
+/// A value that fits a schema as clients write them.
+json filled(const json& schema, const json& root, int depth = 0) {
+  if (!schema.is_object() || depth > 16) return "Paris";
+  if (const auto reference = schema.find("$ref"); reference != schema.end()) {
+    const std::string path = reference->get<std::string>();
+    return path.starts_with("#")
+               ? filled(root.at(json::json_pointer(path.substr(1))), root, depth + 1)
+               : json("Paris");
+  }
+  if (schema.contains("const")) return schema["const"];
+  if (schema.contains("enum")) return schema["enum"].at(0);
+  for (const char* key : {"anyOf", "oneOf", "allOf"}) {
+    if (schema.contains(key)) return filled(schema[key].at(0), root, depth + 1);
+  }
+  json type = schema.value("type", json(schema.contains("properties") ? "object" : "string"));
+  if (type.is_array()) type = type.at(0);
+  if (type == "integer") return 2;
+  if (type == "number") return 2.5;
+  if (type == "boolean") return true;
+  if (type == "null") return nullptr;
+  if (type == "array")
+    return json::array({filled(schema.value("items", json::object()), root, depth + 1)});
+  if (type != "object") return "Paris";
+  json object = json::object();
+  const json properties = schema.value("properties", json::object());
+  for (const auto& [name, value] : properties.items()) {
+    const json required = schema.value("required", json::array());
+    if (std::find(required.begin(), required.end(), name) != required.end())
+      object[name] = filled(value, root, depth + 1);
+  }
+  return object;
+}
+
+/// The tools that a prompt offers: {"name", "parameters"} a line.
+std::vector<json> tools_of(const std::string& prompt) {
+  constexpr std::string_view kHead = "### Available Tool Schemas\n\n";
+  std::vector<json> tools;
+  const size_t from = prompt.find(kHead);
+  if (from == std::string::npos) return tools;
+  std::istringstream lines(prompt.substr(from + kHead.size()));
+  for (std::string line; std::getline(lines, line) && line.starts_with('{');)
+    tools.push_back(json::parse(line));
+  return tools;
+}
+
+std::string call_of(const json& tool) {
+  const json parameters = tool.value("parameters", json::object());
+  json arguments = filled(parameters, parameters);
+  if (!arguments.is_object()) arguments = json::object();
+  return hadal::text::write_tool_calls(
+      std::vector<hadal::text::ToolCall>{{tool.at("name").get<std::string>(), arguments.dump()}});
+}
+
+/// The tool to call: a forced one, the first before any result, or behind a result one that is
+/// there to bring the end (as frameworks name it).
+const json* tool_to_call(const std::vector<json>& tools,
+                         const std::string& prompt,
+                         const Grammar& grammar) {
+  if (grammar.kind == Grammar::Kind::kToolCalls && grammar.must_call) {
+    json allowed = json::parse(grammar.text);
+    if (allowed.is_object()) allowed = allowed.at("tools");
+    for (const json& tool : tools) {
+      if (tool.at("name") == allowed.at(0).at("name")) return &tool;
+    }
+  }
+  if (tools.empty()) return nullptr;
+  if (grammar.must_call || prompt.find("<tool_result>") == std::string::npos) return &tools.front();
+  for (const json& tool : tools) {
+    if (tool.at("name").get<std::string>().starts_with("final")) return &tool;
+  }
+  return nullptr;
+}
 
 std::string answer(const hadal::text::Tokenizer& tokenizer,
                    const hadal::engine::Request& request,
@@ -22,18 +102,25 @@ std::string answer(const hadal::text::Tokenizer& tokenizer,
   const std::string prompt = tokenizer.decode(ids);
   std::string out;
   if (request.thinking) out = "Let me think.</think>";
-  const std::string call = hadal::text::write_tool_calls(
-      std::vector<hadal::text::ToolCall>{{"get_weather", R"({"city": "Paris", "days": 2})"}});
+  const std::vector<json> tools = tools_of(prompt);
+  // Where the prompt ends with a call's opening, the answer goes on from it.
   const std::string invoke(hadal::text::dsml::kInvoke);
-  if (prompt.ends_with(invoke)) return call.substr(call.find(invoke) + invoke.size());
-  if (const std::string named = invoke + " name=\"get_weather\">\n"; prompt.ends_with(named))
-    return call.substr(call.find(named) + named.size());
-  const bool has_result = prompt.rfind("<tool_result>") != std::string::npos;
-  if (prompt.find("### Available Tool Schemas") != std::string::npos && !has_result)
-    return out + "I look it up.\n\n" + call;
-  if (request.grammar.kind == Grammar::Kind::kJsonSchema ||
-      request.grammar.kind == Grammar::Kind::kJsonObject)
-    return out + R"({"city": "Paris", "population": 2100000})";
+  for (const json& tool : tools) {
+    const std::string call = call_of(tool);
+    const std::string named = invoke + " name=\"" + tool.at("name").get<std::string>() + "\">\n";
+    if (prompt.ends_with(named)) return call.substr(call.find(named) + named.size());
+    if (prompt.ends_with(invoke)) return call.substr(call.find(invoke) + invoke.size());
+  }
+  const Grammar& grammar = request.grammar;
+  if (const json* tool = tool_to_call(tools, prompt, grammar)) {
+    const bool forced = grammar.kind == Grammar::Kind::kToolCalls && grammar.must_call;
+    return out + (forced ? "" : "I look it up.\n\n") + call_of(*tool);
+  }
+  if (grammar.kind == Grammar::Kind::kJsonSchema) {
+    const json schema = json::parse(grammar.text);
+    return out + filled(schema, schema).dump();
+  }
+  if (grammar.kind == Grammar::Kind::kJsonObject) return out + R"({"city": "Paris"})";
   return out + "Hello from choice " + std::to_string(choice) + ": \xc3\xa4\xe2\x82\xac!";
 }
 
@@ -44,6 +131,7 @@ int main(int argc, char** argv) {
       hadal::text::Tokenizer::from_json(hadal::testing::byte_tokenizer_json(), "tiny");
   hadal::testing::ScriptedEngineOptions engine_options;
   engine_options.step = std::chrono::microseconds(500);
+  engine_options.max_context = 1 << 17;
   hadal::testing::ScriptedEngine engine(
       tokenizer,
       [&](const auto& request, int64_t choice) { return answer(tokenizer, request, choice); },
@@ -51,6 +139,7 @@ int main(int argc, char** argv) {
   hadal::server::ServerOptions options;
   options.port = 0;
   options.api_keys = {"test-key"};
+  options.model_aliases = {"claude-scripted"};  // some clients know an API by its models' names
   if (argc > 1) {
     const std::string port = argv[1];
     std::from_chars(port.data(), port.data() + port.size(), options.port);

@@ -71,6 +71,8 @@ class Script:
         self.left = threading.Event()  # a client closed its stream
         self.context = make_context(1000, topk=64)
         self.health = 200
+        self.defaults = {"thinking": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0,
+                         "repetition_penalty": 1, "max_tokens": 1024}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -102,7 +104,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path.path == "/health":
             self.json(self.script.health, {"status": "ok"})
         elif path.path == "/v1/models":
-            self.json(200, {"object": "list", "data": [{"id": "hadal-nano"}, {"id": "other-model"}]})
+            self.json(200, {"object": "list", "data": [{"id": "hadal-nano", "defaults": self.script.defaults},
+                                                       {"id": "other-model"}]})
         elif path.path == "/v1/hadal/context":
             if not self.script.context:
                 self.json(404, {"error": {"message": "Nothing is kept of this answer."}})
@@ -130,8 +133,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.delta(**{kind: text[at:at + piece]})
             time.sleep(pause)
 
-    def finish(self, reason="stop"):
-        self.delta(finish=reason)
+    def finish(self, reason="stop", **more):
+        self.event({"id": "chat-1", "object": "chat.completion.chunk", "model": "hadal-nano",
+                    "choices": [{"index": 0, "delta": {}, "finish_reason": reason, **more}]})
         self.event({"id": "chat-1", "choices": [], "usage": {
             "prompt_tokens": 1200, "completion_tokens": 37, "total_tokens": 1237,
             "prompt_tokens_details": {"cached_tokens": 1024}}})
@@ -180,6 +184,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.delta(tool_calls=[{"index": 1, "id": "call-2", "type": "function",
                                 "function": {"name": "time", "arguments": "{}"}}])
         self.finish("tool_calls")
+
+    def play_silence(self, _):
+        self.finish()
+
+    def play_ponder(self, _):
+        self.text("I think and think", "reasoning_content")
+        self.finish()
+
+    def play_markup(self, _):
+        self.text("Well.")
+        self.finish(malformed="a call without a name")
 
     def play_result(self, last):
         self.text(f"The tool said {last['content']}.")
@@ -322,8 +337,9 @@ class Browser:
     def cdp(self, command, **parameters):
         return self.post("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
-    def size(self, width, height):
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    def size(self, width, height, touch=False):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
 
     def scheme(self, value):
         self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
@@ -358,7 +374,8 @@ class Checks:
         self.b.size(1280, 900)
         self.b.scheme("light")
         self.b.open(self.url)
-        self.b.js("(localStorage.clear(), sessionStorage.clear())")
+        # A page that is left keeps its chat.
+        self.b.js("(removeEventListener('pagehide', keepChat), localStorage.clear(), sessionStorage.clear())")
         if self.key:
             self.b.js("sessionStorage.setItem('hadal-key', arguments[0])", self.key)
         self.b.open(self.url)
@@ -428,7 +445,7 @@ class Checks:
         b.js("q('summary').focus()")
         b.press("Enter")
         equal(b.js("q('details').open"), False, "closed by the keyboard")
-        equal(self.script.requests[0]["thinking"], {"type": "enabled"})
+        equal("thinking" in self.script.requests[0], False, "what is not chosen is the model's own")
         self.ask("hello")
         equal(self.script.requests[1]["messages"][1]["reasoning_content"],
               "First I consider the question. Then I am sure.", "reasoning goes back")
@@ -534,7 +551,7 @@ class Checks:
         b.js("q('#temperature').value = 'hot'")
         b.click("#save-settings")
         equal(b.js("q('#settings').open && q('#settings-error').innerText"),
-              'temperature must be a number from 0 to 10, not "hot".')
+              'temperature must be a number from 0 to 2, not "hot".')
         equal(b.js("document.activeElement.id"), "temperature", "the wrong field has the focus")
         b.js("(q('#temperature').value = '0.5', q('#tools').value = '{')")
         b.click("#save-settings")
@@ -556,12 +573,137 @@ class Checks:
         b.wait("q('#status').className.includes('good')")
         equal(b.js("[settings.seed, settings.model, apiKey]"), ["7", "other-model", "secret"], "kept over a reload")
         b.click("#show-settings")
-        b.click("#thinking")
+        b.js("(q('#thinking').value = 'off', q('#thinking').dispatchEvent(new Event('change')))")
         equal(b.js("q('#effort').disabled"), True)
         b.click("#save-settings")
         self.ask("hello")
         equal([self.script.requests[-1]["thinking"], "reasoning_effort" in self.script.requests[-1]],
               [{"type": "disabled"}, False])
+
+    def check_model_defaults(self):
+        b = self.b
+        equal(b.js("q('#mode').textContent"), "Thinking is on")
+        b.click("#show-settings")
+        equal(b.js("['temperature', 'top_p', 'max_tokens', 'seed'].map(n => q('#' + n).placeholder)"),
+              ["0.7", "0.9", "1024", "random"], "the model's own values are shown")
+        equal(b.js("q('#thinking').options[0].textContent"), "on (model's)")
+        self.shot("settings-defaults")
+        for name, text, limit in (("temperature", "10", "from 0 to 2"), ("top_p", "1.5", "from 0 to 1"),
+                                  ("top_k", "3000000000", "from 0 to 2147483648")):
+            b.js("q('#' + arguments[0]).value = arguments[1]", name, text)
+            b.click("#save-settings")
+            equal(limit in b.js("q('#settings-error').innerText"), True, name + " has the server's limit")
+            b.js("q('#' + arguments[0]).value = ''", name)
+        b.press("Escape")
+        self.script.defaults["thinking"] = False
+        b.open(self.url)
+        b.wait("q('#mode').textContent === 'Thinking is off'", "the model's own choice is shown")
+        self.ask("hello")
+        equal({"thinking", "temperature", "top_p"} & set(self.script.requests[-1]), set(), "nothing is sent")
+        b.click("#show-settings")
+        equal(b.js("q('#effort').disabled"), True, "no effort without thinking")
+        b.js("q('#thinking').value = 'on'")
+        b.click("#save-settings")
+        self.ask("hello")
+        equal(self.script.requests[-1]["thinking"], {"type": "enabled"})
+
+    def check_settings_fit(self):
+        b = self.b
+        for width, height in ((1280, 700), (1024, 600), (375, 667), (320, 568)):
+            b.size(width, height)
+            b.click("#show-settings")
+            bounds = b.js("(r => [r.top, r.bottom])(q('#save-settings').getBoundingClientRect())")
+            equal(0 <= bounds[0] and bounds[1] <= height, True, f"Save is seen at {width} x {height}: {bounds}")
+            b.js("q('#tools').value = '{'")
+            b.click("#save-settings")
+            bounds = b.js("(r => [r.top, r.bottom])(q('#settings-error').getBoundingClientRect())")
+            equal(0 <= bounds[0] and bounds[1] <= height, True, f"so is what is wrong: {bounds}")
+            b.js("q('#tools').value = ''")
+            self.no_overflow(f"settings at {width} x {height}")
+            self.shot(f"settings-{width}")
+            b.press("Escape")
+
+    def check_explanations(self):
+        b = self.b
+        note = "qa('article .note').filter(n => !n.hidden && n.textContent).pop().textContent"
+        self.ask("silence")
+        equal(b.js(note), "The model ended without a word. Regenerate asks again.")
+        self.ask("ponder")
+        equal(b.js(note), "The model ended while it was thinking, without an answer. "
+                          "Regenerate asks again; Settings turn thinking off.")
+        self.ask("markup")
+        equal(b.js(note), "The model wrote markup that means nothing, and the answer ends before it "
+                          "(a call without a name). Regenerate asks again.")
+        self.shot("explanations")
+
+    def check_kept_chats(self):
+        b = self.b
+        self.ask("think")
+        self.ask("hello")
+        shown = b.js("q('#log').innerText")
+        b.open(self.url)
+        b.wait("conversation.length === 4", "a reload keeps the chat")
+        equal(b.js("q('#log').innerText"), shown, "as it was")
+        self.ask("hello again")
+        equal([m["role"] for m in self.script.requests[-1]["messages"]],
+              ["user", "assistant", "user", "assistant", "user"], "and it goes on")
+        equal(self.script.requests[-1]["messages"][1]["reasoning_content"],
+              "First I consider the question. Then I am sure.")
+        # Left in the middle of an answer.
+        b.click("#new-chat")
+        self.ask("endless", wait=False)
+        b.wait("lastMessage().content.includes('word3')")
+        b.open(self.url)
+        b.wait("conversation.length === 2")
+        equal(b.js("[lastMessage().state, lastMessage().content.includes('word3')]"), ["left", True])
+        equal(b.js("qa('article .note').pop().textContent.startsWith('The page was left')"), True)
+        b.click("article:last-child .again")
+        b.wait("lastMessage().state === 'running' && lastMessage().content.includes('word1')")
+        b.press("Escape")
+        self.done()
+        # The list.
+        b.click("#show-chats")
+        equal(b.js("qa('#chat-list .open').map(n => n.textContent)"), ["endless", "think"])
+        self.shot("chats")
+        b.click("#chat-list li:nth-child(2) .open")
+        equal(b.js("[q('#chats').open, conversation.length, conversation[0].content]"), [False, 6, "think"])
+        b.click("#show-chats")
+        b.click("#chat-list li:nth-child(2) .forget")
+        equal(b.js("qa('#chat-list .open').length"), 1)
+        b.click("#forget-chats")
+        equal(b.js("[conversation.length, q('#chat-list').textContent]"), [0, "None yet."])
+        b.click("#close-chats")
+        equal(b.js("Object.keys(localStorage).filter(n => n.startsWith('hadal-chat'))"), [])
+        # What something else wrote there is passed over.
+        b.js("localStorage.setItem('hadal-chat-x', '{\"messages\": [{\"role\": \"user\"}]}')")
+        b.js("sessionStorage.setItem('hadal-chat', 'x')")
+        b.js("removeEventListener('pagehide', keepChat)")
+        b.open(self.url)
+        b.wait("q('#status').className.includes('good')")
+        equal(b.js("conversation.length"), 0)
+        # A full storage forgets the oldest.
+        b.js("[1, 2, 3, 4].forEach(i => { try { localStorage.setItem('hadal-chat-old' + i, JSON.stringify("
+             "{title: 't' + i, time: i, messages: [{role: 'user', content: 'x'.repeat(1.2e6)}]})) } catch {} })")
+        b.js("localStorage.setItem('rest', '') || (() => { for (let n = 2e6; n > 100; n /= 2) { try {"
+             " localStorage.setItem('rest', localStorage.getItem('rest') + 'y'.repeat(n)) } catch {} } })()")
+        self.ask("hello")
+        equal(b.js("keptChats().map(c => c[1]).includes('hello') && !keptChats().some(c => c[0] === 'old1')"), True)
+        b.js("localStorage.clear()")
+
+    def check_singular(self):
+        b = self.b
+        self.script.context = make_context(130, layers=4)
+        b.click("#show-context")
+        self.ask("hello")
+        b.wait("qa('#map g[data-layer]').length === 4")
+        text = b.js("q('#context-summary').textContent")
+        equal(text, "130 tokens, window of 128; 1 CSA layer, each chose up to 512 of 32 blocks; "
+                    "1 HCA layer read the only block; 2 layers read the window only.")
+        self.script.context = make_context(7, layers=3)
+        b.js("loadContext()")
+        b.wait("context.data.tokens === 7")
+        equal(b.js("q('#context-summary').textContent"),
+              "7 tokens, window of 128; 1 CSA layer, each chose up to 512 of 1 block; 2 layers read the window only.")
 
     def check_errors(self):
         b = self.b
@@ -663,9 +805,21 @@ class Checks:
         self.no_overflow("context")
         self.shot("mobile-context")
         b.click("#close-context")
+        equal(b.js("(n => n.every(x => x === n[0]))(qa('header button').map(n => n.getBoundingClientRect().top))"), True,
+              "the buttons share a row")
         outside = b.js("qa('header button, #send, #prompt').filter(n => { const r = n.getBoundingClientRect();"
                        " return r.left < 0 || r.right > innerWidth || r.bottom > innerHeight; }).map(n => n.id)")
         equal(outside, [], "controls are on the screen")
+        # Where there is no keyboard, none is spoken of.
+        b.size(360, 740, touch=True)
+        b.click("#show-context")
+        b.wait("qa('#map g[data-layer]').length === 12")
+        equal(b.js("q('#map-keys').innerText"), "Touch a bar to read what it stands for.")
+        equal(b.js("getComputedStyle(q('#keys')).display"), "none")
+        self.shot("phone-context")
+        b.click("#close-context")
+        self.shot("phone")
+        b.size(320, 640)
 
     def rectangles(self, data):
         """Compares what is drawn of the whole context with the JSON, computed here anew."""

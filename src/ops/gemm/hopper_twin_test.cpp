@@ -1,0 +1,204 @@
+#include "ops/gemm/hopper_twin.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "base/cpu.h"
+#include "ops/gemm/sm90_layout.h"
+#include "ops/gemm/sm90_pack.h"
+#include "testing/product_data.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::Data;
+
+std::vector<Isa> available() {
+  std::vector<Isa> sets;
+  for (int level = 0; level <= static_cast<int>(detect_isa()); ++level)
+    sets.push_back(static_cast<Isa>(level));
+  return sets;
+}
+
+struct Operands {
+  int64_t rows, outputs, in, slabs;
+  std::vector<uint8_t> x, w;
+  std::vector<float> x_scale, w_scale;
+
+  Operands(int64_t num_rows, int64_t num_outputs, int64_t inputs, Data data)
+      : rows(num_rows),
+        outputs(num_outputs),
+        in(inputs),
+        slabs((inputs + 127) / 128),
+        x(testing::random_codes(static_cast<size_t>(rows * in), data, 1)),
+        w(testing::random_codes(static_cast<size_t>(outputs * in), data, 2)),
+        x_scale(testing::random_powers(static_cast<size_t>(rows * slabs), 3)) {
+    // One scale for 128 outputs and 128 inputs, as FP8 weights have it.
+    const int64_t blocks = (outputs + 127) / 128;
+    const auto of_blocks = testing::random_powers(static_cast<size_t>(slabs * blocks), 4);
+    w_scale.resize(static_cast<size_t>(outputs * slabs));
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t s = 0; s < slabs; ++s)
+        w_scale[static_cast<size_t>(o * slabs + s)] =
+            of_blocks[static_cast<size_t>(s * blocks + o / 128)];
+    }
+  }
+
+  std::vector<float> product() const {
+    std::vector<float> y(static_cast<size_t>(rows * outputs));
+    twin_fp8_cpu({w.data(), w_scale.data(), x.data(), x_scale.data(), y.data(), outputs, rows, in});
+    return y;
+  }
+};
+
+std::vector<float> bf16_product(int64_t rows, int64_t outputs, int64_t in, Data data) {
+  const auto x = testing::random_bf16(static_cast<size_t>(rows * in), data, 1);
+  const auto w = testing::random_bf16(static_cast<size_t>(outputs * in), data, 2);
+  std::vector<float> y(static_cast<size_t>(rows * outputs));
+  twin_bf16_cpu({w.data(), x.data(), y.data(), outputs, rows, in});
+  return y;
+}
+
+/// One instruction at a time, as the definition has it.
+float by_instructions(const Operands& o, int64_t row, int64_t output) {
+  float y = 0.0f;
+  for (int64_t slab = 0; slab < o.slabs; ++slab) {
+    float chain = 0.0f;
+    for (int64_t k = slab * 128; k < std::min(o.in, slab * 128 + 128); k += 32)
+      chain = wgmma_e4m3(&o.x[static_cast<size_t>(row * o.in + k)],
+                         &o.w[static_cast<size_t>(output * o.in + k)], chain);
+    y = std::fma(chain,
+                 o.x_scale[static_cast<size_t>(row * o.slabs + slab)] *
+                     o.w_scale[static_cast<size_t>(output * o.slabs + slab)],
+                 y);
+  }
+  return y;
+}
+
+TEST(HopperTwin, VectorKernelsAreTheInstructionsOneByOne) {
+  for (const Data data : {Data::kWide, Data::kSparse, Data::kSmall, Data::kPositive}) {
+    const Operands o(3, 37, 352, data);
+    const auto x = testing::random_bf16(3 * 1056, data, 1);
+    const auto w = testing::random_bf16(37 * 1056, data, 2);
+    for (const Isa isa : available()) {
+      force_isa(isa);
+      const std::vector<float> fp8 = o.product(), bf16 = bf16_product(3, 37, 1056, data);
+      for (int64_t row = 0; row < 3; ++row) {
+        for (int64_t output = 0; output < 37; ++output) {
+          const auto at = static_cast<size_t>(row * 37 + output);
+          EXPECT_EQ(std::bit_cast<uint32_t>(fp8[at]),
+                    std::bit_cast<uint32_t>(by_instructions(o, row, output)))
+              << isa_name(isa) << " row " << row << " output " << output;
+          float sum = 0.0f;
+          for (int64_t first = 0; first < 1056; first += 1024) {
+            float chain = 0.0f;
+            for (int64_t k = first; k < std::min<int64_t>(1056, first + 1024); k += 16)
+              chain = wgmma_bf16(&x[static_cast<size_t>(row * 1056 + k)],
+                                 &w[static_cast<size_t>(output * 1056 + k)], chain);
+            sum += chain;
+          }
+          EXPECT_EQ(std::bit_cast<uint32_t>(bf16[at]), std::bit_cast<uint32_t>(sum))
+              << isa_name(isa) << " row " << row << " output " << output;
+        }
+      }
+    }
+  }
+  force_isa(detect_isa());
+}
+
+TEST(HopperTwin, GivesTheBitsThatACardComputed) {
+  for (const testing::GoldenProduct& g : testing::kGoldenProducts) {
+    const Operands o(g.rows, g.outputs, g.in, g.data);
+    EXPECT_EQ(testing::digest(o.product()), g.fp8);
+    EXPECT_EQ(testing::digest(bf16_product(g.rows, g.outputs, g.in, g.data)), g.bf16);
+  }
+}
+
+TEST(HopperTwin, OneFusedSum) {
+  // What an instruction keeps: 13 bits below the largest term of E4M3 products, 25 inside and 23
+  // outside for BF16, everything below cut off.
+  uint8_t a[32] = {}, b[32] = {};
+  a[0] = b[0] = 0x38;  // 1 * 1
+  a[1] = 0x08;         // 2^-6
+  b[1] = 0x04;         // 2^-7: 2^-13 is kept
+  EXPECT_EQ(wgmma_e4m3(a, b, 0.0f), 1.0f + std::ldexp(1.0f, -13));
+  b[1] = 0x02;  // 2^-14 is not
+  EXPECT_EQ(wgmma_e4m3(a, b, 0.0f), 1.0f);
+  EXPECT_EQ(wgmma_e4m3(a, b, -1.0f), 0.0f);
+  a[0] = 0;  // alone it is the largest
+  EXPECT_EQ(wgmma_e4m3(a, b, 0.0f), std::ldexp(1.0f, -14));
+  EXPECT_EQ(std::bit_cast<uint32_t>(wgmma_e4m3(a, b, std::numeric_limits<float>::quiet_NaN())),
+            0x7fffffffu);
+  a[0] = 0x7f;
+  EXPECT_EQ(std::bit_cast<uint32_t>(wgmma_e4m3(a, b, 0.0f)), 0x7fffffffu);
+
+  uint16_t x[16] = {}, y[16] = {};
+  x[0] = x[1] = x[2] = 0x3f80;
+  y[0] = 0x3f80;                           // 1
+  y[1] = 0xbf80;                           // - 1
+  y[2] = static_cast<uint16_t>(102 << 7);  // + 2^-25: kept inside
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -25));
+  y[1] = 0;
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), 1.0f);
+  // Exponents of a sum stop at -133: 2^-158 is the last that counts.
+  x[0] = 0x1f80, y[0] = static_cast<uint16_t>(53 << 7);  // 2^-64 * 2^-74 = 2^-138
+  x[2] = static_cast<uint16_t>(63 << 7), y[2] = static_cast<uint16_t>(0x8000 | 32 << 7);
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -138));  // less 2^-159, which is lost
+  y[2] = static_cast<uint16_t>(0x8000 | 33 << 7);
+  EXPECT_EQ(wgmma_bf16(x, y, 0.0f), std::ldexp(1.0f, -138) - std::ldexp(1.0f, -149));
+  y[0] = y[2] = 0;
+  EXPECT_EQ(std::bit_cast<uint32_t>(wgmma_bf16(x, y, -0.0f)), 0u);
+}
+
+TEST(FoldFp4, IsExactUpToASpreadOf14) {
+  // All 16 codes under every exponent that the fold allows.
+  std::vector<uint8_t> packed(64), scales = {127, 127, 113, 120}, codes(128);
+  for (size_t i = 0; i < packed.size(); ++i)
+    packed[i] = static_cast<uint8_t>((2 * i % 16) | (2 * i + 1) % 16 << 4);
+  float slab_scale = 0.0f;
+  ASSERT_TRUE(fold_fp4(packed.data(), scales.data(), 128, codes.data(), &slab_scale));
+  EXPECT_EQ(slab_scale, std::ldexp(1.0f, -6));
+  constexpr float kValues[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  for (size_t i = 0; i < 128; ++i) {
+    const int code = packed[i / 2] >> (i % 2 * 4) & 15;
+    const float value =
+        kValues[code & 7] * (code & 8 ? -1.0f : 1.0f) * std::ldexp(1.0f, scales[i / 32] - 127);
+    uint8_t one[32] = {0x38}, folded[32] = {codes[i]};
+    EXPECT_EQ(wgmma_e4m3(one, folded, 0.0f) * slab_scale, value) << i;
+    EXPECT_EQ(codes[i] >> 7, code >> 3) << i;
+  }
+  scales[2] = 112;
+  EXPECT_FALSE(fold_fp4(packed.data(), scales.data(), 128, codes.data(), &slab_scale));
+}
+
+TEST(Sm90Pack, PieceAndTileLieWhereTheKernelsRead) {
+  // A K-major operand: every byte is found at operand_offset.
+  const auto rows = testing::random_codes(13 * 160, Data::kWide, 1);
+  const auto operand = sm90::pack_operand(rows.data(), 13, 160, 2);
+  ASSERT_EQ(operand.size(), 2u * 2 * 1024);
+  size_t nonzero = 0;
+  for (int64_t r = 0; r < 13; ++r) {
+    for (int64_t k = 0; k < 160; ++k) {
+      EXPECT_EQ(operand[static_cast<size_t>(sm90::operand_offset(r, k, 2))],
+                rows[static_cast<size_t>(r * 160 + k)]);
+    }
+  }
+  for (const uint8_t byte : operand) nonzero += byte != 0;
+  size_t expected = 0;
+  for (const uint8_t byte : rows) expected += byte != 0;
+  EXPECT_EQ(nonzero, expected);
+  // FP4 rows whose scales spread too far are counted.
+  std::vector<uint8_t> packed(2 * 64, 0x21), scales(2 * 4, 127);
+  std::vector<uint8_t> tiles(static_cast<size_t>(sm90::fp4_bytes(2, 128)));
+  EXPECT_EQ(sm90::pack_fp4(packed.data(), scales.data(), 2, 128, tiles.data()), 0);
+  scales[5] = 127 + 15;
+  EXPECT_EQ(sm90::pack_fp4(packed.data(), scales.data(), 2, 128, tiles.data()), 1);
+}
+
+}  // namespace
+}  // namespace hadal::ops

@@ -1,0 +1,85 @@
+// The matrix products of a token's path on Hopper, as functions of pointers: y = x w^T for FP8, FP4
+// and BF16 weights. Free of ATen. Layouts: sm90_layout.h; trees:
+// docs/decisions/0010-product-trees.md.
+//
+// Every launch of a product gives the bits of ops/gemm/hopper_twin.h, whatever the number of rows,
+// the kernel, its tile and the split of K; which kernel runs is chosen from the shape alone.
+#pragma once
+
+#include "ops/kernel_types.h"
+
+namespace hadal::ops {
+
+/// Where the FP32 sums of a product go.
+struct Sm90Output {
+  void* y;           ///< [rows, outputs] of `type`: one rounding
+  int64_t stride;    ///< elements from row to row
+  ElementType type;  ///< BF16 or FP32
+};
+
+/// One product of K-major operands: E4M3 (chains of 128, scaled) or BF16 (chains of 1,024).
+struct LinearSm90Params {
+  const uint8_t* x;  ///< K-major operand, x_groups row groups
+  const uint8_t*
+      w;  ///< K-major operand, w_groups row groups (a multiple of 8: tiles of 64 outputs)
+  int64_t x_groups, w_groups;
+  const float* x_scale;  ///< E4M3: [slabs, 8 * x_groups]; BF16: null
+  const float* w_scale;  ///< E4M3: [slabs, ceil(outputs / 128)]; BF16: null
+  int64_t rows, outputs, slabs;
+  Sm90Output out;
+};
+
+/// How to compute it, for tests and measurements; -1: by the shape.
+struct Sm90Choice {
+  int tile =
+      -1;  ///< rows of x in a tile: 8 to 256 (w is the 64-row operand); 0: x is the 64-row one
+  int split = -1;  ///< blocks of a cluster that share K: 1, 2, 4, 8
+};
+
+void linear_fp8_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+
+/// Rounds x to E4M3 by Q8_128 (numerics.md) and lays it out as an operand; rows from p.rows on
+/// become zero.
+struct QuantiseSm90Params {
+  const void* x;  ///< [.., stride] BF16
+  /// Row of x that becomes row i of the operand, or -1 for zeros; null: row i. [rows]
+  const int32_t* source;
+  int64_t rows, in, stride;  ///< in: a multiple of 128
+  uint8_t* codes;            ///< K-major operand of x_groups row groups
+  float* scales;             ///< [in / 128, 8 * x_groups]
+  int64_t x_groups;
+};
+void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream);
+
+/// SwiGLU of a gate and up product, rounded to BF16 and then as above.
+struct SwigluQuantiseSm90Params {
+  const void* gate_up;  ///< [rows, 2 inter] BF16: gate, then up
+  const float* weight;  ///< [rows], or null for ones
+  float limit;
+  int64_t rows, inter;  ///< inter: a multiple of 128
+  uint8_t* codes;       ///< K-major operand of x_groups row groups
+  float* scales;        ///< [inter / 128, 8 * x_groups]
+  int64_t x_groups;
+};
+void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream);
+
+/// Products of rows with the FP4 weights of their experts. Rows lie sorted by expert, each expert's
+/// from a multiple of 8 on; `tiles` says which expert a run of rows belongs to.
+struct ExpertRun {
+  int32_t expert, first_row, rows;
+};
+struct ExpertsFp4Sm90Params {
+  const uint8_t* x;      ///< E4M3 K-major operand of x_groups row groups
+  const float* x_scale;  ///< [slabs, 8 * x_groups]
+  int64_t x_groups;
+  const uint8_t* w;        ///< [experts][slabs][outputs / 64] FP4 tiles
+  int64_t outputs, slabs;  ///< outputs: a multiple of 64
+  const ExpertRun* runs;   ///< on the device, as num_runs: written two launches before, or earlier,
+  const int32_t* num_runs;  ///< since they are read before the kernel before this one has ended
+  int64_t max_runs;         ///< an upper bound of *num_runs, known on the host
+  Sm90Output out;           ///< rows as in x
+};
+void experts_fp4_sm90(const ExpertsFp4Sm90Params& p, Stream stream, const Sm90Choice& choice = {});
+
+}  // namespace hadal::ops

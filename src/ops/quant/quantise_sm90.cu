@@ -1,0 +1,115 @@
+// Activations to E4M3 operands of the Hopper products. One warp takes 128 channels of a row.
+#include <cuda_fp8.h>
+
+#include "ops/cuda/elementwise.cuh"
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/sm90.cuh"
+#include "ops/cuda/warp.cuh"
+#include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/sm90_layout.h"
+
+namespace hadal::ops::cuda {
+namespace {
+
+/// 2^ceil(log2(largest / 448)), the scale of Q8_128.
+__device__ __forceinline__ uint32_t scale_bits(float largest) {
+  const uint32_t r = __float_as_uint(fmaxf(largest, 1e-4f) * (1.0f / 448.0f));
+  return ((r >> 23) + ((r & 0x7fffffu) != 0 ? 1u : 0u)) << 23;
+}
+
+/// Four channels of a row's 128 (lane * 4 on) to E4M3 at their place in the operand.
+__device__ __forceinline__ void store_quantised(
+    float4 v, int64_t row, int64_t slab, uint8_t* codes, float* scales, int64_t x_groups) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float largest =
+      warp_max(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+  const uint32_t bits = scale_bits(largest);
+  // Dividing by a power of two is multiplying by its inverse.
+  const float inverse = __uint_as_float((254u << 23) - bits);
+  const auto code = [&](float x) {
+    return static_cast<uint32_t>(__nv_cvt_float_to_fp8(x * inverse, __NV_SATFINITE, __NV_E4M3));
+  };
+  const uint32_t word = code(v.x) | code(v.y) << 8 | code(v.z) << 16 | code(v.w) << 24;
+  *reinterpret_cast<uint32_t*>(codes + sm90::operand_offset(row, slab * 128 + lane * 4, x_groups)) =
+      word;
+  if (lane == 0) scales[slab * x_groups * 8 + row] = __uint_as_float(bits);
+}
+
+/// The row and slab of this warp.
+struct Unit {
+  int64_t row, slab;
+};
+__device__ __forceinline__ Unit unit_of(int64_t slabs) {
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  return {unit / slabs, unit % slabs};
+}
+
+__global__ void quantise_kernel(const __grid_constant__ QuantiseSm90Params p) {
+  const Unit at = unit_of(p.in / 128);
+  wait_for_previous();
+  launch_dependents();
+  if (at.row >= p.x_groups * 8) return;
+  float4 v = make_float4(0, 0, 0, 0);
+  if (at.row < p.rows) {
+    const int64_t from = p.source != nullptr ? p.source[at.row] : at.row;
+    if (from >= 0) {
+      v = load4(static_cast<const __nv_bfloat16*>(p.x) + from * p.stride + at.slab * 128 +
+                threadIdx.x % 32 * 4);
+    }
+  }
+  store_quantised(v, at.row, at.slab, p.codes, p.scales, p.x_groups);
+}
+
+__global__ void swiglu_quantise_kernel(const __grid_constant__ SwigluQuantiseSm90Params p) {
+  const Unit at = unit_of(p.inter / 128);
+  wait_for_previous();
+  launch_dependents();
+  if (at.row >= p.x_groups * 8) return;
+  float4 h = make_float4(0, 0, 0, 0);
+  if (at.row < p.rows) {
+    const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(p.gate_up) + at.row * 2 * p.inter +
+                               at.slab * 128 + threadIdx.x % 32 * 4;
+    const float4 g = load4(row), u = load4(row + p.inter);
+    const float w = p.weight != nullptr ? p.weight[at.row] : 1.0f;
+    const auto one = [&](float gate, float up) {
+      return round_to<__nv_bfloat16>(swiglu_exact(gate, up, w, p.limit));
+    };
+    h = make_float4(one(g.x, u.x), one(g.y, u.y), one(g.z, u.z), one(g.w, u.w));
+  }
+  store_quantised(h, at.row, at.slab, p.codes, p.scales, p.x_groups);
+}
+
+/// A grid of warps, one for every row and slab, that may start beside the kernel before it.
+template <typename Params>
+void launch_units(
+    void (*kernel)(Params), const Params& p, int64_t units, Stream stream, const char* name) {
+  if (units == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks_for(units, 4);
+  config.blockDim = 128;
+  config.stream = as_stream(stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, p);
+  check_launch(name);
+}
+
+}  // namespace
+}  // namespace hadal::ops::cuda
+
+namespace hadal::ops {
+
+void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream) {
+  cuda::launch_units(cuda::quantise_kernel, p, p.x_groups * 8 * (p.in / 128), stream,
+                     "quantise_operand_sm90");
+}
+
+void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream) {
+  cuda::launch_units(cuda::swiglu_quantise_kernel, p, p.x_groups * 8 * (p.inter / 128), stream,
+                     "swiglu_quantise_sm90");
+}
+
+}  // namespace hadal::ops
