@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <future>
 #include <numeric>
 
 #include "base/check.h"
@@ -112,7 +113,11 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   }
   if (options.warm_up) {
     touch_weights(model);
-    warm_up(parts_->runner, cache, options.prompt_tokens);
+    // In a thread of its own: the loop's, which comes next, inherits what glibc gave it to allocate
+    // in.
+    std::async(std::launch::async, [&] {
+      warm_up(parts_->runner, cache, options.prompt_tokens);
+    }).get();
     give_back_freed_memory();
   }
   const int64_t weights = options.device.is_cpu() ? weights_bytes(model) : 0;

@@ -33,8 +33,8 @@ int64_t common_prefix(const A& a, const B& b) {
 
 struct PrefixNode {
   PrefixNode* parent = nullptr;
-  const std::vector<int32_t>* tokens = nullptr;  ///< the key in the parent's map
-  int64_t begin = 0;                             ///< position of its first token
+  std::span<const int32_t> tokens;  ///< the key in the parent's map
+  int64_t begin = 0;                ///< position of its first token
   bool is_tail = false;
   bool lost_state = false;
   int64_t page = -1;
@@ -53,7 +53,7 @@ struct PrefixNode {
   bool last = true;   ///< no state further on: it serves whoever comes this way
   PrefixTree::Children children, tails;
 
-  int64_t end() const { return begin + std::ssize(*tokens); }
+  int64_t end() const { return begin + std::ssize(tokens); }
   bool has_state() const { return !snapshot.empty(); }
 };
 
@@ -63,7 +63,10 @@ bool PrefixTree::Less::operator()(const A& a, const B& b) const {
 }
 
 PrefixTree::PrefixTree(int64_t page_tokens, PagePool& pool)
-    : page_tokens_(page_tokens), pool_(pool), root_(std::make_unique<Node>()) {
+    : page_tokens_(page_tokens),
+      pool_(pool),
+      ids_(static_cast<size_t>(pool.num_pages() * page_tokens)),
+      root_(std::make_unique<Node>()) {
   HADAL_CHECK(page_tokens > 0, "prefix_tree: pages of ", page_tokens, " tokens");
 }
 
@@ -81,14 +84,16 @@ bool PrefixTree::is_leaf(const Node& node) const {
 PrefixTree::Node* PrefixTree::add(Node& parent, std::span<const int64_t> tokens, int64_t page) {
   const bool is_tail = std::ssize(tokens) < page_tokens_;
   Children& siblings = is_tail ? parent.tails : parent.children;
-  const auto [at, added] = siblings.emplace(std::vector<int32_t>(tokens.begin(), tokens.end()),
-                                            std::make_unique<Node>());
+  const auto mine =
+      std::span(ids_).subspan(static_cast<size_t>(page * page_tokens_), tokens.size());
+  std::ranges::transform(tokens, mine.begin(), [](int64_t id) { return static_cast<int32_t>(id); });
+  const auto [at, added] = siblings.emplace(mine, std::make_unique<Node>());
   HADAL_CHECK(added, "prefix_tree: added twice");
   pool_.share_with_tree(page);
   stateless_.erase({parent.order, &parent});
   Node& node = *at->second;
   node.parent = &parent;
-  node.tokens = &at->first;
+  node.tokens = at->first;
   node.begin = &parent == root_.get() ? 0 : parent.end();
   node.is_tail = is_tail;
   node.page = page;
@@ -116,7 +121,7 @@ void PrefixTree::remove(Node& node) {
   pool_.release_from_tree(node.page);
   --num_nodes_;
   Children& siblings = node.is_tail ? parent.tails : parent.children;
-  siblings.erase(siblings.find(*node.tokens));
+  siblings.erase(siblings.find(node.tokens));
   if (is_leaf(parent) && !parent.has_state()) stateless_.emplace(parent.order, &parent);
 }
 
@@ -339,7 +344,7 @@ void PrefixTree::weigh(Node& node) const {
     const Node& parent = *at->parent;
     if (alone && (at->is_tail || pool_.references(at->page) == 1)) ++node.frees;
     alone = alone && parent.children.size() + parent.tails.size() == 1;
-    before = std::max(before, tail_before(parent, *at->tokens));
+    before = std::max(before, tail_before(parent, at->tokens));
     if (before > 0) break;
   }
   node.cost = node.end() - before;
@@ -349,9 +354,9 @@ void PrefixTree::weigh(Node& node) const {
 // Whether the tree knows how a tail's tokens go on.
 bool PrefixTree::goes_on(const Node& tail) {
   const auto begins = [&](const Children& group) {
-    const auto next = group.upper_bound(*tail.tokens);
+    const auto next = group.upper_bound(tail.tokens);
     return next != group.end() &&
-           common_prefix(*tail.tokens, next->first) == std::ssize(*tail.tokens);
+           common_prefix(tail.tokens, next->first) == std::ssize(tail.tokens);
   };
   return begins(tail.parent->tails) || begins(tail.parent->children);
 }
@@ -409,7 +414,7 @@ bool PrefixTree::make_room(std::span<const int64_t> tokens, StateKind kind, int6
   uint64_t interval = parent == root_.get() ? 0 : parent->interval;
   for (const Node* at = parent; at != root_.get() && before == 0; at = at->parent) {
     if (at->has_state()) before = at->end();
-    before = std::max(before, tail_before(*at->parent, *at->tokens));
+    before = std::max(before, tail_before(*at->parent, at->tokens));
     if (before == 0 && kind == StateKind::kEnd && at->children.empty()) ++frees;
   }
   const double value = static_cast<double>(std::ssize(tokens) - before) /
@@ -477,11 +482,10 @@ void PrefixTree::check_node(const Node& node, std::span<int64_t> expected, Count
     ++counted.nodes;
     HADAL_CHECK(pool_.in_tree(node.page), "prefix_tree: page ", node.page, " is not the tree's");
     ++expected[static_cast<size_t>(node.page)];
-    HADAL_CHECK((std::ssize(*node.tokens) < page_tokens_) == node.is_tail &&
-                    !node.tokens->empty() &&
+    HADAL_CHECK((std::ssize(node.tokens) < page_tokens_) == node.is_tail && !node.tokens.empty() &&
                     node.begin == (node.parent == root_.get() ? 0 : node.parent->end()),
-                "prefix_tree: a page of ", node.tokens->size(), " tokens at ", node.begin);
-    HADAL_CHECK(node.hash == chain(node.parent->hash, *node.tokens), "prefix_tree: hash differs");
+                "prefix_tree: a page of ", node.tokens.size(), " tokens at ", node.begin);
+    HADAL_CHECK(node.hash == chain(node.parent->hash, node.tokens), "prefix_tree: hash differs");
     if (is_leaf(node) && !node.has_state()) {
       ++counted.stateless;
       HADAL_CHECK(stateless_.contains({node.order, const_cast<Node*>(&node)}),
@@ -503,7 +507,8 @@ void PrefixTree::check_node(const Node& node, std::span<int64_t> expected, Count
   }
   for (const Children* group : {&node.children, &node.tails}) {
     for (const auto& [key, child] : *group) {
-      HADAL_CHECK(child->parent == &node && child->tokens == &key, "prefix_tree: wrong parent");
+      HADAL_CHECK(child->parent == &node && child->tokens.data() == key.data(),
+                  "prefix_tree: wrong parent");
       check_node(*child, expected, counted);
     }
   }

@@ -93,7 +93,8 @@ class PrefixTree {
     template <typename A, typename B>
     bool operator()(const A& a, const B& b) const;
   };
-  using Children = std::map<std::vector<int32_t>, std::unique_ptr<Node>, Less>;
+  /// By the node's token ids, which lie in ids_.
+  using Children = std::map<std::span<const int32_t>, std::unique_ptr<Node>, Less>;
   friend struct PrefixNode;
   struct Counted {
     int64_t nodes = 0, states = 0, snapshot_pages = 0, stateless = 0;
@@ -124,6 +125,10 @@ class PrefixTree {
 
   int64_t page_tokens_;
   PagePool& pool_;
+  /// [num_pages, page_tokens] of the nodes' pages. In one piece and from the start: node by node
+  /// they would lie scattered among what a step takes and frees, and keep its memory from going
+  /// back.
+  std::vector<int32_t> ids_;
   std::unique_ptr<Node> root_;
   std::vector<Node*> states_;                       ///< nodes with one; a node knows its place
   std::set<std::pair<uint64_t, Node*>> stateless_;  ///< leaves without one, by age
