@@ -1,5 +1,6 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [copy]     one line a case; all when none is named
+//   kernel_bench [linear] [experts] [index] [rows] [copy]     one line a case; all when none is
+//   named
 // Everything runs as a captured graph over distinct weights, so that the second-level cache holds
 // nothing of what a call reads; medians of 15 replays.
 #include <algorithm>
@@ -15,6 +16,8 @@
 #include "ops/attention/index_scores_sm90.h"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/sm90_layout.h"
+#include "ops/mhc/hyper_connection_sm90.h"
+#include "ops/norm/rms_norm_sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -356,6 +359,57 @@ void bench_index(cudaStream_t stream, double copy) {
   }
 }
 
+void bench_rows(cudaStream_t stream, double copy) {
+  for (const int64_t dim : {4096, 7168}) {
+    for (const int64_t tokens : {1, 16, 64, 4096}) {
+      const auto values = static_cast<size_t>(tokens * dim);
+      auto* streams = allocate<uint16_t>(values * 4);
+      auto* out = allocate<uint16_t>(values);
+      auto* mixed = allocate<uint16_t>(values);
+      fill_bf16<<<512, 256, 0, stream>>>(streams, values * 4, 1);
+      fill_bf16<<<512, 256, 0, stream>>>(out, values, 2);
+      // Some copies of fn, so that the cache does not hold the next.
+      constexpr int kCopies = 40;
+      const size_t fn_values = 24 * 4 * static_cast<size_t>(dim);
+      auto* fn = allocate<float>(fn_values * kCopies);
+      fill_floats<<<512, 256, 0, stream>>>(fn, fn_values * kCopies, 0.001f);
+      auto* small = allocate<float>(static_cast<size_t>(tokens * 20 + 64));
+      fill_floats<<<64, 256, 0, stream>>>(small, static_cast<size_t>(tokens * 20 + 64), 0.1f);
+      const HcPreSm90Params pre = {
+          streams, fn,  small, small, mixed, small + 64, small + 64 + tokens * 4,
+          tokens,  dim, 20,    1e-6f, 1e-6f, false};
+      const double pre_us = microseconds(kCopies, stream, [&] {
+        for (int i = 0; i < kCopies; ++i) {
+          HcPreSm90Params p = pre;
+          p.fn = fn + i * fn_values;
+          hc_pre_sm90(p, stream);
+        }
+      });
+      const double post_us = microseconds(kCopies, stream, [&] {
+        for (int i = 0; i < kCopies; ++i)
+          hc_post_sm90({out, streams, small + 64, small + 64 + tokens * 4, streams, tokens, dim},
+                       stream);
+      });
+      const double norm_us = microseconds(kCopies, stream, [&] {
+        for (int i = 0; i < kCopies; ++i)
+          rms_norm_sm90({mixed, fn, out, tokens, dim, 1e-6f, false}, stream);
+      });
+      const double bytes = static_cast<double>(tokens * dim * 20);
+      std::printf(
+          "mHC dim %ld tokens %4ld  pre %7.2f us  post %7.2f us  norm %7.2f us  together %5.2f "
+          "TB/s of 20 D bytes (%2.0f %% of copy)\n",
+          static_cast<long>(dim), static_cast<long>(tokens), pre_us, post_us, norm_us,
+          bytes / (pre_us + post_us + norm_us) / 1e6,
+          bytes / (pre_us + post_us + norm_us) / 1e4 / copy);
+      cudaFree(streams);
+      cudaFree(out);
+      cudaFree(mixed);
+      cudaFree(fn);
+      cudaFree(small);
+    }
+  }
+}
+
 }  // namespace
 
 int run(int argc, char** argv) {
@@ -368,6 +422,7 @@ int run(int argc, char** argv) {
   check(cudaStreamCreate(&stream), "stream");
   const double copy = copy_rate(stream);
   std::printf("copy %.3f TB/s read and written\n", copy);
+  if (wanted("rows")) bench_rows(stream, copy);
   if (wanted("index")) bench_index(stream, copy);
   if (wanted("experts")) bench_experts(stream, copy);
   if (wanted("linear")) bench_linear(stream, copy);

@@ -1,10 +1,11 @@
-# hadal_library(NAME [TORCH] [DEPENDS layer...] [LIBRARIES target...])
+# hadal_library(NAME [TORCH] [UNITY count] [LIBRARIES target...])
 #   One OBJECT library per layer out of src/NAME: every .cpp that is no test, every .cu when HADAL_CUDA is not OFF,
 #   and every *_cpu.cpp once per instruction set (HADAL_ISA names it inside the file).
+#   UNITY: so many files a compilation; names in anonymous namespaces must differ within the layer.
 #   TORCH layers see LibTorch and share the precompiled header; the others cannot include it at all.
 # hadal_tests(NAME LIBRARY lib) collects src/NAME/**/*_test.cpp of several layers into one test binary.
 function(hadal_library name)
-  cmake_parse_arguments(ARG "TORCH" "" "LIBRARIES" ${ARGN})
+  cmake_parse_arguments(ARG "TORCH" "UNITY" "LIBRARIES" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp")
   list(FILTER sources EXCLUDE REGEX "_(test|cpu|fuzz)\\.cpp$")
   file(GLOB_RECURSE cpu_sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*_cpu.cpp")
@@ -17,6 +18,9 @@ function(hadal_library name)
   endif()
   add_library(${target} OBJECT ${sources})
   hadal_compile_settings(${target})
+  if(ARG_UNITY)
+    hadal_unity(${target} ${ARG_UNITY})
+  endif()
   target_link_libraries(${target} PUBLIC fmt::fmt ${ARG_LIBRARIES})
   if(ARG_TORCH)
     target_link_libraries(${target} PUBLIC LibTorch::cpu)
@@ -49,6 +53,14 @@ function(hadal_library name)
     endif()
   endif()
   set(${target}_OBJECTS ${objects} PARENT_SCOPE)
+endfunction()
+
+# `count` files a compilation (0: all). g++ then takes each for a header, in which anonymous types would be a fault.
+function(hadal_unity target count)
+  if(HADAL_UNITY)
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${count})
+    target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)
+  endif()
 endfunction()
 
 function(hadal_compile_settings target)

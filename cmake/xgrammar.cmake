@@ -119,4 +119,4 @@ if(HADAL_SANITIZE)
 endif()
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
 # Several files a compilation: most of their time goes into the same headers, and they never change.
-set_target_properties(xgrammar PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
+hadal_unity(xgrammar 8)

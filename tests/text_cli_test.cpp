@@ -108,6 +108,20 @@ TEST_F(TextCli, ChatParse) {
   const Result bad = run("chat-parse --thinking-mode chat", "no end");
   EXPECT_EQ(bad.code, 1);
   EXPECT_TRUE(Json::parse(bad.out).contains("error"));
+  // Complete calls are printed whatever their shape, with what is wrong beside them.
+  const std::string mark = "\uff5cDSML\uff5c";
+  const auto call = [&](const std::string& name) {
+    return "<" + mark + "invoke name=\"" + name + "\"><" + mark +
+           "parameter string=\"true\" name=\"a\">x</" + mark + "parameter></" + mark + "invoke>";
+  };
+  const Result loose = run("chat-parse --thinking-mode chat", "c\n" + call("f") + "\n" + kEos);
+  EXPECT_EQ(loose.code, 0);
+  EXPECT_EQ(Json::parse(loose.out)["tool_calls"][0]["function"]["arguments"], "{\"a\": \"x\"}");
+  EXPECT_TRUE(Json::parse(loose.out).contains("error"));
+  const Result half = run("chat-parse --thinking-mode chat",
+                          "c\n<" + mark + "invoke name=\"g\">\n" + call("f") + kEos);
+  EXPECT_EQ(half.code, 1);
+  EXPECT_EQ(Json::parse(half.out)["tool_calls"].size(), 1u);
   EXPECT_EQ(run("chat-parse --thinking-mode loud", "x").code, 2);
   EXPECT_EQ(run("chat-parse /nonexistent", "").code, 2);
 }

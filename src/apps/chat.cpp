@@ -20,7 +20,7 @@ using text::PyJson;
 constexpr int64_t kMaxTokens = 1024;  // where the model says nothing
 
 struct Flags {
-  std::string model, numerics, thinking_mode, effort, system, tools;
+  std::string model, numerics, thinking_mode, effort, effort_levels, system, tools;
   SamplingFlags sampling;
   std::optional<int64_t> max_tokens;
   bool json = false, recompute = false, no_history = false;
@@ -44,7 +44,6 @@ PyJson read_tools(const std::string& path) {
 
 int run(const Flags& flags) {
   ChatSettings settings;
-  settings.encoding.effort = text::parse_reasoning_effort(flags.effort);
   settings.system = flags.system;
   if (!flags.tools.empty()) settings.tools = read_tools(flags.tools);
   settings.recompute = flags.recompute;
@@ -56,6 +55,10 @@ int run(const Flags& flags) {
   settings.sampling = flags.sampling.over(defaults.sampling);
   settings.max_tokens =
       flags.max_tokens.value_or(defaults.max_tokens > 0 ? defaults.max_tokens : kMaxTokens);
+  settings.encoding.levels = flags.effort_levels.empty()
+                                 ? loaded.effort.levels
+                                 : text::parse_effort_levels(flags.effort_levels);
+  settings.encoding.effort = text::parse_reasoning_effort(flags.effort, settings.encoding.levels);
   log::set_level(log::Level::kWarn);  // the terminal is for the conversation
   run_chat(loaded, std::move(settings), {.json = flags.json, .history = !flags.no_history});
   return 0;
@@ -69,8 +72,13 @@ std::function<int()> define_chat(CLI::App& app) {
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--thinking-mode", flags->thinking_mode, "default: the model's")
       ->check(CLI::IsMember({"chat", "thinking"}));
-  app.add_option("--effort", flags->effort, "reasoning effort; default: high")
-      ->check(CLI::IsMember({"none", "high", "max"}));
+  app.add_option("--effort", flags->effort,
+                 "reasoning effort: high (the default) or max; with the levels of 0731 low (the "
+                 "default), high or max")
+      ->check(CLI::IsMember({"none", "low", "high", "max"}));
+  app.add_option("--effort-levels", flags->effort_levels,
+                 "preview or 0731; default: the model's (hadal inspect tells)")
+      ->check(CLI::IsMember({"preview", "0731"}));
   app.add_option("--system", flags->system, "system message");
   app.add_option("--tools", flags->tools, "JSON file: a list of tools in OpenAI form");
   flags->sampling.define(app);

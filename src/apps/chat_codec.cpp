@@ -17,7 +17,7 @@ using text::PyJson;
 struct Options {
   std::string input;
   std::string thinking_mode = "thinking";
-  std::string effort;
+  std::string effort, effort_levels = "preview";
   std::string drop_thinking = "yes";
 };
 
@@ -35,7 +35,8 @@ int encode(const Options& options) {
   const PyJson messages = text::messages_of_request(PyJson::parse(read_input(options.input), name));
   text::ChatOptions chat;
   chat.thinking_mode = text::parse_thinking_mode(options.thinking_mode);
-  chat.effort = text::parse_reasoning_effort(options.effort);
+  chat.levels = text::parse_effort_levels(options.effort_levels);
+  chat.effort = text::parse_reasoning_effort(options.effort, chat.levels);
   chat.drop_thinking = options.drop_thinking == "yes";
   write_output(text::encode_chat(messages, chat));
   return 0;
@@ -47,15 +48,20 @@ int parse(const Options& options) {
   PyJson message = completion.to_json();
   if (!completion.ok) message.set("error", PyJson::string(completion.error));
   write_output(message.dump() + "\n");
-  return completion.lost ? 1 : 0;
+  return completion.lost || completion.cut ? 1 : 0;
 }
 
 }  // namespace
 
 std::function<int()> define_chat_encode(CLI::App& app) {
   auto options = define_common(app);
-  app.add_option("--effort", options->effort, "reasoning effort: high (the default) or max")
-      ->check(CLI::IsMember({"none", "high", "max"}));
+  app.add_option("--effort", options->effort,
+                 "reasoning effort: high (the default) or max; with the levels of 0731 low (the "
+                 "default), high or max");
+  app.add_option("--effort-levels", options->effort_levels,
+                 "preview or 0731: which checkpoint's levels (hadal inspect tells)")
+      ->check(CLI::IsMember({"preview", "0731"}))
+      ->capture_default_str();
   app.add_option("--drop-thinking", options->drop_thinking,
                  "yes or no: leave out the reasoning of earlier turns")
       ->check(CLI::IsMember({"yes", "no"}))

@@ -101,7 +101,7 @@ void print_note(const Answer& answer, int64_t max_tokens) {
   } else if (answer.finish == Finish::kLength) {
     std::fprintf(stderr, "[cut off after %lld tokens; --max-tokens is %lld]\n",
                  static_cast<long long>(answer.tokens), static_cast<long long>(max_tokens));
-  } else if (!said.ok) {
+  } else if (said.lost) {
     std::fprintf(stderr, "[malformed answer: %s]\n", said.error.c_str());
   } else if (said.content.empty() && said.tool_calls.empty()) {
     std::fprintf(stderr, "[an empty answer; /regenerate asks for another]\n");
@@ -324,7 +324,7 @@ class Repl {
       interrupt_.clear();
       if (options_.json) print_json(answer);
       print_note(answer, session_.settings().max_tokens);
-      if (!answer.completion.ok || answer.completion.tool_calls.empty()) return true;
+      if (answer.completion.tool_calls.empty()) return true;
       for (size_t i = 0; i < answer.completion.tool_calls.size(); ++i) {
         const auto result = ask(concat("result of ", answer.completion.tool_calls[i].name, "> "));
         if (!result) return false;

@@ -67,7 +67,7 @@ const std::vector<Command>& commands() {
        "  echo '[{\"role\": \"user\", \"content\": \"Hello\"}]' | hadal chat-encode "
        "--thinking-mode chat",
        define_chat_encode},
-      {"chat-parse", "a completion to a message (JSON); exit code 1 if it is malformed",
+      {"chat-parse", "a completion to a message (JSON); exit code 1 if something of it is missing",
        "  hadal chat-parse --thinking-mode thinking completion.txt", define_chat_parse},
       {"tokenizer-cut", "make a small tokenizer from the merges a text uses",
        "  hadal tokenizer-cut --tokenizer DIR/tokenizer.json --vocab-size 8192 --min-count 5 \\\n"

@@ -27,8 +27,10 @@ int run(Flags flags) {
   };
   const checkpoint::ConvertReport report = checkpoint::convert(flags.options);
   bar.reset();
-  std::printf("%lld tensors%s to %s\n", static_cast<long long>(report.tensors),
-              report.hf_input ? " (transformers' names)" : "", flags.options.out.c_str());
+  const bool official_names = report.naming == checkpoint::Naming::kOfficial;
+  std::printf("%lld tensors%s%s%s to %s\n", static_cast<long long>(report.tensors),
+              official_names ? "" : " (", official_names ? "" : naming_name(report.naming),
+              official_names ? "" : ")", flags.options.out.c_str());
   const bool official = flags.options.target == checkpoint::ConvertTarget::kOfficial;
   if (report.kept_scales > 0) {
     std::printf(official
@@ -41,7 +43,9 @@ int run(Flags flags) {
                 static_cast<long long>(report.found_scales));
   }
   if (report.mtp_beside_hf) {
-    std::printf("transformers drops the MTP block: it is here under its official names, mtp.0.*\n");
+    std::printf(
+        "transformers drops the MTP block or drafter: it is here under its official names, "
+        "mtp.*\n");
   }
   if (report.rounded > 0) {
     std::printf("lossy: values of %lld tensors were rounded, %s the first\n",
@@ -59,7 +63,7 @@ std::function<int()> define_convert(CLI::App& app) {
   app.add_option("--in", flags->options.in, "checkpoint folder, official or transformers' names")
       ->required();
   app.add_option("--out", flags->options.out, "folder to write; it must not exist yet")->required();
-  app.add_option("--to", flags->target, "bf16, official or hf-bf16")->required();
+  app.add_option("--to", flags->target, "bf16, f32, official, hf-bf16 or hf-f32")->required();
   app.add_flag("--drop-scales", flags->options.drop_scales,
                "bf16: do not keep the original scales beside the weights");
   app.add_option("--max-shard-bytes", flags->options.max_shard_bytes, "bytes of a file at most")

@@ -34,7 +34,8 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::strin
           .numerics = numerics,
           .model = checkpoint::load_model(source, numerics),
           .tokenizer = std::move(tokenizer),
-          .defaults = engine::load_generation_defaults(folder)};
+          .defaults = engine::load_generation_defaults(folder),
+          .effort = choose_effort_levels(folder, source.config(), "")};
 }
 
 ops::SamplingParams sampling_params(const engine::Sampling& sampling) {

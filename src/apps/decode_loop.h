@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "apps/effort_choice.h"
 #include "checkpoint/load_model.h"
 #include "engine_core/generation_defaults.h"
 #include "model/contiguous_kv.h"
@@ -24,6 +25,7 @@ struct LoadedModel {
   model::Transformer model;
   text::Tokenizer tokenizer;
   engine::GenerationDefaults defaults;  ///< the folder's
+  EffortChoice effort;  ///< the levels of reasoning effort that the model was taught
 
   const model::ModelConfig& config() const { return model.config(); }
 };

@@ -1,14 +1,17 @@
 // hadal inspect: what a checkpoint or a config holds.
 #include <cstdio>
 #include <memory>
+#include <optional>
 
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
+#include "apps/effort_choice.h"
 #include "base/check.h"
 #include "base/json.h"
 #include "checkpoint/names.h"
 #include "checkpoint/official.h"
+#include "checkpoint/weight_checks.h"
 #include "model/config.h"
 
 namespace hadal::apps {
@@ -20,7 +23,12 @@ using checkpoint::Storage;
 
 struct Options {
   std::string folder, config;
-  bool json = false;
+  bool json = false, quick = false;
+};
+
+/// What only a folder tells: how its tensors are called, and its levels of reasoning effort.
+struct FolderFacts {
+  std::string naming, effort_levels, effort_reason;
 };
 
 /// "69,187".
@@ -51,7 +59,10 @@ void print_count(const char* name, const Count& count) {
               grouped(count.parameters).c_str(), grouped(count.bytes).c_str());
 }
 
-void print_table(const model::ModelConfig& config, const Census& census, Storage storage) {
+void print_table(const model::ModelConfig& config,
+                 const Census& census,
+                 Storage storage,
+                 const std::optional<FolderFacts>& facts) {
   int kinds[3] = {};
   for (int64_t layer = 0; layer < config.n_layers; ++layer)
     ++kinds[static_cast<int>(config.kind(layer))];
@@ -59,14 +70,23 @@ void print_table(const model::ModelConfig& config, const Census& census, Storage
               static_cast<long long>(config.n_layers), kinds[0], kinds[1], kinds[2],
               static_cast<long long>(config.n_mtp_layers), static_cast<long long>(config.dim),
               static_cast<long long>(config.n_heads), static_cast<long long>(config.head_dim));
-  std::printf("%lld of %lld experts; storage %s\n\n",
+  std::printf("%lld of %lld experts; storage %s\n",
               static_cast<long long>(config.n_activated_experts),
               static_cast<long long>(config.n_routed_experts), storage_name(storage));
+  const model::DsparkConfig& drafter = config.drafter;
+  if (drafter.exists())
+    std::printf("DSpark drafter: %lld stages, blocks of %lld tokens; kept, not run yet\n",
+                static_cast<long long>(drafter.n_stages),
+                static_cast<long long>(drafter.block_size));
+  if (facts)
+    std::printf("%s; reasoning effort as in %s (%s)\n", facts->naming.c_str(),
+                facts->effort_levels.c_str(), facts->effort_reason.c_str());
+  std::printf("\n");
   std::printf("  %-16s %10s %22s %20s\n", "part", "tensors", "parameters", "bytes");
   for (int part = 0; part < checkpoint::kNumParts; ++part)
     print_count(checkpoint::part_name(static_cast<checkpoint::Part>(part)), census.main[part]);
   print_count("main model", census.main_total());
-  print_count("MTP block", census.mtp_total());
+  print_count(drafter.exists() ? "drafter" : "MTP block", census.mtp_total());
   const Count total = census.total();
   std::printf("\n%s tensors, %s bytes\n", grouped(total.tensors).c_str(),
               grouped(total.bytes).c_str());
@@ -93,9 +113,19 @@ void write_count(JsonWriter& out, const char* name, const Count& count) {
   out.field("parameters", count.parameters).field("bytes", count.bytes).end_object();
 }
 
-void print_json(const model::ModelConfig& config, const Census& census, Storage storage) {
+void print_json(const model::ModelConfig& config,
+                const Census& census,
+                Storage storage,
+                const std::optional<FolderFacts>& facts) {
   JsonWriter out;
   out.begin_object().field("layers", config.n_layers).field("mtp_layers", config.n_mtp_layers);
+  if (config.drafter.exists())
+    out.field("drafter_stages", config.drafter.n_stages)
+        .field("drafter_block_size", config.drafter.block_size);
+  if (facts)
+    out.field("naming", facts->naming)
+        .field("effort_levels", facts->effort_levels)
+        .field("effort_levels_reason", facts->effort_reason);
   out.field("storage", storage_name(storage)).key("parts").begin_object();
   for (int part = 0; part < checkpoint::kNumParts; ++part)
     write_count(out, checkpoint::part_name(static_cast<checkpoint::Part>(part)), census.main[part]);
@@ -113,6 +143,7 @@ int run(const Options& options) {
                     "inspect: give a folder or --config FILE, one of the two");
   model::ModelConfig config;
   Storage storage;
+  std::optional<FolderFacts> facts;
   if (options.folder.empty()) {
     config = model::load_config(options.config);
     storage = checkpoint::storage_of(config);
@@ -120,9 +151,14 @@ int run(const Options& options) {
     const auto files = checkpoint::OfficialCheckpoint::open(options.folder);
     config = files.config();
     storage = files.storage();
+    if (!options.quick) checkpoint::check_weights(files);
+    const EffortChoice effort = choose_effort_levels(options.folder, config, "");
+    facts = FolderFacts{naming_name(files.naming()), text::effort_levels_name(effort.levels),
+                        effort.reason};
   }
   const Census census = checkpoint::take_census(config, storage);
-  options.json ? print_json(config, census, storage) : print_table(config, census, storage);
+  options.json ? print_json(config, census, storage, facts)
+               : print_table(config, census, storage, facts);
   return 0;
 }
 
@@ -132,6 +168,8 @@ std::function<int()> define_inspect(CLI::App& app) {
   auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
   app.add_option("DIR", options->folder, "checkpoint folder; its files are checked");
   app.add_option("--config", options->config, "a config.json alone");
+  app.add_flag("--quick", options->quick,
+               "do not read the weights: no search for NaN, zero matrices and the like");
   app.add_flag("--json", options->json, "print JSON");
   return [options] { return run(*options); };
 }

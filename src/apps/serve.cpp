@@ -27,7 +27,7 @@ namespace hadal::apps {
 namespace {
 
 struct Flags {
-  std::string model, numerics, key_file;
+  std::string model, numerics, key_file, effort_levels;
   std::vector<std::string> names;
   std::string disk_policy = "periodic", device = "cpu";
   double cache_gib = 0.5, disk_gib = 16, ping_seconds = 15;
@@ -73,6 +73,16 @@ int run(Flags flags) {
     flags.engine.device = at::kCUDA;
     model::move_to(loaded.model, at::kCUDA);
   }
+  if (!flags.effort_levels.empty())
+    loaded.effort = choose_effort_levels(loaded.folder, loaded.config(), flags.effort_levels);
+  flags.server.effort_levels = loaded.effort.levels;
+  const auto effort_line =
+      concat("reasoning effort has the levels of ", text::effort_levels_name(loaded.effort.levels),
+             " (", loaded.effort.reason, ")");
+  loaded.effort.certain ? log::info("serve", effort_line) : log::warn("serve", effort_line);
+  if (loaded.config().drafter.exists())
+    log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
+              " stages) is kept, but this server does not draft with it yet");
   flags.engine.numerics = loaded.numerics;
   flags.server.default_thinking = loaded.defaults.thinking;
   flags.server.default_sampling = loaded.defaults.sampling;
@@ -133,6 +143,9 @@ std::function<int()> define_serve(CLI::App& app) {
                  "default: the folder's")
       ->allow_extra_args(false);
   app.add_flag("--any-model", server.any_model, "answer to every model name");
+  app.add_option("--effort-levels", flags->effort_levels,
+                 "preview or 0731: what a reasoning effort means; default: the model's (hadal "
+                 "inspect tells)");
   app.add_option("--host", server.host, "address to listen on")->capture_default_str();
   app.add_option("--port", server.port, "0: any free one")->capture_default_str();
   app.add_option("--api-keys", flags->key_file, "file with one key a line; default: no keys");

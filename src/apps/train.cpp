@@ -11,6 +11,7 @@
 #include "apps/flags.h"
 #include "base/check.h"
 #include "base/parallel.h"
+#include "train/export_run.h"
 #include "train/trainer.h"
 
 namespace hadal::apps {
@@ -24,7 +25,7 @@ extern "C" void on_signal(int signal) {
 }
 
 struct Flags {
-  std::string config;
+  std::string config, export_folder, export_format = "bf16";
   double max_seconds = 0.0;
   int threads = 0;
 };
@@ -32,6 +33,15 @@ struct Flags {
 int run(const Flags& flags) {
   const auto start = std::chrono::steady_clock::now();
   if (flags.threads > 0) set_num_threads(flags.threads);
+  if (!flags.export_folder.empty()) {
+    const auto format = flags.export_format == "official" ? checkpoint::SaveFormat::kOfficial
+                                                          : checkpoint::SaveFormat::kBf16;
+    const train::RunProgress progress =
+        train::export_run(train::load_run_config(flags.config), flags.export_folder, format);
+    std::printf("the model after %lld tokens is in %s\n", static_cast<long long>(progress.tokens),
+                flags.export_folder.c_str());
+    return 0;
+  }
   train::Trainer trainer(train::load_run_config(flags.config));
   std::signal(SIGINT, on_signal);
   std::signal(SIGTERM, on_signal);
@@ -59,6 +69,13 @@ std::function<int()> define_train(CLI::App& app) {
   app.add_option("--max-seconds", flags->max_seconds,
                  "stop after this time with a checkpoint; the same command goes on")
       ->check(between(0, 1e9));
+  auto* folder =
+      app.add_option("--export", flags->export_folder,
+                     "write the run's newest checkpoint as a model folder, train nothing");
+  app.add_option("--to", flags->export_format, "storage of --export: bf16 or official")
+      ->check(CLI::IsMember({"bf16", "official"}))
+      ->needs(folder)
+      ->capture_default_str();
   app.add_option("--threads", flags->threads, "CPU threads; default: all")->check(between(1, 1024));
   return [flags] { return run(*flags); };
 }

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 
@@ -147,22 +148,68 @@ void sync_directory(const std::string& path) {
   if (::fsync(directory.fd) != 0 && errno != EINVAL) fail(path, "sync the folder");
 }
 
-AtomicDirectory::AtomicDirectory(const std::string& path)
-    : path_(stripped(path)), temporary_(concat(path_, ".tmp-XXXXXX")) {
+namespace {
+
+/// Opens a folder and locks it; -1 when it is gone or another process works in it.
+int lock_folder(const std::string& path) {
+  Descriptor folder{::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+  if (folder.fd < 0) return -1;
+  // File systems without locks: nobody can be told from the dead, so nothing is taken for dead.
+  if (::flock(folder.fd, LOCK_EX | LOCK_NB) != 0) return -1;
+  struct stat open {
+  }, named{};
+  const bool same = ::fstat(folder.fd, &open) == 0 && ::stat(path.c_str(), &named) == 0 &&
+                    open.st_ino == named.st_ino && open.st_dev == named.st_dev;
+  return same ? std::exchange(folder.fd, -1) : -1;
+}
+
+/// Removes the temporary folders that killed processes left beside `path`: those whose lock nobody
+/// holds.
+void remove_abandoned(const std::string& path) {
+  const std::string mark = std::filesystem::path(path).filename().string() + ".tmp-";
+  std::error_code ignored;
+  std::vector<std::string> abandoned;
+  for (std::filesystem::directory_iterator entry(parent_of(path), ignored), end; entry != end;
+       entry.increment(ignored)) {
+    const std::string name = entry->path().filename().string();
+    if (name.size() == mark.size() + 6 && name.starts_with(mark))
+      abandoned.push_back(entry->path().string());
+  }
+  for (const std::string& folder : abandoned) {
+    const Descriptor lock{lock_folder(folder)};
+    if (lock.fd >= 0) std::filesystem::remove_all(folder, ignored);
+  }
+}
+
+}  // namespace
+
+AtomicDirectory::AtomicDirectory(const std::string& path) : path_(stripped(path)) {
   std::error_code ignored;
   HADAL_INPUT_CHECK(
       !std::filesystem::exists(path_, ignored) || (std::filesystem::is_directory(path_, ignored) &&
                                                    std::filesystem::is_empty(path_, ignored)),
       path_, ": exists and is not an empty folder");
-  if (::mkdtemp(temporary_.data()) == nullptr) fail(path_, "create a temporary folder beside it");
+  remove_abandoned(path_);
+  make_temporary();
   const mode_t mask = ::umask(0);
   ::umask(mask);
   ::chmod(temporary_.c_str(), 0777 & ~mask);
 }
 
+void AtomicDirectory::make_temporary() {
+  // Another process may take the new folder for abandoned before it is locked: then once more.
+  for (int attempt = 0; attempt < 10 && lock_ < 0; ++attempt) {
+    if (!temporary_.empty()) ::rmdir(temporary_.c_str());
+    temporary_ = concat(path_, ".tmp-XXXXXX");
+    if (::mkdtemp(temporary_.data()) == nullptr) fail(path_, "create a temporary folder beside it");
+    lock_ = lock_folder(temporary_);
+  }
+}
+
 AtomicDirectory::~AtomicDirectory() {
   std::error_code ignored;
   if (!temporary_.empty()) std::filesystem::remove_all(temporary_, ignored);
+  if (lock_ >= 0) ::close(lock_);
 }
 
 void AtomicDirectory::commit() {

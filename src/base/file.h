@@ -74,7 +74,10 @@ class AtomicDirectory {
   void commit();
 
  private:
+  void make_temporary();
+
   std::string path_, temporary_;
+  int lock_ = -1;  ///< held on the temporary folder while this process works in it
 };
 
 /// An advisory lock on a file (created when absent), held for the lifetime of the object. It is

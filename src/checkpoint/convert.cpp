@@ -1,32 +1,24 @@
 #include "checkpoint/convert.h"
 
-#include <algorithm>
 #include <filesystem>
 #include <map>
-#include <memory>
 #include <optional>
-#include <set>
 #include <utility>
 #include <vector>
 
 #include <ATen/ATen.h>
 
-#include <nlohmann/json.hpp>
-
 #include "base/check.h"
 #include "base/file.h"
-#include "base/join.h"
-#include "base/log.h"
+#include "checkpoint/convert_files.h"
 #include "checkpoint/hf_names.h"
-#include "checkpoint/official.h"
 #include "checkpoint/requantise.h"
+#include "checkpoint/weight_checks.h"
 
 namespace hadal::checkpoint {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr size_t kListed = 20;  // tensors named in one message
 
 bool is_quantised_role(TensorRole role) {
   return role == TensorRole::kMatrix || role == TensorRole::kExpert;
@@ -35,145 +27,6 @@ bool is_quantised_role(TensorRole role) {
 bool is_codes(const at::Tensor& data) {
   const at::ScalarType type = data.scalar_type();
   return type == at::kFloat8_e4m3fn || type == at::kByte || type == at::kChar;
-}
-
-/// The tensors of a folder under official names, whatever it calls them.
-class Input {
- public:
-  virtual ~Input() = default;
-  virtual const model::ModelConfig& config() const = 0;
-  /// Shapes are checked by then.
-  virtual CheckpointTensor get(const TensorSpec& spec) const = 0;
-  virtual bool is_hf() const = 0;
-};
-
-class OfficialInput : public Input {
- public:
-  explicit OfficialInput(const std::string& folder)
-      : checkpoint_(OfficialCheckpoint::open(folder)) {}
-  const model::ModelConfig& config() const override { return checkpoint_.config(); }
-  CheckpointTensor get(const TensorSpec& spec) const override { return checkpoint_.get(spec.name); }
-  bool is_hf() const override { return false; }
-
- private:
-  OfficialCheckpoint checkpoint_;
-};
-
-class HfInput : public Input {
- public:
-  HfInput(const std::string& folder, TensorReader reader)
-      : reader_(std::move(reader)), config_(model::load_config(folder)) {
-    const auto names = reader_.names();
-    const bool has_mtp = std::any_of(names.begin(), names.end(),
-                                     [](const auto& name) { return name.starts_with("mtp."); });
-    if (config_.n_mtp_layers == 1 && !has_mtp) {
-      log::warn("convert", folder, ": the config names an MTP block, the files hold none");
-      config_.n_mtp_layers = 0;
-      config_.compress_ratios.pop_back();
-    }
-    check();
-  }
-  const model::ModelConfig& config() const override { return config_; }
-  bool is_hf() const override { return true; }
-
-  CheckpointTensor get(const TensorSpec& spec) const override {
-    const HfPlace place = find(spec);
-    CheckpointTensor result{reader_.tensor(place.name), {}};
-    const std::string scale = scale_of(place.name);
-    if (!scale.empty()) result.scale = reader_.tensor(scale);
-    if (!place.is_stacked()) return result;
-    result.data = result.data[place.expert].narrow(0, place.first_row, place.num_rows);
-    if (result.scale.defined()) {
-      // Scale rows are 128 weight rows each (FP8), or one (FP4).
-      const at::Tensor all = result.scale[place.expert];
-      const int64_t rows_each =
-          all.size(0) * 128 <= reader_.info(place.name).shape[1] + 127 ? 128 : 1;
-      result.scale =
-          all.narrow(0, place.first_row / rows_each, (place.num_rows + rows_each - 1) / rows_each);
-    }
-    return result;
-  }
-
- private:
-  std::string scale_of(const std::string& name) const {
-    for (const std::string& candidate :
-         {hf_scale_name(name), name.ends_with(".weight") ? scale_name(name) : name + ".scale"})
-      if (reader_.has(candidate)) return candidate;
-    return "";
-  }
-
-  /// Where the tensor is in this file; an empty name when it is nowhere.
-  HfPlace find(const TensorSpec& spec) const {
-    HfPlace place = hf_place(spec);
-    if (reader_.has(place.name)) return place;
-    if (place.is_stacked()) {
-      // One matrix an expert, as checkpoints before the stacking have them.
-      const size_t experts = place.name.rfind("experts.");
-      const bool down = place.name.ends_with("down_proj");
-      const char* projection = down ? "down_proj" : place.first_row > 0 ? "up_proj" : "gate_proj";
-      place = {.name = concat(place.name.substr(0, experts), "experts.", place.expert, ".",
-                              projection, ".weight")};
-    } else if (const std::string older = older_hf_name(place.name); !older.empty()) {
-      place.name = older;
-    }
-    if (!reader_.has(place.name)) place.name.clear();
-    return place;
-  }
-
-  void check() const {
-    std::vector<std::string> missing, wrong, unexpected;
-    std::set<std::string> known;
-    for (const TensorSpec& spec : tensor_table(config_)) {
-      const HfPlace place = find(spec);
-      if (place.name.empty()) {
-        missing.push_back(hf_place(spec).name);
-        continue;
-      }
-      known.insert(place.name);
-      known.insert(scale_of(place.name));
-      if (!fits(spec, place)) {
-        wrong.push_back(concat(place.name, " is ", shape_text(reader_.info(place.name).shape), ", ",
-                               spec.name, " is ", shape_text(spec.shape)));
-      }
-    }
-    for (const std::string& name : reader_.names())
-      if (!known.contains(name)) unexpected.push_back(name);
-    refuse(missing, "tensors are missing");
-    refuse(unexpected, "tensors are unexpected");
-    refuse(wrong, "tensors have a wrong shape");
-  }
-
-  bool fits(const TensorSpec& spec, const HfPlace& place) const {
-    const TensorInfo& info = reader_.info(place.name);
-    const bool packed = info.dtype == Dtype::kI8 || info.dtype == Dtype::kU8;
-    std::vector<int64_t> shape = info.shape;
-    if (packed && is_quantised_role(spec.role) && !shape.empty()) shape.back() *= 2;
-    const bool has_scale = !scale_of(place.name).empty();
-    if ((packed || info.dtype == Dtype::kF8E4M3) && !has_scale) return false;
-    if (!place.is_stacked()) return shape == spec.shape;
-    return shape.size() == 3 && place.expert < shape[0] &&
-           place.first_row + place.num_rows <= shape[1] && shape[2] == spec.shape[1];
-  }
-
-  void refuse(std::vector<std::string>& names, const char* what) const {
-    const std::set<std::string> unique(names.begin(), names.end());
-    names.assign(unique.begin(), unique.end());
-    const size_t count = names.size();
-    names.resize(std::min(count, kListed));
-    HADAL_INPUT_CHECK(count == 0, reader_.path(), ": ", count, " ", what, ": ", join(names, "; "),
-                      count > kListed ? "; ..." : "");
-  }
-
-  TensorReader reader_;
-  model::ModelConfig config_;
-};
-
-std::unique_ptr<Input> open_input(const std::string& folder) {
-  std::error_code ignored;
-  HADAL_INPUT_CHECK(fs::is_directory(folder, ignored), folder, ": is no folder");
-  TensorReader reader = TensorReader::open(folder);
-  if (are_hf_names(reader.names())) return std::make_unique<HfInput>(folder, std::move(reader));
-  return std::make_unique<OfficialInput>(folder);
 }
 
 /// Counts what a conversion changes.
@@ -200,20 +53,25 @@ at::Tensor to_type(const at::Tensor& value,
   return result;
 }
 
-/// A matrix in BF16, or any other tensor in the type it has for ever.
-at::Tensor plain_value(const TensorSpec& spec, const CheckpointTensor& stored, Notes& notes) {
-  const at::ScalarType type = scalar_type(stored_weight(spec, Storage::kBf16).dtype);
+/// A matrix in BF16 and any other tensor in the type it has for ever, or all in F32.
+at::Tensor plain_value(const TensorSpec& spec,
+                       const CheckpointTensor& stored,
+                       Notes& notes,
+                       bool in_f32 = false) {
+  const at::ScalarType own = scalar_type(stored_weight(spec, Storage::kBf16).dtype);
+  const at::ScalarType type = in_f32 && own == at::kBFloat16 ? at::kFloat : own;
   const at::Tensor dense =
       is_quantised_role(spec.role) ? dense_values(stored.data, stored.scale) : stored.data;
   return to_type(dense, type, spec.name, notes);
 }
 
-class Bf16Output {
+class PlainOutput {
  public:
-  Bf16Output(ShardWriter& writer, bool keep_scales) : writer_(writer), keep_(keep_scales) {}
+  PlainOutput(ShardWriter& writer, bool in_f32, bool keep_scales)
+      : writer_(writer), f32_(in_f32), keep_(keep_scales) {}
 
   void add(const TensorSpec& spec, const CheckpointTensor& stored, Notes& notes) {
-    writer_.add({.name = spec.name, .tensor = plain_value(spec, stored, notes)});
+    writer_.add({.name = spec.name, .tensor = plain_value(spec, stored, notes, f32_)});
     if (!keep_ || !stored.scale.defined()) return;
     writer_.add({.name = scale_name(spec.name),
                  .tensor = stored.scale,
@@ -223,16 +81,17 @@ class Bf16Output {
 
  private:
   ShardWriter& writer_;
-  bool keep_;
+  bool f32_, keep_;
 };
 
 class HfOutput {
  public:
-  HfOutput(ShardWriter& writer, int64_t num_experts) : writer_(writer), experts_(num_experts) {}
+  HfOutput(ShardWriter& writer, bool in_f32, int64_t num_experts)
+      : writer_(writer), f32_(in_f32), experts_(num_experts) {}
 
   void add(const TensorSpec& spec, const CheckpointTensor& stored, Notes& notes) {
     const HfPlace place = hf_place(spec);
-    const at::Tensor value = plain_value(spec, stored, notes);
+    const at::Tensor value = plain_value(spec, stored, notes, f32_);
     if (!place.is_stacked()) {
       notes.report().mtp_beside_hf |= place.name.starts_with("mtp.");
       writer_.add({.name = place.name, .tensor = value});
@@ -241,7 +100,7 @@ class HfOutput {
     at::Tensor& stack = stacks_[place.name];
     if (!stack.defined()) {
       const int64_t halves = place.name.ends_with("gate_up_proj") ? 2 : 1;
-      stack = at::empty({experts_, halves * value.size(0), value.size(1)}, at::kBFloat16);
+      stack = at::empty({experts_, halves * value.size(0), value.size(1)}, value.options());
     }
     stack[place.expert].narrow(0, place.first_row, place.num_rows).copy_(value);
     // w3 of the last expert is the last matrix of a layer in the table.
@@ -252,6 +111,7 @@ class HfOutput {
 
  private:
   ShardWriter& writer_;
+  bool f32_;
   int64_t experts_;
   std::map<std::string, at::Tensor> stacks_;
 };
@@ -300,10 +160,10 @@ class OfficialOutput {
 
 /// How the output of a conversion to `official` stores its experts: as the input does, as kept
 /// scales say, as the values allow, or as the release does.
-Storage official_storage(const Input& input, const std::vector<TensorSpec>& table) {
+Storage official_storage(const OfficialCheckpoint& input, const std::vector<TensorSpec>& table) {
   for (const TensorSpec& spec : table) {
     if (spec.role != TensorRole::kExpert) continue;
-    const CheckpointTensor stored = input.get(spec);
+    const CheckpointTensor stored = input.get(spec.name);
     if (stored.scale.defined()) {
       if (stored.scale.scalar_type() == at::kFloat) return Storage::kFp8F32Scales;
       return stored.scale.size(1) * 32 == spec.shape[1] ? Storage::kFp4 : Storage::kFp8;
@@ -315,81 +175,77 @@ Storage official_storage(const Input& input, const std::vector<TensorSpec>& tabl
   throw Error("convert: a model without experts");
 }
 
-/// The config of the input with the storage of the output; every other key as it is.
-std::string edited_config(const std::string& folder, const std::optional<Storage>& official) {
-  const std::string path = folder + "/config.json";
-  auto json = nlohmann::ordered_json::parse(read_file(path, int64_t{1} << 24));
-  if (!official) {
-    json.erase("quantization_config");
-    json.erase("expert_dtype");
-    return json.dump(2) + "\n";
-  }
-  json["expert_dtype"] = *official == Storage::kFp4 ? "fp4" : "fp8";
-  if (!json.contains("quantization_config")) {
-    auto& quantisation = json["quantization_config"];
-    quantisation["activation_scheme"] = "dynamic";
-    quantisation["fmt"] = "e4m3";
-    quantisation["quant_method"] = "fp8";
-    if (*official != Storage::kFp8F32Scales) quantisation["scale_fmt"] = "ue8m0";
-    quantisation["weight_block_size"] = {128, 128};
-  }
-  return json.dump(2) + "\n";
-}
-
-/// tokenizer.json, generation_config.json and whatever else lies beside the weights as JSON.
+/// tokenizer.json, generation_config.json and whatever else lies beside the weights as JSON or as a
+/// chat template.
 void copy_other_files(const std::string& from, const std::string& to) {
   for (const fs::directory_entry& entry : fs::directory_iterator(from)) {
     const std::string name = entry.path().filename().string();
-    if (!entry.is_regular_file() || entry.path().extension() != ".json") continue;
+    const std::string extension = entry.path().extension().string();
+    if (!entry.is_regular_file() || (extension != ".json" && extension != ".jinja")) continue;
     if (name == "config.json" || name == "model.safetensors.index.json") continue;
     write_file_atomic(to + "/" + name, read_file(entry.path().string()));
   }
+  // Which levels of reasoning effort a model was taught is known by its encoder alone.
+  const std::string encoder = "/encoding/encoding_dsv4.py";
+  if (!fs::is_regular_file(from + encoder)) return;
+  fs::create_directories(to + "/encoding");
+  write_file_atomic(to + encoder, read_file(from + encoder));
 }
 
 }  // namespace
 
 ConvertTarget parse_convert_target(const std::string& name) {
   if (name == "bf16") return ConvertTarget::kBf16;
+  if (name == "f32") return ConvertTarget::kF32;
   if (name == "official") return ConvertTarget::kOfficial;
-  HADAL_INPUT_CHECK(name == "hf-bf16", "--to: expected bf16, official or hf-bf16, found '", name,
-                    "'");
-  return ConvertTarget::kHfBf16;
+  if (name == "hf-bf16") return ConvertTarget::kHfBf16;
+  HADAL_INPUT_CHECK(name == "hf-f32",
+                    "--to: expected bf16, f32, official, hf-bf16 or hf-f32, found '", name, "'");
+  return ConvertTarget::kHfF32;
 }
 
 ConvertReport convert(const ConvertOptions& options) {
   const at::NoGradGuard no_grad;
-  const std::unique_ptr<Input> input = open_input(options.in);
-  const std::vector<TensorSpec> table = tensor_table(input->config());
-  ConvertReport report;
-  report.hf_input = input->is_hf();
-  Notes notes(report);
+  std::error_code ignored;
+  HADAL_INPUT_CHECK(fs::is_directory(options.in, ignored), options.in, ": is no folder");
+  const OfficialCheckpoint input = OfficialCheckpoint::open(options.in);
+  const model::ModelConfig& config = input.config();
+  const std::vector<TensorSpec> table = tensor_table(config);
+  const ConvertTarget target = options.target;
+  const bool to_hf = target == ConvertTarget::kHfBf16 || target == ConvertTarget::kHfF32;
+  const bool f32 = target == ConvertTarget::kF32 || target == ConvertTarget::kHfF32;
+  // What cannot be written is refused before anything is.
+  const std::optional<Storage> official = target == ConvertTarget::kOfficial
+                                              ? std::optional(official_storage(input, table))
+                                              : std::nullopt;
+  if (official && *official != Storage::kFp8F32Scales) config.check_released();
+  const std::string config_json = converted_config(
+      options.in + "/config.json", config,
+      {.storage = official.value_or(Storage::kBf16), .transformers = to_hf, .f32 = f32});
   AtomicDirectory directory(options.out);
+  check_weights(input);
+  ConvertReport report;
+  report.naming = input.naming();
+  Notes notes(report);
   ShardWriter writer(directory.temporary(), options.max_shard_bytes);
   const auto walk = [&](auto&& output) {
     for (const TensorSpec& spec : table) {
-      output.add(spec, input->get(spec), notes);
+      output.add(spec, input.get(spec.name), notes);
       ++report.tensors;
       if (options.progress)
         options.progress(report.tensors, static_cast<int64_t>(table.size()), spec.name);
     }
   };
-  std::optional<Storage> official;
-  switch (options.target) {
-    case ConvertTarget::kBf16:
-      walk(Bf16Output(writer, !options.drop_scales));
-      break;
-    case ConvertTarget::kOfficial:
-      official = official_storage(*input, table);
-      if (*official != Storage::kFp8F32Scales) input->config().check_released();
-      walk(OfficialOutput(writer, *official));
-      break;
-    case ConvertTarget::kHfBf16:
-      walk(HfOutput(writer, input->config().n_routed_experts));
-      break;
-  }
+  if (official)
+    walk(OfficialOutput(writer, *official));
+  else if (to_hf)
+    walk(HfOutput(writer, f32, config.n_routed_experts));
+  else
+    walk(PlainOutput(writer, f32, !f32 && !options.drop_scales));
   writer.finish();
-  write_file_atomic(directory.temporary() + "/config.json", edited_config(options.in, official));
+  write_file_atomic(directory.temporary() + "/config.json", config_json);
   copy_other_files(options.in, directory.temporary());
+  if (to_hf) write_transformers_files(directory.temporary(), config);
   directory.commit();
   return report;
 }

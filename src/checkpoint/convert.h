@@ -5,19 +5,24 @@
 //           the smallest power-of-two scales under which no value changes; and where there are none
 //           (weights trained or made otherwise) the rounding of model::official_rounding
 // bf16      every matrix BF16 under the official names, the original scales beside them
-// hf-bf16   every tensor under the name transformers gives it, experts stacked, no scales
+// f32       the same with every float F32 and no scales: what transformers saved in F32, unrounded
+// hf-bf16   every tensor under the name transformers gives it, experts stacked, no scales; with the
+//           config, the tokenizer's settings and the chat template that transformers reads
+// hf-f32    the same in F32
 //
-// Names of the input (official or transformers') and its storage are found out from its tensors.
+// Names of the input and its storage are found out from its tensors.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <string>
 
+#include "checkpoint/official.h"
+
 namespace hadal::checkpoint {
 
-enum class ConvertTarget { kBf16, kOfficial, kHfBf16 };
-/// "bf16", "official" or "hf-bf16"; InputError for anything else.
+enum class ConvertTarget { kBf16, kF32, kOfficial, kHfBf16, kHfF32 };
+/// "bf16", "f32", "official", "hf-bf16" or "hf-f32"; InputError for anything else.
 ConvertTarget parse_convert_target(const std::string& name);
 
 struct ConvertOptions {
@@ -34,8 +39,8 @@ struct ConvertReport {
   int64_t found_scales = 0;   ///< official: scales chosen anew without changing a value
   int64_t rounded = 0;        ///< tensors of which at least one value changed
   std::string first_rounded;  ///< one of them
-  bool hf_input = false;
-  bool mtp_beside_hf = false;  ///< hf-bf16: an MTP block that transformers would drop
+  Naming naming = Naming::kOfficial;  ///< of the input
+  bool mtp_beside_hf = false;         ///< hf-bf16: an MTP block that transformers would drop
 };
 
 /// Writes the folder whole or not at all. Bad input is an InputError: a folder that exists, tensors

@@ -188,7 +188,7 @@ TEST_F(Convert, TransformersNamesAndBack) {
                             .to(at::kFloat),
                         dequantise_fp4(w3.data, w3.scale)));
 
-  EXPECT_TRUE(run("hf", "bf16", ConvertTarget::kBf16).hf_input);
+  EXPECT_EQ(run("hf", "bf16", ConvertTarget::kBf16).naming, Naming::kHfModules);
   expect_same_values("official", "bf16");
   const ConvertReport back = run("hf", "back", ConvertTarget::kOfficial);
   EXPECT_EQ(back.rounded, 0);
@@ -231,7 +231,7 @@ TEST_F(Convert, QuantisedTensorsUnderTransformersNames) {
     return tensor;
   });
   const ConvertReport report = run("hf-fp8", "back", ConvertTarget::kOfficial);
-  EXPECT_TRUE(report.hf_input);
+  EXPECT_EQ(report.naming, Naming::kHfModules);
   expect_same_values("official", "back");
 }
 

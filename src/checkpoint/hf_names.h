@@ -1,5 +1,5 @@
-// Names of Hugging Face transformers for the tensors of a V4 (model.md 5.4), and where each of ours
-// lies in such a checkpoint.
+// The names that checkpoints give the tensors of a V4: the official ones, those of Hugging Face
+// transformers' modules (model.md 5.4) and of what it saves, and where each tensor lies under them.
 //
 // transformers stacks the routed experts of a layer into two tensors and has no MTP block; ours is
 // written beside it under its official names.
@@ -25,13 +25,30 @@ struct HfPlace {
 /// Where transformers keeps this tensor. Names it does not know (the MTP block) stay as they are.
 HfPlace hf_place(const TensorSpec& spec);
 
-/// The name that older versions of transformers wrote for the same tensor, or "".
-std::string older_hf_name(const std::string& hf_name);
-
 /// "x.weight" -> "x.weight_scale_inv"; "experts.gate_up_proj" -> "experts.gate_up_proj_scale_inv".
 std::string hf_scale_name(const std::string& hf_name);
 
-/// Whether these names are transformers' names.
-bool are_hf_names(const std::vector<std::string>& names);
+/// Conventions that checkpoints name their tensors by; for messages, because a tensor is read under
+/// any of them.
+enum class Naming {
+  kOfficial,   ///< layers.0.attn.wq_a.weight
+  kPrefixed,   ///< model.layers.0.attn.wq_a.weight, model.embed.weight
+  kHfModules,  ///< model.layers.0.self_attn.q_a_proj.weight, experts stacked or one by one
+  kHfSaved,    ///< what save_pretrained makes of it: official names or module names, component by
+               ///< component, depending on where the model came from
+};
+/// As it is called in messages.
+const char* naming_name(Naming naming);
+
+/// The convention of a list of names; official where nothing tells.
+Naming naming_of(const std::vector<std::string>& names);
+
+/// How a tensor that is missing would be called.
+std::string expected_name(const TensorSpec& spec, Naming naming);
+
+/// The official name that a name of any convention, or of a mixture of them, stands for. Stacked
+/// experts become "layers.0.ffn.experts.*.w13" and "layers.0.ffn.experts.*.w2". A name that stands
+/// for nothing known comes back in parts unchanged, and is no tensor of the table.
+std::string official_name(const std::string& name);
 
 }  // namespace hadal::checkpoint

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "checkpoint/dequantise.h"
+#include "checkpoint/weight_checks.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -38,11 +39,20 @@ at::Tensor dense_values(const CheckpointTensor& tensor) {
   return tensor.data;
 }
 
+/// FP8 and FP4 values have an exact BF16 form, which is half of their FP32 one; what is stored in
+/// a float type stays in it.
 at::Tensor dense_values(const std::vector<CheckpointTensor>& tensors, const Parameter& parameter) {
   if (parameter.kind != ParamKind::kExperts) return dense_values(tensors[0]);
   std::vector<at::Tensor> experts;
-  for (const CheckpointTensor& tensor : tensors)
-    experts.push_back(dense_values(tensor).to(at::kBFloat16));
+  bool all_bf16 = true;
+  for (const CheckpointTensor& tensor : tensors) {
+    const at::Tensor value = dense_values(tensor);
+    const bool codes = is_fp8(tensor) || is_fp4(tensor);
+    experts.push_back(codes ? value.to(at::kBFloat16) : value);
+    all_bf16 = all_bf16 && experts.back().scalar_type() == at::kBFloat16;
+  }
+  if (!all_bf16)
+    for (at::Tensor& expert : experts) expert = expert.to(at::kFloat);
   return at::stack(experts);
 }
 
@@ -72,9 +82,14 @@ bool serves_packed(const Parameter& parameter) {
   return parameter.is_matrix() || parameter.kind == ParamKind::kHead;
 }
 
-bool in_bf16(const Parameter& parameter) {
-  return parameter.is_matrix() || parameter.kind == ParamKind::kEmbedding ||
-         parameter.kind == ParamKind::kHead;
+/// Whether a numerics other than `ideal` holds these values in BF16: a matrix that is stored so, or
+/// in codes. One stored in F32 stays it, because no numerics rounds what is stored. Rows of the
+/// embedding are activations.
+bool in_bf16(const Parameter& parameter, const CheckpointTensor& stored) {
+  if (parameter.kind == ParamKind::kEmbedding) return true;
+  const bool matrix = parameter.is_matrix() || parameter.kind == ParamKind::kHead;
+  return matrix && stored.data.scalar_type() != at::kFloat &&
+         stored.data.scalar_type() != at::kHalf;
 }
 
 }  // namespace
@@ -91,6 +106,7 @@ model::Transformer load_model(const OfficialCheckpoint& checkpoint,
                     ": FP8 with F32 scales (a -Base checkpoint) cannot be run as it is: its values "
                     "have no exact BF16 "
                     "form");
+  check_weights(checkpoint);
   model::Transformer model(checkpoint.config());
   model.visit([&](Parameter& parameter) {
     const std::vector<CheckpointTensor> tensors = stored(checkpoint, parameter);
@@ -105,8 +121,11 @@ model::Transformer load_model(const OfficialCheckpoint& checkpoint,
     HADAL_CHECK(value.sizes() == at::IntArrayRef(parameter.shape), "load_model: ", parameter.name,
                 " is ", value.sizes(), ", expected ", at::IntArrayRef(parameter.shape));
     if (value.is_floating_point()) {
-      const bool low = numerics != ops::Numerics::kIdeal && in_bf16(parameter);
+      const bool low =
+          numerics != ops::Numerics::kIdeal && in_bf16(parameter, tensors[0]) &&
+          (parameter.kind != ParamKind::kExperts || value.scalar_type() == at::kBFloat16);
       value = value.to(low ? at::kBFloat16 : at::kFloat).contiguous();
+      parameter.as_stored = numerics != ops::Numerics::kIdeal;
     }
     if (!packs) {
       parameter.value = value;

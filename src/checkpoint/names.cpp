@@ -8,7 +8,6 @@
 namespace hadal::checkpoint {
 namespace {
 
-using model::LayerKind;
 using model::ModelConfig;
 
 constexpr int64_t kBlock = 128;    // edge of an FP8 weight block
@@ -60,7 +59,7 @@ void add_compressor(TableBuilder& t,
   t.bf16(stem + ".norm", part, {width});
 }
 
-void add_attention(TableBuilder& t, const ModelConfig& c, int64_t block) {
+void add_attention(TableBuilder& t, const ModelConfig& c, int64_t ratio) {
   t.f32("attn.attn_sink", Part::kAttention, {c.n_heads});
   t.bf16("attn.q_norm", Part::kAttention, {c.q_lora_rank});
   t.bf16("attn.kv_norm", Part::kAttention, {c.head_dim});
@@ -70,18 +69,17 @@ void add_attention(TableBuilder& t, const ModelConfig& c, int64_t block) {
   t.matrix("attn.wo_a", Part::kAttention, c.o_groups * c.o_lora_rank,
            c.heads_per_group() * c.head_dim);
   t.matrix("attn.wo_b", Part::kAttention, c.dim, c.o_groups * c.o_lora_rank);
-  if (c.kind(block) == LayerKind::kWindow) return;
-  add_compressor(t, "attn.compressor", Part::kCompressor, c.ratio(block), c.head_dim, c.dim);
-  if (c.kind(block) != LayerKind::kCsa) return;
+  if (ratio == 0) return;
+  add_compressor(t, "attn.compressor", Part::kCompressor, ratio, c.head_dim, c.dim);
+  if (ratio != 4) return;  // CSA
   t.matrix("attn.indexer.wq_b", Part::kIndexer, c.index_n_heads * c.index_head_dim, c.q_lora_rank);
   t.bf16("attn.indexer.weights_proj", Part::kIndexer, {c.index_n_heads, c.dim});
-  add_compressor(t, "attn.indexer.compressor", Part::kIndexer, c.ratio(block), c.index_head_dim,
-                 c.dim);
+  add_compressor(t, "attn.indexer.compressor", Part::kIndexer, ratio, c.index_head_dim, c.dim);
 }
 
-void add_moe(TableBuilder& t, const ModelConfig& c, int64_t block) {
+void add_moe(TableBuilder& t, const ModelConfig& c, bool hashed) {
   t.bf16("ffn.gate", Part::kRouter, {c.n_routed_experts, c.dim});
-  if (c.is_hashed(block))
+  if (hashed)
     t.add("ffn.gate.tid2eid", TensorRole::kI64, Part::kRouter,
           {c.vocab_size, c.n_activated_experts});
   else
@@ -99,6 +97,36 @@ void add_moe(TableBuilder& t, const ModelConfig& c, int64_t block) {
 void add_head_mix(TableBuilder& t, const ModelConfig& c) {
   t.bf16("norm", Part::kNorm, {c.dim});
   add_hyper(t, "hc_head", c.hc_mult, 1, c);
+}
+
+/// What layers, the MTP block and the stages of a drafter share.
+void add_block(TableBuilder& t, const ModelConfig& c, int64_t ratio, bool hashed) {
+  t.bf16("attn_norm", Part::kNorm, {c.dim});
+  t.bf16("ffn_norm", Part::kNorm, {c.dim});
+  add_hyper(t, "hc_attn", c.hc_rows(), 3, c);
+  add_hyper(t, "hc_ffn", c.hc_rows(), 3, c);
+  add_attention(t, c, ratio);
+  add_moe(t, c, hashed);
+}
+
+/// The DSpark drafter: window layers with learned routing; what it reads from the main model comes
+/// in through the first stage, its heads sit on the last.
+void add_drafter(std::vector<TensorSpec>& table, const ModelConfig& c) {
+  const model::DsparkConfig& drafter = c.drafter;
+  for (int64_t stage = 0; stage < drafter.n_stages; ++stage) {
+    TableBuilder t(table, concat("mtp.", stage, "."), c.n_layers + stage);
+    add_block(t, c, 0, false);
+    if (stage == 0) {
+      const auto targets = static_cast<int64_t>(drafter.target_layers.size());
+      t.matrix("main_proj", Part::kMtpProjection, c.dim, targets * c.dim);
+      t.bf16("main_norm", Part::kNorm, {c.dim});
+    }
+    if (stage + 1 < drafter.n_stages) continue;
+    add_head_mix(t, c);
+    t.bf16("markov_head.markov_w1", Part::kMtpProjection, {c.vocab_size, drafter.markov_rank});
+    t.bf16("markov_head.markov_w2", Part::kMtpProjection, {c.vocab_size, drafter.markov_rank});
+    t.bf16("confidence_head.proj", Part::kMtpProjection, {1, c.dim + drafter.markov_rank});
+  }
 }
 
 }  // namespace
@@ -162,12 +190,7 @@ std::vector<TensorSpec> tensor_table(const ModelConfig& c) {
   for (int64_t block = 0; block < c.n_blocks(); ++block) {
     const bool is_mtp = block == c.n_layers;
     TableBuilder t(table, is_mtp ? "mtp.0." : concat("layers.", block, "."), block);
-    t.bf16("attn_norm", Part::kNorm, {c.dim});
-    t.bf16("ffn_norm", Part::kNorm, {c.dim});
-    add_hyper(t, "hc_attn", c.hc_rows(), 3, c);
-    add_hyper(t, "hc_ffn", c.hc_rows(), 3, c);
-    add_attention(t, c, block);
-    add_moe(t, c, block);
+    add_block(t, c, c.ratio(block), c.is_hashed(block));
     if (!is_mtp) continue;
     t.matrix("e_proj", Part::kMtpProjection, c.dim, c.dim);
     t.matrix("h_proj", Part::kMtpProjection, c.dim, c.dim);
@@ -175,6 +198,7 @@ std::vector<TensorSpec> tensor_table(const ModelConfig& c) {
     t.bf16("hnorm", Part::kNorm, {c.dim});
     add_head_mix(t, c);
   }
+  add_drafter(table, c);
   return table;
 }
 
@@ -216,7 +240,7 @@ Census take_census(const ModelConfig& config, Storage storage) {
       count.bytes += num_bytes(*scale);
     }
     const auto part = static_cast<size_t>(spec.part);
-    (spec.block == config.n_layers ? census.mtp : census.main)[part] += count;
+    (spec.block >= config.n_layers ? census.mtp : census.main)[part] += count;
   }
   const int64_t routed = census.main[static_cast<size_t>(Part::kExperts)].parameters;
   census.active = census.main_total().parameters - routed +

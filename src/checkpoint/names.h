@@ -37,7 +37,8 @@ struct TensorSpec {
   std::string name;  ///< official, e.g. "layers.2.attn.wq_a.weight"
   TensorRole role;
   Part part;
-  int64_t block;               ///< layer index; n_layers for the MTP block; -1 at the top
+  int64_t block;  ///< layer index; n_layers for the MTP block or the drafter's first stage; -1 at
+                  ///< the top
   std::vector<int64_t> shape;  ///< logical: [out, in] for matrices, whatever their packing
   bool trained = true;         ///< false for tid2eid, which is data and no parameter
 
@@ -61,8 +62,8 @@ std::optional<StoredTensor> stored_scale(const TensorSpec& spec, Storage storage
 /// "x.weight" -> "x.scale".
 std::string scale_name(const std::string& weight_name);
 
-/// Every tensor of the model, scales not listed, in the order of model.md 5.1: top, layers, MTP
-/// block.
+/// Every tensor of the checkpoint, scales not listed, in the order of model.md 5.1: top, layers,
+/// MTP block or stages of the drafter (dspark.md 2).
 std::vector<TensorSpec> tensor_table(const model::ModelConfig& config);
 
 /// One part of the census.
@@ -75,8 +76,8 @@ struct Count {
 };
 
 struct Census {
-  Count main[kNumParts];  ///< by Part, without the MTP block
-  Count mtp[kNumParts];
+  Count main[kNumParts];                 ///< by Part, without the MTP block or the drafter
+  Count mtp[kNumParts];                  ///< the MTP block or the drafter
   int64_t active = 0;                    ///< parameters one token uses, main model
   int64_t active_without_embedding = 0;  ///< the same without the embedding table
 

@@ -61,6 +61,8 @@ void save_model(const model::Transformer& model,
   const at::NoGradGuard no_grad;
   model::ModelConfig config = model.config();
   const bool official = options.format == SaveFormat::kOfficial;
+  config.drafter = {};
+  if (options.trained_length >= 0) config.trained_length = options.trained_length;
   config.quantized = official;
   config.expert_dtype = official ? model::ExpertDtype::kFp4 : model::ExpertDtype::kBf16;
   if (official) config.check_released();

@@ -16,14 +16,16 @@ enum class SaveFormat {
 struct SaveOptions {
   SaveFormat format = SaveFormat::kOfficial;
   int64_t max_shard_bytes = int64_t{4} << 30;
+  /// Written into the config; -1: what the model's config says.
+  int64_t trained_length = -1;
   std::string tokenizer = "";          ///< a tokenizer.json to put beside the weights; empty: none
   std::string generation_config = "";  ///< a generation_config.json likewise
 };
 
-/// Writes config.json and the weights into a folder that must not exist yet; it appears whole or
-/// not at all. Values are rounded as model::official_rounding does, so a model trained in
-/// `released` computes the same after loading. A value that is not finite is an InputError that
-/// names the tensor.
+/// Writes config.json and the weights (of the model: a drafter of its config is no part of it) into
+/// a folder that must not exist yet; it appears whole or not at all. Values are rounded as
+/// model::official_rounding does, so a model trained in `released` computes the same after loading.
+/// A value that is not finite is an InputError that names the tensor.
 void save_model(const model::Transformer& model,
                 const std::string& folder,
                 const SaveOptions& options);

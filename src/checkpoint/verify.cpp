@@ -17,18 +17,26 @@ namespace {
 using ops::Numerics;
 
 /// Bars of `released` (mean absolute logit error, agreement): rows all hashed, or with learned
-/// routing.
+/// routing. Measured on 18 random checkpoints with a margin; the official code with another order
+/// of its sums meets them, too.
 struct ReleasedBars {
-  double prefill_mean, decode_mean, max, prefill_argmax, mtp_argmax, overlap;
+  double prefill_mean, mtp_mean, decode_mean, max, prefill_argmax, mtp_argmax, overlap;
 };
-constexpr ReleasedBars kSmooth{0.035, 0.045, 0.35, 0.96, 0.94, 0.0};
-constexpr ReleasedBars kLearned{0.045, 0.07, INFINITY, 0.92, 0.92, 0.94};
+constexpr ReleasedBars kSmooth{0.029, 0.030, 0.034, 0.26, 0.945, 0.94, 0.0};
+constexpr ReleasedBars kLearned{0.052, 0.052, 0.07, INFINITY, 0.93, 0.93, 0.935};
+/// Means hardly see a small rounding mistake, because any flip grows to the same noise. Whole rows
+/// do: until the first flip the streams after a window layer 0 are the recorded bits. Correct
+/// builds have 26 to 37 of 38, wrong roundings of the query or the probabilities 0 to 10.
+constexpr double kIdenticalFirstRows = 20.0 / 38.0;
 
 class Verifier {
  public:
-  Verifier(const VerifyOptions& options, const std::function<void(const VerifyLine&)>& report)
+  Verifier(const VerifyOptions& options,
+           const std::function<void(const VerifyLine&)>& report,
+           const CacheFactory& make_cache)
       : options_(options),
         report_(report),
+        make_cache_(make_cache),
         checkpoint_(OfficialCheckpoint::open(options.folder)),
         expected_(TensorReader::open(options.expected.empty()
                                          ? options.folder + "/expected.safetensors"
@@ -59,10 +67,10 @@ class Verifier {
 
   void run() {
     const at::NoGradGuard no_grad;
-    model::ContiguousKv kv(config_, batch_, ids_.size(1),
-                           numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16, at::kCPU);
-    prefill(kv);
-    if (decode_ > 0) decode(kv);
+    const std::unique_ptr<model::ContiguousKv> kv = make_cache_(
+        config_, batch_, ids_.size(1), numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16);
+    prefill(*kv);
+    if (decode_ > 0) decode(*kv);
     if (config_.n_mtp_layers > 0 && (expected_.has("mtp.logits") || expected_.has("mtp.argmax")))
       mtp();
     for (const std::string& name : expected_.names()) {
@@ -149,8 +157,13 @@ class Verifier {
     return true;
   }
 
-  /// |ours - golden| with the bars of `released` where they exist, max_abs elsewhere.
-  void compare(const std::string& key, const at::Tensor& ours, double mean_bar, double max_bar) {
+  /// |ours - golden| with the bars of `released` where they exist, max_abs elsewhere. `rows_bar`:
+  /// the share of rows that must be the recorded bits.
+  void compare(const std::string& key,
+               const at::Tensor& ours,
+               double mean_bar,
+               double max_bar,
+               double rows_bar = 0.0) {
     at::Tensor golden;
     if (!fetch(key, ours.sizes(), golden)) return;
     const at::Tensor difference = (ours.to(at::kDouble) - golden.to(at::kDouble)).abs();
@@ -158,9 +171,14 @@ class Verifier {
     line.max = difference.max().item<double>();
     line.mean = difference.mean().item<double>();
     const at::Tensor rows = (difference.flatten(2).amax(2) == 0);
-    line.note = concat("identical rows ", rows.sum().item<int64_t>(), "/", rows.numel());
+    const auto identical = rows.sum().item<int64_t>();
+    const auto needed =
+        static_cast<int64_t>(std::ceil(rows_bar * static_cast<double>(rows.numel())));
+    line.note = concat("identical rows ", identical, "/", rows.numel());
+    if (needed > 0) line.note += concat(", at least ", needed);
     if (max_abs_) max_bar = std::min(max_bar, *max_abs_);
-    line.pass = std::isfinite(line.max) && line.max <= max_bar && line.mean <= mean_bar;
+    line.pass = std::isfinite(line.max) && line.max <= max_bar && line.mean <= mean_bar &&
+                identical >= needed;
     report_(line);
   }
 
@@ -212,7 +230,9 @@ class Verifier {
     compare_logprob(logits);
     for (int64_t block = 0; block < config_.n_layers; ++block) {
       const std::string key = concat("prefill.layers.", block);
-      compare(key + ".out", outputs.at(block), INFINITY, INFINITY);
+      const bool first_window = block == 0 && config_.kind(0) == model::LayerKind::kWindow;
+      compare(key + ".out", outputs.at(block), INFINITY, INFINITY,
+              numerics_ == Numerics::kReleased && first_window ? kIdenticalFirstRows : 0.0);
       if (config_.kind(block) == model::LayerKind::kCsa) {
         compare_selection(key + ".topk", selections.at(block), scores.at(block));
       }
@@ -329,7 +349,7 @@ class Verifier {
     const at::Tensor inside =
         positions_.defined() ? positions_.index({positions_ < length}) : positions_;
     compare("mtp.logits", inside.defined() ? logits.index_select(1, inside) : logits,
-            released ? bars_.prefill_mean : INFINITY, released ? bars_.max : INFINITY);
+            released ? bars_.mtp_mean : INFINITY, released ? bars_.max : INFINITY);
     compare_argmax("mtp.argmax", logits, bars_.mtp_argmax);
   }
 
@@ -382,6 +402,7 @@ class Verifier {
 
   const VerifyOptions& options_;
   const std::function<void(const VerifyLine&)>& report_;
+  const CacheFactory& make_cache_;
   OfficialCheckpoint checkpoint_;
   TensorReader expected_;
   Numerics numerics_;
@@ -396,8 +417,17 @@ class Verifier {
 
 }  // namespace
 
-void verify(const VerifyOptions& options, const std::function<void(const VerifyLine&)>& report) {
-  Verifier verifier(options, report);
+std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConfig& config,
+                                                          int64_t slots,
+                                                          int64_t max_tokens,
+                                                          at::ScalarType dtype) {
+  return std::make_unique<model::ContiguousKv>(config, slots, max_tokens, dtype, at::kCPU);
+}
+
+void verify(const VerifyOptions& options,
+            const std::function<void(const VerifyLine&)>& report,
+            const CacheFactory& make_cache) {
+  Verifier verifier(options, report, make_cache);
   verifier.run();
   if (options.gradients) verifier.run_gradients();
 }

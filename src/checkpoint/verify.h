@@ -5,10 +5,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "model/contiguous_kv.h"
 #include "ops/op.h"
 
 namespace hadal::checkpoint {
@@ -33,8 +35,18 @@ struct VerifyLine {
   bool skipped = false;
 };
 
+/// The cache under test, for `slots` sequences of at most `max_tokens`.
+using CacheFactory = std::function<std::unique_ptr<model::ContiguousKv>(
+    const model::ModelConfig& config, int64_t slots, int64_t max_tokens, at::ScalarType dtype)>;
+std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConfig& config,
+                                                          int64_t slots,
+                                                          int64_t max_tokens,
+                                                          at::ScalarType dtype);
+
 /// Runs prefill, decode and MTP (and gradients) and reports each key as it is done. InputError for
 /// unusable files.
-void verify(const VerifyOptions& options, const std::function<void(const VerifyLine&)>& report);
+void verify(const VerifyOptions& options,
+            const std::function<void(const VerifyLine&)>& report,
+            const CacheFactory& make_cache = make_reference_cache);
 
 }  // namespace hadal::checkpoint

@@ -65,7 +65,8 @@ void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCach
     ASSERT_TRUE(cache.reserve(sequence, end));
     sequence.pos = end;
     cache.store_window(sequence, tokens);
-    if (end == size || end % cache.snapshot_interval() == 0) cache.publish(sequence, tokens);
+    if (end == size || end % cache.snapshot_interval() == 0)
+      cache.publish(sequence, tokens, StateKind::kPage);
   }
   cache.close(sequence);
 }

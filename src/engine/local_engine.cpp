@@ -1,6 +1,8 @@
 #include "engine/local_engine.h"
 
 #include <algorithm>
+#include <chrono>
+#include <numeric>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -21,6 +23,9 @@ std::string identity_of(const std::string& digest, const KvCache& cache) {
                 cache.options().with_mtp ? 1 : 0, " on ", cache.options().device.str());
 }
 
+/// Of the cache's: tokens of answers take little beside what is kept of their states.
+int64_t cuts_bytes(int64_t cache_bytes) { return cache_bytes / 256; }
+
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
   const bool drafts = options.max_drafts > 0 && config.n_mtp_layers > 0;
   KvCacheOptions sizes{
@@ -34,26 +39,36 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
     sizes.num_slots = options.max_running;
     sizes.num_pages = pages_for_context(config, options.cache_tokens, sizes);
   } else {
-    plan_cache(config, options.cache_bytes, options.max_running, sizes);
+    plan_cache(config, options.cache_bytes - cuts_bytes(options.cache_bytes), options.max_running,
+               sizes);
   }
   sizes.device = options.device;
   sizes.lazy = options.lazy_memory;
   return sizes;
 }
 
-/// A prompt and a token, where nobody has anything yet.
-void warm_up(ModelRunner& runner, const KvCache& cache) {
-  const std::vector<int64_t> tokens(static_cast<size_t>(std::min<int64_t>(cache.page_tokens(), 16)),
-                                    0);
-  const std::vector<int64_t> page = {0};
-  for (const int64_t start : {int64_t{0}, std::ssize(tokens) - 1}) {
-    const SequenceStep step{.slot = 0,
-                            .start = start,
-                            .tokens = start == 0 ? std::span(tokens).first(tokens.size() - 1)
-                                                 : std::span(tokens).last(1),
-                            .pages = page,
-                            .num_logits = 1};
+/// Prompts of growing length while they take little time, and a token behind the last, where nobody
+/// has anything yet: afterwards code, weights and buffers that steps need are in memory.
+void warm_up(ModelRunner& runner, const KvCache& cache, int64_t most) {
+  constexpr std::chrono::milliseconds kLittle{100};
+  most = std::min(most, cache.num_pages() * cache.page_tokens() - 1);
+  const std::vector<int64_t> tokens(static_cast<size_t>(most) + 1, 0);
+  std::vector<int64_t> pages(static_cast<size_t>(ceil_div(most + 1, cache.page_tokens())));
+  std::iota(pages.begin(), pages.end(), int64_t{0});
+  const auto run = [&](int64_t start, int64_t count) {
+    const SequenceStep step{
+        .slot = 0,
+        .start = start,
+        .tokens = std::span(tokens).subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
+        .pages = pages,
+        .num_logits = 1};
     runner.run({&step, 1});
+  };
+  for (int64_t count = std::min<int64_t>(16, most);; count = std::min(4 * count, most)) {
+    const auto begin = std::chrono::steady_clock::now();
+    run(0, count);
+    run(count, 1);
+    if (count == most || std::chrono::steady_clock::now() - begin > kLittle) return;
   }
 }
 
@@ -66,6 +81,7 @@ struct LocalEngine::Parts {
   TextFilters filters;
   std::unique_ptr<MtpDrafter> drafter;
   std::unique_ptr<DiskStore> disk;
+  AnswerCuts cuts;
   std::unique_ptr<ServingLoop> loop;  // last: its thread uses the others
 
   Parts(const model::Transformer& model,
@@ -74,7 +90,8 @@ struct LocalEngine::Parts {
       : cache(model.config(), cache_options(model.config(), options)),
         runner(model, cache),
         sampler(tokenizer.vocab_size()),
-        filters(tokenizer) {}
+        filters(tokenizer),
+        cuts(tokenizer, cuts_bytes(options.cache_bytes)) {}
 };
 
 LocalEngine::LocalEngine(const model::Transformer& model,
@@ -94,7 +111,8 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     parts_->disk = std::make_unique<DiskStore>(disk);
   }
   if (options.warm_up) {
-    warm_up(parts_->runner, cache);
+    touch_weights(model);
+    warm_up(parts_->runner, cache, options.prompt_tokens);
     give_back_freed_memory();
   }
   const int64_t weights = options.device.is_cpu() ? weights_bytes(model) : 0;
@@ -133,7 +151,8 @@ LocalEngine::LocalEngine(const model::Transformer& model,
                                                               .sampler = parts_->sampler,
                                                               .filters = parts_->filters,
                                                               .drafter = parts_->drafter.get(),
-                                                              .store = parts_->disk.get()});
+                                                              .store = parts_->disk.get(),
+                                                              .cuts = &parts_->cuts});
 }
 
 LocalEngine::~LocalEngine() = default;

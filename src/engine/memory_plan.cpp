@@ -62,4 +62,13 @@ int64_t weights_bytes(const model::Transformer& model) {
   return bytes;
 }
 
+void touch_weights(const model::Transformer& model) {
+  constexpr size_t kPage = 4096;
+  model.visit([&](const model::Parameter& parameter) {
+    if (!parameter.value.defined() || !parameter.value.is_cpu()) return;
+    const auto* bytes = static_cast<const volatile char*>(parameter.value.const_data_ptr());
+    for (size_t at = 0; at < parameter.value.nbytes(); at += kPage) (void)bytes[at];
+  });
+}
+
 }  // namespace hadal::engine

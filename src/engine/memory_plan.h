@@ -31,4 +31,7 @@ int64_t pages_for_context(const model::ModelConfig& config,
 /// Bytes that the model's weights take in memory.
 int64_t weights_bytes(const model::Transformer& model);
 
+/// Brings dense weights that lie in mapped files into memory.
+void touch_weights(const model::Transformer& model);
+
 }  // namespace hadal::engine

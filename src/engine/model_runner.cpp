@@ -55,12 +55,20 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
     (*selections)[block] = selection;
   };
   const at::Tensor streams = model_.forward(on_device(ids), context);
-  for (size_t i = 0; i < steps.size(); ++i) {
-    if (steps[i].num_logits == 0) continue;
-    const int64_t row = batch.end(static_cast<int64_t>(i)) - 1;
-    seen_[static_cast<size_t>(steps[i].slot)] = {
-        .tokens = steps[i].start + static_cast<int64_t>(steps[i].tokens.size()),
-        .row = row,
+  // Of a prompt's many rows the last is all that anybody asks for, and each slot keeps its own.
+  std::vector<int64_t> last;
+  for (size_t i = 0; i < steps.size(); ++i)
+    if (steps[i].num_logits > 0) last.push_back(batch.end(static_cast<int64_t>(i)) - 1);
+  const bool all_rows = last.size() == ids.size();
+  if (!all_rows && !last.empty())
+    for (auto& [block, selection] : *selections)
+      selection = selection.index_select(0, on_device(last));
+  int64_t row = 0;
+  for (const SequenceStep& step : steps) {
+    if (step.num_logits == 0) continue;
+    seen_[static_cast<size_t>(step.slot)] = {
+        .tokens = step.start + static_cast<int64_t>(step.tokens.size()),
+        .row = row++,
         .selections = selections};
   }
   if (drafts_) keep_streams(steps, streams);

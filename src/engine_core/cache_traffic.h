@@ -44,8 +44,11 @@ inline constexpr Shape kNano{.page_bytes = 52'656,
 /// Pages and slots without bytes, a model without numbers.
 class Nothing final : public CacheMemory, public Runner {
  public:
-  Nothing(const Shape& shape, int64_t num_pages, int64_t num_slots)
-      : shape_(shape), num_pages_(num_pages), num_slots_(num_slots), logits_(8, 0.0F) {}
+  Nothing(const Shape& shape, int64_t num_pages, int64_t num_slots, int64_t vocab_size = 8)
+      : shape_(shape),
+        num_pages_(num_pages),
+        num_slots_(num_slots),
+        logits_(static_cast<size_t>(vocab_size), 0.0F) {}
 
   int64_t page_tokens() const override { return shape_.page_tokens; }
   int64_t num_pages() const override { return num_pages_; }
@@ -59,7 +62,7 @@ class Nothing final : public CacheMemory, public Runner {
   void save_snapshot(int64_t, int64_t, std::span<std::byte>) const override {}
   void load_snapshot(int64_t, int64_t, std::span<const std::byte>) override {}
 
-  int64_t vocab_size() const override { return 8; }
+  int64_t vocab_size() const override { return std::ssize(logits_); }
   int64_t slack() const override { return 0; }
   void run(std::span<const SequenceStep> steps) override {
     for (const SequenceStep& step : steps) computed += std::ssize(step.tokens);
@@ -127,16 +130,24 @@ struct Counts {
 /// What this scheduler makes of it.
 class Served {
  public:
-  Served(const Shape& shape, int64_t num_pages, int64_t num_slots, const SchedulerOptions& options)
-      : nothing_(shape, num_pages, num_slots),
-        scheduler_(
-            {.model_name = "nothing",
-             .vocab_size = 8,
-             .max_context = num_pages * shape.page_tokens,
-             .max_choices = 1,
-             .eos_token = 0},
-            options,
-            {.runner = nothing_, .memory = nothing_, .sampler = sampler_, .filters = filters_}) {}
+  Served(const Shape& shape,
+         int64_t num_pages,
+         int64_t num_slots,
+         const SchedulerOptions& options,
+         int64_t vocab_size = 8,
+         AnswerCuts* cuts = nullptr)
+      : nothing_(shape, num_pages, num_slots, vocab_size),
+        scheduler_({.model_name = "nothing",
+                    .vocab_size = vocab_size,
+                    .max_context = num_pages * shape.page_tokens,
+                    .max_choices = 1,
+                    .eos_token = 0},
+                   options,
+                   {.runner = nothing_,
+                    .memory = nothing_,
+                    .sampler = sampler_,
+                    .filters = filters_,
+                    .cuts = cuts}) {}
 
   /// Reports of a batch, in order.
   std::vector<CacheReport> run(const std::vector<Turn>& batch) {

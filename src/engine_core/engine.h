@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "engine_core/request.h"
 
@@ -51,6 +52,9 @@ class Engine {
   /// All choices end with kCancelled within one step; unknown and finished ids are ignored.
   virtual void cancel(uint64_t id) = 0;
   virtual EngineStats stats() const = 0;
+  /// A prompt that was made of text, with the answers in it cut into tokens as they were written
+  /// (answer_cuts.h).
+  virtual std::vector<int64_t> as_written(std::vector<int64_t> prompt) const { return prompt; }
 };
 
 }  // namespace hadal::engine

@@ -9,18 +9,22 @@
 // never part of a match, except `|DSML|` in tool calls. EOS is allowed exactly where the text is
 // complete. The languages:
 //   kJsonObject  any JSON object
-//   kJsonSchema  JSON that the schema accepts, members in the schema's order, none that it does not
-//                name unless it says so; at most 16 characters of white space in a row. Bounds
-//                need a `type`; a pattern covers the whole string
+//   kJsonSchema  JSON that the schema accepts, members in any order (of more than six properties,
+//   or
+//                with bounds on their number, in the schema's), none that it does not name unless
+//                it says so; no white space twice in a row. Bounds need a `type`; a pattern covers
+//                the whole string, as characters, however JSON writes them
 //   kRegex       the whole text matches
 //   kEbnf        xgrammar's notation (GBNF), from the rule `root`
 //   kToolCalls   the block of text/tool_calls.h with its blank line before, one call or more. The
-//                arguments of tools with "strict" follow their schema, members in its order, and
-//                JSON strings in them with a length or a pattern hold nothing that is escaped;
-//                other tools take any parameters. An object {"tools": [the list], "mode": "auto",
-//                "parallel": false} instead of the list allows plain text with or without a block
-//                after it ("auto" instead of "required"), and one call only. The marker comes
-//                nowhere else in that text (grammar_marker.h).
+//                arguments of tools with "strict" follow their schema, in any order; with "prefer"
+//                they do if it can be kept; other tools take any parameters, each once. An object
+//                {"tools": [the list], "mode": "auto", "parallel": false} instead of the list
+//                allows plain text with or without a block after it ("auto" instead of "required"),
+//                and one call only; with "content": {"kind": "json_schema" (json_object, regex,
+//                ebnf), "text"} the answer is calls or that. The marker is its own token; text that
+//                looks like it is text, and the character U+0001 cannot stand in calls.
+// A grammar that has no end (a rule that always needs itself) is refused by the name of the rule.
 // xgrammar (Apache-2.0, mlc-ai) does the matching; nothing of it shows here.
 #pragma once
 

@@ -181,7 +181,8 @@ TEST(GrammarStrings, ParametersComeInAnyOrderOnce) {
 TEST(GrammarStrings, MembersComeInAnyOrderOnce) {
   const std::string schema = R"({"type": "object", "properties": {"a": {"type": "integer"},
     "b": {"type": "object", "properties": {"x": {"type": "null"}, "y": {"type": "null"}},
-    "required": ["y"], "additionalProperties": false}, "c": {"type": "integer"}}, "required": ["a", "b"],
+    "required": ["y"], "additionalProperties": false}, "c": {"type": "integer"}},
+    "required": ["a", "b"],
     "additionalProperties": false})";
   for (const char* good :
        {R"({"a":1,"b":{"y":null}})", R"({"b": {"y": null, "x": null}, "c": 1, "a": 2})",
@@ -225,7 +226,8 @@ TEST(GrammarStrings, GrammarsWithoutAnEndAreRefusedByTheirRule) {
             "matches no character"},
            {Kind::kToolCalls,
             R"([{"name": "f", "strict": true, "parameters": {"type": "object", "properties":
-             {"a": {"$ref": "#/$defs/a"}}, "required": ["a"], "$defs": {"a": {"type": "array", "minItems": 1,
+             {"a": {"$ref": "#/$defs/a"}}, "required": ["a"], 
+             "$defs": {"a": {"type": "array", "minItems": 1,
              "items": {"$ref": "#/$defs/a"}}}}}])",
             "has no end"}}) {
     try {

@@ -341,6 +341,11 @@ void Scheduler::end(Sequence& sequence, FinishReason reason, Update update) {
                      reason == FinishReason::kLength;
   if (whole && request.request.context_view && sequence.cache.slot >= 0)
     update.view = parts_.runner.context_view(sequence.cache.slot);
+  if (parts_.cuts != nullptr && sequence.cache.use_tree &&
+      sequence.num_tokens() > request.prompt_size())
+    parts_.cuts->remember(request.request.prompt,
+                          std::span<const int64_t>(sequence.tokens)
+                              .subspan(static_cast<size_t>(request.prompt_size())));
   release(sequence);
   update.finish = reason;
   deliver(sequence, std::move(update));

@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine_core/answer_cuts.h"
 #include "engine_core/draft_policy.h"
 #include "engine_core/engine.h"
 #include "engine_core/fair_queue.h"
@@ -50,7 +51,7 @@ struct SchedulerOptions {
   SequenceCache::Options cache = {};
 };
 
-/// What the scheduler works with; all outlive it. `drafter` and `store` may be null.
+/// What the scheduler works with; all outlive it. The last three may be null.
 struct SchedulerParts {
   Runner& runner;
   CacheMemory& memory;
@@ -58,6 +59,7 @@ struct SchedulerParts {
   AnswerFilters& filters;
   Drafter* drafter = nullptr;
   PrefixStore* store = nullptr;
+  AnswerCuts* cuts = nullptr;  ///< told of every answer
 };
 
 class Scheduler {

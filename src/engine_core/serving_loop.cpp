@@ -18,6 +18,7 @@ ServingLoop::ServingLoop(const EngineInfo& info,
                          const SchedulerOptions& options,
                          const SchedulerParts& parts)
     : info_(info),
+      cuts_(parts.cuts),
       max_waiting_(options.max_waiting),
       scheduler_(info, options, parts),
       stats_(scheduler_.stats()),
@@ -69,6 +70,13 @@ EngineStats ServingLoop::stats() const {
   EngineStats stats = stats_;
   stats.waiting += static_cast<int64_t>(submitted_.size());
   return stats;
+}
+
+std::vector<int64_t> ServingLoop::as_written(std::vector<int64_t> prompt) const {
+  if (cuts_ == nullptr) return prompt;
+  std::vector<int64_t> written = cuts_->recall(prompt);
+  // Other cuts may be longer: not so long that a prompt that fits does no longer.
+  return std::ssize(written) < info_.max_context ? written : prompt;
 }
 
 void ServingLoop::drain() {

@@ -28,6 +28,7 @@ class ServingLoop : public Engine {
   Submitted submit(Request request, std::shared_ptr<Sink> sink, uint64_t* id) override;
   void cancel(uint64_t id) override;
   EngineStats stats() const override;
+  std::vector<int64_t> as_written(std::vector<int64_t> prompt) const override;
 
   /// No more requests; returns when the accepted ones have ended and their sinks know it. Not from
   /// within an update.
@@ -41,6 +42,7 @@ class ServingLoop : public Engine {
   void check_when_idle();
 
   const EngineInfo info_;
+  const AnswerCuts* const cuts_;
   const int64_t max_waiting_;
   Delivery delivery_;
   Scheduler scheduler_;  ///< the thread's, except prepare()

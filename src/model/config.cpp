@@ -10,6 +10,7 @@
 #include "base/join.h"
 #include "base/json.h"
 #include "base/log.h"
+#include "model/config_forms.h"
 
 namespace hadal::model {
 namespace {
@@ -17,6 +18,11 @@ namespace {
 // Bounds far above any real model; products of any three of them with a vocabulary stay inside
 // int64.
 constexpr int64_t kMaxSize = int64_t{1} << 20;
+constexpr int64_t kMaxWidth = int64_t{1} << 17;    // hidden size, expert width, ranks
+constexpr int64_t kMaxExperts = int64_t{1} << 14;  // of a layer
+// Tables of tensors stay small and sums of bytes inside int64: 15 times V4-Pro's, and 90 times.
+constexpr int64_t kMaxExpertTensors = int64_t{1} << 20;
+constexpr double kMaxParameters = 0x1p47;
 constexpr int64_t kMaxVocab = (int64_t{1} << 31) - 1;  // token ids are int32 on the device
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxStreams = 64;
@@ -24,18 +30,26 @@ constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 1;
 constexpr int64_t kQuantBlock = 128;  // edge of an FP8 weight block (model.md 4.4)
 
 /// Keys of config.json that say nothing about the arithmetic.
-constexpr const char* kIgnoredKeys[] = {
-    "architectures", "attention_dropout",    "auto_map",  "dtype",        "initializer_range",
-    "torch_dtype",   "transformers_version", "use_cache", "pad_token_id", "_name_or_path"};
+constexpr const char* kIgnoredKeys[] = {"architectures",
+                                        "attention_dropout",
+                                        "auto_map",
+                                        "dtype",
+                                        "initializer_range",
+                                        "torch_dtype",
+                                        "transformers_version",
+                                        "use_cache",
+                                        "pad_token_id",
+                                        "_name_or_path",
+                                        "output_router_logits",
+                                        "router_aux_loss_coef",
+                                        "router_jitter_noise"};
 
 struct Variant {
   const char* prefix;
   const char* name;
 };
 /// Beginnings of keys that belong to models this program does not implement.
-constexpr Variant kVariants[] = {{"dspark", "DSpark (V4-0731 and its drafts)"},
-                                 {"engram", "Engram (V4.1)"},
-                                 {"ngram", "Engram (V4.1)"}};
+constexpr Variant kVariants[] = {{"engram", "Engram (V4.1)"}, {"ngram", "Engram (V4.1)"}};
 
 void refuse_variants(const JsonObject& root, const std::string& origin) {
   for (const Variant& variant : kVariants) {
@@ -73,27 +87,9 @@ void expect_fixed_choices(const JsonObject& root) {
   expect_boolean(root, "norm_topk_prob", true);
   expect_boolean(root, "tie_word_embeddings", false);
   expect_boolean(root, "attention_bias", false);
+  expect_boolean(root, "mlp_bias", false);
   expect_one(root, "num_key_value_heads");
   expect_one(root, "n_shared_experts");
-}
-
-void read_rope(const JsonObject& root, ModelConfig& config) {
-  config.rope_theta = root.number("rope_theta");
-  config.compress_rope_theta = root.number("compress_rope_theta");
-  const JsonObject rope = root.object("rope_scaling");
-  const bool old_spelling = rope.has("type");
-  if (old_spelling && rope.has("rope_type"))
-    HADAL_INPUT_CHECK(rope.string("type") == rope.string("rope_type"), rope.where("type"), " is ",
-                      json_quote(rope.string("type")), " but rope_type is ",
-                      json_quote(rope.string("rope_type")));
-  const std::string key = old_spelling ? "type" : "rope_type";
-  HADAL_INPUT_CHECK(rope.string(key) == "yarn", rope.where(key),
-                    ": only \"yarn\" is implemented, found ", json_quote(rope.string(key)));
-  config.rope_factor = rope.number("factor");
-  config.beta_fast = rope.number("beta_fast");
-  config.beta_slow = rope.number("beta_slow");
-  config.original_seq_len = rope.integer("original_max_position_embeddings", 1, kMaxPositions);
-  rope.expect_all_read();
 }
 
 void read_quantization(const JsonObject& root, ModelConfig& config) {
@@ -134,25 +130,25 @@ void check_number(const char* key, double value, double min, double max) {
 
 void check_sizes(const ModelConfig& c) {
   check_size("vocab_size", c.vocab_size, 1, kMaxVocab);
-  check_size("hidden_size", c.dim, 1, kMaxSize);
+  check_size("hidden_size", c.dim, 1, kMaxWidth);
   check_size("num_hidden_layers", c.n_layers, 1, kMaxLayers);
   check_size("num_nextn_predict_layers", c.n_mtp_layers, 0, 1);
   // More hash layers than blocks means all of them (the golden files use this).
   check_size("num_hash_layers", c.n_hash_layers, 0, kMaxLayers);
-  check_size("num_attention_heads", c.n_heads, 1, kMaxSize);
-  check_size("head_dim", c.head_dim, 1, kMaxSize);
+  check_size("num_attention_heads", c.n_heads, 1, kMaxWidth);
+  check_size("head_dim", c.head_dim, 1, kMaxWidth);
   check_size("qk_rope_head_dim", c.rope_head_dim, 2, kMaxSize);
-  check_size("q_lora_rank", c.q_lora_rank, 1, kMaxSize);
+  check_size("q_lora_rank", c.q_lora_rank, 1, kMaxWidth);
   check_size("o_groups", c.o_groups, 1, kMaxSize);
-  check_size("o_lora_rank", c.o_lora_rank, 1, kMaxSize);
+  check_size("o_lora_rank", c.o_lora_rank, 1, kMaxWidth);
   check_size("sliding_window", c.window_size, 1, kMaxPositions);
-  check_size("index_n_heads", c.index_n_heads, 1, kMaxSize);
-  check_size("index_head_dim", c.index_head_dim, 1, kMaxSize);
+  check_size("index_n_heads", c.index_n_heads, 1, kMaxWidth);
+  check_size("index_head_dim", c.index_head_dim, 1, kMaxWidth);
   check_size("index_topk", c.index_topk, 1, kMaxPositions);
-  check_size("n_routed_experts", c.n_routed_experts, 1, kMaxSize);
+  check_size("n_routed_experts", c.n_routed_experts, 1, kMaxExperts);
   check_size("n_shared_experts", c.n_shared_experts, 1, 1);
   check_size("num_experts_per_tok", c.n_activated_experts, 1, kMaxSize);
-  check_size("moe_intermediate_size", c.moe_inter_dim, 1, kMaxSize);
+  check_size("moe_intermediate_size", c.moe_inter_dim, 1, kMaxWidth);
   check_size("hc_mult", c.hc_mult, 1, kMaxStreams);
   check_size("hc_sinkhorn_iters", c.hc_sinkhorn_iters, 1, 10000);
   check_size("max_position_embeddings", c.max_position_embeddings, 1, kMaxPositions);
@@ -170,10 +166,48 @@ void check_sizes(const ModelConfig& c) {
   check_number("rms_norm_eps", c.norm_eps, 0.0, 0.1);
 }
 
+/// Before anything is counted or allocated: sizes that are each possible but not together.
+void check_total(const ModelConfig& c) {
+  const int64_t blocks = c.n_blocks() + c.drafter.n_stages;
+  HADAL_INPUT_CHECK(blocks * c.n_routed_experts * 3 <= kMaxExpertTensors, "n_routed_experts is ",
+                    c.n_routed_experts, " in each of ", blocks, " blocks, expected at most ",
+                    kMaxExpertTensors / 3, " experts altogether");
+  const auto dim = static_cast<double>(c.dim);
+  const auto attention =
+      static_cast<double>(c.n_heads) * static_cast<double>(c.head_dim) *
+          static_cast<double>(c.q_lora_rank + c.o_lora_rank) +
+      dim * static_cast<double>(c.q_lora_rank + c.head_dim + c.o_groups * c.o_lora_rank);
+  const double experts = 3.0 * dim * static_cast<double>(c.moe_inter_dim) *
+                         static_cast<double>(c.n_routed_experts + 1);
+  const double total = 2.0 * dim * static_cast<double>(c.vocab_size) +
+                       static_cast<double>(blocks) * (attention + experts);
+  HADAL_INPUT_CHECK(total <= kMaxParameters, "hidden_size ", c.dim, ", moe_intermediate_size ",
+                    c.moe_inter_dim, ", n_routed_experts ", c.n_routed_experts, " and ", blocks,
+                    " blocks make about ", total, " parameters, expected at most ", kMaxParameters);
+}
+
+void check_drafter(const ModelConfig& c) {
+  if (!c.drafter.exists()) return;
+  check_size("dspark_block_size", c.drafter.block_size, 1, 1024);
+  check_size("dspark_noise_token_id", c.drafter.noise_token_id, 0, c.vocab_size - 1);
+  check_size("dspark_markov_rank", c.drafter.markov_rank, 1, kMaxWidth);
+  check_size("stages of the drafter (compress_ratios)", c.drafter.n_stages, 0, 64);
+  HADAL_INPUT_CHECK(!c.drafter.target_layers.empty(),
+                    "dspark_target_layer_ids: expected at least one layer");
+  for (const int64_t layer : c.drafter.target_layers) {
+    check_size("dspark_target_layer_ids", layer, 0, c.n_layers - 1);
+    HADAL_INPUT_CHECK(
+        std::count(c.drafter.target_layers.begin(), c.drafter.target_layers.end(), layer) == 1,
+        "dspark_target_layer_ids: layer ", layer, " twice");
+  }
+}
+
 }  // namespace
 
 void ModelConfig::validate() const {
   check_sizes(*this);
+  check_drafter(*this);
+  check_total(*this);
   HADAL_INPUT_CHECK(static_cast<int64_t>(compress_ratios.size()) == n_blocks(),
                     "compress_ratios has ", compress_ratios.size(),
                     " entries, num_hidden_layers + num_nextn_predict_layers is ", n_layers, " + ",
@@ -237,16 +271,16 @@ ModelConfig parse_config(const std::string& json_text, const std::string& origin
   c.dim = integer("hidden_size");
   c.n_layers = integer("num_hidden_layers");
   c.n_mtp_layers = integer_or("num_nextn_predict_layers", 1);
-  c.n_hash_layers = integer("num_hash_layers");
   c.n_heads = integer("num_attention_heads");
   c.head_dim = integer("head_dim");
-  c.rope_head_dim = integer("qk_rope_head_dim");
   c.q_lora_rank = integer("q_lora_rank");
   c.o_groups = integer("o_groups");
   c.o_lora_rank = integer("o_lora_rank");
   c.window_size = integer("sliding_window");
-  c.compress_ratios = root.integers("compress_ratios", 0, kMaxSize);
+  c.max_position_embeddings = integer_or("max_position_embeddings", 1048576);
+  read_layer_kinds(root, c);
   read_rope(root, c);
+  read_drafter(root, c);
   c.index_n_heads = integer("index_n_heads");
   c.index_head_dim = integer("index_head_dim");
   c.index_topk = integer("index_topk");
@@ -259,7 +293,6 @@ ModelConfig parse_config(const std::string& json_text, const std::string& origin
   c.hc_sinkhorn_iters = integer("hc_sinkhorn_iters");
   c.hc_eps = root.number_or("hc_eps", 1e-6);
   c.norm_eps = root.number_or("rms_norm_eps", 1e-6);
-  c.max_position_embeddings = integer_or("max_position_embeddings", 1048576);
   c.trained_length = integer_or("trained_length", 0);
   c.bos_token_id = integer_or("bos_token_id", 0);
   c.eos_token_id = integer_or("eos_token_id", 1);
@@ -283,6 +316,9 @@ ModelConfig load_config(const std::string& path) {
 }
 
 std::string to_config_json(const ModelConfig& c) {
+  // The stages of a drafter are window layers; the release says one MTP layer beside them.
+  std::vector<int64_t> ratios = c.compress_ratios;
+  ratios.resize(ratios.size() + static_cast<size_t>(c.drafter.n_stages));
   JsonWriter out;
   out.begin_object();
   out.key("architectures").begin_array().value("DeepseekV4ForCausalLM").end_array();
@@ -290,7 +326,7 @@ std::string to_config_json(const ModelConfig& c) {
   out.field("vocab_size", c.vocab_size)
       .field("hidden_size", c.dim)
       .field("num_hidden_layers", c.n_layers)
-      .field("num_nextn_predict_layers", c.n_mtp_layers)
+      .field("num_nextn_predict_layers", c.drafter.exists() ? 1 : c.n_mtp_layers)
       .field("num_hash_layers", c.n_hash_layers)
       .field("num_attention_heads", c.n_heads)
       .field("num_key_value_heads", 1)
@@ -300,7 +336,7 @@ std::string to_config_json(const ModelConfig& c) {
       .field("o_groups", c.o_groups)
       .field("o_lora_rank", c.o_lora_rank)
       .field("sliding_window", c.window_size)
-      .field("compress_ratios", c.compress_ratios)
+      .field("compress_ratios", ratios)
       .field("compress_rope_theta", c.compress_rope_theta)
       .field("rope_theta", c.rope_theta);
   out.key("rope_scaling")
@@ -335,6 +371,11 @@ std::string to_config_json(const ModelConfig& c) {
       .field("bos_token_id", c.bos_token_id)
       .field("eos_token_id", c.eos_token_id);
   if (c.trained_length > 0) out.field("trained_length", c.trained_length);
+  if (c.drafter.exists())
+    out.field("dspark_block_size", c.drafter.block_size)
+        .field("dspark_noise_token_id", c.drafter.noise_token_id)
+        .field("dspark_target_layer_ids", c.drafter.target_layers)
+        .field("dspark_markov_rank", c.drafter.markov_rank);
   if (c.quantized) {
     out.field("expert_dtype", c.expert_dtype == ExpertDtype::kFp4 ? "fp4" : "fp8");
     out.key("quantization_config")

@@ -19,6 +19,19 @@ enum class LayerKind { kWindow, kCsa, kHca };
 /// Storage of the routed experts' matrices.
 enum class ExpertDtype { kFp4, kFp8, kBf16 };
 
+/// The DSpark drafter of V4-0731 (stages `mtp.0` ... of the checkpoint, in place of the MTP block).
+/// Its tensors are checked and kept; nothing here runs it.
+struct DsparkConfig {
+  int64_t n_stages = 0;    ///< 0 beside a block size: not said by the config
+  int64_t block_size = 0;  ///< tokens drafted a round; 0: no drafter
+  int64_t noise_token_id = 0;
+  int64_t markov_rank = 0;
+  std::vector<int64_t> target_layers;  ///< main layers whose output it reads
+
+  bool exists() const { return block_size > 0; }
+  bool operator==(const DsparkConfig&) const = default;
+};
+
 struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t dim = 0;
@@ -61,6 +74,7 @@ struct ModelConfig {
   /// without scales.
   bool quantized = false;
   ExpertDtype expert_dtype = ExpertDtype::kBf16;
+  DsparkConfig drafter;  ///< beside it n_mtp_layers is 0
 
   /// Layers and MTP blocks together; index n_layers is the MTP block.
   int64_t n_blocks() const { return n_layers + n_mtp_layers; }
@@ -89,9 +103,9 @@ struct ModelConfig {
   void check_released() const;
 };
 
-/// Reads an official config.json. Missing required keys, contradictions and unimplemented variants
-/// are InputErrors that name the keys; unknown keys are listed once as a warning. `origin` names
-/// the source in messages.
+/// Reads a config.json, official or as transformers writes it (config_forms.h). Missing required
+/// keys, contradictions and unimplemented variants are InputErrors that name the keys; unknown keys
+/// are listed once as a warning. `origin` names the source in messages.
 ModelConfig parse_config(const std::string& json_text, const std::string& origin);
 /// The same for a file or for the config.json of a directory.
 ModelConfig load_config(const std::string& path);

@@ -59,7 +59,7 @@ void Parameter::hold_dense() {
 at::Tensor Parameter::operand(ops::Numerics numerics) const {
   if (!value.defined() && packed) return ops::unpack_panels(*packed).reshape(shape);
   HADAL_CHECK(value.defined(), "parameter ", name, " has no value");
-  if (numerics == ops::Numerics::kIdeal || storage == Storage::kF32) return value;
+  if (numerics == ops::Numerics::kIdeal || storage == Storage::kF32 || as_stored) return value;
   if (value.scalar_type() == at::kBFloat16) return value;
   if (numerics == ops::Numerics::kBf16) return value.to(at::kBFloat16);
   return ops::straight_through(official_rounding(value.detach(), storage), value);
@@ -69,7 +69,7 @@ const ops::Panels* Parameter::panels(const at::Tensor& x, ops::Numerics numerics
   if (!ops::serves_panels(x)) return nullptr;
   if (!value.defined()) return packed.get();
   const bool as_it_is = numerics == ops::Numerics::kIdeal || storage == Storage::kF32 ||
-                        value.scalar_type() == at::kBFloat16;
+                        as_stored || value.scalar_type() == at::kBFloat16;
   const bool fixed = !value.requires_grad() && value.is_cpu() &&
                      (value.scalar_type() == at::kBFloat16 || value.scalar_type() == at::kFloat);
   if (!as_it_is || !fixed) return nullptr;

@@ -46,6 +46,8 @@ struct Parameter {
   /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (training.md 1.2).
   int64_t units = 1;
   at::Tensor value;  ///< dense values; undefined until initialised or loaded, or while packed
+  /// FP32 values are a checkpoint's own and no master: no numerics rounds them.
+  bool as_stored = false;
 
   /// Held instead of `value`, or made of it by panels(): [units, out, in] for wo_a, else as
   /// `shape`.

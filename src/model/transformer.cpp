@@ -45,6 +45,7 @@ class Declare {
             .shape = std::move(shape),
             .units = units,
             .value = {},
+            .as_stored = false,
             .packed = {},
             .packed_value = {}};
   }

@@ -303,7 +303,8 @@ TEST_F(AnswerTest, ForcedCallsFormatsAndLimitsAreTheGrammars) {
   script_ = "why</think>" + call_markup();
   using Kind = engine::Grammar::Kind;
   const std::string format =
-      R"("response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}})";
+      R"("response_format": {"type": "json_schema",
+      "json_schema": {"name": "n", "schema": {"type": "integer"}}})";
   // Forced, with a format beside and thinking on: think, then call.
   SeenAnswer seen = ask_both(Route::kChat, true, concat(R"("tool_choice": "required", )", format));
   EXPECT_EQ(seen.calls.size(), 1u);
@@ -342,8 +343,9 @@ TEST_F(AnswerTest, HistoryIsRenderedWhateverItsArguments) {
     const HttpResponse reply = post(
         "/v1/chat/completions",
         concat(
-            R"({"thinking": false, "messages": [{"role": "user", "content": "x"}, {"role": "assistant",
-             "content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": )",
+            R"({"thinking": false, "messages": [{"role": "user", "content": "x"},
+             {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function",
+             "function": {"name": "f", "arguments": )",
             arguments, R"(}}]}, {"role": "tool", "tool_call_id": "other", "content": "r"}]})"));
     EXPECT_EQ(reply.status, 200) << arguments << reply.body;
     return last_prompt();
@@ -362,6 +364,51 @@ TEST_F(AnswerTest, HistoryIsRenderedWhateverItsArguments) {
         << arguments;
   EXPECT_NE(prompt_of(R"("{\"k\": 1.50}")").find(parameter("k", "false", "1.5")),
             std::string::npos);
+}
+
+TEST_F(AnswerTest, ACallSentBackIsWrittenAsTheModelWroteIt) {
+  // Attributes in the other order, CRLF between the tags, a number marked as a string.
+  const std::string markup = concat("<", text::kDsml, "invoke name=\"f\">\r\n<", text::kDsml,
+                                    "parameter string=\"false\" name=\"n\">1.50</", text::kDsml,
+                                    "parameter></", text::kDsml, "invoke>");
+  script_ =
+      concat("\n\n<", text::kDsml, "tool_calls>\n", markup, "\n</", text::kDsml, "tool_calls>");
+  const SeenAnswer seen = ask(Route::kChat, false, false);
+  const json call = json::parse(seen.raw)["choices"][0]["message"]["tool_calls"][0];
+  EXPECT_EQ(call["function"]["arguments"], R"({"n": 1.5})");
+  const auto prompt_with = [&](json changed) {
+    const json messages = {
+        {{"role", "user"}, {"content", "x"}},
+        {{"role", "assistant"}, {"content", ""}, {"tool_calls", {std::move(changed)}}},
+        {{"role", "tool"}, {"tool_call_id", call["id"]}, {"content", "r"}}};
+    post("/v1/chat/completions", json{{"thinking", false}, {"messages", messages}}.dump());
+    return last_prompt();
+  };
+  EXPECT_NE(prompt_with(call).find(markup), std::string::npos);
+  json other = call;
+  other["function"]["arguments"] = R"({"n":1.5})";  // the same, written otherwise
+  EXPECT_NE(prompt_with(other).find(markup), std::string::npos);
+  other["function"]["arguments"] = R"({"n": 2})";
+  EXPECT_EQ(prompt_with(other).find(markup), std::string::npos);
+  other = call;
+  other["id"] = "unknown";
+  EXPECT_EQ(prompt_with(other).find(markup), std::string::npos);
+}
+
+TEST(CallMemory, ForgetsTheOldest) {
+  CallMemory memory(4000);
+  text::ToolCall call{"f", "{}", {"odd", {}}};
+  for (int i = 0; i < 100; ++i) memory.remember(std::to_string(i), call);
+  EXPECT_LE(memory.bytes(), 4000u);
+  EXPECT_FALSE(memory.recall("0", call).has_value());
+  ASSERT_TRUE(memory.recall("99", call).has_value());
+  EXPECT_EQ(memory.recall("99", call)->text, "odd");
+  // What we would write the same needs no memory.
+  call = {"f",
+          "{}",
+          {concat(text::dsml::kInvoke, " name=\"f\">\n\n", text::dsml::kInvokeEnd, ">"), {}}};
+  memory.remember("canonical", call);
+  EXPECT_FALSE(memory.recall("canonical", call).has_value());
 }
 
 }  // namespace

@@ -170,7 +170,7 @@ struct Api::Waiting {
 };
 
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
-    : context_{engine, tokenizer, options},
+    : context_{engine, tokenizer, options, std::make_shared<CallMemory>()},
       access_(options),
       keys_(std::make_shared<Keys>(options)),
       views_(std::make_shared<ViewStore>()),

@@ -15,15 +15,19 @@ struct Effort {
   text::ReasoningEffort effort;
 };
 
-Effort effort_of(const std::string& name) {
+/// The level that a client's word stands for; with 0731's levels as DeepSeek's own server takes
+/// them.
+Effort effort_of(const std::string& name, text::EffortLevels levels) {
   using text::ReasoningEffort;
+  const bool later = levels == text::EffortLevels::k0731;
   if (name == "none") return {false, ReasoningEffort::kNone};
-  if (name == "minimal" || name == "low" || name == "medium" || name == "high")
+  if (name == "minimal" || name == "low") return {true, ReasoningEffort::kLow};
+  if (name == "medium" || name == "high" || (later && name == "xhigh"))
     return {true, ReasoningEffort::kHigh};
-  if (name == "xhigh" || name == "max") return {true, ReasoningEffort::kMax};
+  if (name == "xhigh" || name == "max" || name == "ultra") return {true, ReasoningEffort::kMax};
   throw RequestError(400,
                      concat("reasoning effort '", name.substr(0, 40),
-                            "': expected none, minimal, low, medium, high, xhigh or max"),
+                            "': expected none, minimal, low, medium, high, xhigh, max or ultra"),
                      "reasoning_effort");
 }
 
@@ -61,7 +65,8 @@ Rendered render(const Context& context, const ChatJob& chat) {
   bool thinking = chat.thinking.value_or(chat.default_thinking);
   text::ChatOptions options;
   if (!chat.effort.empty()) {
-    const Effort effort = effort_of(chat.effort);
+    options.levels = context.options.effort_levels;
+    const Effort effort = effort_of(chat.effort, options.levels);
     if (!chat.thinking) thinking = effort.thinking;
     options.effort = effort.effort;
   }
@@ -70,6 +75,10 @@ Rendered render(const Context& context, const ChatJob& chat) {
   // What the answer begins with is given, or the task's answer has no reasoning.
   if (is_forced(chat) && !chat.thinking && chat.effort.empty()) thinking = false;
   if (prefill || !chat.task.empty()) thinking = false;
+  if (context.calls)
+    options.recall = [&](std::string_view id, const text::ToolCall& call) {
+      return context.calls->recall(id, call);
+    };
   options.thinking_mode = thinking ? text::ThinkingMode::kThinking : text::ThinkingMode::kChat;
 
   Json messages = Json::array(chat.messages);
@@ -96,7 +105,7 @@ Rendered render(const Context& context, const ChatJob& chat) {
   try {
     text::ChatPrompt prompt = text::render_chat(messages, options);
     const std::vector<int32_t> ids = context.tokenizer.encode(prompt.text, prompt.foreign);
-    rendered.tokens.assign(ids.begin(), ids.end());
+    rendered.tokens = context.engine.as_written({ids.begin(), ids.end()});
   } catch (const RequestError&) {
     throw;
   } catch (const InputError& error) {
@@ -177,6 +186,7 @@ Job make_chat_job(const Context& context, ChatJob chat) {
   job.tools = std::make_shared<const text::ToolSchemas>(Json::array(chat.tools));
   job.certain_calls = job.requests.front().grammar.kind == engine::Grammar::Kind::kToolCalls;
   job.one_call = !chat.parallel_calls;
+  job.calls = context.calls;
   return job;
 }
 

@@ -18,6 +18,7 @@ struct Context {
   engine::Engine& engine;
   const text::Tokenizer& tokenizer;
   const ServerOptions& options;
+  std::shared_ptr<CallMemory> calls = nullptr;  ///< null: calls are not remembered
   int64_t max_context() const;
 };
 

@@ -245,6 +245,7 @@ void Generation::take_call_event(size_t index, const text::CompletionEvent& even
     choice.open_call = {random_id("call_"), event.call.name, {}};
     if (streaming_) job_.format->call_begun(answer_, index, out_);
   } else if (event.kind == Format::Kind::kToolCall) {
+    if (job_.calls) job_.calls->remember(choice.open_call->id, event.call);
     choice.calls.push_back(std::move(*choice.open_call));
     choice.open_call.reset();
     if (streaming_) job_.format->call_ended(answer_, index, out_);

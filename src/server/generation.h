@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine_core/engine.h"
+#include "server/call_memory.h"
 #include "server/http.h"
 #include "server/json_reader.h"
 #include "server/metrics.h"
@@ -105,8 +106,9 @@ struct Job {
   std::vector<engine::Request> requests;  ///< one a prompt; choices are numbered through
   bool chat = false;                      ///< the answer is reasoning, content and calls
   text::ThinkingMode mode = text::ThinkingMode::kChat;
-  bool one_call = false;       ///< the answer ends behind its first call
-  bool certain_calls = false;  ///< a grammar makes sure that calls become complete
+  bool one_call = false;              ///< the answer ends behind its first call
+  std::shared_ptr<CallMemory> calls;  ///< gets what is called; may be null
+  bool certain_calls = false;         ///< a grammar makes sure that calls become complete
   /// What values may be; null: nothing is known of the tools.
   std::shared_ptr<const text::ToolSchemas> tools;
   bool stream = false;

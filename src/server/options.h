@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine_core/request.h"
+#include "text/chat_format.h"
 
 namespace hadal::server {
 
@@ -62,6 +63,8 @@ struct ServerOptions {
   int64_t max_context = 0;         ///< prompt and answer; 0: the engine's
   int64_t default_max_tokens = 0;  ///< where a request says nothing; 0: what the context leaves
 
+  /// What the model was taught a reasoning effort to mean.
+  text::EffortLevels effort_levels = text::EffortLevels::kPreview;
   // What a request gets that says nothing: the model's own (engine_core/generation_defaults.h).
   bool default_thinking = true;       ///< of OpenAI-style chats
   engine::Sampling default_sampling;  ///< its seed is not used

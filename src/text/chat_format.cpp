@@ -13,7 +13,8 @@
 namespace hadal::text {
 namespace {
 
-constexpr std::string_view kEffortPrefix =
+/// The preview's max, and 0731's high.
+constexpr std::string_view kAbsoluteMaximum =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
     "resolve the root cause, "
@@ -23,6 +24,22 @@ constexpr std::string_view kEffortPrefix =
     "considered "
     "alternative, and rejected hypothesis to ensure absolutely no assumption is left "
     "unchecked.\n\n";
+
+/// 0731's max.
+constexpr std::string_view kBeyondMaximum =
+    "Reasoning Effort: Beyond maximum \u2014 exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
+    "exhaustively decompose the problem into its most fundamental components, trace every causal "
+    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles "
+    "and are certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
+
+std::string_view effort_prefix(ReasoningEffort effort, EffortLevels levels) {
+  if (levels == EffortLevels::kPreview)
+    return effort == ReasoningEffort::kMax ? kAbsoluteMaximum : std::string_view();
+  if (effort == ReasoningEffort::kMax) return kBeyondMaximum;
+  return effort == ReasoningEffort::kHigh ? kAbsoluteMaximum : std::string_view();
+}
 
 constexpr std::string_view kToolsBefore =
     "## Tools\n\n"
@@ -269,7 +286,9 @@ void render_user(const PyJson& message, const std::string& where, ChatPrompt& pr
   }
 }
 
-std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) {
+std::vector<ToolCall> calls_of(const PyJson& message,
+                               const std::string& where,
+                               const ChatOptions& options) {
   std::vector<ToolCall> calls;
   const PyJson* list = list_member(message, "tool_calls", where);
   if (list == nullptr) return calls;
@@ -284,6 +303,9 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
                      .arguments = arguments == nullptr     ? std::string("{}")
                                   : arguments->is_string() ? arguments->text()
                                                            : arguments->dump()});
+    if (!options.recall) continue;
+    if (std::optional<RawMarkup> raw = options.recall(call_id(call), calls.back()))
+      calls.back().raw = std::move(*raw);
   }
   return calls;
 }
@@ -291,9 +313,10 @@ std::vector<ToolCall> calls_of(const PyJson& message, const std::string& where) 
 /// Renders messages that are merged, sorted and dropped.
 class Renderer {
  public:
-  Renderer(const std::vector<PyJson>& messages, ThinkingMode mode, bool dropping)
+  Renderer(const std::vector<PyJson>& messages, const ChatOptions& options, bool dropping)
       : messages_(messages),
-        thinking_(mode == ThinkingMode::kThinking),
+        options_(options),
+        thinking_(options.thinking_mode == ThinkingMode::kThinking),
         dropping_(dropping),
         last_user_(last_user_index(messages)) {}
 
@@ -348,7 +371,7 @@ class Renderer {
       prompt.text += kThinkEnd;
     }
     prompt.add_foreign(text_member(message, "content", where));
-    const std::vector<ToolCall> calls = calls_of(message, where);
+    const std::vector<ToolCall> calls = calls_of(message, where, options_);
     if (!calls.empty()) {
       prompt.text += "\n\n";
       write_tool_calls(calls, prompt);
@@ -378,6 +401,7 @@ class Renderer {
   }
 
   const std::vector<PyJson>& messages_;
+  const ChatOptions& options_;
   bool thinking_;
   bool dropping_;
   ptrdiff_t last_user_;
@@ -397,11 +421,23 @@ ThinkingMode parse_thinking_mode(std::string_view name) {
   return name == "chat" ? ThinkingMode::kChat : ThinkingMode::kThinking;
 }
 
-ReasoningEffort parse_reasoning_effort(std::string_view name) {
-  if (name.empty() || name == "none") return ReasoningEffort::kNone;
-  HADAL_INPUT_CHECK(name == "high" || name == "max", "reasoning effort is '", name,
-                    "', expected high or max");
+ReasoningEffort parse_reasoning_effort(std::string_view name, EffortLevels levels) {
+  const bool preview = levels == EffortLevels::kPreview;
+  if (name.empty() || (preview && name == "none")) return ReasoningEffort::kNone;
+  if (!preview && name == "low") return ReasoningEffort::kLow;
+  HADAL_INPUT_CHECK(name == "high" || name == "max", "reasoning effort is '", name, "', expected ",
+                    preview ? "high or max" : "low, high or max");
   return name == "high" ? ReasoningEffort::kHigh : ReasoningEffort::kMax;
+}
+
+EffortLevels parse_effort_levels(std::string_view name) {
+  HADAL_INPUT_CHECK(name == "preview" || name == "0731", "effort levels are '", name,
+                    "', expected preview or 0731");
+  return name == "0731" ? EffortLevels::k0731 : EffortLevels::kPreview;
+}
+
+const char* effort_levels_name(EffortLevels levels) {
+  return levels == EffortLevels::k0731 ? "0731" : "preview";
 }
 
 ChatPrompt render_chat(const PyJson& messages, const ChatOptions& options, const PyJson& context) {
@@ -425,10 +461,9 @@ ChatPrompt render_chat(const PyJson& messages, const ChatOptions& options, const
     const size_t earlier_kept = drop_reasoning(earlier).size();
     count = full.size() > earlier_kept ? full.size() - earlier_kept : 0;
   }
-  const Renderer renderer(full, options.thinking_mode, dropping);
+  const Renderer renderer(full, options, dropping);
   for (size_t index = full.size() - count; index < full.size(); ++index) {
-    if (index == 0 && thinking && options.effort == ReasoningEffort::kMax)
-      prompt.text += kEffortPrefix;
+    if (index == 0 && thinking) prompt.text += effort_prefix(options.effort, options.levels);
     renderer.render(index, prompt);
   }
   return prompt;

@@ -10,6 +10,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,21 +21,37 @@
 
 namespace hadal::text {
 
+struct RawMarkup;
+struct ToolCall;
+
 enum class ThinkingMode : uint8_t { kChat, kThinking };
-/// kHigh encodes as kNone; kMax adds the effort prefix, in thinking mode only.
-enum class ReasoningEffort : uint8_t { kNone, kHigh, kMax };
+/// kNone: not said.
+enum class ReasoningEffort : uint8_t { kNone, kLow, kHigh, kMax };
+/// What a level of effort means differs between checkpoints; nothing but their encoders says so
+/// (dspark.md 8). In thinking mode only:
+///   kPreview  low (which its encoder refuses) and high are as nothing; max adds a prefix
+///   k0731     low is as nothing; high adds the prefix of the preview's max, max another one
+enum class EffortLevels : uint8_t { kPreview, k0731 };
 
 struct ChatOptions {
   ThinkingMode thinking_mode = ThinkingMode::kThinking;
   ReasoningEffort effort = ReasoningEffort::kNone;
+  EffortLevels levels = EffortLevels::kPreview;
   bool drop_thinking = true;  ///< drop the reasoning of earlier turns, unless a message has tools
   bool add_bos = true;        ///< BOS first (never with a context)
+  /// The markup of an earlier call as the model wrote it, by the call's id; empty: as we write it.
+  std::function<std::optional<RawMarkup>(std::string_view id, const ToolCall& call)> recall;
 };
 
 /// "chat" or "thinking". Errors: InputError for anything else.
 ThinkingMode parse_thinking_mode(std::string_view name);
-/// "", "none", "high" or "max". Errors: InputError for anything else.
-ReasoningEffort parse_reasoning_effort(std::string_view name);
+/// What the encoder of these levels takes: "", "none", "high" or "max"; with 0731's "", "low",
+/// "high" or "max". Errors: InputError for anything else.
+ReasoningEffort parse_reasoning_effort(std::string_view name,
+                                       EffortLevels levels = EffortLevels::kPreview);
+/// "preview" or "0731". Errors: InputError for anything else.
+EffortLevels parse_effort_levels(std::string_view name);
+const char* effort_levels_name(EffortLevels levels);
 
 /// A prompt, and where it holds what the messages brought: for Tokenizer::encode(text, foreign),
 /// which takes special strings there as ordinary text.

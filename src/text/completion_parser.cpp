@@ -13,6 +13,7 @@ using Kind = CompletionEvent::Kind;
 
 constexpr size_t kMaxGap = 256;   ///< bytes of white space held back before what may be a tag
 constexpr size_t kMaxTag = 8192;  ///< bytes of a tag
+constexpr size_t kMaxRaw = size_t{256} << 10;  ///< bytes of a call's markup that are kept
 
 bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
@@ -84,7 +85,7 @@ void CompletionParser::take(std::string_view text, Events& events) {
       case Mode::kValue:
         return take_value(text, events);
       case Mode::kCall:
-        call_.raw.text += text;
+        record(text);
         pending_ += text;
         return;
       case Mode::kSkip:
@@ -119,7 +120,7 @@ void CompletionParser::take_text(std::string_view text, Events& events) {
 }
 
 void CompletionParser::take_value(std::string_view text, Events& events) {
-  call_.raw.text += text;
+  record(text);
   if (!pending_.empty()) {
     pending_ += text;
     text = pending_;
@@ -129,8 +130,10 @@ void CompletionParser::take_value(std::string_view text, Events& events) {
   if (hold_value_) {
     value_ += value;
   } else if (shown > 0) {
-    const std::string quoted = quote_json(value);
-    emit_arguments(std::string_view(quoted).substr(1, quoted.size() - 2), events);
+    std::string quoted = quote_json(value);
+    quoted.pop_back();
+    quoted.erase(0, 1);
+    emit_arguments(std::move(quoted), events);
   }
   if (pending_.empty()) {
     pending_ = text.substr(shown);
@@ -159,8 +162,9 @@ void CompletionParser::marker(Events& events) {
   if (mode_ == Mode::kTag) broken_tag(events);
   if (!strip_bracket()) irregular("a tag has no '<'");
   if (mode_ == Mode::kCall || mode_ == Mode::kValue) {
-    call_.raw.special.push_back({call_.raw.text.size(), call_.raw.text.size() + kDsml.size()});
-    call_.raw.text += kDsml;
+    const size_t begin = call_.raw.text.size();
+    record(kDsml);
+    if (recording_) call_.raw.special.push_back({begin, begin + kDsml.size()});
   }
   outer_ = mode_;
   mode_ = Mode::kTag;
@@ -224,7 +228,7 @@ void CompletionParser::broken_tag(Events& events) {
 
 void CompletionParser::handle_tag(const dsml::Tag& tag, Events& events) {
   if (!tag.regular) irregular("a tag is not as it should be");
-  if (mode_ == Mode::kCall || mode_ == Mode::kValue) call_.raw.text += tag_;
+  if (mode_ == Mode::kCall || mode_ == Mode::kValue) record(tag_);
   tag_.clear();
   const bool ends_value = mode_ == Mode::kValue && tag.closing && tag.name == "parameter";
   if (mode_ == Mode::kValue && !ends_value) drop_call("a parameter does not end", events);
@@ -341,6 +345,7 @@ void CompletionParser::begin_call(const dsml::Tag& tag, Events& events) {
   last_ = Last::kInvoke;
   if (!tag.key || tag.key->empty()) return drop_call("a tool call has no name", events);
   call_.name = *tag.key;
+  recording_ = true;
   call_.raw.text = concat(dsml::kInvoke, " name=\"", call_.name, "\">");
   call_.raw.special.push_back({1, 1 + kDsml.size()});
   CompletionEvent begin{Kind::kCallBegin, {}, {}};
@@ -397,7 +402,11 @@ void CompletionParser::end_call(Events& events) {
     emit_arguments(keys_.empty() ? "{}" : "}", events);
   }
   release(events);
-  CompletionEvent end{Kind::kToolCall, {}, call_};
+  // The markup is the event's alone: it is long, and the result's readers do not need it.
+  CompletionEvent end{Kind::kToolCall, {}, {}};
+  end.call.raw = std::exchange(call_.raw, {});
+  end.call.name = call_.name;
+  end.call.arguments = call_.arguments;
   events.push_back(std::move(end));
   result_.tool_calls.push_back(std::exchange(call_, {}));
 }
@@ -410,6 +419,17 @@ void CompletionParser::drop_call(std::string_view why, Events& events) {
   held_.clear();
   mode_ = Mode::kSkip;
   pending_.clear();
+}
+
+/// Keeps the call's markup as it was written, unless it is very long.
+void CompletionParser::record(std::string_view text) {
+  if (!recording_) return;
+  recording_ = call_.raw.text.size() + text.size() <= kMaxRaw;
+  if (recording_) {
+    call_.raw.text += text;
+  } else {
+    call_.raw = {};
+  }
 }
 
 void CompletionParser::release(Events& events) {
@@ -427,7 +447,7 @@ void CompletionParser::emit(CompletionEvent::Kind kind, std::string_view text, E
   }
 }
 
-void CompletionParser::emit_arguments(std::string_view text, Events& events) {
+void CompletionParser::emit_arguments(std::string text, Events& events) {
   if (text.empty()) return;
   call_.arguments += text;
   if (!begun_ && call_.arguments.size() > options_.hold_bytes) release(events);
@@ -435,7 +455,7 @@ void CompletionParser::emit_arguments(std::string_view text, Events& events) {
   if (!target.empty() && target.back().kind == Kind::kArguments) {
     target.back().text += text;
   } else {
-    target.push_back({Kind::kArguments, std::string(text), {}});
+    target.push_back({Kind::kArguments, std::move(text), {}});
   }
 }
 
@@ -475,6 +495,7 @@ Completion CompletionParser::finish(std::vector<CompletionEvent>& events) {
     return std::move(result_);
   }
   end_completion(events);
+  result_.cut = mode_ != Mode::kText || result_.tool_calls.empty();
   if (mode_ == Mode::kCall || mode_ == Mode::kValue) {
     // What there is of the call, for those who asked for no more.
     if (!begun_) release(events);

@@ -103,8 +103,9 @@ class CompletionParser {
   void end_call(Events& events);
   void drop_call(std::string_view why, Events& events);
   void emit(CompletionEvent::Kind kind, std::string_view text, Events& events);
-  void emit_arguments(std::string_view text, Events& events);
+  void emit_arguments(std::string text, Events& events);
   void flush_text(Events& events);
+  void record(std::string_view text);
   void release(Events& events);
   void lose(std::string_view why);
   void irregular(std::string_view why);
@@ -124,7 +125,8 @@ class CompletionParser {
   ToolCall call_;  ///< under way
   Events held_;    ///< of it
   size_t held_bytes_ = 0;
-  bool begun_ = false;  ///< its events are told
+  bool begun_ = false;      ///< its events are told
+  bool recording_ = false;  ///< its markup
   std::vector<std::string> keys_;
   std::string value_;  ///< held until its end
   bool hold_value_ = false, string_value_ = false, wrapper_ = false;

@@ -150,7 +150,8 @@ TEST(CallValues, AWrapperOfAllParametersIsUnwrapped) {
                   dsml::kParameterEnd, ">");
   };
   const std::string schema =
-      R"({"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": "integer"}}, "required": ["p"]})";
+      R"({"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": "integer"}},
+      "required": ["p"]})";
   const std::string object = R"({"p": "x", "n": 1})";
   for (const char* key : {"arguments", "input"}) {
     for (const char* mark : {"true", "false"}) {

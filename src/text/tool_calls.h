@@ -43,6 +43,7 @@ struct Completion {
   bool ok = false;    ///< all of it is as the encoder would have written it
   std::string error;  ///< what is wrong first, what is lost before what is unusual; empty if ok
   bool lost = false;  ///< something is not here: a call that is incomplete, a stray piece of markup
+  bool cut = false;   ///< without EOS it ends inside a call, or there is none
   bool open_reasoning = false;  ///< EOS came inside the reasoning; lost, too
   std::string reasoning;
   std::string content;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <unistd.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -16,6 +17,7 @@
 #include "checkpoint/load_model.h"
 #include "checkpoint/save_model.h"
 #include "model/init.h"
+#include "train/export_run.h"
 #include "train/row_plan.h"
 
 namespace hadal::train {
@@ -50,9 +52,39 @@ std::vector<int64_t> token_counts(const RunConfig& config,
   return counts;
 }
 
+/// FP32 weights, gradients and the optimizer's moments must fit before anything is allocated.
+void check_memory(const std::string& path, const model::ModelConfig& config) {
+  const auto census = checkpoint::take_census(config, checkpoint::storage_of(config));
+  const double needed = 12.0 * static_cast<double>(census.total().parameters);
+  const double machine =
+      static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
+  constexpr double kGib = 0x1p30;
+  HADAL_INPUT_CHECK(needed <= machine, path, ": training needs about ", std::ceil(needed / kGib),
+                    " GiB for weights, gradients and the optimizer, this "
+                    "machine has ",
+                    std::floor(machine / kGib), " GiB");
+}
+
 /// The model's configuration, and whether the stages can be trained with it.
 model::ModelConfig checked_model_config(const RunConfig& config) {
   model::ModelConfig result = model::load_config(config.model);
+  check_memory(config.model, result);
+  if (result.drafter.exists()) {
+    log::warn("train", config.model, ": the DSpark drafter is no part of the training; the ",
+              "exported model has none");
+  }
+  if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
+    // Found at the start, not when the finished model cannot be written.
+    try {
+      exported.check_released();
+    } catch (const InputError& error) {
+      throw InputError(
+          concat(config.init_checkpoint.empty() ? config.model : config.init_checkpoint,
+                 ": quantization_config asks for a model in FP8 and FP4 (without it the model is "
+                 "BF16): ",
+                 error.what()));
+    }
+  }
   const auto check_length = [&](const std::string& where, int64_t row_length) {
     HADAL_INPUT_CHECK(row_length <= result.max_position_embeddings, config.path, ": ", where,
                       ": row_length ", row_length, " exceeds max_position_embeddings ",
@@ -74,9 +106,15 @@ model::Transformer build_model(const RunConfig& config,
     model::Transformer model =
         checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
                                ops::Numerics::kIdeal, checkpoint::Held::kDense);
+    // A checkpoint from transformers has no MTP block although its config names one.
+    const auto main_ratios = [](const model::ModelConfig& c) {
+      return std::vector<int64_t>(c.compress_ratios.begin(),
+                                  c.compress_ratios.begin() + c.n_layers);
+    };
     HADAL_INPUT_CHECK(model.config().vocab_size == model_config.vocab_size &&
                           model.config().dim == model_config.dim &&
-                          model.config().compress_ratios == model_config.compress_ratios,
+                          main_ratios(model.config()) == main_ratios(model_config) &&
+                          model.config().n_mtp_layers <= model_config.n_mtp_layers,
                       config.init_checkpoint, ": not a model of ", config.model);
     // The file's memory must not be written to.
     model.visit([](model::Parameter& parameter) { parameter.value = parameter.value.clone(); });
@@ -235,16 +273,10 @@ struct Trainer::Impl {
         model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
          .max_shard_bytes = config.export_shard_bytes,
+         .trained_length = trained_length(config, progress),
          .tokenizer = config.tokenizer,
-         .generation_config = generation_config()});
+         .generation_config = generation_config(config)});
     log::info("train", "the trained model is in ", folder);
-  }
-
-  /// The settings of generation that lie beside the architecture, checked; empty: none do.
-  std::string generation_config() const {
-    const auto path = std::filesystem::path(config.model).parent_path() / "generation_config.json";
-    if (!std::filesystem::exists(path)) return "";
-    return path.string();
   }
 
   void begin_stage() {

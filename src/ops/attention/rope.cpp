@@ -78,7 +78,7 @@ RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
     const float power = static_cast<float>(
         std::pow(base, static_cast<double>(2 * i) / static_cast<double>(rope_dim)));
     float frequency = 1.0f / power;
-    if (yarn != nullptr) {
+    if (yarn != nullptr && yarn->factor != 1.0) {  // a factor of 1 must not even round
       const float ramp = std::clamp((static_cast<float>(i) - low) / (high - low), 0.0f, 1.0f);
       frequency = (frequency / static_cast<float>(yarn->factor)) * ramp + frequency * (1.0f - ramp);
     }

@@ -1,0 +1,135 @@
+// Hyper-connections and norms on a card against the CPU's kernels, bit for bit.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "ops/mhc/hyper_connection_cpu.h"
+#include "ops/mhc/hyper_connection_sm90.h"
+#include "ops/norm/rms_norm_cpu.h"
+#include "ops/norm/rms_norm_sm90.h"
+#include "testing/on_device.h"
+
+namespace hadal::ops {
+
+// In the program these stand beside the ops, which need LibTorch.
+constinit CpuSlot<void(const HcPreCpuParams&, int64_t, int64_t)> hc_pre_cpu;
+constinit CpuSlot<void(const HcPostCpuParams&, int64_t, int64_t)> hc_post_cpu;
+constinit CpuSlot<void(const RmsNormCpuParams&, int64_t, int64_t)> rms_norm_cpu;
+
+namespace {
+
+using testing::OnDevice;
+
+std::vector<float> normals(size_t count, float deviation, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<float> values(count);
+  for (float& value : values) {
+    float sum = 0.0f;  // twelve uniforms: the same on every machine
+    for (int i = 0; i < 12; ++i) sum += static_cast<float>(random() >> 8) / 16777216.0f;
+    value = deviation * (sum - 6.0f);
+  }
+  return values;
+}
+
+std::vector<uint16_t> normals_bf16(size_t count, float deviation, unsigned seed) {
+  std::vector<uint16_t> result(count);
+  const auto values = normals(count, deviation, seed);
+  for (size_t i = 0; i < count; ++i)
+    result[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(values[i]) >> 16);
+  return result;
+}
+
+template <typename T>
+int64_t differences(const std::vector<T>& a, const std::vector<T>& b) {
+  int64_t count = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      count += std::bit_cast<uint32_t>(a[i]) != std::bit_cast<uint32_t>(b[i]);
+    } else {
+      count += a[i] != b[i];
+    }
+  }
+  return count;
+}
+
+struct Size {
+  int64_t tokens, dim;
+};
+
+class HyperConnectionSm90 : public ::testing::TestWithParam<Size> {};
+
+TEST_P(HyperConnectionSm90, PreHasTheBitsOfTheCpu) {
+  const auto [tokens, dim] = GetParam();
+  for (const bool head : {false, true}) {
+    const size_t rows = head ? 4 : 24;
+    const auto streams = normals_bf16(static_cast<size_t>(tokens * 4 * dim), 1.5f, 1);
+    const auto fn = normals(rows * static_cast<size_t>(4 * dim), 0.02f, 2);
+    const auto base = normals(rows, 0.5f, 3), scale = normals(3, 1.0f, 4);
+    std::vector<uint16_t> mixed(static_cast<size_t>(tokens * dim));
+    std::vector<float> post(static_cast<size_t>(tokens * 4)),
+        comb(static_cast<size_t>(tokens * 16));
+    hc_pre_cpu({streams.data(), fn.data(), base.data(), scale.data(), mixed.data(), post.data(),
+                comb.data(), 4, dim, 20, 1e-6f, 1e-6f, ElementType::kBf16, head},
+               0, tokens);
+    const OnDevice<uint16_t> streams_there(streams), mixed_there(mixed.size());
+    const OnDevice<float> fn_there(fn), base_there(base), scale_there(scale),
+        post_there(post.size()), comb_there(comb.size());
+    hc_pre_sm90({streams_there.get(), fn_there.get(), base_there.get(), scale_there.get(),
+                 mixed_there.get(), post_there.get(), comb_there.get(), tokens, dim, 20, 1e-6f,
+                 1e-6f, head},
+                nullptr);
+    EXPECT_EQ(differences(mixed_there.read(), mixed), 0) << "head " << head;
+    if (head) continue;
+    EXPECT_EQ(differences(post_there.read(), post), 0);
+    EXPECT_EQ(differences(comb_there.read(), comb), 0);
+  }
+}
+
+TEST_P(HyperConnectionSm90, PostHasTheBitsOfTheCpu) {
+  const auto [tokens, dim] = GetParam();
+  const auto streams = normals_bf16(static_cast<size_t>(tokens * 4 * dim), 1.5f, 1);
+  const auto out = normals_bf16(static_cast<size_t>(tokens * dim), 1.0f, 2);
+  const auto post = normals(static_cast<size_t>(tokens * 4), 1.0f, 3),
+             comb = normals(static_cast<size_t>(tokens * 16), 0.3f, 4);
+  std::vector<uint16_t> result(streams.size());
+  hc_post_cpu({out.data(), streams.data(), post.data(), comb.data(), result.data(), 4, dim,
+               ElementType::kBf16},
+              0, tokens);
+  const OnDevice<uint16_t> out_there(out), streams_there(streams);
+  const OnDevice<float> post_there(post), comb_there(comb);
+  hc_post_sm90({out_there.get(), streams_there.get(), post_there.get(), comb_there.get(),
+                streams_there.get(), tokens, dim},
+               nullptr);
+  EXPECT_EQ(differences(streams_there.read(), result), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes,
+                         HyperConnectionSm90,
+                         ::testing::Values(Size{1, 256},
+                                           Size{3, 512},
+                                           Size{5, 4096},
+                                           Size{65, 1024},
+                                           Size{130, 256},
+                                           Size{2, 7168}));
+
+TEST(RmsNormSm90, HasTheBitsOfTheCpu) {
+  for (const bool chain : {false, true}) {
+    for (const int64_t dim : {8, 72, 512, 1536, 7168}) {
+      const int64_t rows = 7;
+      const auto x = normals_bf16(static_cast<size_t>(rows * dim), 3.0f, 1);
+      const auto weight = normals(static_cast<size_t>(dim), 1.0f, 2);
+      std::vector<uint16_t> out(x.size());
+      const float* w = chain ? nullptr : weight.data();
+      rms_norm_cpu({x.data(), w, out.data(), dim, 1e-6f, ElementType::kBf16, chain}, 0, rows);
+      const OnDevice<uint16_t> x_there(x), out_there(out.size());
+      const OnDevice<float> weight_there(weight);
+      rms_norm_sm90({x_there.get(), chain ? nullptr : weight_there.get(), out_there.get(), rows,
+                     dim, 1e-6f, chain},
+                    nullptr);
+      EXPECT_EQ(differences(out_there.read(), out), 0) << "dim " << dim << " chain " << chain;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hadal::ops

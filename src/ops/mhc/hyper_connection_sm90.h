@@ -1,0 +1,34 @@
+// Hyper-connections on Hopper with the bits of the CPU kernels (hyper_connection_cpu.h), as
+// functions of pointers; four streams, BF16. Free of ATen.
+#pragma once
+
+#include "ops/kernel_types.h"
+
+namespace hadal::ops {
+
+struct HcPreSm90Params {
+  const void* streams;  ///< [tokens, 4, dim] BF16
+  const float* fn;      ///< [24, 4 dim], or [4, 4 dim] for the head
+  const float* base;    ///< [24] or [4]
+  const float* scale;   ///< [3] or [1]
+  void* mixed;          ///< [tokens, dim] BF16
+  float* post;          ///< [tokens, 4]; unused for the head
+  float* comb;          ///< [tokens, 4, 4]; unused for the head
+  int64_t tokens, dim;  ///< dim: a multiple of 256
+  int sinkhorn_iters;
+  float norm_eps, hc_eps;
+  bool head;  ///< collapse weights only
+};
+void hc_pre_sm90(const HcPreSm90Params& p, Stream stream);
+
+struct HcPostSm90Params {
+  const void* out;      ///< [tokens, dim] BF16
+  const void* streams;  ///< [tokens, 4, dim] BF16
+  const float* post;    ///< [tokens, 4]
+  const float* comb;    ///< [tokens, 4, 4]
+  void* result;         ///< [tokens, 4, dim] BF16; may be `streams`
+  int64_t tokens, dim;  ///< dim: a multiple of 4
+};
+void hc_post_sm90(const HcPostSm90Params& p, Stream stream);
+
+}  // namespace hadal::ops

@@ -1,0 +1,222 @@
+// Routed experts on a card from the choice to the sum, against the twin, bit for bit.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "ops/gemm/hopper_twin.h"
+#include "ops/gemm/sm90_pack.h"
+#include "ops/moe/moe_cpu.h"
+#include "ops/moe/moe_sm90.h"
+#include "ops/quant/round_trip_cpu.h"
+#include "testing/on_device.h"
+#include "testing/product_data.h"
+
+namespace hadal::ops {
+
+// In the program these stand beside the ops, which need LibTorch.
+constinit CpuSlot<void(const SwigluCpuParams&, int64_t, int64_t)> swiglu_cpu;
+constinit CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
+constinit CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_t)> fp8_round_trip_cpu;
+constinit CpuSlot<void(const RoundTripCpuParams&, int64_t, int64_t)> fp4_round_trip_cpu;
+constinit CpuSlot<void(const HadamardCpuParams&, int64_t, int64_t)> hadamard_cpu;
+
+namespace {
+
+using testing::OnDevice;
+
+constexpr int64_t kTopk = 3, kExperts = 9, kDim = 256, kInter = 128;
+constexpr float kLimit = 1.5f;
+
+/// FP4 weights of all experts: packed as stored, as tiles, and folded.
+struct Weights {
+  int64_t outputs, in;
+  std::vector<uint8_t> tiles, codes;
+  std::vector<float> scales;
+
+  Weights(int64_t num_outputs, int64_t inputs, unsigned seed) : outputs(num_outputs), in(inputs) {
+    std::mt19937 random(seed);
+    const int64_t all = kExperts * outputs;
+    std::vector<uint8_t> packed(static_cast<size_t>(all * in / 2)),
+        e8m0(static_cast<size_t>(all * in / 32));
+    for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random());
+    for (uint8_t& byte : e8m0) byte = static_cast<uint8_t>(118 + random() % 4);
+    tiles.resize(static_cast<size_t>(kExperts * sm90::fp4_bytes(outputs, in)));
+    codes.resize(static_cast<size_t>(all * in));
+    scales.resize(static_cast<size_t>(all * (in / 128)));
+    for (int64_t e = 0; e < kExperts; ++e) {
+      EXPECT_EQ(
+          sm90::pack_fp4(packed.data() + e * outputs * in / 2, e8m0.data() + e * outputs * in / 32,
+                         outputs, in, tiles.data() + e * sm90::fp4_bytes(outputs, in)),
+          0);
+    }
+    for (int64_t o = 0; o < all; ++o) {
+      EXPECT_TRUE(fold_fp4(packed.data() + o * in / 2, e8m0.data() + o * in / 32, in,
+                           codes.data() + o * in, scales.data() + o * (in / 128)));
+    }
+  }
+
+  /// BF16 results of one row that went through Q8_128.
+  std::vector<uint16_t> product(int64_t expert,
+                                const std::vector<uint8_t>& x,
+                                const std::vector<float>& x_scale) const {
+    std::vector<float> y(static_cast<size_t>(outputs));
+    twin_fp8_cpu({codes.data() + expert * outputs * in,
+                  scales.data() + expert * outputs * (in / 128), x.data(), x_scale.data(), y.data(),
+                  outputs, 1, in});
+    std::vector<uint16_t> rounded;
+    for (const float v : y) {
+      const auto bits = std::bit_cast<uint32_t>(v);
+      rounded.push_back(static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+    }
+    return rounded;
+  }
+};
+
+float widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+/// Q8_128 of a BF16 row as codes and scales: the CPU's round trip, divided by the power of two that
+/// model.md 4.2 gives.
+void quantise(const uint16_t* x,
+              int64_t in,
+              std::vector<uint8_t>& codes,
+              std::vector<float>& scales) {
+  std::vector<uint16_t> rounded(static_cast<size_t>(in));
+  fp8_round_trip_cpu({.x = x,
+                      .out = rounded.data(),
+                      .stride = in,
+                      .dim = in,
+                      .group = 128,
+                      .dtype = ElementType::kBf16},
+                     0, 1);
+  codes.clear();
+  scales.clear();
+  for (int64_t first = 0; first < in; first += 128) {
+    float largest = 1e-4f;
+    for (int64_t i = first; i < first + 128; ++i)
+      largest = std::max(largest, std::fabs(widen(x[i])));
+    int exponent = 0;
+    const float fraction = std::frexp(largest * (1.0f / 448.0f), &exponent);
+    const float scale = std::ldexp(1.0f, fraction == 0.5f ? exponent - 1 : exponent);
+    scales.push_back(scale);
+    for (int64_t i = first; i < first + 128; ++i) {
+      const float value = widen(rounded[i]) / scale;
+      const float magnitude = std::fabs(value);
+      int e = 0;
+      std::frexp(magnitude, &e);
+      const int field = std::max(e - 1 + 7, 0);
+      const auto code =
+          magnitude < std::ldexp(1.0f, -6)
+              ? static_cast<int>(std::ldexp(magnitude, 9))
+              : field << 3 | (static_cast<int>(std::ldexp(magnitude, 3 - (e - 1))) & 7);
+      codes.push_back(static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0)));
+    }
+  }
+}
+
+class MoeSm90 : public ::testing::TestWithParam<int64_t> {};
+
+TEST_P(MoeSm90, IsTheTwinsFromTheChoiceToTheSum) {
+  const int64_t tokens = GetParam();
+  const Weights up(2 * kInter, kDim, 1), down(kDim, kInter, 2);
+  std::mt19937 random(3);
+  std::vector<int32_t> experts;
+  std::vector<float> weights;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<int32_t> order = {0, 1, 2, 3, 4, 5, 6, 8};  // nobody chooses expert 7
+    std::shuffle(order.begin(), order.end(), random);
+    std::sort(order.begin(), order.begin() + kTopk);
+    experts.insert(experts.end(), order.begin(), order.begin() + kTopk);
+    for (int64_t k = 0; k < kTopk; ++k)
+      weights.push_back(0.25f + static_cast<float>(random() % 256) / 256.0f);
+  }
+  const auto x = testing::random_bf16(static_cast<size_t>(tokens * kDim), testing::Data::kWide, 4);
+  const auto shared =
+      testing::random_bf16(static_cast<size_t>(tokens * kDim), testing::Data::kPositive, 5);
+
+  // The twin, a choice at a time.
+  std::vector<uint16_t> expected(static_cast<size_t>(tokens * kDim)), rows;
+  std::vector<int64_t> place;
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  for (int64_t i = 0; i < tokens * kTopk; ++i) {
+    quantise(x.data() + i / kTopk * kDim, kDim, codes, scales);
+    const auto gate_up = up.product(experts[i], codes, scales);
+    std::vector<uint16_t> h(static_cast<size_t>(kInter));
+    swiglu_cpu({.gate = gate_up.data(),
+                .up = gate_up.data() + kInter,
+                .weight = &weights[i],
+                .out = h.data(),
+                .inter = kInter,
+                .limit = kLimit,
+                .dtype = ElementType::kBf16},
+               0, 1);
+    quantise(h.data(), kInter, codes, scales);
+    const auto y = down.product(experts[i], codes, scales);
+    place.push_back(i);
+    rows.insert(rows.end(), y.begin(), y.end());
+  }
+  combine_cpu({.rows = rows.data(),
+               .place = place.data(),
+               .shared = shared.data(),
+               .out = expected.data(),
+               .topk = kTopk,
+               .dim = kDim,
+               .dtype = ElementType::kBf16},
+              0, tokens);
+
+  const int64_t capacity = max_routed_rows(tokens, kTopk, kExperts), groups = capacity / 8;
+  const int64_t max_runs = std::min(kExperts, tokens * kTopk);
+  const auto bytes = [](int64_t n) { return static_cast<size_t>(n); };
+  const OnDevice<int32_t> experts_there(experts), source(bytes(capacity)),
+      there_place(experts.size()), num_runs(1);
+  const OnDevice<float> weights_there(weights), row_weight(bytes(capacity)),
+      x_scale(bytes(capacity * kDim / 128)), h_scale(bytes(capacity * kInter / 128));
+  const OnDevice<ExpertRun> runs(bytes(max_runs));
+  const OnDevice<uint16_t> x_there(x), shared_there(shared), gate_up(bytes(capacity * 2 * kInter)),
+      y(bytes(capacity * kDim)), out(expected.size());
+  const OnDevice<uint8_t> x_codes(bytes(capacity * kDim)), h_codes(bytes(capacity * kInter)),
+      up_there(up.tiles), down_there(down.tiles);
+  route_sm90({experts_there.get(), weights_there.get(), source.get(), row_weight.get(),
+              there_place.get(), runs.get(), num_runs.get(), tokens, kTopk, kExperts, capacity},
+             nullptr);
+  quantise_operand_sm90(
+      {x_there.get(), source.get(), capacity, kDim, kDim, x_codes.get(), x_scale.get(), groups},
+      nullptr);
+  experts_fp4_sm90({x_codes.get(),
+                    x_scale.get(),
+                    groups,
+                    up_there.get(),
+                    2 * kInter,
+                    kDim / 128,
+                    runs.get(),
+                    num_runs.get(),
+                    max_runs,
+                    {gate_up.get(), 2 * kInter, ElementType::kBf16}},
+                   nullptr);
+  swiglu_quantise_sm90({gate_up.get(), row_weight.get(), kLimit, capacity, kInter, h_codes.get(),
+                        h_scale.get(), groups},
+                       nullptr);
+  experts_fp4_sm90({h_codes.get(),
+                    h_scale.get(),
+                    groups,
+                    down_there.get(),
+                    kDim,
+                    kInter / 128,
+                    runs.get(),
+                    num_runs.get(),
+                    max_runs,
+                    {y.get(), kDim, ElementType::kBf16}},
+                   nullptr);
+  combine_sm90({y.get(), there_place.get(), shared_there.get(), out.get(), tokens, kTopk, kDim},
+               nullptr);
+  const std::vector<uint16_t> found = out.read();
+  int64_t wrong = 0;
+  for (size_t i = 0; i < found.size(); ++i) wrong += found[i] != expected[i];
+  EXPECT_EQ(wrong, 0) << "of " << found.size();
+}
+
+INSTANTIATE_TEST_SUITE_P(Tokens, MoeSm90, ::testing::Values(1, 7, 64, 300));
+
+}  // namespace
+}  // namespace hadal::ops

@@ -1,0 +1,107 @@
+// Routing by one block, a thread an expert: each reads all choices, so that the order within an
+// expert is that of the tokens without any sorting.
+#include "ops/cuda/rows.cuh"
+#include "ops/cuda/sm90.cuh"
+#include "ops/cuda/warp.cuh"
+#include "ops/moe/moe_sm90.h"
+
+namespace hadal::ops::cuda {
+namespace {
+
+constexpr int kThreads = 1024, kPiece = 8192;
+
+/// Sum of `value` over the threads before this one; `warps` has a place for each warp.
+__device__ int sum_before(int value, int* warps) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  for (int i = 0; i < warp; ++i) before += warps[i];
+  __syncthreads();
+  return before + sum - value;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    route_kernel(const __grid_constant__ RouteSm90Params p) {
+  __shared__ int16_t experts[kPiece];
+  __shared__ int warps[kThreads / 32];
+  wait_for_previous();
+  launch_dependents();
+  const int t = static_cast<int>(threadIdx.x), expert = t;
+  const auto choices = static_cast<int>(p.tokens * p.topk), topk = static_cast<int>(p.topk);
+  const bool exists = expert < p.num_experts;
+  for (int64_t i = t; i < p.rows; i += kThreads) {
+    p.source[i] = -1;
+    p.row_weight[i] = 0.0f;
+  }
+  const auto each_piece = [&](auto f) {
+    for (int first = 0; first < choices; first += kPiece) {
+      const int count = min(kPiece, choices - first);
+      __syncthreads();
+      for (int i = t; i < count; i += kThreads)
+        experts[i] = static_cast<int16_t>(p.experts[first + i]);
+      __syncthreads();
+      if (!exists) continue;
+      for (int i = 0; i < count; ++i) {
+        if (experts[i] == expert) f(first + i);
+      }
+    }
+  };
+  int count = 0;
+  each_piece([&](int) { ++count; });
+  const int first_row = sum_before((count + 7) / 8 * 8, warps);
+  const int run = sum_before(count > 0, warps);
+  if (count > 0) p.runs[run] = {expert, first_row, count};
+  if (t == kThreads - 1) *p.num_runs = run + (count > 0);
+  int row = first_row;
+  each_piece([&](int choice) {
+    p.source[row] = choice / topk;
+    p.row_weight[row] = p.weights[choice];
+    p.place[choice] = row++;
+  });
+}
+
+/// Four channels a thread.
+__global__ void combine_kernel(const __grid_constant__ CombineSm90Params p) {
+  wait_for_previous();
+  launch_dependents();
+  const int64_t token = blockIdx.y;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (i >= p.dim) return;
+  const auto add = [](float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  };
+  const auto* rows = static_cast<const __nv_bfloat16*>(p.rows) + i;
+  const int32_t* place = p.place + token * p.topk;
+  float4 sum = load4(rows + place[0] * p.dim);
+  for (int64_t k = 1; k < p.topk; ++k) sum = add(sum, load4(rows + place[k] * p.dim));
+  const int64_t at = token * p.dim + i;
+  store4(static_cast<__nv_bfloat16*>(p.out) + at,
+         add(sum, load4(static_cast<const __nv_bfloat16*>(p.shared) + at)));
+}
+
+}  // namespace
+}  // namespace hadal::ops::cuda
+
+namespace hadal::ops {
+
+void route_sm90(const RouteSm90Params& p, Stream stream) {
+  if (p.num_experts > cuda::kThreads) throw_kernel_error("route_sm90", "more than 1,024 experts");
+  if (p.rows < max_routed_rows(p.tokens, p.topk, p.num_experts))
+    throw_kernel_error("route_sm90", "too few rows for any choice of experts");
+  cuda::launch_early(cuda::route_kernel, p, 1, cuda::kThreads, 0, stream, "route_sm90");
+}
+
+void combine_sm90(const CombineSm90Params& p, Stream stream) {
+  if (p.tokens == 0) return;
+  const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
+  cuda::launch_early(cuda::combine_kernel, p, grid, 128, 0, stream, "combine_sm90");
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,40 @@
+// Rows of tokens to their experts and back on Hopper, as functions of pointers. Free of ATen.
+#pragma once
+
+#include "ops/gemm/linear_sm90.h"
+#include "ops/kernel_types.h"
+
+namespace hadal::ops {
+
+/// Sorts the choices of all tokens by expert, tokens ascending, every expert's rows from a multiple
+/// of 8 on. One run an expert that anybody chose, experts ascending.
+struct RouteSm90Params {
+  const int32_t* experts;  ///< [tokens, topk] expert ids of a token, all different, ascending
+  const float* weights;    ///< [tokens, topk]
+  int32_t* source;         ///< [rows] token of a row, -1 where there is none
+  float* row_weight;       ///< [rows] 0 where there is none
+  int32_t* place;          ///< [tokens, topk] row of a choice
+  ExpertRun* runs;         ///< [min(num_experts, tokens * topk)]
+  int32_t* num_runs;       ///< [1]
+  int64_t tokens, topk, num_experts;  ///< num_experts: at most 1,024
+  int64_t rows;                       ///< of source and row_weight: at least max_routed_rows
+};
+/// Rows that any choice needs at most.
+constexpr int64_t max_routed_rows(int64_t tokens, int64_t topk, int64_t num_experts) {
+  const int64_t choices = tokens * topk;
+  return (choices + 7 * (choices < num_experts ? choices : num_experts) + 7) / 8 * 8;
+}
+void route_sm90(const RouteSm90Params& p, Stream stream);
+
+/// out[t] = the rows of t's choices in order, then the shared expert's, added in FP32; one
+/// rounding.
+struct CombineSm90Params {
+  const void* rows;           ///< [.., dim] BF16
+  const int32_t* place;       ///< [tokens, topk]
+  const void* shared;         ///< [tokens, dim] BF16
+  void* out;                  ///< [tokens, dim] BF16
+  int64_t tokens, topk, dim;  ///< dim: a multiple of 4
+};
+void combine_sm90(const CombineSm90Params& p, Stream stream);
+
+}  // namespace hadal::ops

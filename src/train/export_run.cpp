@@ -1,0 +1,57 @@
+#include "train/export_run.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "base/check.h"
+#include "checkpoint/official.h"
+#include "model/init.h"
+#include "train/optimizer.h"
+
+namespace hadal::train {
+
+model::ModelConfig trained_config(const RunConfig& config) {
+  if (config.init_checkpoint.empty()) return model::load_config(config.model);
+  return checkpoint::OfficialCheckpoint::open(config.init_checkpoint).config();
+}
+
+int64_t trained_length(const RunConfig& config, const RunProgress& progress) {
+  int64_t longest = 0;
+  if (!config.init_checkpoint.empty()) longest = trained_config(config).trained_length;
+  for (size_t stage = 0; stage < config.stages.size(); ++stage) {
+    const auto index = static_cast<int64_t>(stage);
+    if (index < progress.stage || (index == progress.stage && progress.row > 0))
+      longest = std::max(longest, config.stages[stage].row_length);
+  }
+  return longest;
+}
+
+std::string generation_config(const RunConfig& config) {
+  const auto path = std::filesystem::path(config.model).parent_path() / "generation_config.json";
+  return std::filesystem::exists(path) ? path.string() : "";
+}
+
+RunProgress export_run(const RunConfig& config,
+                       const std::string& folder,
+                       checkpoint::SaveFormat format) {
+  const std::vector<std::string> states = complete_states(config.out);
+  HADAL_INPUT_CHECK(!states.empty(), config.out, ": the run has no checkpoint to export");
+  const model::ModelConfig model_config = trained_config(config);
+  if (format == checkpoint::SaveFormat::kOfficial) model_config.check_released();
+  model::Transformer model(model_config);
+  // Values of the right shapes and types, all of which the checkpoint replaces.
+  model::init_weights(model, {.seed = config.seed, .std = config.init_std, .token_counts = {}},
+                      at::kFloat);
+  model::require_gradients(model);
+  Optimizer optimizer(model, config.optimizer);
+  const RunProgress progress = load_state(states.back(), model, optimizer);
+  checkpoint::save_model(model, folder,
+                         {.format = format,
+                          .max_shard_bytes = config.export_shard_bytes,
+                          .trained_length = trained_length(config, progress),
+                          .tokenizer = config.tokenizer,
+                          .generation_config = generation_config(config)});
+  return progress;
+}
+
+}  // namespace hadal::train
