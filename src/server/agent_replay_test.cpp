@@ -254,5 +254,79 @@ INSTANTIATE_TEST_SUITE_P(Thinking,
                                            R"({"type": "enabled", "budget_tokens": 31999})",
                                            R"({"type": "disabled"})"));
 
+/// The finished items of a response's stream, as Codex keeps them: what the events built must be
+/// what they end with.
+json items_of(const Reply& reply) {
+  json items = json::array();
+  std::map<std::string, std::string> streamed;  // by the item's id
+  int64_t next = 0;
+  json last;
+  for (const auto& [name, event] : sse_of(reply)) {
+    EXPECT_EQ(event.at("type"), name);
+    EXPECT_EQ(event.at("sequence_number"), next++);
+    if (name == "response.output_item.done") items.push_back(event.at("item"));
+    if (name.ends_with(".delta"))
+      streamed[event.at("item_id").get<std::string>()] += event.at("delta").get<std::string>();
+    last = event;
+  }
+  EXPECT_EQ(last.at("type"), "response.completed") << reply.body;
+  EXPECT_EQ(last.at("response").at("output"), items);
+  for (const json& item : items) {
+    const std::string& text = streamed[item.at("id").get<std::string>()];
+    const std::string type = item.at("type");
+    if (type == "message") {
+      EXPECT_EQ(item.at("content").at(0).at("text"), text);
+    } else if (type == "function_call") {
+      EXPECT_EQ(item.at("arguments"), text);
+    } else if (type == "custom_tool_call") {
+      EXPECT_EQ(item.at("input"), text);
+    }
+  }
+  return items;
+}
+
+TEST(AgentReplay, ASessionOfCodexReusesEveryToken) {
+  const json session = recorded("codex.json");
+  ScriptedService service(agent_options());
+  const std::string path = session.at("path"), headers = header_lines(session.at("headers"));
+  json body = session.at("body");
+  Prefixes prefixes(service);
+  size_t turn = 0;
+  for (const json& step : session.at("turns")) {
+    const std::string where = "turn " + std::to_string(++turn);
+    service.answer = written(step.at("answer"), true);
+    const Reply reply = service.post(path, body.dump(), headers);
+    ASSERT_EQ(reply.status, 200) << where << reply.body;
+    const json items = items_of(reply);
+    prefixes.check(where);
+    std::vector<std::string> ids;
+    for (json item : items) {
+      const std::string type = item.at("type");
+      if (type == "reasoning") {
+        // Codex keeps nothing but what is sealed, and asks for it.
+        EXPECT_TRUE(item.at("encrypted_content").is_string()) << where;
+        item["content"] = nullptr;
+      } else if (type == "function_call" || type == "custom_tool_call") {
+        const json& call = step.at("answer").at("calls").at(ids.size());
+        EXPECT_EQ(item.at("name"), call.at("name")) << where;
+        if (type == "custom_tool_call") {
+          EXPECT_EQ(item.at("input"), call.at("custom")) << where;
+        } else {
+          EXPECT_EQ(json::parse(item.at("arguments").get<std::string>()), call.at("arguments"));
+        }
+        ids.push_back(item.at("call_id"));
+      }
+      item.erase("id");
+      item.erase("status");
+      body["input"].push_back(item);
+    }
+    EXPECT_EQ(ids.size(), step.at("answer").at("calls").size()) << where;
+    json then = step.at("then");
+    put_ids(then, ids);
+    for (json& more : then) body["input"].push_back(std::move(more));
+  }
+  EXPECT_EQ(turn, 10u);
+}
+
 }  // namespace
 }  // namespace hadal::server
