@@ -29,5 +29,6 @@ complain 'float atomics break determinism' \
 complain 'no exit, abort or printf below apps' \
   "$(grep -nE '\b(std::)?(exit|abort|printf)\(' $(printf '%s\n' "${files[@]}" | grep -E '^src/' | grep -vE '^src/(apps|testing)/|_(test|fuzz)\.cpp$') /dev/null || true)"
 complain 'lines over 100 columns' \
-  "$(awk 'length > 100 { print FILENAME ":" FNR }' $(printf '%s\n' "${files[@]}") | head -20 || true)"
+  "$(LC_ALL=C awk '{ line = $0; gsub(/[\200-\277]/, "", line) } length(line) > 100 { print FILENAME ":" FNR }' \
+      $(printf '%s\n' "${files[@]}") | head -20 || true)"
 exit $bad

@@ -102,7 +102,8 @@ struct World {
 
 // clang-format off
 constexpr std::string_view kKeys[] = {
-    "add_generation_prompt", "add_special_tokens", "allowed_tools", "arguments", "best_of", "budget_tokens", "call_id", "chat_template_kwargs", "choice", "content",
+    "add_generation_prompt", "add_special_tokens", "allowed_tools", "arguments", "best_of",
+    "budget_tokens", "call_id", "chat_template_kwargs", "choice", "content",
     "continue_final_message", "custom", "definition", "description", "enable_thinking", "enabled",
     "encrypted_content", "guided_choice", "guided_json", "include", "min_tokens", "mode",
     "namespace", "prompt_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
@@ -123,7 +124,8 @@ constexpr std::string_view kValues[] = {
     "\"function_call_output\"", "\"tool_use\"", "\"tool_result\"", "\"thinking\"", "\"title\"",
     "\"enabled\"", "\"custom\"", "\"namespace\"", "\"allowed_tools\"",
     "\"custom_tool_call\"", "\"custom_tool_call_output\"", "\"item_reference\"", "\"image_url\"",
-    "\"web_search\"", "\"reasoning.encrypted_content\"", "\"message.output_text.logprobs\"", "\"f\"", "\"{\\\"a\\\": [1]}\"",
+    "\"web_search\"", "\"reasoning.encrypted_content\"", "\"message.output_text.logprobs\"",
+    "\"f\"", "\"{\\\"a\\\": [1]}\"",
     R"({"role": "user", "content": "x"})",
     R"({"role": "user", "content": [{"type": "text", "text": "y"}]})",
     R"({"role": "assistant", "content": "a", "reasoning_content": "r", "prefix": true})",

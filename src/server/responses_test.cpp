@@ -190,8 +190,7 @@ TEST_F(ResponsesTest, StoredResponsesAreGoneOnFrom) {
   api_.reset();
   const Json third =
       respond("\"three\"", concat(R"("store": false, "previous_response_id": ")", second, "\""));
-  EXPECT_NE(prompt_of_last().find("<｜User｜>two<｜Assistant｜></think>First."),
-            std::string::npos);
+  EXPECT_NE(prompt_of_last().find("<｜User｜>two<｜Assistant｜></think>First."), std::string::npos);
   EXPECT_EQ(at(third, "previous_response_id"), concat("\"", second, "\""));
   EXPECT_EQ(at(third, "store"), "false");
   const std::string path = concat(kPath, "/", id);
