@@ -215,13 +215,11 @@ ConvertReport convert(const ConvertOptions& options) {
   const bool to_hf = target == ConvertTarget::kHfBf16 || target == ConvertTarget::kHfF32;
   const bool f32 = target == ConvertTarget::kF32 || target == ConvertTarget::kHfF32;
   // What cannot be written is refused before anything is.
-  const std::optional<Storage> official = target == ConvertTarget::kOfficial
-                                              ? std::optional(official_storage(input, table))
-                                              : std::nullopt;
-  if (official && *official != Storage::kFp8F32Scales) config.check_released();
+  const bool to_official = target == ConvertTarget::kOfficial;
+  const Storage storage = to_official ? official_storage(input, table) : Storage::kBf16;
+  if (to_official && storage != Storage::kFp8F32Scales) config.check_released();
   const std::string config_json = converted_config(
-      options.in + "/config.json", config,
-      {.storage = official.value_or(Storage::kBf16), .transformers = to_hf, .f32 = f32});
+      options.in + "/config.json", config, {.storage = storage, .transformers = to_hf, .f32 = f32});
   AtomicDirectory directory(options.out);
   check_weights(input);
   ConvertReport report;
@@ -236,8 +234,8 @@ ConvertReport convert(const ConvertOptions& options) {
         options.progress(report.tensors, static_cast<int64_t>(table.size()), spec.name);
     }
   };
-  if (official)
-    walk(OfficialOutput(writer, *official));
+  if (to_official)
+    walk(OfficialOutput(writer, storage));
   else if (to_hf)
     walk(HfOutput(writer, f32, config.n_routed_experts));
   else

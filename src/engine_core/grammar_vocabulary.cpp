@@ -57,9 +57,9 @@ std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& 
               " tokens, the tokenizer has ", tokenizer.vocab_size());
   vocabulary.eos = tokenizer.id_of(text::kEos);
   const std::optional<int32_t> dsml = tokenizer.find(text::kDsml);
-  std::optional<int32_t> end = tokenizer.find(text::kThinkEnd);
-  if (end && !tokenizer.is_added(*end)) end.reset();
-  vocabulary.think_end = end.value_or(-1);
+  int32_t end = tokenizer.find(text::kThinkEnd).value_or(-1);
+  if (end >= 0 && !tokenizer.is_added(end)) end = -1;
+  vocabulary.think_end = end;
   vocabulary.bytes.resize(static_cast<size_t>(tokenizer.vocab_size()));
   vocabulary.thinking_mask.resize(vocabulary.mask_words());
   for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {

@@ -40,7 +40,7 @@ struct ChatOptions {
   bool drop_thinking = true;  ///< drop the reasoning of earlier turns, unless a message has tools
   bool add_bos = true;        ///< BOS first (never with a context)
   /// The markup of an earlier call as the model wrote it, by the call's id; empty: as we write it.
-  std::function<std::optional<RawMarkup>(std::string_view id, const ToolCall& call)> recall;
+  std::function<std::optional<RawMarkup>(std::string_view id, const ToolCall& call)> recall = {};
 };
 
 /// "chat" or "thinking". Errors: InputError for anything else.

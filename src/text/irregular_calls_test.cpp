@@ -137,7 +137,9 @@ std::string arguments_of(const std::string& parameters_schema, const std::string
       EXPECT_EQ(sums.error, "");
       EXPECT_EQ(sums.calls, completion.tool_calls);
       if (completion.tool_calls.size() != 1) return "no call";
-      if (!found.empty()) EXPECT_EQ(completion.tool_calls[0].arguments, found);
+      if (!found.empty()) {
+        EXPECT_EQ(completion.tool_calls[0].arguments, found);
+      }
       found = completion.tool_calls[0].arguments;
     }
   }
