@@ -121,7 +121,9 @@ TEST_F(ServeMemory, IsWhatTheFlagSaysAtTheStartAndAfterMuchTraffic) {
     EXPECT_GT(server.metric("states_evicted_total"), 0);
     std::this_thread::sleep_for(std::chrono::milliseconds(2500));
     expect_as_stated(server);
-    if (mib == 20) EXPECT_LE(server.resident(), 190 * kMiB) << "with a cache of 20 MiB; it was 227";
+    if (mib == 20) {
+      EXPECT_LE(server.resident(), 190 * kMiB) << "with a cache of 20 MiB; it was 227";
+    }
   }
 }
 

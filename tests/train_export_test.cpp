@@ -21,7 +21,9 @@ class TrainExport : public CliFixture {
   void SetUp() override {
     CliFixture::SetUp();
     write("tokenizer.json", testing::byte_tokenizer_json());
-    write("text.txt", std::string(2000, 'x') + " and the rest");
+    std::string text(2000, 'x');
+    text += " and the rest";
+    write("text.txt", text);
   }
   std::string path(const std::string& name) const { return folder_ / name; }
 

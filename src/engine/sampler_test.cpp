@@ -41,7 +41,8 @@ TEST(ModelSampler, WhatItRemembersChangesNoToken) {
                         .pos = static_cast<int64_t>(tokens.size()),
                         .prompt = all.first(prompt_size),
                         .answer = all.subspan(prompt_size),
-                        .mask = {}};
+                        .mask = {},
+                        .avoided = {}};
       const int64_t wanted = sampler.sample(input).token;
       input.memory = &memory;
       // A draft from other logits comes between, or a whole answer's worth is counted at once.
