@@ -45,15 +45,20 @@ class PlainLines final : public LineInput {
 /// One character of the terminal: 1, 0 at the end of the input, -1 when a signal came. The
 /// library's own reader would try again after a signal.
 int read_character(EditLine*, wchar_t* out) {
+  // A byte that ended a character before its time; it begins the next one. There is one terminal.
+  static int held = -1;
   std::mbstate_t state = {};
-  for (;;) {
+  for (bool first = true;; first = false) {
     char byte = 0;
-    const ssize_t got = ::read(STDIN_FILENO, &byte, 1);
-    if (got <= 0) return static_cast<int>(got);
+    if (held >= 0) {
+      byte = static_cast<char>(std::exchange(held, -1));
+    } else if (const ssize_t got = ::read(STDIN_FILENO, &byte, 1); got <= 0) {
+      return static_cast<int>(got);
+    }
     const size_t used = std::mbrtowc(out, &byte, 1, &state);
     if (used == static_cast<size_t>(-2)) continue;  // more bytes belong to it
     if (used == static_cast<size_t>(-1)) {
-      state = {};
+      if (!first) held = static_cast<unsigned char>(byte);
       *out = L'\uFFFD';
     }
     return 1;
