@@ -274,7 +274,8 @@ class AgentTraffic : public ::testing::TestWithParam<Mode> {
 };
 
 TEST_P(AgentTraffic, EveryTurnReusesAllThatItCan) {
-  NanoMachine machine({.sampler = &sampler_});
+  // Room for every state beside the pages: nothing is evicted.
+  NanoMachine machine({.num_pages = 2048, .sampler = &sampler_});
   ASSERT_EQ(machine.page_tokens(), kPage);
   Expected expected;
   std::vector<json> messages = {system_message(GetParam().tools)};

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -65,12 +66,20 @@ class CliFixture : public ::testing::Test {
   std::filesystem::path folder_;
 };
 
+/// Lines of standard error that are no log record, which begin with their time.
+inline std::ptrdiff_t lines_said(const std::string& error) {
+  std::istringstream lines(error);
+  std::ptrdiff_t count = 0;
+  for (std::string line; std::getline(lines, line);) count += line.starts_with("20") ? 0 : 1;
+  return count;
+}
+
 /// Bad usage and bad input alike: exit code 2, nothing on standard output, one line that says why.
 inline void expect_refused(const CliResult& result, const std::string& why) {
   EXPECT_EQ(result.code, 2) << result.out << result.error;
   EXPECT_EQ(result.out, "");
   EXPECT_NE(result.error.find(why), std::string::npos) << result.error;
-  EXPECT_EQ(std::count(result.error.begin(), result.error.end(), '\n'), 1) << result.error;
+  EXPECT_EQ(lines_said(result.error), 1) << result.error;
 }
 
 }  // namespace hadal

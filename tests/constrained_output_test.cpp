@@ -216,7 +216,7 @@ std::vector<std::shared_ptr<NanoAnswer>> measure(NanoMachine& machine,
   return answers;
 }
 
-TEST(ConstrainedCost, IsLessThanATenthOfAToken) {
+TEST(ConstrainedCost, IsLessThanATenthOfATokenAloneAndAQuarterAmongEight) {
   for (const size_t streams : {size_t{1}, size_t{8}}) {
     std::mt19937_64 random(5);
     NanoMachine machine({});
@@ -255,7 +255,8 @@ TEST(ConstrainedCost, IsLessThanATenthOfAToken) {
         unconstrained.overhead * micros,
         compiling * 1e3 / static_cast<double>(std::max(groups, size_t{1}) * streams));
     // What the grammar does lies outside the model, whose time is noise.
-    EXPECT_LE(constrained.overhead - unconstrained.overhead, unconstrained.wall / 10);
+    EXPECT_LE(constrained.overhead - unconstrained.overhead,
+              unconstrained.wall / (streams == 1 ? 10 : 4));
   }
 }
 

@@ -76,13 +76,6 @@ int run(Flags flags) {
   if (!flags.effort_levels.empty())
     loaded.effort = choose_effort_levels(loaded.folder, loaded.config(), flags.effort_levels);
   flags.server.effort_levels = loaded.effort.levels;
-  const auto effort_line =
-      concat("reasoning effort has the levels of ", text::effort_levels_name(loaded.effort.levels),
-             " (", loaded.effort.reason, ")");
-  loaded.effort.certain ? log::info("serve", effort_line) : log::warn("serve", effort_line);
-  if (loaded.config().drafter.exists())
-    log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
-              " stages) is kept, but this server does not draft with it yet");
   flags.engine.numerics = loaded.numerics;
   flags.server.default_thinking = loaded.defaults.thinking;
   flags.server.default_sampling = loaded.defaults.sampling;
@@ -115,6 +108,13 @@ int run(Flags flags) {
   // Browsers ask for it; an empty one is enough.
   server.api().add_page("/favicon.ico", "image/x-icon", "");
   server.start();
+  const auto effort_line =
+      concat("reasoning effort has the levels of ", text::effort_levels_name(loaded.effort.levels),
+             " (", loaded.effort.reason, ")");
+  loaded.effort.certain ? log::info("serve", effort_line) : log::warn("serve", effort_line);
+  if (loaded.config().drafter.exists())
+    log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
+              " stages) is kept, but this server does not draft with it yet");
   const engine::EngineStats memory = local.engine().stats();
   log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
             memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,

@@ -19,7 +19,12 @@ std::string byte_tokenizer_json(const std::vector<std::string>& more) {
   for (const std::string_view content : {text::kBos, text::kEos, text::kPad}) add(content);
   id += 256;
   for (const std::string_view content : text::kChatTokens) add(content);
-  for (const std::string& content : more) add(content);
+  const auto is_markup = [](const std::string& content) {
+    return content.find(text::kDsml) != std::string::npos;
+  };
+  for (const std::string& content : more) {
+    if (is_markup(content)) add(content);
+  }
   out.end_array().key("pre_tokenizer").begin_object().field("type", "Sequence");
   out.key("pretokenizers").begin_array();
   out.begin_object().field("type", "Split").field("behavior", "Isolated").key("pattern");
@@ -30,6 +35,14 @@ std::string byte_tokenizer_json(const std::vector<std::string>& more) {
   out.key("vocab").begin_object();
   for (int64_t byte = 0; byte < 256; ++byte)
     out.field(text::byte_alphabet()[static_cast<size_t>(byte)], 3 + byte);
+  // Ordinary tokens, which no merge makes: a model may draw them.
+  for (const std::string& content : more) {
+    if (is_markup(content)) continue;
+    std::string letters;
+    for (const char byte : content)
+      letters += text::byte_alphabet()[static_cast<unsigned char>(byte)];
+    out.field(letters, id++);
+  }
   return out.end_object().end_object().end_object().str();
 }
 

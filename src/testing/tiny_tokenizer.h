@@ -6,8 +6,8 @@
 
 namespace hadal::testing {
 
-/// Ids: 0 BOS, 1 EOS, 2 pad, 3 to 258 the bytes in order, then the chat tokens, then `more` (added
-/// tokens with these contents).
+/// Ids: 0 BOS, 1 EOS, 2 pad, 3 to 258 the bytes in order, then the chat tokens, then those
+/// of `more` that hold the DSML marker (special tokens), then its others (ordinary ones).
 std::string byte_tokenizer_json(const std::vector<std::string>& more = {});
 /// Its number of ids without `more`.
 int64_t byte_tokenizer_size();

@@ -51,8 +51,16 @@ std::vector<CompletionEvent> CompletionParser::push(std::string_view bytes) {
 std::vector<CompletionEvent> CompletionParser::push_special(std::string_view token) {
   Events events;
   take(utf8_.flush(), events);
-  if (token == kDsml) {
+  if (const size_t at = token.find(kDsml); at != std::string_view::npos) {
+    // A vocabulary may have more of a tag in one token.
+    take(token.substr(0, at), events);
     marker(events);
+    const std::string_view rest = token.substr(at + kDsml.size());
+    if (rest.find(kDsml) != std::string_view::npos) {
+      for (CompletionEvent& event : push_special(rest)) events.push_back(std::move(event));
+    } else {
+      take(rest, events);
+    }
   } else if (token == kEos) {
     end_of_sentence(events);
   } else if (mode_ == Mode::kValue) {
