@@ -269,9 +269,11 @@ void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& e
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   for (text::CompletionEvent& event : events) {
+    // Where one call may come, the answer ends behind it, whatever came with its last token.
+    if (job_.one_call && !choice.calls.empty()) break;
     if (event.kind != Format::Kind::kContent && event.kind != Format::Kind::kReasoning) {
       progress.pending.clear();
-      if (!job_.one_call || choice.calls.empty()) take_call_event(index, event);
+      take_call_event(index, event);
       continue;
     }
     const bool is_content = event.kind == Format::Kind::kContent;

@@ -278,8 +278,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // A call that does not end is in the stream only, at the end.
   require(sum.calls.size() == whole.calls.size() || sum.calls.size() == whole.calls.size() + 1,
           "the number of calls differs");
-  for (size_t i = 0; i < whole.calls.size(); ++i)
-    require(sum.calls[i] == whole.calls[i] && hadal::text::is_json(whole.calls[i].second),
-            "a call differs");
+  for (size_t i = 0; i < whole.calls.size(); ++i) {
+    require(sum.calls[i] == whole.calls[i], "a call differs");
+    // /v1/responses shows the call that an answer is cut off in, as far as it came.
+    const bool cut_off = whole.finish == "incomplete" && i + 1 == whole.calls.size();
+    require(cut_off || hadal::text::is_json(whole.calls[i].second), "arguments are no JSON");
+  }
   return 0;
 }
