@@ -12,19 +12,19 @@ packed=.carry/gpu
 build() {
   tools/install_deps.sh
   cmake --preset cuda >/dev/null
-  cmake --build --preset cuda --target hadal gpu_test
+  cmake --build --preset cuda --target hadal gpu_test kernel_test kernel_bench
 }
 
 pack() {
   build
   rm -rf "$packed"
   mkdir -p "$packed/lib"
-  cp build/cuda/hadal build/cuda/gpu_test "$packed/"
+  cp build/cuda/hadal build/cuda/gpu_test build/cuda/kernel_test build/cuda/kernel_bench "$packed/"
   cp build/cuda/libhadal.so build/cuda/libhadal_core.so "$packed/lib/"
   # What a distribution's minimal image lacks or has in another version.
   ldd build/cuda/hadal build/cuda/gpu_test | awk '$2 == "=>" && $1 ~ /lib(fmt|spdlog|pcre2|lzma|zstd|gtest|rocksdb|snappy|gflags|bz2|lz4|xxhash|ssl|crypto)/ { print $3 }' |
     sort -u | xargs -r cp -L -t "$packed/lib"
-  strip --strip-unneeded "$packed/hadal" "$packed/gpu_test" "$packed"/lib/*.so*
+  strip --strip-unneeded "$packed/hadal" "$packed/gpu_test" "$packed/kernel_test" "$packed/kernel_bench" "$packed"/lib/*.so*
   tar -C .carry -cJf .carry/gpu.tar.xz gpu
   du -sh "$packed" .carry/gpu.tar.xz
 }
@@ -46,6 +46,7 @@ locate() {
 run() {
   locate
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  "$bin/kernel_test" --gtest_brief=1 --gtest_filter="${1:-*}"
   "$bin/gpu_test" --gtest_brief=1 --gtest_filter="${1:-*}"
 }
 
