@@ -46,8 +46,13 @@ run_target() { # the target, then libFuzzer's options
     ' "$log"
   grep '^reached: ' "$log" | sed 's/^reached: /    /' || true
   [ "${#found[@]}" -eq 0 ] && return
-  grep -m1 -E '^(==|.*runtime error|SUMMARY)' "$log" || true
+  # Enough to mend it from this text alone: what the target or a sanitizer said, and the input.
+  grep -aE -A 12 '^==[0-9]+==ERROR|runtime error:|^SUMMARY' "$log" | cut -c 1-160 | head -n 24 | sed 's/^/    /' || true
   printf '    reproduce: build/fuzz/%s %s\n' "$target" "${found[0]}"
+  if [ "${found[0]}" != "$log" ]; then
+    printf '    its bytes: base64 -d <<<'
+    base64 -w 0 "${found[0]}" && echo
+  fi
   return 1
 }
 export -f run_target

@@ -220,12 +220,21 @@ bool HttpServer::draining() const { return impl_->core().draining; }
 int parse_http_request(std::string_view bytes, const ServerOptions& options, HttpRequest& request) {
   RequestParser parser;
   set_limits(parser, options);
-  parser.eager(true);
   error_code error;
-  parser.put(net::buffer(bytes.data(), bytes.size()), error);
-  if (error && error != http::error::need_more) return status_of(error);
-  if (!parser.is_done() || suspicion(parser) != nullptr) return 400;
-  request = take_request(parser);
+  const auto refused = [&] { return error && error != http::error::need_more; };
+  const size_t header = parser.put(net::buffer(bytes.data(), bytes.size()), error);
+  if (refused()) return status_of(error);
+  if (!parser.is_header_done() || suspicion(parser) != nullptr) return 400;
+  HttpRequest found = head_of_request(parser);
+  if (!parser.is_done()) {
+    bytes.remove_prefix(header);
+    parser.eager(true);
+    parser.put(net::buffer(bytes.data(), bytes.size()), error);
+    if (refused()) return status_of(error);
+    if (!parser.is_done()) return 400;
+  }
+  found.body = std::move(parser.get().body());
+  request = std::move(found);
   return 0;
 }
 

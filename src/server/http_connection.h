@@ -339,6 +339,7 @@ class Connection final : public ConnectionBase,
     keep_alive_ = message.keep_alive();
     is_head_ = message.method() == http::verb::head;
     if (const char* problem = suspicion(*parser_)) return refuse(400, problem);
+    request_ = head_of_request(*parser_);
     if (http11_ && !parser_->is_done()) {
       const auto expect = message[http::field::expect];
       if (beast::iequals(expect, "100-continue")) enqueue("HTTP/1.1 100 Continue\r\n\r\n", false);
@@ -356,7 +357,8 @@ class Connection final : public ConnectionBase,
     exchange_ = exchange;
     ++core_->active;
     watch();
-    auto handle = [core = core_, exchange, request = take_request(*parser_)]() mutable {
+    request_.body = std::move(parser_->get().body());
+    auto handle = [core = core_, exchange, request = std::move(request_)]() mutable {
       try {
         core->handler.handle(std::move(request), exchange);
       } catch (const std::exception& failure) {
@@ -508,6 +510,7 @@ class Connection final : public ConnectionBase,
   net::steady_timer idle_timer_;
   beast::flat_buffer buffer_;
   std::optional<RequestParser> parser_;
+  HttpRequest request_;  ///< its header, while its body is read
   std::string path_;
   std::shared_ptr<Exchange> exchange_;
   std::string out_, writing_;  ///< waiting, and in the kernel's hands

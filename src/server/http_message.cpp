@@ -29,22 +29,23 @@ namespace hadal::server {
 namespace http = boost::beast::http;
 using boost::system::error_code;
 
-HttpRequest take_request(RequestParser& parser) {
-  http::request<http::string_body> message = parser.release();
+HttpRequest head_of_request(const RequestParser& parser) {
+  const http::request<http::string_body>& message = parser.get();
   HttpRequest request;
   const auto copy = [](auto view) { return std::string(view.data(), view.size()); };
   request.method = copy(message.method_string());
   HttpTarget target = split_target(copy(message.target()));
   request.path = std::move(target.path);
   request.query = std::move(target.query);
-  // What a whole URI says goes before the Host header (RFC 9112, 3.2.2).
-  if (!target.authority.empty()) message.set(http::field::host, target.authority);
   for (const auto& field : message) {
+    // What a whole URI says goes before the Host header (RFC 9112, 3.2.2).
+    if (!target.authority.empty() && field.name() == http::field::host) continue;
     std::string name = copy(field.name_string());
     for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
     request.headers.emplace_back(std::move(name), copy(field.value()));
   }
-  request.body = std::move(message.body());
+  if (!target.authority.empty())
+    request.headers.emplace_back("host", std::move(target.authority));
   return request;
 }
 

@@ -19,8 +19,10 @@ namespace hadal::server {
 using RequestParser = boost::beast::http::request_parser<boost::beast::http::string_body>;
 
 void set_limits(RequestParser& parser, const ServerOptions& options);
-/// The whole request of a parser that is done.
-HttpRequest take_request(RequestParser& parser);
+/// The request of a parser whose header is done, without its body. Taken then, since the parser
+/// adds a chunked body's trailer fields to the header: they would pass what was checked before
+/// the body was read (RFC 9110, 6.5.1: a recipient may ignore them, and hadal does).
+HttpRequest head_of_request(const RequestParser& parser);
 /// The status for bytes that are no request, and its message.
 int status_of(const boost::system::error_code& error);
 const char* reason_of(int status);

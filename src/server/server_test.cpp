@@ -467,27 +467,31 @@ TEST(Server, OneFailingRequestTakesNoOtherDown) {
   }
 }
 
-TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
-  class Mirror final : public HttpHandler {
-   public:
-    void handle(HttpRequest request, std::shared_ptr<Responder> responder) override {
-      if (request.path != "/stream") {
-        HttpResponse response;
-        response.body = request.method + " " + request.path + " " + request.body;
-        return responder->send(std::move(response));
-      }
-      responder->begin_stream({});
-      responder->write(request.body);
-      responder->write("more");
-      responder->end_stream();
-    }
-    HttpResponse error(int status, std::string_view message, std::string_view) override {
+/// Answers a request with itself.
+class Mirror final : public HttpHandler {
+ public:
+  void handle(HttpRequest request, std::shared_ptr<Responder> responder) override {
+    if (request.path != "/stream") {
       HttpResponse response;
-      response.status = status;
-      response.body = message;
-      return response;
+      response.body = request.method + " " + request.path + " " + request.body;
+      for (const auto& [name, value] : request.headers)
+        if (name != "host") response.body += " " + name + "=" + value;
+      return responder->send(std::move(response));
     }
-  };
+    responder->begin_stream({});
+    responder->write(request.body);
+    responder->write("more");
+    responder->end_stream();
+  }
+  HttpResponse error(int status, std::string_view message, std::string_view) override {
+    HttpResponse response;
+    response.status = status;
+    response.body = message;
+    return response;
+  }
+};
+
+TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
   const ServerOptions options;
   Mirror mirror;
   HttpSession session(options, mirror);
@@ -521,7 +525,31 @@ TEST(HttpSession, AnswersTheSameHoweverTheBytesAreCut) {
   // The end of an empty body, byte by byte.
   EXPECT_TRUE(
       run({"POST /e HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "\r", "\n"})
-          .ends_with("POST /e "));
+          .ends_with("POST /e  transfer-encoding=chunked"));
+}
+
+// What follows a chunked body's last chunk would pass the checks that its header has passed.
+TEST(HttpSession, TrailersAreNoHeaders) {
+  const ServerOptions options;
+  Mirror mirror;
+  HttpSession session(options, mirror);
+  const std::string head = "POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n";
+  const std::string body =
+      "\r\n3\r\nabc\r\n0\r\nHost: localhost\r\nAuthorization: Bearer x\r\nX: y\r\n\r\n";
+  HttpRequest request;
+  for (const bool host : {false, true}) {
+    const std::string bytes = head + (host ? "Host: h\r\n" : "") + body;
+    const std::string_view whole[] = {bytes};
+    const std::string answer = session.run(whole);
+    EXPECT_EQ(parse_http_request(bytes, options, request), host ? 0 : 400);
+    if (host) {
+      EXPECT_TRUE(answer.ends_with("POST /a abc transfer-encoding=chunked")) << answer;
+    } else {
+      EXPECT_TRUE(answer.starts_with("HTTP/1.1 400 ")) << answer;
+    }
+  }
+  EXPECT_EQ(request.headers, (std::vector<std::pair<std::string, std::string>>{
+                                 {"transfer-encoding", "chunked"}, {"host", "h"}}));
 }
 
 TEST(Server, HandlersThatThrowAreAnswered500) {
