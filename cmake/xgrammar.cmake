@@ -12,7 +12,8 @@ list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
 # one that had been merged with another, so that (b|[ab]{1,3}|(a+){0,2}|[ab]) took "bbbb". Strings of JSON: those with a length
 # took bare control characters, all took half a surrogate pair (\ud800), which is no character. Classes of characters: bytes
 # that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one. A pattern of a
-# JSON string that writes a backslash as [\\] means it (src/engine_core/grammar_pattern.h): no automaton, which would drop it.
+# JSON string that writes a backslash as [\\] means it and holds its own escapes (src/engine_core/grammar_pattern.h): its
+# automaton is that of a plain text, since that of a JSON string would drop them.
 # Properties in any order: one could come twice, and one that is required not at all.
 function(xgrammar_mend file)
   file(READ "${XGRAMMAR_ROOT}/cpp/${file}" text)
@@ -57,10 +58,10 @@ set(escape_after "Choice({escaped_character, unicode_escape,
                 builder_.AddCharacterClass({{'0', '7'}}), hexadecimal_character, hexadecimal_character})})")
 set(first_before "      {ByteString(\"u\"),\n       hexadecimal_character,")
 set(first_after "      {ByteString(\"u\"),\n       builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}}),")
-set(automaton_before "character >= 0x20 && character <= 0x7e;
-        });")
-set(automaton_after "${automaton_before}
-    can_use_fsm = can_use_fsm && regex.find(\"[\\\\\\\\]\") == std::string::npos;")
+set(automaton_before "  bool can_use_fsm = !force_cfg_expansion;
+")
+set(automaton_after "${automaton_before}  if (regex.find(\"[\\\\\\\\]\") != std::string::npos) json_string = false;
+")
 set(order_before "  if (any_order_) {
     return GetAnyOrder")
 set(order_after "  // With bounds on their number, and where there are too many for a rule each set of them, in the schema's order.
