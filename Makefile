@@ -30,6 +30,7 @@ test: build
 check:
 	@tools/check_layers.sh
 	@tools/check_style.sh
+	@tools/check_docs.py
 
 clean:
 	rm -rf build hadal

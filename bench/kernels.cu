@@ -1,6 +1,5 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [rows] [copy]     one line a case; all when none is
-//   named
+//   kernel_bench [linear] [experts] [index] [rows] [copy]     one line a case; none named: all
 // Everything runs as a captured graph over distinct weights, so that the second-level cache holds
 // nothing of what a call reads; medians of 15 replays.
 #include <algorithm>

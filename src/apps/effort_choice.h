@@ -1,5 +1,5 @@
 // Which levels of reasoning effort a checkpoint was taught. Config, tensors and tokenizer do not
-// tell (dspark.md 9): the official encoder that lies beside the weights does, or the user.
+// tell: the official encoder that lies beside the weights does, or the user.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// hadal plan: what one decoded token costs at a context length, against V3.2 (model.md section 8).
+// hadal plan: what one decoded token costs at a context length, against V3.2 (model.md 16).
 #include <cmath>
 #include <cstdio>
 #include <memory>

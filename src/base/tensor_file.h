@@ -17,8 +17,8 @@
 
 namespace hadal {
 
-/// Element types of our files. kF8E8M0 is a power-of-two scale (model.md 4.1); packed FP4 is kI8 or
-/// kU8.
+/// Element types of our files. kF8E8M0 is a power-of-two scale (model.md 14.1); packed FP4 is kI8
+/// or kU8.
 enum class Dtype { kF64, kF32, kBf16, kF16, kF8E4M3, kF8E8M0, kI64, kI32, kI8, kU8, kBool };
 
 /// The name in the header: "F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E8M0", "I64", "I32", "I8",

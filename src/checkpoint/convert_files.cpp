@@ -112,8 +112,8 @@ std::map<int64_t, std::string> added_tokens(const std::string& path) {
   return texts;
 }
 
-/// Rendering as model.md 6.4 has it, for messages whose content is text. Reasoning of earlier turns
-/// is dropped; users that follow each other are one turn.
+/// Rendering as chat_encoding.md 4 has it, for messages whose content is text. Reasoning of earlier
+/// turns is dropped; users that follow each other are one turn.
 constexpr const char* kChatTemplate =
     R"({%- set thinking = thinking | default(enable_thinking | default(false)) -%}
 {%- set ns = namespace(last_user=-1, open=false) -%}

@@ -1,4 +1,4 @@
-// Stored matrices to dense values, exactly (model.md 4.1, 4.4).
+// Stored matrices to dense values, exactly (model.md 14.1, 14.4).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,6 @@
 // The names that checkpoints give the tensors of a V4: the official ones, those of Hugging Face
-// transformers' modules (model.md 5.4) and of what it saves, and where each tensor lies under them.
+// transformers' modules (checkpoints.md) and of what it saves, and where each tensor lies under
+// them.
 //
 // transformers stacks the routed experts of a layer into two tensors and has no MTP block; ours is
 // written beside it under its official names.

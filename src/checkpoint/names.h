@@ -1,4 +1,4 @@
-// The table of a checkpoint's tensors (model.md 5.1), generated from a ModelConfig: the only place
+// The table of a checkpoint's tensors (model.md 14.6), generated from a ModelConfig: the only place
 // that knows names, shapes and storage types. Inspection, validation, loading and conversion all
 // walk it.
 #pragma once
@@ -45,7 +45,7 @@ struct TensorSpec {
   int64_t num_elements() const;
 };
 
-/// How the quantised tensors of a checkpoint are stored (model.md 4.6).
+/// How the quantised tensors of a checkpoint are stored (model.md 14.6).
 enum class Storage { kFp4, kFp8, kFp8F32Scales, kBf16 };
 /// What a config alone says; files decide by their tensors.
 Storage storage_of(const model::ModelConfig& config);
@@ -62,8 +62,8 @@ std::optional<StoredTensor> stored_scale(const TensorSpec& spec, Storage storage
 /// "x.weight" -> "x.scale".
 std::string scale_name(const std::string& weight_name);
 
-/// Every tensor of the checkpoint, scales not listed, in the order of model.md 5.1: top, layers,
-/// MTP block or stages of the drafter (dspark.md 2).
+/// Every tensor of the checkpoint, scales not listed, in the order of the official files: top,
+/// layers, MTP block or stages of the drafter.
 std::vector<TensorSpec> tensor_table(const model::ModelConfig& config);
 
 /// One part of the census.
@@ -86,7 +86,7 @@ struct Census {
   Count total() const;
 };
 
-/// Counts the table of this config (model.md 5.2, 5.5).
+/// Counts the table of this config.
 Census take_census(const model::ModelConfig& config, Storage storage);
 
 }  // namespace hadal::checkpoint

@@ -17,7 +17,7 @@ namespace {
 
 const std::string kShared = HADAL_SOURCE_DIR "/../shared";
 
-// model.md 5.2 and 5.5.
+// Those of the released models.
 TEST(Census, FlashAsPublished) {
   const Census census = take_census(model::deepseek_v4_flash(), Storage::kFp4);
   EXPECT_EQ(census.total().tensors, 69187);

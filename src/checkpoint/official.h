@@ -1,7 +1,7 @@
 // A checkpoint folder, checked against its config before any tensor is used, and read under the
 // official names whatever it calls its tensors (hf_names.h lists the conventions).
 //
-// Storage is decided by the tensors, not by the config (model.md 4.6): FP4 or FP8 experts,
+// Storage is decided by the tensors, not by the config (model.md 14.6): FP4 or FP8 experts,
 // power-of-two or F32 scales, or BF16/F16/F32 matrices without scales. Accepted besides the
 // official spelling: scales called `.weight_scale_inv`, U8 for I8 and for E8M0, scales beside BF16
 // matrices (kept by a conversion, unused), and the copies mtp.0.emb.tok_emb.weight and

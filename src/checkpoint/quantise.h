@@ -1,4 +1,4 @@
-// Dense values to the official storage formats (model.md 4.1, 4.6): the inverse of dequantise.h.
+// Dense values to the official storage formats (model.md 14.1, 14.6): the inverse of dequantise.h.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Which tokens a training run sees, in which order and in which rows (training.md 1.13).
+// Which tokens a training run sees, in which order and in which rows (model.md 17.9).
 //
 // A source is an endless stream of passes over its documents, each pass in an order of its own. A
 // stage of training takes a number of tokens from every source, cuts long documents into pieces of

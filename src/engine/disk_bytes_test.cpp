@@ -1,5 +1,5 @@
 // What each disk policy writes and reads for the caches of a real model, in closed form
-// (training.md 3.3, docs/kv_cache_disk.md).
+// (kv_cache_disk.md).
 #include <algorithm>
 #include <filesystem>
 #include <string>

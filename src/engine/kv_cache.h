@@ -1,9 +1,8 @@
-// The memory of the caches (training.md 3.1, 3.2): pages of compressed rows, state slots with
+// The memory of the caches (kv_cache.md): pages of compressed rows, state slots with
 // rings, in the precision of the numerics; what the model reads and writes through KvAccess.
 //
 //   page   page_tokens positions of one sequence or of several that share them: for every layer
-//   with
-//          ratio m its page_tokens / m compressed rows, for CSA layers as many index keys
+//          with ratio m its page_tokens / m compressed rows, for CSA layers as many index keys
 //   slot   what a sequence needs besides, a function of its position: for every layer the window
 //          ring, for compressed layers the rings of compressor inputs (FP32)
 // `released` packs latents and index keys (ops/attention/kv_rows.h), `bf16` keeps BF16 and `ideal`
@@ -80,7 +79,7 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   using Rerun = std::function<void(const SequenceStep& step, int64_t pos)>;
   void set_rerun(Rerun rerun) { rerun_ = std::move(rerun); }
   /// Tokens before a page border whose run makes the state behind it: L (n_win - 1), L the layers
-  /// that have a cache (training.md 3.3): each layer's windows are right n_win - 1 positions after
+  /// that have a cache (kv_cache_disk.md): each layer's windows are right n_win - 1 positions after
   /// those of the layer below.
   int64_t rebuild_tokens() const { return rebuild_tokens(0); }
   /// Those that a layer must see: (n_win - 1) for itself and for each one above it.

@@ -116,8 +116,7 @@ DiskStore::Impl::~Impl() {
   write_touched();
 }
 
-// --- opening
-// ---------------------------------------------------------------------------------------
+// --- opening ---
 
 void DiskStore::Impl::open(bool may_write) {
   RecencyIndex index;
@@ -155,8 +154,7 @@ void DiskStore::Impl::open(bool may_write) {
             opened.reason);
 }
 
-// --- reading
-// ---------------------------------------------------------------------------------------
+// --- reading ---
 
 class DiskStore::Impl::Load final : public PrefixLoad {
  public:
@@ -353,8 +351,7 @@ void DiskStore::Impl::forget(const std::string& key) {
   queue_->push({.key = key, .value = {}, .kind = WriteItem::Kind::kRemove});
 }
 
-// --- writing
-// ---------------------------------------------------------------------------------------
+// --- writing ---
 
 bool DiskStore::Impl::save(RecordKind kind,
                            std::span<const int64_t> tokens,
@@ -520,8 +517,7 @@ int64_t DiskStore::Impl::stored_bytes() const {
   return index_.bytes();
 }
 
-// --- the interface
-// ---------------------------------------------------------------------------------
+// --- the interface ---
 
 DiskStore::DiskStore(DiskStoreOptions options)
     : impl_(std::make_unique<Impl>(std::move(options))) {}

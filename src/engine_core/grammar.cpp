@@ -107,8 +107,7 @@ class CompiledGrammar {
   std::shared_ptr<const std::vector<CallParameters>> calls;  ///< null: no tools
 };
 
-// --- GrammarCompiler
-// -------------------------------------------------------------------------------
+// --- GrammarCompiler ---
 
 namespace {
 using Key = std::pair<Grammar::Kind, std::string>;
@@ -297,8 +296,7 @@ GrammarCompiler::Stats GrammarCompiler::stats() const {
 
 size_t GrammarCompiler::mask_words() const { return impl_->vocabulary->mask_words(); }
 
-// --- GrammarSession
-// --------------------------------------------------------------------------------
+// --- GrammarSession ---
 
 struct GrammarSession::Impl {
   /// What one token changed.

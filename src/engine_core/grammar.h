@@ -10,10 +10,9 @@
 // complete. The languages:
 //   kJsonObject  any JSON object
 //   kJsonSchema  JSON that the schema accepts, members in any order (of more than six properties,
-//   or
-//                with bounds on their number, in the schema's), none that it does not name unless
-//                it says so; no white space twice in a row. Bounds need a `type`; a pattern covers
-//                the whole string, as characters, however JSON writes them
+//                or with bounds on their number, in the schema's), none that it does not name
+//                unless it says so; no white space twice in a row. Bounds need a `type`; a pattern
+//                covers the whole string, as characters, however JSON writes them
 //   kRegex       the whole text matches
 //   kEbnf        xgrammar's notation (GBNF), from the rule `root`
 //   kToolCalls   the block of text/tool_calls.h with its blank line before, one call or more. The

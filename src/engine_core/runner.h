@@ -1,7 +1,7 @@
 // What the scheduler asks of the model and of the memory behind the caches: plain numbers and
 // bytes, so that tests can script both.
 //
-// Two memories (training.md 3.2). Pages: `page_tokens` positions each, with the compressed entries
+// Two memories (kv_cache.md). Pages: `page_tokens` positions each, with the compressed entries
 // and index keys of all layers; shared by reference count, immutable once full. State slots: window
 // rings and compressor rows of all layers, a function of the current position alone.
 //

@@ -19,7 +19,7 @@ namespace {
 using ops::GemmRole;
 using ops::Numerics;
 
-/// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 2.7).
+/// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 6).
 at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Numerics numerics) {
   if (numerics != Numerics::kReleased) return latent;
   return ops::fp8_round_trip_leading(latent, latent.size(-1) - rope_head_dim, 64);

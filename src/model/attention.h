@@ -1,5 +1,5 @@
 // Attention of one block: low-rank queries, one latent for keys and values, window, compressed
-// blocks, indexer, grouped output projection (model.md 2.7 to 2.11).
+// blocks, indexer, grouped output projection (model.md 6 to 10).
 #pragma once
 
 #include <optional>

@@ -27,7 +27,7 @@ constexpr int64_t kMaxVocab = (int64_t{1} << 31) - 1;  // token ids are int32 on
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxStreams = 64;
 constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 1;
-constexpr int64_t kQuantBlock = 128;  // edge of an FP8 weight block (model.md 4.4)
+constexpr int64_t kQuantBlock = 128;  // edge of an FP8 weight block (model.md 14.4)
 
 /// Keys of config.json that say nothing about the arithmetic.
 constexpr const char* kIgnoredKeys[] = {"architectures",

@@ -12,7 +12,7 @@
 
 namespace hadal::model {
 
-/// What a layer's compression ratio makes of it (model.md section 0): 0 window only, 4 CSA,
+/// What a layer's compression ratio makes of it (model.md 7): 0 window only, 4 CSA,
 /// anything else HCA.
 enum class LayerKind { kWindow, kCsa, kHca };
 
@@ -99,7 +99,7 @@ struct ModelConfig {
   void validate() const;
   /// Throws InputError unless the `released` numerics can run this shape: head_dim - rope_head_dim
   /// divisible by 64, index_head_dim by 32, and the input size of every quantised matrix by 128
-  /// (model.md section 0).
+  /// (model.md 7).
   void check_released() const;
 };
 

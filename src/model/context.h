@@ -14,7 +14,7 @@
 
 namespace hadal::model {
 
-/// How CSA layers attend (training.md 1.6): to every visible block, ignoring the indexer; the same
+/// How CSA layers attend (model.md 17.5): to every visible block, ignoring the indexer; the same
 /// while the indexer learns from the attention; or to the indexer's choice.
 enum class AttentionMode { kDense, kIndexerWarmup, kSparse };
 

@@ -1,5 +1,4 @@
-// FLOPs per decoded token and bytes of KV cache of a model at a context length (model.md section
-// 8).
+// FLOPs per decoded token and bytes of KV cache of a model at a context length (model.md 16).
 //
 // One multiply-add is two FLOPs. "Equivalent" counts weigh FP8 x1, BF16 x2, FP4 x0.5 and the FP32
 // of mHC x2, in units of FP8 work. Main layers and head; the MTP block is not part of a decode step
@@ -35,12 +34,11 @@ struct Cost {
   double equivalent_flops() const;
 };
 
-/// A V4 at context `tokens` (>= 1). KV in the production byte formats (model.md 4.5): FP8 latents
+/// A V4 at context `tokens` (>= 1). KV in the production byte formats (model.md 14.5): FP8 latents
 /// with BF16 rotary part, FP4 indexer keys.
 Cost decode_cost(const ModelConfig& config, int64_t tokens);
 
-/// DeepSeek-V3.2 (61 layers, MLA absorbed, FP8 indexer over all tokens), the yardstick of
-/// section 8.
+/// DeepSeek-V3.2 (61 layers, MLA absorbed, FP8 indexer over all tokens), the yardstick.
 Cost decode_cost_v3_2(int64_t tokens);
 
 /// Bytes of one latent entry and of one indexer key in the production formats: 584 and 68 as

@@ -12,7 +12,7 @@ namespace {
 
 double round2(double x) { return std::round(x * 100) / 100; }
 
-// The figures of model.md section 8.
+// The figures of model.md 16.
 TEST(Cost, PublishedRatiosAtAMillionTokens) {
   const Cost old = decode_cost_v3_2(1000000);
   const Cost flash = decode_cost(deepseek_v4_flash(), 1000000);

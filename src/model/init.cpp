@@ -39,7 +39,7 @@ at::Tensor normal(const Parameter& parameter, const InitParams& params) {
 }
 
 /// Static biases of mHC: collapse weights of 1/n each, expand weights of 1, combination near the
-/// identity, so that the streams start as a plain residual (training.md 1.10).
+/// identity, so that the streams start as a plain residual (model.md 17.8).
 at::Tensor hc_base(int64_t rows, int64_t streams) {
   constexpr double kDiagonal = 4.0;  // softmax([4, 0, 0, 0]) keeps 95 % of a stream in place
   at::Tensor base = at::zeros({rows}, at::kDouble);

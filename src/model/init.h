@@ -1,4 +1,4 @@
-// Initial values of a model to be trained (training.md 1.9, 1.10).
+// Initial values of a model to be trained (model.md 17.8).
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 //
 // The model calls, per layer and in this order: state() and append_blocks() of the compressors,
 // window(), and last commit() of everything it computed, when no query of the step needs older rows
-// any more (model.md 3.4).
+// any more (model.md 15).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Mixture of experts of one block: hash or learned routing, routed experts, one shared expert
-// (model.md 2.12).
+// (model.md 11).
 #pragma once
 
 #include <optional>

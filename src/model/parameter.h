@@ -43,7 +43,7 @@ struct Parameter {
   Storage storage = Storage::kBf16;
   std::vector<int64_t> shape;
   /// Logically independent matrices stacked along the first dimension: groups of wo_a, the two
-  /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (training.md 1.2).
+  /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (model.md 17.1).
   int64_t units = 1;
   at::Tensor value;  ///< dense values; undefined until initialised or loaded, or while packed
   /// FP32 values are a checkpoint's own and no master: no numerics rounds them.

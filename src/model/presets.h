@@ -1,4 +1,4 @@
-// The released models as values: what config.json of V4-Flash and V4-Pro says (model.md 1.1).
+// The released models as values: what config.json of V4-Flash and V4-Pro says (model.md 1).
 #pragma once
 
 #include "model/config.h"

@@ -1,7 +1,7 @@
 // Where the tokens of one step sit: packed rows of several sequences, each a run of consecutive
 // positions.
 //
-// Training passes whole samples (start 0); a service passes any run at any position (model.md 3.4).
+// Training passes whole samples (start 0); a service passes any run at any position (model.md 15).
 // The compressed blocks that a step completes follow from it alone, so they are planned here once
 // for every layer.
 #pragma once

@@ -44,8 +44,7 @@ HttpRequest head_of_request(const RequestParser& parser) {
     for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
     request.headers.emplace_back(std::move(name), copy(field.value()));
   }
-  if (!target.authority.empty())
-    request.headers.emplace_back("host", std::move(target.authority));
+  if (!target.authority.empty()) request.headers.emplace_back("host", std::move(target.authority));
   return request;
 }
 

@@ -630,8 +630,7 @@ TEST(Server, FiveHundredStreamsAtATime) {
   }
 }
 
-// --- TLS
-// ---------------------------------------------------------------------------------------------
+// --- TLS ---
 
 /// A self-signed certificate and its key in two files.
 struct TestCertificate {

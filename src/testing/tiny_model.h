@@ -8,7 +8,7 @@
 
 namespace hadal::testing {
 
-/// The small configuration of training.md 0.5: every kind of layer, widths too small for the
+/// A small configuration: every kind of layer, widths too small for the
 /// released formats.
 model::ModelConfig tiny_config();
 

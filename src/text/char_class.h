@@ -13,12 +13,13 @@
 namespace hadal::text {
 
 enum CharClass : uint8_t {
-  kLetter = 1,   ///< \p{L}
-  kMark = 2,     ///< \p{M}
-  kNumber = 4,   ///< \p{N}
-  kSymbol = 8,   ///< \p{P} or \p{S}
-  kSpace = 16,   ///< \s
-  kHanKana = 32  ///< U+4E00..9FA5, U+3040..309F, U+30A0..30FF: the second stage of model.md 6.9
+  kLetter = 1,  ///< \p{L}
+  kMark = 2,    ///< \p{M}
+  kNumber = 4,  ///< \p{N}
+  kSymbol = 8,  ///< \p{P} or \p{S}
+  kSpace = 16,  ///< \s
+  kHanKana =
+      32  ///< U+4E00..9FA5, U+3040..309F, U+30A0..30FF: the second stage of chat_encoding.md 6
 };
 
 /// Flags of every code point, in blocks of 256 that equal ones share.

@@ -101,8 +101,7 @@ const PyJson* list_member(const PyJson& object, std::string_view key, const std:
   return value;
 }
 
-// --- pre-processing (model.md 6.3)
-// -------------------------------------------------------------------
+// --- pre-processing (chat_encoding.md 3) ---
 
 /// Adds a block to the last message if that is a user message with blocks, else to a new user
 /// message, returned.
@@ -222,8 +221,7 @@ std::vector<PyJson> drop_reasoning(const std::vector<PyJson>& messages) {
   return kept;
 }
 
-// --- rendering (model.md 6.4)
-// ------------------------------------------------------------------------
+// --- rendering (chat_encoding.md 4) ---
 
 void render_tools(const PyJson& tools, const std::string& where, ChatPrompt& prompt) {
   prompt.text += kToolsBefore;

@@ -1,5 +1,5 @@
 // Chat encoding: OpenAI-style messages to the prompt string, byte for byte as the official encoder
-// (model.md 6.1-6.5).
+// (chat_encoding.md).
 //
 // Messages are JSON objects with `role` (system, developer, user, assistant, tool, latest_reminder)
 // and, by role, `content`, `reasoning_content`, `tool_calls`, `tools`, `response_format`, `task`,
@@ -28,7 +28,7 @@ enum class ThinkingMode : uint8_t { kChat, kThinking };
 /// kNone: not said.
 enum class ReasoningEffort : uint8_t { kNone, kLow, kHigh, kMax };
 /// What a level of effort means differs between checkpoints; nothing but their encoders says so
-/// (dspark.md 8). In thinking mode only:
+/// (checkpoints.md). In thinking mode only:
 ///   kPreview  low (which its encoder refuses) and high are as nothing; max adds a prefix
 ///   k0731     low is as nothing; high adds the prefix of the preview's max, max another one
 enum class EffortLevels : uint8_t { kPreview, k0731 };
@@ -68,8 +68,8 @@ ChatPrompt render_chat(const PyJson& messages,
                        const PyJson& context = PyJson::array());
 
 /// The prompt of a list of messages: render_chat().text.
-///   context  earlier messages whose prompt exists already: only `messages` are rendered, without
-///   BOS, but knowing them
+///   context  earlier messages whose prompt exists already: only `messages` are rendered,
+///            without BOS, but knowing them
 std::string encode_chat(const PyJson& messages,
                         const ChatOptions& options,
                         const PyJson& context = PyJson::array());

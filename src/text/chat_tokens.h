@@ -1,4 +1,4 @@
-// The special strings of the chat encoding (model.md 6.1). Ids are looked up by string in the
+// The special strings of the chat encoding (chat_encoding.md 1). Ids are looked up by string in the
 // tokenizer at hand.
 #pragma once
 

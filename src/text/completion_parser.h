@@ -11,7 +11,7 @@
 // closed. Where the tags stand, what white space is between them, and whether there is a block
 // around them do not matter; a block inside the reasoning ends it. What is not complete is left out
 // and `lost`. Completion::ok says whether all was as the encoder would have written it
-// (model.md 6.6).
+// (chat_encoding.md 5).
 //
 // For every way of cutting, the events concatenated are the result. Text that may yet turn out to
 // belong to a tag is held back, so markup never shows up in an event; so are calls until they are

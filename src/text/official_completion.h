@@ -1,5 +1,5 @@
-// The official reading of a completion, to compare with: whole and well-formed ones only (model.md
-// 6.6). For tests.
+// The official reading of a completion, to compare with: whole and well-formed ones only
+// (chat_encoding.md 5). For tests.
 #pragma once
 
 #include <algorithm>

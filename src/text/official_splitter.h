@@ -1,5 +1,5 @@
-// The official pre-tokeniser (model.md 6.9, three Split stages) as one hand-written pass over valid
-// UTF-8.
+// The official pre-tokeniser (chat_encoding.md 6, three Split stages) as one hand-written pass over
+// valid UTF-8.
 //
 // It yields the same pieces as the three regular expressions run one after the other; PreTokenizer
 // uses it when a file asks for exactly those expressions, and its test compares the two.

@@ -15,7 +15,7 @@ namespace hadal::text {
 
 class PreTokenizer {
  public:
-  /// The three expressions of model.md 6.9.
+  /// The three expressions of chat_encoding.md 6.
   static const std::vector<std::string>& official_patterns();
 
   /// Errors: InputError for an expression PCRE2 cannot compile (named with its position).

@@ -1,5 +1,5 @@
 // JSON as Python's json module reads and writes it, which the chat encoding is defined by
-// (model.md 6.4).
+// (chat_encoding.md 4).
 //
 // The prompt holds re-serialised JSON, so what Python keeps must be kept and what it changes must
 // change: integers of any size, floats in repr style (1.50 becomes 1.5, 1e16 becomes 1e+16), the

@@ -1,5 +1,5 @@
 // The tokenizer: text to ids and back, exactly as the official tokenizer.json defines it
-// (model.md 6.9).
+// (chat_encoding.md 6).
 //
 // It reads the official file and the smaller ones tokenizer_cut.h makes. Encoding and decoding are
 // const and safe from many threads at once: each call borrows a piece cache (2 MiB) that the next

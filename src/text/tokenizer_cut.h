@@ -30,7 +30,7 @@ struct TokenizerCutOptions {
   std::vector<std::string> added_tokens;
 };
 
-/// The added tokens the chat encoding uses (model.md 6.1), without ids 0 to 2.
+/// The added tokens the chat encoding uses (chat_encoding.md 1), without ids 0 to 2.
 std::vector<std::string> chat_token_names();
 
 /// Counts merges over texts, then writes a tokenizer. Texts may come in any order and number; equal

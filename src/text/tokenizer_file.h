@@ -1,7 +1,7 @@
 // What a tokenizer.json says, checked: tokens, merges, added tokens, expressions of the
 // pre-tokeniser.
 //
-// The reader accepts the format of the official file (model.md 6.9): model BPE on the byte
+// The reader accepts the format of the official file (chat_encoding.md 6): model BPE on the byte
 // alphabet, no normaliser, Split stages with behaviour Isolated and then ByteLevel without its own
 // expression. Anything that would give other ids than the library that defined the format is an
 // InputError, never ignored.

@@ -1,5 +1,5 @@
 // Tool calls in DSML, the markup of V4: written into prompts, read out of completions
-// (model.md 6.4, 6.6).
+// (chat_encoding.md 4, 5).
 //
 // parse_completion() reads a whole completion in which literals stand for special tokens, by the
 // rules of CompletionParser (completion_parser.h). Malformed output of a model is an expected

@@ -1,5 +1,5 @@
 // The whole small model in float64 against central differences: main, MTP and balance loss in every
-// attention mode, and who learns from what (training.md 1.6).
+// attention mode, and who learns from what (model.md 17.5).
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -300,7 +300,7 @@ TEST(WhoLearns, SelectingEveryBlockIsDense) {
   }
 }
 
-// training.md 1.7: without the MTP loss the main loss's gradients are those of a run that never ran
+// model.md 17.7: without the MTP loss the main loss's gradients are those of a run that never ran
 // the block.
 TEST(WhoLearns, MtpWeightZeroIsNoMtp) {
   Whole with(AttentionMode::kDense), without(AttentionMode::kDense);

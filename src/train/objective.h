@@ -1,5 +1,5 @@
 // The training loss over packed rows: next token, MTP, router balance and the indexer's own loss
-// (training.md 1.6 to 1.8, 1.13), and what a step measures on the way.
+// (model.md 17.5 to 17.7, 17.9), and what a step measures on the way.
 #pragma once
 
 #include <cstdint>
@@ -81,7 +81,7 @@ void accumulate(const model::Transformer& model,
 struct Evaluation {
   double loss_sum = 0.0;  ///< nats over all targets
   int64_t targets = 0;
-  double mass_sum = 0.0;  ///< share of the block mass that the indexer selects (training.md 1.6)
+  double mass_sum = 0.0;       ///< share of the block mass that the indexer selects (model.md 17.5)
   double best_mass_sum = 0.0;  ///< the same for the best choice of as many blocks
   int64_t mass_queries = 0;
 
@@ -97,7 +97,7 @@ void evaluate(const model::Transformer& model,
               ops::Numerics numerics,
               Evaluation& result);
 
-/// Router biases after a step: bias += speed * sign(mean load - load) (training.md 1.8).
+/// Router biases after a step: bias += speed * sign(mean load - load) (model.md 17.6).
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed);
 
 }  // namespace hadal::train

@@ -1,4 +1,4 @@
-// The optimizer of training.md 1.2 to 1.4: Muon for matrices, AdamW for the rest, one learning rate
+// The optimizer of model.md 17.1 to 17.3: Muon for matrices, AdamW for the rest, one learning rate
 // for both.
 //
 // State lives beside each parameter and is exposed for checkpoints. A step is a fixed sequence of

@@ -1,4 +1,4 @@
-// training.md 1.2 to 1.4 as properties of Optimizer: which rule moves what, and by how much.
+// model.md 17.1 to 17.3 as properties of Optimizer: which rule moves what, and by how much.
 #include "train/optimizer.h"
 
 #include <cmath>

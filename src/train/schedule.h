@@ -1,4 +1,4 @@
-// What changes during training, as pure functions of the tokens consumed (training.md 1.5).
+// What changes during training, as pure functions of the tokens consumed (model.md 17.4).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Gated pooling of m tokens into one compressed entry (model.md 2.8), at any position and chunking
-// (3.4).
+// Gated pooling of m tokens into one compressed entry (model.md 7), at any position and chunking
+// (model.md 15).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,9 +17,9 @@ struct Compressed {
 /// Pools every block that this step completes (batch.blocks(ratio), in that order).
 ///   kv, gate  [tokens, o d] FP32   o = 2 for ratio 4 (previous block's half first), else 1
 ///   ape       [ratio, o d]  FP32   added to the gate at position mod ratio, never to kv
-///   kv_history, score_history      rings of the rows before this step (score includes ape);
-///   undefined rows when every
-///                                  sequence starts at 0. Ring length >= o * ratio - 1.
+///   kv_history, score_history      rings of the rows before this step (score includes ape), of
+///                                  length >= o * ratio - 1; undefined rows when every sequence
+///                                  starts at 0
 Compressed compress(const at::Tensor& kv,
                     const at::Tensor& gate,
                     const at::Tensor& ape,

@@ -53,7 +53,7 @@ at::Tensor in_chunks(const Sequence& s, const std::vector<int64_t>& lengths, int
   return at::cat(pooled);
 }
 
-/// model.md 2.8 by scalars in float64.
+/// model.md 7 by scalars in float64.
 double expected_entry(const Sequence& s, int64_t block, int64_t channel) {
   const int64_t m = s.ratio;
   std::vector<std::pair<double, double>> candidates;  // score, value
@@ -89,7 +89,7 @@ TEST_P(CompressRatio, IsTheFormula) {
   }
 }
 
-// model.md 9.3: exact, for every way of cutting.
+// model.md 15: exact, for every way of cutting.
 TEST_P(CompressRatio, EverySplitGivesTheSameBits) {
   const int64_t ratio = GetParam(), tokens = 5 * ratio + 3;
   const Sequence s = make_sequence(ratio, tokens, 19);

@@ -1,4 +1,4 @@
-// The indexer's own objective (training.md 1.6): its scores against the attention that the heads
+// The indexer's own objective (model.md 17.5): its scores against the attention that the heads
 // pay to the blocks.
 #pragma once
 
@@ -16,10 +16,12 @@ struct IndexKl {
 /// KL(target || softmax(scores)) over the blocks a query sees, where target(s) is proportional to
 /// sum_h exp(q_h . block_s scale - lse_h): the joint softmax over window, blocks and sink,
 /// restricted to blocks. Only `scores` is differentiated.
-///   scores     [tokens, columns]         as index_scores gives them, -inf where not visible
-///   selection  [tokens, k] I32           the sparse stage: only these blocks count; undefined:
-///   every visible one q          [tokens, heads, head_dim] of the attention blocks     compressed
-///   rows [*, head_dim] lse        [tokens, heads]
+///   scores     [tokens, columns]          as index_scores gives them, -inf where not visible
+///   selection  [tokens, k] I32            the sparse stage: only these blocks count;
+///                                         undefined: every visible one
+///   q          [tokens, heads, head_dim]  of the attention
+///   blocks     rows [*, head_dim]         compressed
+///   lse        [tokens, heads]
 IndexKl index_kl(const at::Tensor& scores,
                  const at::Tensor& selection,
                  const at::Tensor& q,

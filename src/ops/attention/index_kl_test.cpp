@@ -46,7 +46,7 @@ IndexKl kl_of(const Attended& a, const at::Tensor& scores, const at::Tensor& sel
   return index_kl(scores, selection, a.q, a.blocks(), a.lse, a.batch, a.ratio, a.scale);
 }
 
-/// training.md 1.6 by loops: target over `allowed` blocks and KL of one query.
+/// model.md 17.5 by loops: target over `allowed` blocks and KL of one query.
 double expected_kl(const Attended& a, int64_t t, const std::vector<int64_t>& allowed) {
   std::vector<double> mass, logits;
   for (const int64_t s : allowed) {
@@ -117,7 +117,7 @@ TEST(IndexKl, IsZeroWithoutGradientAtTheTarget) {
   EXPECT_GT(kl_of(a, a.scores).sum.item<double>(), 0.1);
 }
 
-// training.md 1.6 (c): a sink takes mass of every block alike, so one head's target stays; with
+// model.md 17.5: a sink takes mass of every block alike, so one head's target stays; with
 // several heads it weighs them.
 TEST(IndexKl, ASinkChangesTheTargetOnlyBetweenHeads) {
   const auto loss = [](int64_t heads, double sink) {

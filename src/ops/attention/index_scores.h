@@ -1,4 +1,4 @@
-// Lightning indexer (model.md 2.9): scores of compressed blocks and the causal top-k among them.
+// Lightning indexer (model.md 8): scores of compressed blocks and the causal top-k among them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

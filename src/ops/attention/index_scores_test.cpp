@@ -85,7 +85,7 @@ TEST(IndexScores, KernelKeepsTheContract) {
   }
 }
 
-// model.md 2.9: BF16 products, BF16 weighted products, BF16 sum of FP32 sums.
+// model.md 8: BF16 products, BF16 weighted products, BF16 sum of FP32 sums.
 TEST(IndexScores, ReleasedRoundsEachStep) {
   at::manual_seed(4);
   const at::Tensor q = at::randn({3, 4, 32}).to(at::kBFloat16),

@@ -1,7 +1,7 @@
-// Rows of the caches as they are stored (training.md 3.1): dense, or in the released precision.
+// Rows of the caches as they are stored (kv_cache.md): dense, or in the released precision.
 //
-// A packed row holds what a row that went through its round trip (model.md 4.1 to 4.3) already is,
-// bit for bit: packing and unpacking change nothing.
+// A packed row holds what a row that went through its round trip (model.md 14.1 to 14.3) already
+// is, bit for bit: packing and unpacking change nothing.
 //   latent     [width - rotary] E4M3, [rotary] BF16, a UE8M0 byte per 64 of the former, zeros up to
 //              a multiple of 8: 584 bytes for 512 channels with 64 rotary ones
 //   index key  [width / 2] E2M1 pairs, the even channel in the low half, a UE8M0 byte per 32: 68

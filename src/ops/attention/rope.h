@@ -1,4 +1,4 @@
-// Partial interleaved rotary embedding and its tables (model.md 2.6).
+// Partial interleaved rotary embedding and its tables (model.md 5).
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,7 @@ float plain_frequency(double base, int64_t i, int64_t dim) {
                     std::pow(base, 2.0 * static_cast<double>(i) / static_cast<double>(dim)));
 }
 
-// model.md 2.6 and 9: lo 15, hi 25; the multiplier of f_i is 1 up to 15, then falls linearly to
+// model.md 5: lo 15, hi 25; the multiplier of f_i is 1 up to 15, then falls linearly to
 // 1/16.
 TEST(Rope, YarnTableOfTheReleasedModels) {
   const YarnParams yarn;

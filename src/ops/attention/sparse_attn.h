@@ -1,5 +1,5 @@
 // Attention over a sliding window of raw latents and over compressed ones, with a sink
-// (model.md 2.10).
+// (model.md 9).
 //
 // Keys and values are the same rows. The fold over keys is part of the numerics contract: window
 // keys in chunks of 64 absolute positions, then HCA blocks in chunks of 64 absolute block numbers,
@@ -31,10 +31,12 @@ struct AttentionResult {
 
 ///   q          [tokens, heads, head_dim]
 ///   kv         [tokens, head_dim]   window latents of this step's tokens
-///   history    ring of the latents before this step, at least window - 1 positions; undefined
-///   rows: none blocks     compressed rows [*, head_dim], all of c < floor((p + 1) / ratio)
-///   present; ignored when ratio is 0 selection  [tokens, k] I32 ascending block numbers then -1;
-///   undefined: every visible block sink       [heads] FP32 raw logits
+///   history    ring of the latents before this step, at least window - 1 positions;
+///              undefined rows: none
+///   blocks     compressed rows [*, head_dim], all of c < floor((p + 1) / ratio) present;
+///              ignored when ratio is 0
+///   selection  [tokens, k] I32 ascending block numbers then -1; undefined: every visible block
+///   sink       [heads] FP32 raw logits
 AttentionResult sparse_attn(const at::Tensor& q,
                             const at::Tensor& kv,
                             const RingView& history,

@@ -1,4 +1,5 @@
-// y = x w^T: the only matrix product on a token's path, dense and grouped by expert (model.md 4.4).
+// y = x w^T: the only matrix product on a token's path, dense and grouped by expert
+// (model.md 14.4).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -27,7 +27,7 @@ struct Panels {
 /// Packs w [out, in] or [matrices, out, in], FP32 or BF16, on the CPU.
 Panels pack_panels(const at::Tensor& w);
 
-/// Packs matrices as official checkpoints store them (model.md 4.1, 4.4), all of one shape:
+/// Packs matrices as official checkpoints store them (model.md 14.1, 14.4), all of one shape:
 ///   FP8  data [out, in] kFloat8_e4m3fn, scale [ceil(out / 128), ceil(in / 128)] E8M0 bytes
 ///   FP4  data [out, in / 2] bytes, the even element low, scale [out, in / 32] E8M0 bytes
 /// nullopt when the kernel has no packed form for the values: a scale outside 2^-60 to 2^60, or

@@ -8,10 +8,9 @@
 //
 // FP4 weights (A from registers): tiles of 64 rows and 128 inputs of kFp4TileBytes, [slabs][tiles]:
 //   [2][128 threads][16 bytes]  two k steps of 32 to a half; words {row g, row g + 8} of a step,
-//   where
-//                               g = 16 * (thread / 32) + (thread % 32) / 4 and q = thread % 4
+//                               where g = 16 * (thread / 32) + (thread % 32) / 4, q = thread % 4
 //   [64 rows][4 bytes]          base, unused, then four exponents of 4 bits, the first step's
-//   lowest
+//                               lowest
 // A word holds the step's inputs 4 q .. 4 q + 3 (nibbles 0 to 3) and 16 + 4 q .. (nibbles 4 to 7):
 // low three bits of a nibble = magnitude code; the signs of the first four are bits 7, 15, 23, 31,
 // those of the others bits 3, 11, 19, 27. The fold (docs/decisions/0010-product-trees.md): the base

@@ -17,8 +17,8 @@ std::vector<uint8_t> pack_operand(const uint8_t* rows,
 int64_t fp4_bytes(int64_t outputs, int64_t in);
 
 /// FP4 tiles of a matrix as official checkpoints store it; outputs and K are padded with zeros.
-///   packed [outputs, in / 2] the even element low;  scales [outputs, in / 32] E8M0;  in: a
-///   multiple of 32
+///   packed  [outputs, in / 2] the even element low
+///   scales  [outputs, in / 32] E8M0; in: a multiple of 32
 /// Returns the number of rows' slabs whose scales spread beyond 2^14: those are not in the tiles as
 /// they are (their smaller groups are zero) and need another path.
 int64_t pack_fp4(

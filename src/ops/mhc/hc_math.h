@@ -1,6 +1,6 @@
 // The arithmetic of one token's hyper-connection gates and its derivative, for n = 4 streams: plain
 // functions that the CUDA kernels and the tests on the CPU share (definition: reference::hc_pre in
-// hyper_connection.h; model.md 2.2 to 2.4).
+// hyper_connection.h; model.md 3.1 to 3.4).
 #pragma once
 
 #include <cmath>
@@ -107,7 +107,7 @@ HADAL_HOST_DEVICE inline R logit(const GateInput<R>& in, int row) {
   return in.z[row] * in.scale[scale_index(row)] + in.base[row];
 }
 
-/// post (c of model.md) and P.
+/// post (c of model.md 3.1) and P.
 template <typename R>
 HADAL_HOST_DEVICE inline void post_and_comb(const GateInput<R>& in,
                                             R (&post)[kStreams],

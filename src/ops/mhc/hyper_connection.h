@@ -1,4 +1,4 @@
-// Manifold-constrained hyper-connections (model.md 2.2 to 2.4): mixing n residual streams into a
+// Manifold-constrained hyper-connections (model.md 3): mixing n residual streams into a
 // sub-layer's input, its output back into the streams, and the collapse before the head.
 #pragma once
 

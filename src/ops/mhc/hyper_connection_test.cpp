@@ -158,7 +158,7 @@ HcPre random_mix(int64_t n, double size, int64_t iters = 20) {
                 {.sinkhorn_iters = iters});
 }
 
-// model.md 9.2: it ends on columns, so they sum to 1 within eps; rows come close.
+// model.md 3.2: it ends on columns, so they sum to 1 within eps; rows come close.
 TEST(HyperConnection, CombinationIsDoublyStochastic) {
   const HcPre r = random_mix(4, 0.5);
   EXPECT_GT(r.comb.min().item<double>(), 0.0);

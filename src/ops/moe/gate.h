@@ -1,4 +1,4 @@
-// Expert choice and routing weights (model.md 2.12).
+// Expert choice and routing weights (model.md 11).
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,7 @@ struct Weights {
 float widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 /// Q8_128 of a BF16 row as codes and scales: the CPU's round trip, divided by the power of two that
-/// model.md 4.2 gives.
+/// model.md 14.2 gives.
 void quantise(const uint16_t* x,
               int64_t in,
               std::vector<uint8_t>& codes,

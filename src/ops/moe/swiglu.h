@@ -1,4 +1,4 @@
-// Clamped SwiGLU (model.md 2.12, training.md 1.12).
+// Clamped SwiGLU (model.md 11.2).
 #pragma once
 
 #include "base/fwd.h"

@@ -59,7 +59,7 @@ TEST(Swiglu, GradientIsZeroWhereAClampActs) {
   }
 }
 
-// training.md 1.12 / model.md appendix A: the weight's gradient is <dOut, activation before it>.
+// model.md 11.2: the weight's gradient is <dOut, activation before it>.
 TEST(Swiglu, WeightGradientIsTheUnweightedActivation) {
   at::manual_seed(2);
   const at::Tensor gate = at::randn({3, 8}), up = at::randn({3, 8}), seed = at::randn({3, 8});

@@ -1,4 +1,4 @@
-// RMSNorm over the last dimension (model.md 2.5) and the weightless norm of query heads (2.7).
+// RMSNorm over the last dimension and the weightless norm of query heads (model.md 4).
 #pragma once
 
 #include "base/fwd.h"

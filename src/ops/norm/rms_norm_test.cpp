@@ -44,7 +44,7 @@ TEST(RmsNorm, ZerosStayZero) {
   EXPECT_TRUE(at::equal(rms_norm(at::zeros({2, 8}), at::ones({8}), 1e-6), at::zeros({2, 8})));
 }
 
-// model.md 2.7, every rounding by itself.
+// model.md 4, every rounding by itself.
 TEST(RmsNorm, ReleasedHeadNormRoundsEachStep) {
   at::manual_seed(4);
   const at::Tensor q = (at::randn({9, 2, 128}) * 3.0).to(at::kBFloat16);

@@ -1,4 +1,4 @@
-// Muon's orthogonalisation of a batch of matrices (training.md 1.3).
+// Muon's orthogonalisation of a batch of matrices (model.md 17.2).
 #pragma once
 
 #include "base/fwd.h"

@@ -7,7 +7,7 @@
 namespace hadal::ops {
 namespace {
 
-// The scalar map of training.md 1.3: a diagonal matrix keeps its directions, so each entry maps
+// The scalar map of model.md 17.2: a diagonal matrix keeps its directions, so each entry maps
 // alone.
 TEST(NewtonSchulz, ScalarTable) {
   const std::vector<double> singular = {1e-4, 3e-4, 1e-3};

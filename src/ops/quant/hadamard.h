@@ -1,4 +1,4 @@
-// Orthonormal Hadamard rotation of indexer queries and keys (model.md 2.8).
+// Orthonormal Hadamard rotation of indexer queries and keys (model.md 7).
 #pragma once
 
 #include "base/fwd.h"

@@ -1,4 +1,4 @@
-// Quantise-dequantise round trips of activations (model.md 4.1 to 4.3), with straight-through
+// Quantise-dequantise round trips of activations (model.md 14.1 to 14.3), with straight-through
 // gradients.
 //
 // Scales are powers of two (UE8M0) and the element formats have at most four significant bits, so

@@ -34,7 +34,7 @@ std::vector<double> e4m3_magnitudes() {
 }
 
 // Every finite BF16 value as the largest of its group, next to smaller ones: against the text of
-// model.md 4.2, 4.3.
+// model.md 14.2, 14.3.
 void check_all_bf16(int64_t group, bool fp4) {
   const std::vector<double> e2m1 = {0, 0.5, 1, 1.5, 2, 3, 4, 6}, e4m3 = e4m3_magnitudes();
   const double largest = fp4 ? 6.0 : 448.0;
