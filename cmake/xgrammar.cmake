@@ -12,7 +12,7 @@ list(FILTER xgrammar_sources EXCLUDE REGEX "/cpp/tvm_ffi/.*\\.cc$")
 # one that had been merged with another, so that (b|[ab]{1,3}|(a+){0,2}|[ab]) took "bbbb". Strings of JSON: those with a length
 # took bare control characters, all took half a surrogate pair (\ud800), which is no character. Classes of characters: bytes
 # that are no UTF-8 counted as characters (overlong forms, encoded surrogates), so that a string could hold one. A pattern of a
-# JSON string that writes a backslash as [\\] means it and holds its own escapes (src/engine_core/grammar_pattern.h): its
+# JSON string that writes a backslash as [\\] means it and holds its own escapes (src/engine_core/grammar/grammar_pattern.h): its
 # automaton is that of a plain text, since that of a JSON string would drop them.
 # Properties in any order: one could come twice, and one that is required not at all.
 function(xgrammar_mend file)
@@ -107,7 +107,7 @@ set(utf8_after "  constexpr uint32_t well_formed[][2] = {{0, 0x7F}, {0xC280, 0xD
 ")
 xgrammar_mend(fsm_builder.cc copies_before copies_after rest_before rest_after utf8_before utf8_after)
 add_library(xgrammar STATIC ${xgrammar_sources})
-# cpp/ is public for support/logging.h alone: its two functions are ours (src/engine_core/grammar_log.cpp).
+# cpp/ is public for support/logging.h alone: its two functions are ours (src/engine_core/grammar/grammar_log.cpp).
 target_include_directories(xgrammar SYSTEM PUBLIC "${XGRAMMAR_ROOT}/include" "${XGRAMMAR_ROOT}/3rdparty/dlpack/include"
   "${XGRAMMAR_ROOT}/cpp")
 target_include_directories(xgrammar SYSTEM PRIVATE "${XGRAMMAR_ROOT}/3rdparty/picojson")

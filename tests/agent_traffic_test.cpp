@@ -18,7 +18,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
-#include "engine_core/disk_store.h"
+#include "engine_core/disk/disk_store.h"
 #include "nano_machine.h"
 #include "text/chat_format.h"
 #include "text/chat_tokens.h"

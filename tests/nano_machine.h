@@ -16,8 +16,8 @@
 #include "engine/model_runner.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
-#include "engine_core/answer_filters.h"
-#include "engine_core/scheduler.h"
+#include "engine_core/answer/answer_filters.h"
+#include "engine_core/schedule/scheduler.h"
 #include "text/chat_format.h"
 #include "text/tokenizer.h"
 

@@ -11,7 +11,7 @@
 
 #include "apps/effort_choice.h"
 #include "checkpoint/load_model.h"
-#include "engine_core/generation_defaults.h"
+#include "engine_core/answer/generation_defaults.h"
 #include "model/contiguous_kv.h"
 #include "ops/sampling/sample.h"
 #include "text/tokenizer.h"

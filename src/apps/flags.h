@@ -11,7 +11,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include "engine_core/generation_defaults.h"
+#include "engine_core/answer/generation_defaults.h"
 
 namespace hadal::apps {
 

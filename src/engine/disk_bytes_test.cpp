@@ -10,8 +10,8 @@
 
 #include "base/math.h"
 #include "engine/kv_cache.h"
-#include "engine_core/disk_store.h"
-#include "engine_core/sequence_cache.h"
+#include "engine_core/disk/disk_store.h"
+#include "engine_core/prefix/sequence_cache.h"
 #include "testing/tiny_model.h"
 
 namespace hadal::engine {

@@ -12,7 +12,7 @@
 #include "engine/memory_plan.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
-#include "engine_core/answer_filters.h"
+#include "engine_core/answer/answer_filters.h"
 
 namespace hadal::engine {
 namespace {

@@ -8,8 +8,8 @@
 
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
-#include "engine_core/disk_store.h"
-#include "engine_core/serving_loop.h"
+#include "engine_core/disk/disk_store.h"
+#include "engine_core/schedule/serving_loop.h"
 #include "model/transformer.h"
 #include "text/tokenizer.h"
 

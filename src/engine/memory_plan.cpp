@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 #include "base/math.h"
-#include "engine_core/sequence_cache.h"
+#include "engine_core/prefix/sequence_cache.h"
 
 namespace hadal::engine {
 namespace {

@@ -69,7 +69,8 @@ struct ServerOptions {
 
   /// What the model was taught a reasoning effort to mean.
   text::EffortLevels effort_levels = text::EffortLevels::kPreview;
-  // What a request gets that says nothing: the model's own (engine_core/generation_defaults.h).
+  // What a request gets that says nothing: the model's own
+  // (engine_core/answer/generation_defaults.h).
   bool default_thinking = true;       ///< of OpenAI-style chats
   engine::Sampling default_sampling;  ///< its seed is not used
 };

@@ -1,7 +1,7 @@
 // Lists of answers as grammars: each of them can be written, byte for byte, and nothing else.
 #include <gtest/gtest.h>
 
-#include "engine_core/grammar.h"
+#include "engine_core/grammar/grammar.h"
 #include "server/openai_fields.h"
 #include "testing/tiny_tokenizer.h"
 #include "text/chat_tokens.h"

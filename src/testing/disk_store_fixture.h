@@ -17,7 +17,7 @@
 #include <gtest/gtest.h>
 
 #include "base/hash.h"
-#include "engine_core/disk_store.h"
+#include "engine_core/disk/disk_store.h"
 
 namespace hadal::testing {
 

@@ -18,7 +18,7 @@
 #include "engine/model_runner.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
-#include "engine_core/scheduler.h"
+#include "engine_core/schedule/scheduler.h"
 
 namespace hadal::testing {
 

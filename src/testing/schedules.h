@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "engine_core/disk_store.h"
+#include "engine_core/disk/disk_store.h"
 #include "engine_core/request.h"
 #include "model/transformer.h"
 #include "ops/op.h"

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "engine_core/answer_text.h"
+#include "engine_core/answer/answer_text.h"
 #include "engine_core/engine.h"
 #include "text/tokenizer.h"
 
