@@ -12,9 +12,9 @@
 
 #include <cuda_runtime.h>
 
-#include "ops/attention/index_scores_sm90.h"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/sm90_layout.h"
+#include "ops/indexer/index_scores_sm90.h"
 #include "ops/mhc/hyper_connection_sm90.h"
 #include "ops/norm/rms_norm_sm90.h"
 

@@ -12,6 +12,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
 #include "checkpoint/load_model.h"
 #include "engine/model_runner.h"
 #include "engine/mtp_drafter.h"
@@ -32,7 +33,7 @@ struct Nano {
   static const Nano& get() {
     static const Nano nano = [] {
       at::set_num_threads(1);  // hadal's kernels have threads of their own
-      const std::string folder = std::string(HADAL_SOURCE_DIR) + "/models/hadal-nano";
+      const std::string folder = concat(HADAL_SOURCE_DIR, "/models/hadal-nano");
       const auto source = checkpoint::OfficialCheckpoint::open(folder);
       const ops::Numerics numerics = checkpoint::default_numerics(source);
       return Nano{.model = checkpoint::load_model(source, numerics),

@@ -5,7 +5,7 @@
 //          with ratio m its page_tokens / m compressed rows, for CSA layers as many index keys
 //   slot   what a sequence needs besides, a function of its position: for every layer the window
 //          ring, for compressed layers the rings of compressor inputs (FP32)
-// `released` packs latents and index keys (ops/attention/kv_rows.h), `bf16` keeps BF16 and `ideal`
+// `released` packs latents and index keys (ops/cache/kv_rows.h), `bf16` keeps BF16 and `ideal`
 // FP32 rows. All memory is allocated at once. One thread at a time. docs/kv_cache.md
 #pragma once
 

@@ -7,7 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "ops/attention/kv_rows.h"
+#include "ops/cache/kv_rows.h"
 
 namespace hadal::engine {
 

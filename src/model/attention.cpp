@@ -5,12 +5,13 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "ops/attention/compress.h"
-#include "ops/attention/index_kl.h"
-#include "ops/attention/index_scores.h"
 #include "ops/attention/sparse_attn.h"
+#include "ops/compressor/compress.h"
+#include "ops/indexer/hadamard.h"
+#include "ops/indexer/index_kl.h"
+#include "ops/indexer/index_scores.h"
+#include "ops/indexer/index_topk.h"
 #include "ops/norm/rms_norm.h"
-#include "ops/quant/hadamard.h"
 #include "ops/quant/round_trip.h"
 
 namespace hadal::model {

@@ -8,7 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/kv_access.h"
-#include "ops/batch.h"
+#include "ops/cache/batch.h"
 #include "ops/moe/gate.h"
 #include "ops/op.h"
 

@@ -2,9 +2,9 @@
 
 #include <ATen/ATen.h>
 
-#include "ops/gemm/embedding.h"
 #include "ops/moe/permute.h"
 #include "ops/moe/swiglu.h"
+#include "ops/rows/gather.h"
 
 namespace hadal::model {
 

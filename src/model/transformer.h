@@ -12,31 +12,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "model/attention.h"
+#include "model/block.h"
 #include "model/config.h"
 #include "model/context.h"
-#include "model/moe.h"
+#include "model/mtp.h"
 #include "model/parameter.h"
 #include "ops/attention/rope.h"
 
 namespace hadal::model {
-
-struct HyperConnection {
-  Parameter fn, base, scale;
-};
-
-struct Block {
-  Parameter attn_norm, ffn_norm;
-  HyperConnection hc_attn, hc_ffn;
-  Attention attn;
-  Moe moe;
-};
-
-struct Mtp {
-  Parameter e_proj, h_proj, enorm, hnorm, norm;
-  HyperConnection hc_head;
-  Block block;
-};
 
 class Transformer {
  public:
@@ -76,11 +59,6 @@ class Transformer {
 
  private:
   void fill_rope(ForwardContext& context) const;
-  at::Tensor run_block(const Block& block,
-                       int64_t index,
-                       at::Tensor streams,
-                       const at::Tensor& ids,
-                       ForwardContext& context) const;
 
   ModelConfig config_;
   Parameter embed_, head_, norm_;

@@ -6,21 +6,23 @@
 
 #include <gtest/gtest.h>
 
-#include "ops/attention/compress.h"
-#include "ops/attention/index_kl.h"
-#include "ops/attention/index_scores.h"
 #include "ops/attention/rope.h"
 #include "ops/attention/sparse_attn.h"
-#include "ops/gemm/embedding.h"
+#include "ops/compressor/compress.h"
 #include "ops/gemm/linear.h"
+#include "ops/indexer/hadamard.h"
+#include "ops/indexer/index_kl.h"
+#include "ops/indexer/index_scores.h"
+#include "ops/indexer/index_topk.h"
 #include "ops/loss/cross_entropy.h"
 #include "ops/mhc/hyper_connection.h"
 #include "ops/moe/gate.h"
 #include "ops/moe/permute.h"
 #include "ops/moe/swiglu.h"
 #include "ops/norm/rms_norm.h"
-#include "ops/quant/hadamard.h"
 #include "ops/quant/round_trip.h"
+#include "ops/rows/embedding.h"
+#include "ops/rows/gather.h"
 #include "testing/finite_differences.h"
 
 namespace hadal::ops {

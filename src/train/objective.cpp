@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "ops/attention/index_kl.h"
+#include "ops/indexer/index_kl.h"
 #include "ops/loss/cross_entropy.h"
 
 namespace hadal::train {

@@ -8,7 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/transformer.h"
-#include "ops/batch.h"
+#include "ops/cache/batch.h"
 
 namespace hadal::train {
 

@@ -30,6 +30,14 @@ struct OptimizerParams {
 enum class UpdateRule { kMuon, kAdamDecay, kAdam, kNone };
 UpdateRule update_rule(const model::Parameter& parameter);
 
+/// A parameter with its state.
+struct OptimizerSlot {
+  model::Parameter* parameter;
+  UpdateRule rule;
+  at::Tensor momentum;  ///< Muon: momentum; AdamW: first moment
+  at::Tensor variance;  ///< AdamW only
+};
+
 class Optimizer {
  public:
   /// Takes every trainable parameter of the model; their values must be FP32 or FP64 leaves with
@@ -50,18 +58,10 @@ class Optimizer {
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
 
  private:
-  struct Slot {
-    model::Parameter* parameter;
-    UpdateRule rule;
-    at::Tensor momentum;  // Muon: momentum; AdamW: first moment
-    at::Tensor variance;  // AdamW only
-  };
   std::vector<at::Tensor> gradients() const;
-  void muon_step(double lr);
-  void adam_step(double lr);
 
   OptimizerParams params_;
-  std::vector<Slot> slots_;
+  std::vector<OptimizerSlot> slots_;
   int64_t num_steps_ = 0;
 };
 

@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
-#include <unistd.h>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -14,11 +13,14 @@
 #include "base/log.h"
 #include "base/metrics.h"
 #include "base/progress.h"
-#include "checkpoint/load_model.h"
 #include "checkpoint/save_model.h"
 #include "model/init.h"
 #include "train/export_run.h"
+#include "train/report.h"
 #include "train/row_plan.h"
+#include "train/run_setup.h"
+#include "train/step.h"
+#include "train/validation.h"
 
 namespace hadal::train {
 namespace {
@@ -27,103 +29,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-at::Device pick_device(const std::string& name) {
-  const bool has_cuda = at::globalContext().hasCUDA();
-  HADAL_INPUT_CHECK(name != "cuda" || has_cuda,
-                    "device: \"cuda\" was asked for, but this build or machine has no CUDA device");
-  return at::Device(name == "cpu" || !has_cuda ? at::kCPU : at::kCUDA);
-}
-
-std::vector<int64_t> token_counts(const RunConfig& config,
-                                  const std::vector<data::TokenShards>& sources,
-                                  int64_t vocab) {
-  std::vector<int64_t> counts(static_cast<size_t>(vocab), 0);
-  for (const data::TokenShards& source : sources) {
-    for (int64_t document = 0; document < source.num_documents(); ++document) {
-      for (const int32_t id : source.document(document)) {
-        HADAL_INPUT_CHECK(id >= 0 && id < vocab, config.tokenizer, ": the text holds token ", id,
-                          ", but the vocab_size of ", config.model, " is ", vocab);
-        ++counts[static_cast<size_t>(id)];
-      }
-    }
-  }
-  return counts;
-}
-
-/// FP32 weights, gradients and the optimizer's moments must fit before anything is allocated.
-void check_memory(const std::string& path, const model::ModelConfig& config) {
-  const auto census = checkpoint::take_census(config, checkpoint::storage_of(config));
-  const double needed = 12.0 * static_cast<double>(census.total().parameters);
-  const double machine =
-      static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
-  constexpr double kGib = 0x1p30;
-  HADAL_INPUT_CHECK(needed <= machine, path, ": training needs about ", std::ceil(needed / kGib),
-                    " GiB for weights, gradients and the optimizer, this "
-                    "machine has ",
-                    std::floor(machine / kGib), " GiB");
-}
-
-/// The model's configuration, and whether the stages can be trained with it.
-model::ModelConfig checked_model_config(const RunConfig& config) {
-  model::ModelConfig result = model::load_config(config.model);
-  check_memory(config.model, result);
-  if (result.drafter.exists()) {
-    log::warn("train", config.model, ": the DSpark drafter is no part of the training; the ",
-              "exported model has none");
-  }
-  if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
-    // Found at the start, not when the finished model cannot be written.
-    try {
-      exported.check_released();
-    } catch (const InputError& error) {
-      throw InputError(
-          concat(config.init_checkpoint.empty() ? config.model : config.init_checkpoint,
-                 ": quantization_config asks for a model in FP8 and FP4 (without it the model is "
-                 "BF16): ",
-                 error.what()));
-    }
-  }
-  const auto check_length = [&](const std::string& where, int64_t row_length) {
-    HADAL_INPUT_CHECK(row_length <= result.max_position_embeddings, config.path, ": ", where,
-                      ": row_length ", row_length, " exceeds max_position_embeddings ",
-                      result.max_position_embeddings);
-  };
-  for (const Stage& stage : config.stages) {
-    if (stage.numerics == ops::Numerics::kReleased) result.check_released();
-    check_length(concat("stage ", stage.name), stage.row_length);
-  }
-  check_length("validation", config.validation.row_length);
-  return result;
-}
-
-model::Transformer build_model(const RunConfig& config,
-                               const model::ModelConfig& model_config,
-                               const std::vector<data::TokenShards>& sources) {
-  const std::vector<int64_t> counts = token_counts(config, sources, model_config.vocab_size);
-  if (!config.init_checkpoint.empty()) {
-    model::Transformer model =
-        checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
-                               ops::Numerics::kIdeal, checkpoint::Held::kDense);
-    // A checkpoint from transformers has no MTP block although its config names one.
-    const auto main_ratios = [](const model::ModelConfig& c) {
-      return std::vector<int64_t>(c.compress_ratios.begin(),
-                                  c.compress_ratios.begin() + c.n_layers);
-    };
-    HADAL_INPUT_CHECK(model.config().vocab_size == model_config.vocab_size &&
-                          model.config().dim == model_config.dim &&
-                          main_ratios(model.config()) == main_ratios(model_config) &&
-                          model.config().n_mtp_layers <= model_config.n_mtp_layers,
-                      config.init_checkpoint, ": not a model of ", config.model);
-    // The file's memory must not be written to.
-    model.visit([](model::Parameter& parameter) { parameter.value = parameter.value.clone(); });
-    return model;
-  }
-  model::Transformer model(model_config);
-  model::init_weights(model, {.seed = config.seed, .std = config.init_std, .token_counts = counts},
-                      at::kFloat);
-  return model;
 }
 
 }  // namespace
@@ -308,141 +213,65 @@ struct Trainer::Impl {
     const int64_t micro_rows = std::max<int64_t>(1, config.micro_batch_tokens / row_length);
 
     std::vector<MicroBatch> batches;
-    StepCounts counts;
     for (int64_t row = 0; row < rows; row += micro_rows) {
       batches.emplace_back(plan.rows(index, progress.row + row, std::min(micro_rows, rows - row)),
                            device);
-      counts.add(batches.back(), model.config());
     }
     const bool count_clamps =
         config.count_clamps_every_steps > 0 && progress.step % config.count_clamps_every_steps == 0;
-    const ObjectiveParams objective{
-        .mtp_weight = config.schedule.mtp_weight_at(progress.tokens),
-        .balance_weight = config.balance_weight,
-        .index_weight = config.index_weight,
-        .mode = stage().mode,
-        .numerics = stage().numerics,
-        .count_clamps = count_clamps,
-    };
     const int64_t step_tokens = rows * row_length;
-    const double rate = stage().learning_rate > 0.0
-                            ? stage().learning_rate
-                            : config.schedule.learning_rate.at(progress.tokens, step_tokens);
-    StepMeasures measures;
-    optimizer->zero_grad();
-    for (const MicroBatch& batch : batches) accumulate(model, batch, counts, objective, measures);
-    double norm = 0.0;
-    const bool moved = update(measures, rate, norm);
+    const StepRules rules{
+        .objective = {.mtp_weight = config.schedule.mtp_weight_at(progress.tokens),
+                      .balance_weight = config.balance_weight,
+                      .index_weight = config.index_weight,
+                      .mode = stage().mode,
+                      .numerics = stage().numerics,
+                      .count_clamps = count_clamps},
+        .learning_rate = stage().learning_rate > 0.0
+                             ? stage().learning_rate
+                             : config.schedule.learning_rate.at(progress.tokens, step_tokens),
+        .clip_norm = config.clip_norm,
+        .router_bias_speed = config.router_bias_speed};
+    const StepOutcome outcome = training_step(model, *optimizer, batches, rules);
+    if (outcome.moved) {
+      skipped_in_a_row = 0;
+    } else {
+      leave_out(outcome.norm);
+    }
 
     progress.row += rows;
     progress.tokens += step_tokens;
     ++progress.step;
-    report(measures, rate, norm, moved, step_tokens, seconds_since(start));
+    bar->update(progress.tokens, concat("loss ", std::round(outcome.loss() * 1e4) / 1e4));
+    if (progress.step % config.log_every_steps == 0) {
+      report_step(*metrics, progress, outcome, rules.learning_rate, step_tokens,
+                  seconds_since(start));
+    }
     const int64_t every = config.validation.every_tokens;
     if (every > 0 && progress.tokens / every != (progress.tokens - step_tokens) / every) {
       validate("validation", stage());
     }
   }
 
-  /// Applies the gradients; false when they are not finite and the step is left out.
-  bool update(const StepMeasures& measures, double rate, double& norm) {
-    norm = (config.clip_norm > 0.0 ? optimizer->clip_gradients(config.clip_norm)
-                                   : optimizer->grad_norm())
-               .item<double>();
-    if (!std::isfinite(norm)) {
-      ++progress.skipped_steps;
-      ++skipped_in_a_row;
-      log::warn("train", "step ", progress.step, ": the gradient norm is ", norm,
-                "; the update is left out");
-      HADAL_INPUT_CHECK(skipped_in_a_row < 10, config.path,
-                        ": ten steps in a row without finite gradients; the newest checkpoint is "
-                        "from before them");
-      return false;
-    }
-    skipped_in_a_row = 0;
-    if (rate > 0.0) optimizer->step(rate);
-    if (stage().mode != model::AttentionMode::kIndexerWarmup) {
-      update_router_bias(model, measures, config.router_bias_speed);
-    }
-    return true;
-  }
-
-  void report(const StepMeasures& measures,
-              double rate,
-              double norm,
-              bool moved,
-              int64_t step_tokens,
-              double seconds) {
-    const double loss = measures.main_loss.item<double>();
-    bar->update(progress.tokens, concat("loss ", std::round(loss * 1e4) / 1e4));
-    if (progress.step % config.log_every_steps != 0) return;
-    metrics->add(progress.step, "loss/main", loss);
-    const auto add = [&](const char* name, const at::Tensor& value) {
-      if (value.defined()) metrics->add(progress.step, name, value.item<double>());
-    };
-    add("loss/mtp", measures.mtp_loss);
-    add("loss/balance", measures.balance_loss);
-    add("loss/index", measures.index_loss);
-    metrics->add(progress.step, "grad_norm", norm);
-    metrics->add(progress.step, "learning_rate", rate);
-    metrics->add(progress.step, "batch_tokens", static_cast<double>(step_tokens));
-    metrics->add(progress.step, "tokens_per_second", static_cast<double>(step_tokens) / seconds);
-    metrics->add(progress.step, "stage", static_cast<double>(progress.stage));
-    if (!moved) metrics->add(progress.step, "skipped", 1.0);
-    if (measures.clamped.defined()) {
-      const at::Tensor share = measures.clamped.to(at::kDouble).cpu();
-      const double values = share[3].item<double>();
-      metrics->add(progress.step, "clamped/gate_high", share[0].item<double>() / values);
-      metrics->add(progress.step, "clamped/up_high", share[1].item<double>() / values);
-      metrics->add(progress.step, "clamped/up_low", share[2].item<double>() / values);
-    }
-    double worst = 0.0;
-    for (const at::Tensor& load : measures.expert_load) {
-      if (!load.defined()) continue;
-      const at::Tensor counts = load.to(at::kDouble);
-      worst = std::max(worst, (counts.max() / counts.mean()).item<double>());
-    }
-    if (worst > 0.0) metrics->add(progress.step, "expert_load_max_over_mean", worst);
-    metrics->flush(progress.step, progress.tokens);
+  /// A step without finite gradients; ten in a row end the run.
+  void leave_out(double norm) {
+    ++progress.skipped_steps;
+    ++skipped_in_a_row;
+    log::warn("train", "step ", progress.step, ": the gradient norm is ", norm,
+              "; the update is left out");
+    HADAL_INPUT_CHECK(skipped_in_a_row < 10, config.path,
+                      ": ten steps in a row without finite gradients; the newest checkpoint is "
+                      "from before them");
   }
 
   void validate(const char* name, const Stage& rules) {
     // A stage may end where a validation was due anyway.
     if (validation.rows == 0 || last_validation == std::pair(progress.tokens, &rules)) return;
     last_validation = {progress.tokens, &rules};
-    Evaluation result;
     const int64_t micro_rows =
         std::max<int64_t>(1, config.micro_batch_tokens / validation.row_length);
-    const auto length = static_cast<size_t>(validation.row_length);
-    size_t sample = 0;
-    for (int64_t row = 0; row < validation.rows; row += micro_rows) {
-      const int64_t count = std::min(micro_rows, validation.rows - row);
-      const auto begin = static_cast<int64_t>(length) * row;
-      PackedRows part{.rows = count,
-                      .row_length = validation.row_length,
-                      .tokens = {},
-                      .scored = {},
-                      .sample_lengths = {}};
-      const int64_t end = begin + static_cast<int64_t>(length) * count;
-      part.tokens.assign(validation.tokens.begin() + begin, validation.tokens.begin() + end);
-      part.scored.assign(validation.scored.begin() + begin, validation.scored.begin() + end);
-      for (int64_t filled = 0; filled < end - begin; ++sample) {
-        part.sample_lengths.push_back(validation.sample_lengths[sample]);
-        filled += validation.sample_lengths[sample];
-      }
-      evaluate(model, MicroBatch(part, device), rules.mode, rules.numerics, result);
-    }
-    metrics->add(progress.step, concat(name, "/loss"), result.loss());
-    std::string mass;
-    if (result.mass_queries > 0) {
-      metrics->add(progress.step, concat(name, "/selected_mass"), result.selected_mass());
-      metrics->add(progress.step, concat(name, "/best_mass"), result.best_mass());
-      mass = concat(", selected mass ", result.selected_mass(), " of at best ", result.best_mass());
-    }
-    metrics->flush(progress.step, progress.tokens);
-    log::info("train", name, " after ", progress.tokens, " tokens (attention ",
-              attention_mode_name(rules.mode), ", ", ops::numerics_name(rules.numerics), "): loss ",
-              result.loss(), mass);
+    report_validation(*metrics, progress, name, rules,
+                      evaluate_rows(model, validation, micro_rows, rules, device));
   }
 
   bool save_is_due() const {

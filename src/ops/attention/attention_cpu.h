@@ -1,4 +1,4 @@
-// CPU kernel contracts of attention and indexer: keys found by pointer, so that chunk, ring and
+// CPU kernel contract of attention: keys found by pointer, so that chunk, ring and
 // pages look alike. Every sum runs in the order of the contract
 // (sparse_attn.h), which no batch, chunking or thread count changes.
 #pragma once
@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "base/cpu.h"
-#include "ops/attention/kv_rows.h"
+#include "ops/cache/kv_rows.h"
 #include "ops/cpu/element_type.h"
 
 namespace hadal::ops {
@@ -36,21 +36,6 @@ constexpr int64_t attention_scratch_floats(int64_t heads, int64_t dim) {
   return 64 * dim + heads * dim + heads * 64 + 3 * heads + dim * heads + 64;
 }
 
-/// Consecutive tokens of one sequence: a block of keys is read once for all of them.
-struct IndexScoresCpuParams {
-  const void* q;            ///< [tokens, heads, dim]
-  const void* w;            ///< [tokens, heads]
-  const void* const* rows;  ///< [largest num_keys] each [dim], all as `format` says
-  const int64_t* num_keys;  ///< [tokens] how many of the rows a token sees
-  float* scores;            ///< [tokens, scores_row], the first num_keys of each row are written
-  float* scratch;           ///< [16 * dim]
-  int64_t tokens, heads, dim, scores_row;
-  ElementType dtype;
-  RowFormat format = {};
-  bool round_bf16;  ///< `released`: dots, products and the sum rounded to BF16
-};
-
 extern CpuSlot<void(const AttentionCpuParams&, const AttentionKeysCpu&)> attention_cpu;
-extern CpuSlot<void(const IndexScoresCpuParams&)> index_scores_cpu;
 
 }  // namespace hadal::ops

@@ -12,7 +12,7 @@
 #include "base/parallel.h"
 #include "ops/attention/attention_cpu.h"
 #include "ops/attention/sparse_attn_kernels.h"
-#include "ops/gemm/embedding.h"
+#include "ops/rows/gather.h"
 
 namespace hadal::ops {
 namespace {

@@ -10,7 +10,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "ops/batch.h"
+#include "ops/cache/batch.h"
 #include "ops/op.h"
 
 namespace hadal::ops {

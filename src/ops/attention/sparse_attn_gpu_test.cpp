@@ -3,8 +3,9 @@
 
 #include <gtest/gtest.h>
 
-#include "ops/attention/index_scores.h"
 #include "ops/attention/sparse_attn.h"
+#include "ops/indexer/index_scores.h"
+#include "ops/indexer/index_topk.h"
 #include "testing/gpu.h"
 
 namespace hadal::ops {

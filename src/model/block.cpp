@@ -1,0 +1,89 @@
+#include "model/block.h"
+
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "ops/norm/rms_norm.h"
+
+namespace hadal::model {
+
+ops::HcParams hc_params(const ModelConfig& config) {
+  return {.sinkhorn_iters = config.hc_sinkhorn_iters,
+          .norm_eps = config.norm_eps,
+          .hc_eps = config.hc_eps};
+}
+
+at::Tensor block_forward(const Block& block,
+                         const ModelConfig& config,
+                         int64_t index,
+                         at::Tensor streams,
+                         const at::Tensor& ids,
+                         const ops::RopeTable& compressed_rope,
+                         ForwardContext& context) {
+  const ops::HcParams params = hc_params(config);
+  const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
+                                          block.hc_attn.scale.value, params);
+  const at::Tensor attn_out =
+      attention_forward(block.attn, config, index,
+                        ops::rms_norm(attn_mix.mixed, block.attn_norm.value, config.norm_eps),
+                        compressed_rope, context);
+  streams = ops::hc_post(attn_out, streams, attn_mix.post, attn_mix.comb);
+
+  const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
+                                         block.hc_ffn.scale.value, params);
+  const at::Tensor ffn_out = moe_forward(
+      block.moe, config, index, ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config.norm_eps),
+      ids, context);
+  streams = ops::hc_post(ffn_out, streams, ffn_mix.post, ffn_mix.comb);
+  if (context.on_block) context.on_block(index, streams);
+  return streams;
+}
+
+at::Tensor collapse(const at::Tensor& streams,
+                    const HyperConnection& head,
+                    const Parameter& norm,
+                    const ModelConfig& config) {
+  return ops::rms_norm(
+      ops::hc_head(streams, head.fn.value, head.base.value, head.scale.value, hc_params(config)),
+      norm.value, config.norm_eps);
+}
+
+void visit_hc(HyperConnection& hc, const std::function<void(Parameter&)>& visitor) {
+  visitor(hc.fn);
+  visitor(hc.base);
+  visitor(hc.scale);
+}
+
+namespace {
+
+void visit_compressor(Compressor& c, const std::function<void(Parameter&)>& visitor) {
+  for (Parameter* p : {&c.ape, &c.wkv, &c.wgate, &c.norm}) visitor(*p);
+}
+
+}  // namespace
+
+void visit_block(Block& block, const std::function<void(Parameter&)>& visitor) {
+  visitor(block.attn_norm);
+  visitor(block.ffn_norm);
+  visit_hc(block.hc_attn, visitor);
+  visit_hc(block.hc_ffn, visitor);
+  Attention& a = block.attn;
+  for (Parameter* p :
+       {&a.attn_sink, &a.wq_a, &a.q_norm, &a.wq_b, &a.wkv, &a.kv_norm, &a.wo_a, &a.wo_b}) {
+    visitor(*p);
+  }
+  if (a.compressor) visit_compressor(*a.compressor, visitor);
+  if (a.indexer) {
+    visitor(a.indexer->wq_b);
+    visitor(a.indexer->weights_proj);
+    visit_compressor(a.indexer->compressor, visitor);
+  }
+  Moe& m = block.moe;
+  visitor(m.gate);
+  if (m.gate_bias) visitor(*m.gate_bias);
+  if (m.tid2eid) visitor(*m.tid2eid);
+  for (Parameter* p : {&m.w1, &m.w2, &m.w3, &m.shared_w1, &m.shared_w2, &m.shared_w3}) visitor(*p);
+}
+
+}  // namespace hadal::model

@@ -1,0 +1,57 @@
+#include "model/mtp.h"
+
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "model/declare.h"
+#include "ops/norm/rms_norm.h"
+#include "ops/rows/embedding.h"
+
+namespace hadal::model {
+
+using ops::GemmRole;
+
+Mtp declare_mtp(const ModelConfig& config) {
+  const Declare d(config, "mtp.0.");
+  const int64_t dim = config.dim;
+  return {.e_proj = d.fp8("e_proj.weight", dim, dim),
+          .h_proj = d.fp8("h_proj.weight", dim, dim),
+          .enorm = d.norm("enorm.weight", dim),
+          .hnorm = d.norm("hnorm.weight", dim),
+          .norm = d.norm("norm.weight", dim),
+          .hc_head = d.hyper_connection("hc_head", config.hc_mult, 1),
+          .block = d.block(config.n_layers)};
+}
+
+void visit_mtp(Mtp& mtp, const std::function<void(Parameter&)>& visitor) {
+  for (Parameter* p : {&mtp.e_proj, &mtp.h_proj, &mtp.enorm, &mtp.hnorm}) visitor(*p);
+  visit_block(mtp.block, visitor);
+  visitor(mtp.norm);
+  visit_hc(mtp.hc_head, visitor);
+}
+
+at::Tensor mtp_forward(const Mtp& mtp,
+                       const ModelConfig& config,
+                       const Parameter& embed,
+                       const at::Tensor& streams,
+                       const at::Tensor& next_ids,
+                       const ops::RopeTable& compressed_rope,
+                       ForwardContext& context) {
+  const ops::Numerics numerics = context.numerics;
+  const int64_t tokens = streams.size(0), n = config.hc_mult, dim = config.dim;
+  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed.operand(numerics)),
+                                     mtp.enorm.value, config.norm_eps);
+  const at::Tensor h =
+      ops::rms_norm(streams, mtp.hnorm.value, config.norm_eps).reshape({tokens * n, dim});
+  const at::Tensor projected_e =
+      apply_linear(mtp.e_proj, ops::quantise_input(e, GemmRole::kFp8, numerics), numerics);
+  const at::Tensor projected_h =
+      apply_linear(mtp.h_proj, ops::quantise_input(h, GemmRole::kFp8, numerics), numerics);
+  at::Tensor z = projected_e.unsqueeze(1) + projected_h.reshape({tokens, n, dim});
+  z = block_forward(mtp.block, config, config.n_layers, std::move(z), next_ids, compressed_rope,
+                    context);
+  return collapse(z, mtp.hc_head, mtp.norm, config);
+}
+
+}  // namespace hadal::model

@@ -1,0 +1,34 @@
+// Multi-token prediction (model.md 13): one more block that predicts the token after the next.
+#pragma once
+
+#include <functional>
+
+#include <ATen/core/Tensor.h>
+
+#include "model/block.h"
+
+namespace hadal::model {
+
+struct Mtp {
+  Parameter e_proj, h_proj, enorm, hnorm, norm;
+  HyperConnection hc_head;
+  Block block;
+};
+
+/// The block of a model, declared without values.
+Mtp declare_mtp(const ModelConfig& config);
+/// Parameters in checkpoint order.
+void visit_mtp(Mtp& mtp, const std::function<void(Parameter&)>& visitor);
+
+/// Streams of the last main block at p and the ids of the tokens at p + 1 -> head input [tokens,
+/// dim].
+///   embed  the main model's table
+at::Tensor mtp_forward(const Mtp& mtp,
+                       const ModelConfig& config,
+                       const Parameter& embed,
+                       const at::Tensor& streams,
+                       const at::Tensor& next_ids,
+                       const ops::RopeTable& compressed_rope,
+                       ForwardContext& context);
+
+}  // namespace hadal::model

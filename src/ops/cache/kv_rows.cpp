@@ -1,0 +1,158 @@
+#include "ops/cache/kv_rows.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+namespace {
+
+float bf16_value(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+/// The exponent k of the scale 2^k = 2^ceil(log2(amax / largest)), largest = significand * 2^shift
+/// with significand in [1, 2); 0 for a group of zeros.
+int scale_exponent(float amax, float significand, int shift) {
+  if (amax == 0.0f) return 0;
+  int exponent = 0;
+  const float fraction = 2.0f * std::frexp(amax, &exponent);  // amax = fraction * 2^(exponent - 1)
+  return exponent - 1 - shift + (fraction > significand ? 1 : 0);
+}
+
+/// Nearest code is not asked for: false unless |x| is an E4M3 value.
+bool encode_e4m3(float x, uint8_t* code) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t result = 0;
+  if (magnitude >= 0x3c800000u) {                                              // 2^-6: normal
+    if (magnitude > 0x43e00000u || (magnitude & 0xfffffu) != 0) return false;  // 448, 3 bits
+    result = (magnitude >> 20) - (120u << 3);
+  } else {
+    const float steps = std::bit_cast<float>(magnitude) * 512.0f;
+    result = static_cast<uint32_t>(steps);
+    if (static_cast<float>(result) != steps) return false;
+  }
+  *code = static_cast<uint8_t>(result | (bits >> 31 << 7));
+  return true;
+}
+
+constexpr float kE2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+
+bool encode_e2m1(float x, uint8_t* code) {
+  for (uint8_t i = 0; i < 8; ++i) {
+    if (std::fabs(x) != kE2m1[i]) continue;
+    *code = static_cast<uint8_t>(i | (std::signbit(x) ? 8 : 0));
+    return true;
+  }
+  return false;
+}
+
+/// Packs groups of `size` values with `encode(scaled value, index)`; scales go to `scales`.
+template <typename Encode>
+bool pack_groups(const uint16_t* row,
+                 int64_t count,
+                 int64_t size,
+                 float significand,
+                 int shift,
+                 uint8_t* scales,
+                 Encode&& encode) {
+  for (int64_t first = 0; first < count; first += size) {
+    float amax = 0.0f;
+    for (int64_t i = first; i < first + size; ++i)
+      amax = std::fmax(amax, std::fabs(bf16_value(row[i])));
+    const int exponent = scale_exponent(amax, significand, shift);
+    if (!std::isfinite(amax) || exponent < -126 || exponent > 127) return false;
+    scales[first / size] = static_cast<uint8_t>(exponent + 127);
+    // Two steps, since 2^127 has no normal inverse.
+    const float half = std::ldexp(1.0f, -exponent / 2),
+                rest = std::ldexp(1.0f, -exponent - -exponent / 2);
+    for (int64_t i = first; i < first + size; ++i) {
+      if (!encode(bf16_value(row[i]) * half * rest, i)) return false;
+    }
+  }
+  return true;
+}
+
+/// [n, groups] UE8M0 bytes -> factors [n, groups, 1] FP32.
+at::Tensor factors(const at::Tensor& bytes) {
+  return bytes.to(at::kInt).bitwise_left_shift(23).view(at::kFloat).unsqueeze(-1);
+}
+
+at::Tensor unpack_latents(const at::Tensor& bytes, const RowFormat& format) {
+  const int64_t n = bytes.size(0), rounded = format.width - format.rotary;
+  const at::Tensor codes = bytes.narrow(1, 0, rounded).contiguous().view(at::kFloat8_e4m3fn);
+  const at::Tensor scales = bytes.narrow(1, rounded + 2 * format.rotary, rounded / 64);
+  const at::Tensor values =
+      (codes.to(at::kFloat).reshape({n, -1, 64}) * factors(scales)).reshape({n, rounded});
+  const at::Tensor rotary =
+      bytes.narrow(1, rounded, 2 * format.rotary).contiguous().view(at::kBFloat16);
+  return at::cat({values.to(at::kBFloat16), rotary}, 1);
+}
+
+at::Tensor unpack_keys(const at::Tensor& bytes, const RowFormat& format) {
+  const int64_t n = bytes.size(0);
+  const at::Tensor pairs = bytes.narrow(1, 0, format.width / 2);
+  const at::Tensor codes =
+      at::stack({pairs.bitwise_and(15), pairs.div(16, "floor")}, -1).reshape({n, format.width});
+  std::vector<float> table(kE2m1, kE2m1 + 8);
+  for (const float value : kE2m1) table.push_back(-value);
+  const at::Tensor values =
+      at::tensor(table, at::kFloat).to(bytes.device()).index({codes.to(at::kLong)});
+  return (values.reshape({n, -1, 32}) *
+          factors(bytes.narrow(1, format.width / 2, format.width / 32)))
+      .reshape({n, format.width})
+      .to(at::kBFloat16);
+}
+
+}  // namespace
+
+bool pack_row(const uint16_t* row, const RowFormat& format, uint8_t* out) {
+  std::memset(out, 0, static_cast<size_t>(format.bytes()));
+  if (format.kind == RowKind::kLatent) {
+    const int64_t rounded = format.width - format.rotary;
+    std::memcpy(out + rounded, row + rounded, static_cast<size_t>(2 * format.rotary));
+    return pack_groups(row, rounded, 64, 1.75f, 8, out + rounded + 2 * format.rotary,
+                       [&](float x, int64_t i) { return encode_e4m3(x, out + i); });
+  }
+  return pack_groups(row, format.width, 32, 1.5f, 2, out + format.width / 2,
+                     [&](float x, int64_t i) {
+                       uint8_t code = 0;
+                       const bool exact = encode_e2m1(x, &code);
+                       out[i / 2] = static_cast<uint8_t>(out[i / 2] | code << (i % 2 * 4));
+                       return exact;
+                     });
+}
+
+at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format) {
+  check_shape(rows, {-1, format.width}, "pack_rows: rows");
+  HADAL_CHECK(format.packed() && rows.is_cpu() && rows.scalar_type() == at::kBFloat16,
+              "pack_rows: rows are ", rows.scalar_type(), " on ", rows.device().str(),
+              ", expected BF16 on the CPU");
+  const at::Tensor source = rows.contiguous();
+  at::Tensor bytes = at::empty({rows.size(0), format.bytes()}, at::kByte);
+  const auto* in = static_cast<const uint16_t*>(source.const_data_ptr());
+  auto* out = bytes.mutable_data_ptr<uint8_t>();
+  for (int64_t row = 0; row < rows.size(0); ++row) {
+    HADAL_CHECK(pack_row(in + row * format.width, format, out + row * format.bytes()),
+                "pack_rows: row ", row, " did not go through its round trip");
+  }
+  return bytes;
+}
+
+at::Tensor unpack_rows(const at::Tensor& bytes, const RowFormat& format) {
+  check_shape(bytes, {-1, format.bytes()}, "unpack_rows: bytes");
+  HADAL_CHECK(format.packed() && bytes.scalar_type() == at::kByte, "unpack_rows: rows are ",
+              bytes.scalar_type(), ", expected packed bytes");
+  return format.kind == RowKind::kLatent ? unpack_latents(bytes, format)
+                                         : unpack_keys(bytes, format);
+}
+
+at::Tensor dense_rows(const at::Tensor& rows, const RowFormat& format) {
+  return format.packed() ? unpack_rows(rows, format) : rows;
+}
+
+}  // namespace hadal::ops

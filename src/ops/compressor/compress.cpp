@@ -1,0 +1,194 @@
+#include "ops/compressor/compress.h"
+
+#include <limits>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/parallel.h"
+#include "ops/compressor/compress_cpu.h"
+#include "ops/op.h"
+#include "ops/rows/gather.h"
+
+namespace hadal::ops {
+namespace {
+
+/// x at every position of every new block, [num_blocks, ratio, width], from the step or its
+/// history.
+at::Tensor block_rows(const at::Tensor& x,
+                      const RingView& history,
+                      const Batch& batch,
+                      int64_t ratio) {
+  const BlockPlan& plan = batch.blocks(ratio);
+  const std::vector<int64_t> shape = {plan.num_blocks(), ratio, x.size(1)};
+  if (plan.device_rows.defined()) return gather_distinct_rows(x, plan.device_rows).reshape(shape);
+  HADAL_CHECK(history.rows.defined(), "compress: a sequence continues without a history");
+  const int64_t offset = history.rows.size(0);
+  std::vector<int64_t> rows;
+  for (size_t seq = 0; seq + 1 < plan.cu_blocks.size(); ++seq) {
+    for (int64_t i = plan.cu_blocks[seq] * ratio; i < plan.cu_blocks[seq + 1] * ratio; ++i) {
+      const int64_t row = plan.rows[static_cast<size_t>(i)];
+      rows.push_back(row >= 0 ? offset + row : history.first_row[seq] + (-1 - row) % history.ring);
+    }
+  }
+  return at::cat({history.rows, x})
+      .index_select(0, at::tensor(rows, at::kLong).to(x.device()))
+      .reshape(shape);
+}
+
+/// The first half of the block before each sequence's first new one, [num_seqs, ratio, d]; `absent`
+/// at position 0.
+at::Tensor leading_rows(const at::Tensor& x,
+                        const RingView& history,
+                        const Batch& batch,
+                        int64_t ratio,
+                        int64_t d,
+                        double absent) {
+  const BlockPlan& plan = batch.blocks(ratio);
+  at::Tensor result = at::full({batch.num_seqs(), ratio, d}, absent, x.options());
+  for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
+    const int64_t first = plan.first_block[static_cast<size_t>(seq)];
+    const bool any =
+        plan.cu_blocks[static_cast<size_t>(seq) + 1] > plan.cu_blocks[static_cast<size_t>(seq)];
+    if (first == 0 || !any) continue;
+    HADAL_CHECK(history.rows.defined(), "compress: sequence ", seq, " continues without a history");
+    std::vector<int64_t> rows;
+    for (int64_t pos = (first - 1) * ratio; pos < first * ratio; ++pos) {
+      rows.push_back(history.first_row[static_cast<size_t>(seq)] + pos % history.ring);
+    }
+    result[seq].copy_(
+        history.rows.index_select(0, at::tensor(rows, at::kLong).to(x.device())).narrow(1, 0, d));
+  }
+  return result;
+}
+
+/// Candidates of every block, [num_blocks, ratio or 2 ratio, d].
+at::Tensor candidates(const at::Tensor& x,
+                      const RingView& history,
+                      const Batch& batch,
+                      int64_t ratio,
+                      double absent) {
+  const at::Tensor blocks = block_rows(x, history, batch, ratio);
+  if (ratio != 4) return blocks;
+  const int64_t d = x.size(1) / 2;
+  const at::Tensor first_halves =
+      at::cat({leading_rows(x, history, batch, ratio, d, absent), blocks.narrow(2, 0, d)});
+  const at::Tensor previous = gather_distinct_rows(first_halves, batch.blocks(ratio).previous);
+  return at::cat({previous, blocks.narrow(2, d, d)}, 1);
+}
+
+}  // namespace
+
+namespace reference {
+
+Compressed compress(const at::Tensor& kv,
+                    const at::Tensor& gate,
+                    const at::Tensor& ape,
+                    const RingView& kv_history,
+                    const RingView& score_history,
+                    const Batch& batch,
+                    int64_t ratio) {
+  const at::Tensor position = batch.pos().remainder(ratio);
+  const at::Tensor score = gate + gather_rows(ape.to(gate.scalar_type()), position);
+  const at::Tensor values = candidates(kv, kv_history, batch, ratio, 0.0);
+  const at::Tensor scores =
+      candidates(score, score_history, batch, ratio, -std::numeric_limits<double>::infinity());
+  return {.pooled = (at::softmax(scores, 1) * values).sum(1), .score = score};
+}
+
+}  // namespace reference
+
+constinit CpuSlot<void(const CompressCpuParams&, int64_t, int64_t)> compress_cpu;
+
+namespace {
+
+/// Row of `pos` of a sequence in the step or its history.
+const float* find_row(
+    const at::Tensor& x, const RingView& history, const Batch& batch, int64_t seq, int64_t pos) {
+  const int64_t width = x.size(1), start = batch.start(seq);
+  if (pos >= start) return x.const_data_ptr<float>() + (batch.begin(seq) + pos - start) * width;
+  HADAL_CHECK(history.rows.defined(), "compress: sequence ", seq, " starts at ", start,
+              " without a history");
+  return history.rows.const_data_ptr<float>() +
+         (history.first_row[static_cast<size_t>(seq)] + pos % history.ring) * width;
+}
+
+std::vector<at::Tensor> run_cpu(const at::Tensor& kv_in,
+                                const at::Tensor& gate,
+                                const at::Tensor& ape,
+                                const RingView& kv_history,
+                                const RingView& score_history,
+                                const Batch& batch,
+                                int64_t ratio) {
+  const at::Tensor kv = kv_in.contiguous();
+  const int64_t width = kv.size(1), overlap = ratio == 4 ? 2 : 1, d = width / overlap;
+  // One addition an entry: the same bits for any batch.
+  at::Tensor score = gate.contiguous().clone();
+  const at::Tensor bias = ape.to(at::kFloat).contiguous();
+  for (int64_t token = 0; token < batch.num_tokens(); ++token) {
+    const int64_t place = batch.host_pos()[static_cast<size_t>(token)] % ratio;
+    const float* b = bias.const_data_ptr<float>() + place * width;
+    float* s = score.mutable_data_ptr<float>() + token * width;
+    for (int64_t i = 0; i < width; ++i) s[i] += b[i];
+  }
+  const BlockPlan& plan = batch.blocks(ratio);
+  const int64_t candidates = overlap * ratio;
+  std::vector<const float*> kv_rows, score_rows;
+  kv_rows.reserve(static_cast<size_t>(plan.num_blocks() * candidates));
+  score_rows.reserve(kv_rows.capacity());
+  for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
+    const size_t s = static_cast<size_t>(seq);
+    const int64_t first = plan.first_block[s], count = plan.cu_blocks[s + 1] - plan.cu_blocks[s];
+    for (int64_t block = first; block < first + count; ++block) {
+      for (int64_t j = 0; j < candidates; ++j) {
+        // CSA: the previous block's first half of the columns, then this block's second half.
+        const int64_t pos = (block - overlap + 1) * ratio + j;
+        const int64_t column = overlap == 2 && j >= ratio ? d : 0;
+        const bool absent = pos < 0;
+        kv_rows.push_back(absent ? nullptr : find_row(kv, kv_history, batch, seq, pos) + column);
+        score_rows.push_back(absent ? nullptr
+                                    : find_row(score, score_history, batch, seq, pos) + column);
+      }
+    }
+  }
+  at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options());
+  const CompressCpuParams params{.kv = kv_rows.data(),
+                                 .score = score_rows.data(),
+                                 .pooled = pooled.mutable_data_ptr<float>(),
+                                 .candidates = candidates,
+                                 .d = d};
+  parallel_for(plan.num_blocks(), 1,
+               [&](int64_t begin, int64_t end) { compress_cpu(params, begin, end); });
+  return {pooled, score};
+}
+
+}  // namespace
+
+Compressed compress(const at::Tensor& kv,
+                    const at::Tensor& gate,
+                    const at::Tensor& ape,
+                    const RingView& kv_history,
+                    const RingView& score_history,
+                    const Batch& batch,
+                    int64_t ratio) {
+  HADAL_CHECK(ratio > 0, "compress: ratio ", ratio);
+  check_shape(kv, {batch.num_tokens(), -1}, "compress: kv");
+  check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress: gate");
+  check_shape(ape, {ratio, kv.size(1)}, "compress: ape");
+  if (use_cpu_kernel(kv) && kv.scalar_type() == at::kFloat) {
+    const std::vector<at::Tensor> out = with_reference_gradient(
+        [&](const auto& in) {
+          return run_cpu(in[0], in[1], in[2], kv_history, score_history, batch, ratio);
+        },
+        [kv_history, score_history, step = &batch, ratio](const auto& in) {
+          const Compressed r =
+              reference::compress(in[0], in[1], in[2], kv_history, score_history, *step, ratio);
+          return std::vector{r.pooled, r.score};
+        },
+        {kv, gate, ape});
+    return {.pooled = out[0], .score = out[1]};
+  }
+  return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,41 @@
+// Gated pooling of m tokens into one compressed entry (model.md 7), at any position and chunking
+// (model.md 15).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/cache/batch.h"
+
+namespace hadal::ops {
+
+struct Compressed {
+  at::Tensor pooled;  ///< [num_blocks, d] FP32: per channel softmax-weighted sums, before norm and
+                      ///< rotation
+  at::Tensor score;   ///< [tokens, o d] FP32: gate + ape, what the state keeps beside kv
+};
+
+/// Pools every block that this step completes (batch.blocks(ratio), in that order).
+///   kv, gate  [tokens, o d] FP32   o = 2 for ratio 4 (previous block's half first), else 1
+///   ape       [ratio, o d]  FP32   added to the gate at position mod ratio, never to kv
+///   kv_history, score_history      rings of the rows before this step (score includes ape), of
+///                                  length >= o * ratio - 1; undefined rows when every sequence
+///                                  starts at 0
+Compressed compress(const at::Tensor& kv,
+                    const at::Tensor& gate,
+                    const at::Tensor& ape,
+                    const RingView& kv_history,
+                    const RingView& score_history,
+                    const Batch& batch,
+                    int64_t ratio);
+
+namespace reference {
+Compressed compress(const at::Tensor& kv,
+                    const at::Tensor& gate,
+                    const at::Tensor& ape,
+                    const RingView& kv_history,
+                    const RingView& score_history,
+                    const Batch& batch,
+                    int64_t ratio);
+}  // namespace reference
+
+}  // namespace hadal::ops

@@ -1,0 +1,62 @@
+#include "ops/indexer/hadamard.h"
+
+#include <cmath>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/parallel.h"
+#include "ops/op.h"
+#include "ops/quant/round_trip_cpu.h"
+
+namespace hadal::ops {
+namespace reference {
+
+at::Tensor hadamard(const at::Tensor& x) {
+  const int64_t dim = x.size(-1);
+  at::Tensor y = to_compute(x).reshape({-1, dim});
+  for (int64_t stride = 1; stride < dim; stride *= 2) {
+    const at::Tensor pairs = y.reshape({-1, dim / (2 * stride), 2, stride});
+    const at::Tensor a = pairs.select(2, 0), b = pairs.select(2, 1);
+    y = at::stack({a + b, a - b}, 2).reshape({-1, dim});
+  }
+  // The factor is rounded to FP32 first, as the official kernel's scale argument is.
+  const double factor =
+      y.scalar_type() == at::kDouble
+          ? 1.0 / std::sqrt(static_cast<double>(dim))
+          : static_cast<double>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim))));
+  return (y * factor).reshape(x.sizes()).to(x.scalar_type());
+}
+
+}  // namespace reference
+
+constinit CpuSlot<void(const HadamardCpuParams&, int64_t, int64_t)> hadamard_cpu;
+
+namespace {
+
+at::Tensor run_cpu(const at::Tensor& x) {
+  const at::Tensor input = x.contiguous();
+  at::Tensor out = at::empty_like(input);
+  const HadamardCpuParams params{.x = input.const_data_ptr(),
+                                 .out = out.mutable_data_ptr(),
+                                 .dim = x.size(-1),
+                                 .dtype = element_type(x)};
+  parallel_for(input.numel() / params.dim, 16,
+               [&](int64_t begin, int64_t end) { hadamard_cpu(params, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+at::Tensor hadamard(const at::Tensor& x) {
+  const int64_t dim = x.size(-1);
+  HADAL_CHECK(dim > 0 && (dim & (dim - 1)) == 0, "hadamard: dim ", dim, " is no power of two");
+  if (use_cpu_kernel(x) && dim <= 1024) {
+    return with_reference_gradient(
+        [](const auto& in) { return std::vector{run_cpu(in[0])}; },
+        [](const auto& in) { return std::vector{reference::hadamard(in[0])}; }, {x})[0];
+  }
+  return reference::hadamard(x);
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,81 @@
+#include "ops/rows/gather.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops/op.h"
+
+namespace hadal::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// sum over i with rows[i] == r of grad[i], into [num_rows, ...]: a stable sort by row, then
+/// segment sums.
+at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t num_rows) {
+  const at::Tensor flat = grad.reshape({grad.size(0), -1});
+  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
+  shape[0] = num_rows;
+  // Few rows have long segments: a product with the rows' marks keeps a GPU busy.
+  if (grad.is_cuda() && num_rows <= 256) {
+    const at::Tensor marks = (at::arange(num_rows, rows.options()).unsqueeze(1) == rows)
+                                 .to(to_compute(flat).scalar_type());
+    return at::mm(marks, to_compute(flat)).to(grad.scalar_type()).reshape(shape);
+  }
+  const auto [sorted, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor lengths =
+      at::diff(at::searchsorted(sorted, at::arange(num_rows + 1, rows.options())));
+  // segment_reduce walks each segment in order on one thread: deterministic, unlike index_add on
+  // CUDA.
+  const at::Tensor sums =
+      at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
+                         /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
+                         /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
+  return sums.to(grad.scalar_type()).reshape(shape);
+}
+
+struct GatherRows : torch::autograd::Function<GatherRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
+    context->save_for_backward({rows});
+    context->saved_data["num_rows"] = x.size(0);
+    return x.index_select(0, rows);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor rows = context->get_saved_variables()[0];
+    return {scatter_sum(grad_outputs[0], rows, context->saved_data["num_rows"].toInt()),
+            at::Tensor()};
+  }
+};
+
+struct GatherDistinctRows : torch::autograd::Function<GatherDistinctRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
+    context->save_for_backward({rows});
+    context->saved_data["num_rows"] = x.size(0);
+    return x.index_select(0, rows);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor rows = context->get_saved_variables()[0];
+    std::vector<int64_t> shape(grad_outputs[0].sizes().begin(), grad_outputs[0].sizes().end());
+    shape[0] = context->saved_data["num_rows"].toInt();
+    at::Tensor grad = at::zeros(shape, grad_outputs[0].options());
+    grad.index_copy_(0, rows, grad_outputs[0]);
+    return {grad, at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& rows) {
+  check_shape(rows, {-1}, "gather_rows: rows");
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return x.index_select(0, rows);
+  return GatherRows::apply(x, rows);
+}
+
+at::Tensor gather_distinct_rows(const at::Tensor& x, const at::Tensor& rows) {
+  check_shape(rows, {-1}, "gather_distinct_rows: rows");
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return x.index_select(0, rows);
+  return GatherDistinctRows::apply(x, rows);
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,116 @@
+#include "train/run_setup.h"
+
+#include <cmath>
+#include <unistd.h>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "checkpoint/load_model.h"
+#include "checkpoint/names.h"
+#include "model/init.h"
+#include "train/export_run.h"
+
+namespace hadal::train {
+namespace {
+
+std::vector<int64_t> token_counts(const RunConfig& config,
+                                  const std::vector<data::TokenShards>& sources,
+                                  int64_t vocab) {
+  std::vector<int64_t> counts(static_cast<size_t>(vocab), 0);
+  for (const data::TokenShards& source : sources) {
+    for (int64_t document = 0; document < source.num_documents(); ++document) {
+      for (const int32_t id : source.document(document)) {
+        HADAL_INPUT_CHECK(id >= 0 && id < vocab, config.tokenizer, ": the text holds token ", id,
+                          ", but the vocab_size of ", config.model, " is ", vocab);
+        ++counts[static_cast<size_t>(id)];
+      }
+    }
+  }
+  return counts;
+}
+
+/// FP32 weights, gradients and the optimizer's moments must fit before anything is allocated.
+void check_memory(const std::string& path, const model::ModelConfig& config) {
+  const auto census = checkpoint::take_census(config, checkpoint::storage_of(config));
+  const double needed = 12.0 * static_cast<double>(census.total().parameters);
+  const double machine =
+      static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
+  constexpr double kGib = 0x1p30;
+  HADAL_INPUT_CHECK(needed <= machine, path, ": training needs about ", std::ceil(needed / kGib),
+                    " GiB for weights, gradients and the optimizer, this "
+                    "machine has ",
+                    std::floor(machine / kGib), " GiB");
+}
+
+}  // namespace
+
+at::Device pick_device(const std::string& name) {
+  const bool has_cuda = at::globalContext().hasCUDA();
+  HADAL_INPUT_CHECK(name != "cuda" || has_cuda,
+                    "device: \"cuda\" was asked for, but this build or machine has no CUDA device");
+  return at::Device(name == "cpu" || !has_cuda ? at::kCPU : at::kCUDA);
+}
+
+model::ModelConfig checked_model_config(const RunConfig& config) {
+  model::ModelConfig result = model::load_config(config.model);
+  check_memory(config.model, result);
+  if (result.drafter.exists()) {
+    log::warn("train", config.model, ": the DSpark drafter is no part of the training; the ",
+              "exported model has none");
+  }
+  if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
+    // Found at the start, not when the finished model cannot be written.
+    try {
+      exported.check_released();
+    } catch (const InputError& error) {
+      throw InputError(
+          concat(config.init_checkpoint.empty() ? config.model : config.init_checkpoint,
+                 ": quantization_config asks for a model in FP8 and FP4 (without it the model is "
+                 "BF16): ",
+                 error.what()));
+    }
+  }
+  const auto check_length = [&](const std::string& where, int64_t row_length) {
+    HADAL_INPUT_CHECK(row_length <= result.max_position_embeddings, config.path, ": ", where,
+                      ": row_length ", row_length, " exceeds max_position_embeddings ",
+                      result.max_position_embeddings);
+  };
+  for (const Stage& stage : config.stages) {
+    if (stage.numerics == ops::Numerics::kReleased) result.check_released();
+    check_length(concat("stage ", stage.name), stage.row_length);
+  }
+  check_length("validation", config.validation.row_length);
+  return result;
+}
+
+model::Transformer build_model(const RunConfig& config,
+                               const model::ModelConfig& model_config,
+                               const std::vector<data::TokenShards>& sources) {
+  const std::vector<int64_t> counts = token_counts(config, sources, model_config.vocab_size);
+  if (!config.init_checkpoint.empty()) {
+    model::Transformer model =
+        checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
+                               ops::Numerics::kIdeal, checkpoint::Held::kDense);
+    // A checkpoint from transformers has no MTP block although its config names one.
+    const auto main_ratios = [](const model::ModelConfig& c) {
+      return std::vector<int64_t>(c.compress_ratios.begin(),
+                                  c.compress_ratios.begin() + c.n_layers);
+    };
+    HADAL_INPUT_CHECK(model.config().vocab_size == model_config.vocab_size &&
+                          model.config().dim == model_config.dim &&
+                          main_ratios(model.config()) == main_ratios(model_config) &&
+                          model.config().n_mtp_layers <= model_config.n_mtp_layers,
+                      config.init_checkpoint, ": not a model of ", config.model);
+    // The file's memory must not be written to.
+    model.visit([](model::Parameter& parameter) { parameter.value = parameter.value.clone(); });
+    return model;
+  }
+  model::Transformer model(model_config);
+  model::init_weights(model, {.seed = config.seed, .std = config.init_std, .token_counts = counts},
+                      at::kFloat);
+  return model;
+}
+
+}  // namespace hadal::train

@@ -1,0 +1,32 @@
+// One update of a model: gradients of some micro-batches, clipping, the optimizer, the router
+// biases.
+#pragma once
+
+#include <span>
+
+#include "train/objective.h"
+#include "train/optimizer.h"
+
+namespace hadal::train {
+
+struct StepRules {
+  ObjectiveParams objective;
+  double learning_rate = 0.0;  ///< 0: gradients and measures, no update of the parameters
+  double clip_norm = 0.0;      ///< of all gradients together; 0: none
+  double router_bias_speed = 0.0;
+};
+
+struct StepOutcome {
+  StepMeasures measures;
+  double norm = 0.0;  ///< of the gradients, before clipping
+  bool moved = true;  ///< false: the norm is not finite, nothing was updated
+  double loss() const;
+};
+
+/// Adds up the gradients of the micro-batches and moves the model by them.
+StepOutcome training_step(model::Transformer& model,
+                          Optimizer& optimizer,
+                          std::span<const MicroBatch> batches,
+                          const StepRules& rules);
+
+}  // namespace hadal::train
