@@ -86,6 +86,8 @@ TEST(InferenceBits, LogitsAreThoseOfEveryBuild) {
     expect_logits("golden-tiny-ideal", concat(root, "/tests/golden-tiny/ideal"), Numerics::kIdeal);
     expect_logits("golden-tiny-released", concat(root, "/tests/golden-tiny/released"),
                   Numerics::kReleased);
+    // The portable kernels take a minute for the shipped model.
+    if (level == 0 && best != static_cast<Isa>(0)) continue;
     for (const auto numerics : {Numerics::kIdeal, Numerics::kBf16, Numerics::kReleased}) {
       expect_logits(concat("nano-", ops::numerics_name(numerics)),
                     concat(root, "/models/hadal-nano"), numerics);
