@@ -10,18 +10,27 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
-#include "apps/bench_serve_check.h"
-#include "apps/bench_serve_client.h"
-#include "apps/bench_serve_report.h"
-#include "apps/bench_serve_traffic.h"
 #include "apps/interrupt.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/json.h"
 #include "base/progress.h"
+#include "load/check.h"
+#include "load/client.h"
+#include "load/report.h"
+#include "load/traffic.h"
 
 namespace hadal::apps {
 namespace {
+
+using load::AnswerCheck;
+using load::ClientOptions;
+using load::ClientState;
+using load::LoadClient;
+using load::LoadReport;
+using load::Outcome;
+using load::Traffic;
+using load::TrafficOptions;
 
 struct Options {
   std::string url, endpoint = "chat", arrivals = "poisson";

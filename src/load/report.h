@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "apps/bench_serve_answer.h"
 #include "base/percentiles.h"
+#include "load/answer.h"
 
 namespace hadal {
 class JsonWriter;
 }
 
-namespace hadal::apps {
+namespace hadal::load {
 
 /// Gathers outcomes. Slow readers count as requests, tokens and errors but not in the latencies,
 /// which would be their own.
@@ -47,4 +47,4 @@ class LoadReport {
   Percentiles first_, gap_, whole_, late_;  ///< seconds
 };
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

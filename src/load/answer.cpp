@@ -1,8 +1,8 @@
-#include "apps/bench_serve_answer.h"
+#include "load/answer.h"
 
 #include <nlohmann/json.hpp>
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 using Json = nlohmann::json;
@@ -105,4 +105,4 @@ ApiError parse_api_error(std::string_view body) {
   return api_error(Json::parse(body, nullptr, false));
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

@@ -1,4 +1,4 @@
-#include "apps/bench_serve_connection.h"
+#include "load/connection.h"
 
 #include <boost/asio/ssl/host_name_verification.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
@@ -9,7 +9,7 @@
 #include <boost/beast/ssl.hpp>
 #include <type_traits>
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 namespace asio = boost::asio;
@@ -91,4 +91,4 @@ std::unique_ptr<HttpConnection> HttpConnection::make(asio::io_context& io,
   return std::make_unique<StreamConnection<beast::tcp_stream>>(host, slow, io);
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

@@ -1,4 +1,4 @@
-#include "apps/bench_serve_report.h"
+#include "load/report.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -9,7 +9,7 @@
 #include "base/json.h"
 #include "base/svg_chart.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 constexpr double kMilli = 1000;
@@ -149,4 +149,4 @@ std::string LoadReport::draw() const {
   return draw_svg(charts);
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

@@ -1,4 +1,4 @@
-#include "apps/bench_serve_check.h"
+#include "load/check.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -11,7 +11,7 @@
 #include "base/file.h"
 #include "base/json.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 constexpr int64_t kMaxComplaints = 5;
@@ -105,4 +105,4 @@ void AnswerCheck::write(const std::string& path) const {
   write_file_atomic(path, text);
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

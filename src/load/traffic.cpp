@@ -1,4 +1,4 @@
-#include "apps/bench_serve_traffic.h"
+#include "load/traffic.h"
 
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@
 #include "base/json.h"
 #include "base/philox.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 using Json = nlohmann::json;
@@ -142,4 +142,4 @@ double Traffic::gap(int64_t index) const {
   return -std::log1p(-u) / options_.rate;
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

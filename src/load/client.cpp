@@ -1,4 +1,4 @@
-#include "apps/bench_serve_client.h"
+#include "load/client.h"
 
 #include <algorithm>
 #include <chrono>
@@ -11,11 +11,11 @@
 
 #include <nlohmann/json.hpp>
 
-#include "apps/bench_serve_connection.h"
 #include "base/check.h"
+#include "load/connection.h"
 #include "server/sse_parser.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 namespace {
 
 namespace asio = boost::asio;
@@ -410,4 +410,4 @@ ClientState LoadClient::run(const Traffic& traffic,
   return impl_->run(traffic, ended, tick);
 }
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

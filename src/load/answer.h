@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hadal::apps {
+namespace hadal::load {
 
 struct AnswerText {
   std::string reasoning, text, tool_calls, finish_reason;
@@ -63,4 +63,4 @@ struct ApiError {
 };
 ApiError parse_api_error(std::string_view body);
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

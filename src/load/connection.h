@@ -29,7 +29,7 @@
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
 
-namespace hadal::apps {
+namespace hadal::load {
 
 class HttpConnection {
  public:
@@ -59,4 +59,4 @@ class HttpConnection {
   HttpConnection() = default;
 };
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

@@ -6,11 +6,11 @@
 #include <memory>
 #include <string>
 
-#include "apps/bench_serve_answer.h"
-#include "apps/bench_serve_traffic.h"
+#include "load/answer.h"
+#include "load/traffic.h"
 #include "server/url.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 
 struct ClientOptions {
   server::Url url;  ///< its path ends in /v1
@@ -52,4 +52,4 @@ class LoadClient {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

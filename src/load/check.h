@@ -9,9 +9,9 @@
 #include <string>
 #include <unordered_map>
 
-#include "apps/bench_serve_answer.h"
+#include "load/answer.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 
 class AnswerCheck {
  public:
@@ -36,4 +36,4 @@ class AnswerCheck {
   int64_t compared_ = 0, wrong_ = 0, unknown_ = 0;
 };
 
-}  // namespace hadal::apps
+}  // namespace hadal::load

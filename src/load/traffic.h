@@ -8,7 +8,7 @@
 
 #include "base/distribution.h"
 
-namespace hadal::apps {
+namespace hadal::load {
 
 struct TrafficOptions {
   bool chat = true;  ///< /v1/chat/completions, else /v1/completions
@@ -54,4 +54,4 @@ class Traffic {
   std::vector<std::string_view> words_;  ///< of text_
 };
 
-}  // namespace hadal::apps
+}  // namespace hadal::load
