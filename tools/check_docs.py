@@ -20,7 +20,7 @@ PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/[\w.-]*|[\w-]+\.(?:h|cpp|cu|cuh|py|sh|m
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.*)")
 COMMENT = re.compile(r"^\s*(?://|#)(.*)|//(.*)")
-GENERATED = ("build/", "runs/", ".deps/")
+GENERATED = ("build/", "runs/", ".deps/", "./hadal")
 
 
 def headings(path):

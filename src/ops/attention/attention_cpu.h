@@ -29,7 +29,7 @@ struct AttentionCpuParams {
   float scale;
   ElementType dtype;
   RowFormat format = {};     ///< of packed rows
-  bool round_probabilities;  ///< `released`: BF16 probabilities into the value product
+  bool round_probabilities;  ///< BF16 probabilities into the value product
 };
 
 constexpr int64_t attention_scratch_floats(int64_t heads, int64_t dim) {

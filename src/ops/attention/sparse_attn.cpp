@@ -43,7 +43,7 @@ void fold_chunk(Fold& fold,
   const at::Tensor rescale = at::exp(fold.max - base);
   const at::Tensor p = at::exp(logits - base);
   const at::Tensor weights =
-      params.numerics == Numerics::kReleased ? p.to(at::kBFloat16).to(p.scalar_type()) : p;
+      rounds_probabilities(params.numerics) ? p.to(at::kBFloat16).to(p.scalar_type()) : p;
   fold.sum = fold.sum * rescale + p.sum(-1, /*keepdim=*/true);
   fold.acc = fold.acc * rescale + at::matmul(weights, keys);
   fold.max = seen;
@@ -436,7 +436,7 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
                      .scale = static_cast<float>(step.params.scale),
                      .dtype = element_type(q),
                      .format = format,
-                     .round_probabilities = step.params.numerics == Numerics::kReleased},
+                     .round_probabilities = rounds_probabilities(step.params.numerics)},
                     keys.view());
     }
   });

@@ -4,7 +4,7 @@
 // Keys and values are the same rows. The fold over keys is part of the numerics contract: window
 // keys in chunks of 64 absolute positions, then HCA blocks in chunks of 64 absolute block numbers,
 // or selected CSA blocks in ascending order in chunks of 64 by rank; per chunk max, rescale, exp,
-// FP32 sum, and in `released` BF16 probabilities into the value product. The sink enters the
+// FP32 sum, and, but in `ideal`, BF16 probabilities into the value product. The sink enters the
 // denominator last.
 #pragma once
 
@@ -23,6 +23,10 @@ struct AttentionParams {
   int64_t ratio = 0;     ///< of the compressed blocks; 0: none
   Numerics numerics = Numerics::kIdeal;
 };
+
+/// Whether probabilities are rounded to BF16 before the value product, as matrix units want them
+/// (docs/decisions/0012-probabilities.md).
+inline bool rounds_probabilities(Numerics numerics) { return numerics != Numerics::kIdeal; }
 
 struct AttentionResult {
   at::Tensor out;  ///< [tokens, heads, head_dim], q's dtype
