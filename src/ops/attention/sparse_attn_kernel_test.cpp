@@ -150,6 +150,16 @@ TEST(SparseAttnSm90, EveryHeadHasTheTwinsBits) {
   expect_twin(w, few, expected, 0, 0, 64, "few");
 }
 
+TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
+  World w({3, 64, 64, 130}, 41);
+  for (size_t row = 0; row < 500; row += 3)
+    w.blocks[row * kLatentRowBytes + 576 + row % 7] = static_cast<uint8_t>(134 + row % 6);
+  const Results many = run(w, SparseAttnKernel::kMany, 0, 3);
+  EXPECT_EQ(differences(run(w, SparseAttnKernel::kFew, 0, 3), many), 0);
+  for (int64_t t = 0; t < 3; ++t)
+    expect_twin(w, many, attention_twin(w, t, 8, 4), t, 8, 4, "large scales");
+}
+
 TEST(SparseAttnSm90, HasTheBitsThatTheTwinIsHeldTo) {
   for (const testing::GoldenAttention& g : testing::kGoldenAttention) {
     const World w(g.shape, g.seed);
