@@ -14,8 +14,7 @@ constexpr int kThreads = 4 * kWarpgroup;
 /// Of each thread; four warpgroups have 512 together.
 constexpr int kGatherRegisters = 64, kFoldRegisters = 192;
 constexpr int kChunk = static_cast<int>(kAttnChunk);
-/// Named barriers: of the even and of the odd chunk; of the even one.
-constexpr int kWeightsReady = 1, kMaximumReady = 3;
+constexpr int kWeightsReady = 1;  // named barrier of the even chunk; the next: of the odd one
 
 /// What a thread of one consumer hands to the same thread of the other, and keeps for itself.
 struct Handover {
@@ -26,7 +25,7 @@ struct Handover {
 struct Memory {
   alignas(1024) uint8_t q[kLatentTile];
   alignas(1024) uint8_t rows[2][kLatentTile];
-  Handover even[2], odd;  ///< of even chunks by turns: the other may still read the one before
+  Handover even, odd;
   uint64_t present[2];
   int chunks;  ///< of the item whose queries q holds
   uint64_t full[2], empty[2], q_full, q_empty;
@@ -127,10 +126,8 @@ class Consumer {
       const int chunks = memory().chunks;
       AttnState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
       if (chunks == 0) leave(&memory().q_empty);
-      for (int c = 0; c < chunks; c += 2) {
-        Handover& even = memory().even[c / 2 & 1];
-        fold_pair(o, state, even, c == 0, c + 1 < chunks, c + 2 >= chunks);
-      }
+      for (int c = 0; c < chunks; c += 2)
+        fold_pair(o, state, c == 0, c + 1 < chunks, c + 2 >= chunks);
       asm volatile("" : "+r"(i));  // so that nothing of the item is kept in registers till here
       const Item item(p, i, segments);
       write_rows<128>(p, {item.segment, segments, item.tile * kAttnHeads, item.row(p)}, o, state,
@@ -210,48 +207,47 @@ class Consumer {
     ++(kBuffer == 0 ? even_chunks : odd_chunks);
   }
 
-  /// An even chunk and, where there is one, the odd one behind it; even: the handover of the first.
+  /// An even chunk and, where there is one, the odd one behind it. Both warpgroups are done with
+  /// the first before the second has to be there: buffers are free for the next latents early.
   __device__ __forceinline__ void fold_pair(
-      float (&o)[128], AttnState& state, Handover& even, bool first, bool both, bool last) {
+      float (&o)[128], AttnState& state, bool first, bool both, bool last) {
     Memory& m = memory();
-    float s[32], largest[2], max[2], sums[2];
     if constexpr (kSelf == 0) {
-      score(s, largest);
-      if (last) leave(&m.q_empty);
-      const float2 before = first ? make_float2(-INFINITY, -INFINITY) : m.odd.max[thread];
-      max[0] = before.x, max[1] = before.y;
-      raise(max, largest, even);
-      // The other needs no more than the maximum for its own weights.
-      named_barrier_arrive(kMaximumReady, 2 * kWarpgroup);
-      weigh(s, max, sums, even);
-      give(first ? make_float2(0.0f, 0.0f) : m.odd.sum[thread], sums, even);
-      add_values<0>(o, even);
+      weigh_chunk(m.even, m.odd, first, last);
+      add_values<0>(o, m.even);
       if (both) {
         wait_weights();
         add_values<1>(o, m.odd);
       }
-      if (last) state = state_of(both ? m.odd : even);
-    } else if (both) {
-      score(s, largest);
-      named_barrier_wait(kMaximumReady, 2 * kWarpgroup);
-      const float2 before = even.max[thread];
-      max[0] = before.x, max[1] = before.y;
-      raise(max, largest, m.odd);
-      weigh(s, max, sums, m.odd);
-      wait_weights();
-      give(even.sum[thread], sums, m.odd);
-      add_values<0>(o, even);
-      // Not before: who may begin the next item may write the next handover.
-      if (last) leave(&m.q_empty);
-      add_values<1>(o, m.odd);
-      if (last) state = state_of(m.odd);
+      if (last) state = state_of(both ? m.odd : m.even);
     } else {
-      named_barrier_wait(kMaximumReady, 2 * kWarpgroup);
       wait_weights();
-      add_values<0>(o, even);
-      state = state_of(even);
-      leave(&m.q_empty);
+      add_values<0>(o, m.even);
+      if (both) {
+        weigh_chunk(m.odd, m.even, false, last);
+        add_values<1>(o, m.odd);
+        if (last) state = state_of(m.odd);
+      } else {
+        // Not before: who may begin the next item may write the next handover.
+        state = state_of(m.even);
+        leave(&m.q_empty);
+      }
     }
+  }
+  /// Scores and weights of our chunk into `mine`; `before`: of the chunk before it, unless this is
+  /// the first; last: the queries are needed no more.
+  __device__ __forceinline__ void weigh_chunk(Handover& mine,
+                                              const Handover& before,
+                                              bool first,
+                                              bool last) {
+    float s[32], largest[2], max[2], sums[2];
+    score(s, largest);
+    if (last) leave(&memory().q_empty);
+    const float2 max_before = first ? make_float2(-INFINITY, -INFINITY) : before.max[thread];
+    max[0] = max_before.x, max[1] = max_before.y;
+    raise(max, largest, mine);
+    weigh(s, max, sums, mine);
+    give(first ? make_float2(0.0f, 0.0f) : before.sum[thread], sums, mine);
   }
 
   uint32_t even_chunks = 0, odd_chunks = 0;  ///< folded so far

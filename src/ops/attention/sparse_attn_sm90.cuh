@@ -82,17 +82,19 @@ __device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   return d;
 }
 
-/// Two E4M3 codes in the upper bytes of two halves, as BF16 numbers 2^-120 times as large.
-__device__ __forceinline__ uint32_t widen_pair(uint32_t codes) {
-  return (codes >> 4 & 0x07f007f0u) | (codes & 0x80008000u);
+/// Four E4M3 codes as pairs of BF16 numbers 2^-120 times as large: a code's sign goes to the top,
+/// the rest four bits up.
+__device__ __forceinline__ uint2 widen_four(uint32_t codes) {
+  const uint32_t low = codes << 4 & 0xf0f0f0f0u;
+  const uint32_t high = (codes >> 4 & 0x07070707u) | (codes & 0x80808080u);
+  return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 
 /// Eight E4M3 codes times 2^-120 times `factor` (two BF16 values alike), exactly.
 __device__ __forceinline__ uint4 widen_codes(uint2 codes, uint32_t factor) {
-  return make_uint4(multiply_bf16(widen_pair(__byte_perm(codes.x, 0, 0x1404)), factor),
-                    multiply_bf16(widen_pair(__byte_perm(codes.x, 0, 0x3424)), factor),
-                    multiply_bf16(widen_pair(__byte_perm(codes.y, 0, 0x1404)), factor),
-                    multiply_bf16(widen_pair(__byte_perm(codes.y, 0, 0x3424)), factor));
+  const uint2 first = widen_four(codes.x), second = widen_four(codes.y);
+  return make_uint4(multiply_bf16(first.x, factor), multiply_bf16(first.y, factor),
+                    multiply_bf16(second.x, factor), multiply_bf16(second.y, factor));
 }
 /// Eight E4M3 codes times 2^(scale - 127) for any scale: 2^(scale - 7) may be no BF16 number.
 __device__ __forceinline__ uint4 widen_any_codes(uint2 codes, uint32_t scale) {
@@ -172,12 +174,23 @@ class LatentChunk {
     for (int u = 0; u < 2; ++u) {
       const uint32_t to = tile + offset[u];
       const bool any = here(u);
+      const auto rotary_piece = [&] {
+        return any ? make_uint4(rotary[u][0].x, rotary[u][0].y, rotary[u][1].x, rotary[u][1].y)
+                   : make_uint4(0, 0, 0, 0);
+      };
       if (!general) {
         const uint2 exponents = make_uint2(any ? scale_exponents(scales[u].x) : 0,
                                            any ? scale_exponents(scales[u].y) : 0);
+        // Two at a time: one alone waits for its own instructions.
 #pragma unroll
-        for (int slab = 0; slab < 7; ++slab)
-          store16(to + slab * kSlabTile, widen_codes(codes[u][slab], slab_factor(exponents, slab)));
+        for (int slab = 0; slab < 8; slab += 2) {
+          const uint4 v = widen_codes(codes[u][slab], slab_factor(exponents, slab));
+          const uint4 w =
+              slab == 6 ? rotary_piece()
+                        : widen_codes(codes[u][(slab + 1) % 7], slab_factor(exponents, slab + 1));
+          store16(to + slab * kSlabTile, v);
+          store16(to + (slab + 1) * kSlabTile, w);
+        }
       } else {
 #pragma unroll
         for (int slab = 0; slab < 7; ++slab) {
@@ -185,10 +198,8 @@ class LatentChunk {
           store16(to + slab * kSlabTile,
                   any ? widen_any_codes(codes[u][slab], scale) : make_uint4(0, 0, 0, 0));
         }
+        store16(to + 7 * kSlabTile, rotary_piece());
       }
-      store16(to + 7 * kSlabTile,
-              any ? make_uint4(rotary[u][0].x, rotary[u][0].y, rotary[u][1].x, rotary[u][1].y)
-                  : make_uint4(0, 0, 0, 0));
     }
   }
 
