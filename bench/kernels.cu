@@ -1,5 +1,6 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [rows] [copy]     one line a case; none named: all
+//   kernel_bench [linear] [experts] [index] [rows] [attention] [copy]     one line a case; none
+//   named: all
 // Everything runs as a captured graph over distinct weights, so that the second-level cache holds
 // nothing of what a call reads; medians of 15 replays.
 #include <algorithm>
@@ -12,6 +13,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels.cuh"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/sm90_layout.h"
 #include "ops/indexer/index_scores_sm90.h"
@@ -20,26 +22,6 @@
 
 namespace hadal::ops {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "kernel_bench: %s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <typename T>
-T* allocate(size_t count) {
-  void* memory = nullptr;
-  check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
-  return static_cast<T*>(memory);
-}
-
-__device__ uint32_t mix(uint64_t i, uint32_t seed) {
-  uint64_t x = i * 0x9e3779b97f4a7c15ull + seed;
-  x ^= x >> 31;
-  x *= 0xbf58476d1ce4e5b9ull;
-  return static_cast<uint32_t>(x >> 32);
-}
 
 /// E4M3 codes of both signs and moderate size.
 __global__ void fill_codes(uint32_t* words, size_t count, uint32_t seed) {
@@ -69,43 +51,6 @@ __global__ void fill_floats(float* values, size_t count, float value) {
        i += size_t{gridDim.x} * blockDim.x)
     values[i] = value;
 }
-/// BF16 values around one.
-__global__ void fill_bf16(uint16_t* values, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
-       i += size_t{gridDim.x} * blockDim.x)
-    values[i] = static_cast<uint16_t>((mix(i, seed) & 0x80ff) | 0x3f00);
-}
-
-/// Microseconds of one of the `calls` that `body` queues, by replaying them as a graph.
-template <typename Body>
-double microseconds(int calls, cudaStream_t stream, Body body) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  body();
-  check(cudaStreamSynchronize(stream), "first run");
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  body();
-  check(cudaStreamEndCapture(stream, &graph), "end of capture");
-  check(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
-  cudaEvent_t start, end;
-  check(cudaEventCreate(&start), "event");
-  check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < 18; ++i) {
-    cudaEventRecord(start, stream);
-    check(cudaGraphLaunch(executable, stream), "replay");
-    cudaEventRecord(end, stream);
-    check(cudaEventSynchronize(end), "replay");
-    float ms = 0;
-    cudaEventElapsedTime(&ms, start, end);
-    if (i >= 3) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  return times[times.size() / 2] * 1000.0 / calls;
-}
-
 __global__ void copy_kernel(const uint4* from, uint4* to, size_t count) {
   const size_t stride = size_t{gridDim.x} * blockDim.x;
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += stride * 4) {
@@ -421,6 +366,7 @@ int run(int argc, char** argv) {
   check(cudaStreamCreate(&stream), "stream");
   const double copy = copy_rate(stream);
   std::printf("copy %.3f TB/s read and written\n", copy);
+  if (wanted("attention")) bench_attention(stream, copy);
   if (wanted("rows")) bench_rows(stream, copy);
   if (wanted("index")) bench_index(stream, copy);
   if (wanted("experts")) bench_experts(stream, copy);

@@ -51,6 +51,21 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+/// The same where other blocks of the cluster arrive.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, 0x989680;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}\n" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 /// Copies `bytes` (a multiple of 16; both addresses too) and reports them to the barrier.
 __device__ __forceinline__ void bulk_copy(void* dst,
                                           const void* src,
@@ -75,6 +90,22 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
+/// The address in another block's shared memory of what lies at `local` in ours.
+__device__ __forceinline__ uint32_t remote_address(const void* local, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem_address(local)), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void store_remote(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+/// Arrives at a barrier of another block; what this thread wrote, to its memory or elsewhere, is
+/// seen by who waits there with barrier_wait_cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t address) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
+               : "memory");
+}
+
 /// A float of another block's shared memory, at the address it has in ours.
 __device__ __forceinline__ float load_remote(const float* local, uint32_t rank) {
   float value;
@@ -85,6 +116,30 @@ __device__ __forceinline__ float load_remote(const float* local, uint32_t rank) 
       : "r"(smem_address(local)), "r"(rank)
       : "memory");
   return value;
+}
+
+// --- within a block
+
+/// What plain stores of this thread wrote to shared memory is seen by the matrix instructions of
+/// threads that meet it at a barrier afterwards.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// Named barriers 1 to 15 of `threads` threads: all wait, or some only announce themselves.
+__device__ __forceinline__ void named_barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+/// Registers of each thread of the warpgroup from here on.
+template <int kCount>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // --- dependent launches: the next kernel may start, and a kernel may wait for the one before
@@ -105,6 +160,13 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kGroupStride = uint64_t{1024 / 16} << 32;
   return kSwizzle128 | kGroupStride | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+}
+
+/// Descriptor of an operand whose K runs along the rows: the same rows of 128 bytes, 64 BF16 values
+/// of its other dimension each; the next 64 of them lie `stride` bytes behind. 16 rows on is the
+/// next k step: 2,048 bytes.
+__device__ __forceinline__ uint64_t transposed_descriptor(uint32_t address, uint32_t stride) {
+  return (operand_descriptor(address) & ~(uint64_t{0x3fff} << 16)) | uint64_t{stride >> 4} << 16;
 }
 
 /// Registers were written (or last read) before the following matrix instructions.
@@ -200,6 +262,18 @@ struct Wgmma;
                    ", 0;\n"                                                                      \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" kList "}, {" i0 \
                    "," i1 "," i2 "," i3 "}, " i4 ", p, 1, 1, 0;\n}"                              \
+                   : HADAL_D##kHalf(0)                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
+    }                                                                                            \
+    /* b: a transposed_descriptor. */                                                            \
+    static __device__ __forceinline__ void bf16_transposed(float (&d)[kHalf],                    \
+                                                           const uint32_t (&a)[4],               \
+                                                           uint64_t b,                           \
+                                                           int add) {                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " i5                                        \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" kList "}, {" i0 \
+                   "," i1 "," i2 "," i3 "}, " i4 ", p, 1, 1, 1;\n}"                              \
                    : HADAL_D##kHalf(0)                                                           \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
     }                                                                                            \

@@ -1,0 +1,74 @@
+// Attention of queries over cached latents on Hopper, as functions of pointers, and its twin on the
+// CPU. `released` numerics (sparse_attn.h has the definition); free of ATen.
+//
+// A token's list is its places: first those of the window, then those of compressed rows. A place
+// holds the number of a row, or none. The bits of a token's result depend on its queries, its sinks
+// and its list alone (docs/decisions/0011-attention-tree.md): places without a row change nothing
+// where they stand, but count: chunks of 64 and segments of 1,536 places begin at multiples of
+// these from the list's start.
+#pragma once
+
+#include "ops/kernel_types.h"
+
+namespace hadal::ops {
+
+inline constexpr int64_t kLatentDim = 512, kLatentRowBytes = 584;
+inline constexpr int64_t kAttnChunk = 64, kAttnSegment = 1536;
+
+struct SparseAttnSm90Params {
+  const uint16_t* q;          ///< [tokens, heads, 512] BF16
+  const float* sink;          ///< [heads]
+  const uint8_t* window;      ///< latents of 584 bytes (kv_rows.h), no NaN, 8-byte aligned
+  const uint8_t* blocks;      ///< the same: compressed rows
+  const int32_t* window_row;  ///< [tokens, window_places] rows of `window`, negative: none
+  const int32_t* block_row;   ///< [tokens, block_places] rows of `blocks`, negative: none
+  const int32_t* num_blocks;  ///< [tokens] places of block_row that count; null: all
+  int64_t tokens, heads;      ///< heads: a multiple of 64
+  int64_t window_places;      ///< a multiple of 64
+  int64_t block_places;
+  float scale;     ///< of the logits
+  uint16_t* out;   ///< [tokens, heads, 512] BF16; 0 where a list is empty
+  float* stats;    ///< [tokens, heads, 2] the largest logit and the denominator, or null
+  float* scratch;  ///< sparse_attn_scratch_floats(p)
+};
+
+inline int64_t sparse_attn_segments(const SparseAttnSm90Params& p) {
+  const int64_t places = p.window_places + p.block_places;
+  return places <= kAttnSegment ? 1 : (places + kAttnSegment - 1) / kAttnSegment;
+}
+/// What blocks compute one after the other or together: a token's 64 heads, one segment.
+inline int64_t sparse_attn_items(const SparseAttnSm90Params& p) {
+  return p.tokens * (p.heads / 64) * sparse_attn_segments(p);
+}
+
+/// Which kernel computes it changes no bit.
+enum class SparseAttnKernel { kByShape, kFew, kMany };
+inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
+  return sparse_attn_items(p) <= 32 ? SparseAttnKernel::kFew : SparseAttnKernel::kMany;
+}
+/// Floats of weights that eight blocks exchange in one item, twice.
+inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
+inline int64_t sparse_attn_scratch_floats(const SparseAttnSm90Params& p,
+                                          SparseAttnKernel kernel = SparseAttnKernel::kByShape) {
+  const int64_t segments = sparse_attn_segments(p);
+  if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
+  return (segments == 1 ? 0 : p.tokens * segments * p.heads * (kLatentDim + 2)) +
+         (kernel == SparseAttnKernel::kFew ? sparse_attn_items(p) * kAttnExchange : 0);
+}
+void sparse_attn_sm90(const SparseAttnSm90Params& p,
+                      Stream stream,
+                      SparseAttnKernel kernel = SparseAttnKernel::kByShape);
+
+/// One token with the bits of sparse_attn_sm90, on a CPU.
+struct SparseAttnTwinTask {
+  const uint16_t* q;           ///< [heads, 512] BF16
+  const float* sink;           ///< [heads]
+  const uint8_t* const* rows;  ///< [places] the latents of the list; null: none
+  int64_t heads, places;
+  float scale;
+  uint16_t* out;  ///< [heads, 512] BF16
+  float* stats;   ///< [heads, 2]
+};
+void sparse_attn_twin(const SparseAttnTwinTask& t);
+
+}  // namespace hadal::ops

@@ -1,0 +1,157 @@
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "ops/attention/sparse_attn_sm90.h"
+#include "ops/gemm/hopper_twin.h"
+
+namespace hadal::ops {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+uint16_t round_bf16(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  if (std::isnan(x)) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/// A latent as BF16 (kv_rows.h).
+void widen(const uint8_t* row, uint16_t* out) {
+  for (int64_t i = 0; i < 448; ++i) {
+    const int code = row[i], field = code >> 3 & 15, fraction = code & 7;
+    const float magnitude = field == 0 ? std::ldexp(static_cast<float>(fraction), -9)
+                                       : std::ldexp(static_cast<float>(8 + fraction), field - 10);
+    const float value = std::ldexp(magnitude, row[576 + i / 64] - 127);
+    out[i] = round_bf16(code & 0x80 ? -value : value);
+  }
+  std::memcpy(out + 448, row + 448, 128);
+}
+
+/// ops/cpu/vec.h's exp of one value.
+float exp_exact(float x) {
+  const float clamped = std::min(std::max(x, -87.0f), 88.0f);
+  const float n = std::nearbyint(clamped * 1.44269504088896341f);
+  float r = std::fma(n, -0.693359375f, clamped);
+  r = std::fma(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  for (const float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = std::fma(p, r, c);
+  p = std::fma(p, r * r, r) + 1.0f;
+  return x < -87.0f ? 0.0f : p * std::ldexp(1.0f, static_cast<int>(n));
+}
+
+/// A fold over chunks: not yet divided.
+struct Fold {
+  float max = kMinusInfinity, sum = 0.0f;
+  float acc[kLatentDim] = {};
+};
+
+/// Keys of a chunk; rows without one are zeros.
+struct Chunk {
+  uint16_t keys[kAttnChunk][kLatentDim];
+  bool present[kAttnChunk];
+};
+
+float dot(const uint16_t* q, const uint16_t* key) {
+  float chain = 0.0f;
+  for (int64_t k = 0; k < kLatentDim; k += 16) chain = wgmma_bf16(q + k, key + k, chain);
+  return chain;
+}
+
+void fold_chunk(Fold& fold, const uint16_t* q, const Chunk& chunk, float scale) {
+  float logits[kAttnChunk], seen = fold.max;
+  for (int64_t k = 0; k < kAttnChunk; ++k) {
+    logits[k] = chunk.present[k] ? dot(q, chunk.keys[k]) * scale : kMinusInfinity;
+    seen = std::max(seen, logits[k]);
+  }
+  if (seen == kMinusInfinity) return;
+  const float rescale = fold.max == kMinusInfinity ? 0.0f : exp_exact(fold.max - seen);
+  float lanes[16] = {};
+  uint16_t weights[kAttnChunk];
+  for (int64_t k = 0; k < kAttnChunk; ++k) {
+    const float weight = exp_exact(logits[k] - seen);
+    lanes[k % 16] = lanes[k % 16] + weight;
+    weights[k] = round_bf16(weight);
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+  }
+  const float kept = fold.sum * rescale;
+  fold.sum = kept + lanes[0];
+  fold.max = seen;
+  for (int64_t d = 0; d < kLatentDim; ++d) {
+    float acc = fold.acc[d] * rescale;
+    for (int64_t first = 0; first < kAttnChunk; first += 16) {
+      uint16_t values[16];
+      for (int64_t k = 0; k < 16; ++k) values[k] = chunk.keys[first + k][d];
+      acc = wgmma_bf16(weights + first, values, acc);
+    }
+    fold.acc[d] = acc;
+  }
+}
+
+/// Chunk of the list from place `first` on.
+void load_chunk(Chunk& chunk, const uint8_t* const* rows, int64_t first, int64_t end) {
+  for (int64_t k = 0; k < kAttnChunk; ++k) {
+    const uint8_t* row = first + k < end ? rows[first + k] : nullptr;
+    chunk.present[k] = row != nullptr;
+    if (row != nullptr) {
+      widen(row, chunk.keys[k]);
+    } else {
+      std::fill(chunk.keys[k], chunk.keys[k] + kLatentDim, uint16_t{0});
+    }
+  }
+}
+
+/// The later segment joins those before it.
+void join(Fold& total, const Fold& later) {
+  if (later.max == kMinusInfinity) return;
+  if (total.max == kMinusInfinity) {
+    total = later;
+    return;
+  }
+  const float seen = std::max(total.max, later.max);
+  const float a = exp_exact(total.max - seen), b = exp_exact(later.max - seen);
+  const float kept = total.sum * a;
+  total.sum = std::fma(later.sum, b, kept);
+  total.max = seen;
+  for (int64_t d = 0; d < kLatentDim; ++d)
+    total.acc[d] = std::fma(later.acc[d], b, total.acc[d] * a);
+}
+
+/// With the sink, divided and rounded.
+void finish(const Fold& total, float sink, uint16_t* out, float* stats) {
+  stats[0] = total.max;
+  stats[1] = 0.0f;
+  std::fill(out, out + kLatentDim, uint16_t{0});
+  if (total.max == kMinusInfinity) return;
+  stats[1] = total.sum + exp_exact(sink - total.max);
+  const float factor = 1.0f / stats[1];
+  for (int64_t d = 0; d < kLatentDim; ++d) out[d] = round_bf16(total.acc[d] * factor);
+}
+
+}  // namespace
+
+void sparse_attn_twin(const SparseAttnTwinTask& t) {
+  Chunk chunk;
+  std::vector<Fold> total(static_cast<size_t>(t.heads));
+  for (int64_t first = 0; first < t.places; first += kAttnSegment) {
+    const int64_t end = std::min(first + kAttnSegment, t.places);
+    std::vector<Fold> segment(total.size());
+    for (int64_t at = first; at < end; at += kAttnChunk) {
+      load_chunk(chunk, t.rows, at, end);
+      for (int64_t h = 0; h < t.heads; ++h)
+        fold_chunk(segment[static_cast<size_t>(h)], t.q + h * kLatentDim, chunk, t.scale);
+    }
+    for (size_t h = 0; h < total.size(); ++h) join(total[h], segment[h]);
+  }
+  for (int64_t h = 0; h < t.heads; ++h)
+    finish(total[static_cast<size_t>(h)], t.sink[h], t.out + h * kLatentDim, t.stats + 2 * h);
+}
+
+}  // namespace hadal::ops
