@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <span>
 #include <sstream>
 #include <string>
 
@@ -9,6 +10,8 @@
 #include <malloc.h>
 #endif
 #if defined(__linux__)
+#include <elf.h>
+#include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -20,6 +23,7 @@ void keep_freed_memory() {
   constexpr int kBytes = 256 << 20;
   mallopt(M_MMAP_THRESHOLD, kBytes);
   mallopt(M_TRIM_THRESHOLD, kBytes);
+  mallopt(M_ARENA_MAX, 1);
 #endif
 }
 
@@ -62,6 +66,34 @@ void drop_file_pages() {
     }
   }
   drop(mapping);
+#endif
+}
+
+void drop_code_pages() {
+#if defined(__linux__)
+  // What the program headers call writable holds relocations, also where it was sealed afterwards.
+  const auto drop = [](dl_phdr_info* object, size_t, void*) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const bool is_file = object->dlpi_name[0] == '\0' || object->dlpi_name[0] == '/';
+    bool is_relocated = false;  // its code was written
+    for (const auto& header : std::span(object->dlpi_phdr, object->dlpi_phnum)) {
+      if (header.p_type != PT_DYNAMIC) continue;
+      const auto* entry = reinterpret_cast<const ElfW(Dyn)*>(object->dlpi_addr + header.p_vaddr);
+      for (; entry->d_tag != DT_NULL; ++entry) {
+        is_relocated |= entry->d_tag == DT_TEXTREL;
+        is_relocated |= entry->d_tag == DT_FLAGS && (entry->d_un.d_val & DF_TEXTREL) != 0;
+      }
+    }
+    if (!is_file || is_relocated) return 0;
+    for (const auto& header : std::span(object->dlpi_phdr, object->dlpi_phnum)) {
+      if (header.p_type != PT_LOAD || (header.p_flags & PF_W) != 0) continue;
+      const uintptr_t begin = (object->dlpi_addr + header.p_vaddr) & ~(page - 1);
+      const uintptr_t end = (object->dlpi_addr + header.p_vaddr + header.p_memsz) & ~(page - 1);
+      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }
+    return 0;
+  };
+  dl_iterate_phdr(drop, nullptr);
 #endif
 }
 
