@@ -71,10 +71,10 @@ std::array<int64_t, 5> activity(const server::Server& server, engine::Engine& en
   return {http.requests, http.connections, http.active, stats.steps, stats.finished};
 }
 
-/// What was freed, and code that only working needs.
+/// What was freed, and code of libraries that only steps need.
 void rest() {
   give_back_freed_memory();
-  drop_code_pages();
+  drop_library_code();
 }
 
 /// Waits for SIGINT or SIGTERM. Meanwhile the process rests whenever nothing has gone on for a
@@ -140,7 +140,7 @@ int run(Flags flags) {
   }
   const std::string digest = checkpoint::weights_digest(loaded.folder);
   flags.engine.warm_up = true;
-  drop_file_pages();  // what the start needed once, the files of packed weights among it
+  drop_file_pages();  // what reading the weights once more for the digest needed
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
@@ -157,6 +157,7 @@ int run(Flags flags) {
   if (loaded.config().drafter.exists())
     log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
               " stages) is kept, but this server does not draft with it yet");
+  touch_own_code();
   const int64_t working = resident_bytes();
   rest();
   local.state_workspace();

@@ -20,11 +20,14 @@ void give_back_freed_memory();
 /// touched. For the end of a start, most of whose code does not run again.
 void drop_file_pages();
 
-/// Takes the code and constants of the program and its libraries out of the process, as far as they
-/// lie in pages that are never written; what is needed of them comes back from the system's cache,
-/// in about a microsecond a piece of 64 KiB. For when nothing is going on. (A debugger's
-/// breakpoints go, too.)
-void drop_code_pages();
+/// Brings the code and constants of the program's own files into memory, so that what the process
+/// takes does not depend on which of it was used.
+void touch_own_code();
+
+/// Takes the code and constants of libraries of more than 64 MiB out of the process (LibTorch: a
+/// step uses a twentieth); what is needed of them comes back from the system's cache, in about a
+/// microsecond a piece of 64 KiB. For when nothing is going on. (A debugger's breakpoints go, too.)
+void drop_library_code();
 
 /// Bytes of the process in memory; 0 where the system does not say.
 int64_t resident_bytes();
