@@ -9,6 +9,7 @@
 
 #include "apps/model_folder.h"
 #include "base/check.h"
+#include "base/memory.h"
 
 namespace hadal::apps {
 namespace {
@@ -30,12 +31,14 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::strin
   HADAL_INPUT_CHECK(tokenizer.vocab_size() <= source.config().vocab_size, folder,
                     ": the tokenizer knows ", tokenizer.vocab_size(),
                     " ids, the model's vocabulary is ", source.config().vocab_size);
-  return {.folder = folder,
-          .numerics = numerics,
-          .model = checkpoint::load_model(source, numerics),
-          .tokenizer = std::move(tokenizer),
-          .defaults = engine::load_generation_defaults(folder),
-          .effort = choose_effort_levels(folder, source.config(), "")};
+  LoadedModel loaded{.folder = folder,
+                     .numerics = numerics,
+                     .model = checkpoint::load_model(source, numerics),
+                     .tokenizer = std::move(tokenizer),
+                     .defaults = engine::load_generation_defaults(folder),
+                     .effort = choose_effort_levels(folder, source.config(), "")};
+  drop_file_pages();  // what the start needed once, the files of packed weights among it
+  return loaded;
 }
 
 ops::SamplingParams sampling_params(const engine::Sampling& sampling) {

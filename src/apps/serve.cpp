@@ -1,5 +1,6 @@
 // hadal serve: the model behind the APIs that clients know.
 #include <algorithm>
+#include <array>
 #include <csignal>
 #include <cstdio>
 #include <memory>
@@ -63,6 +64,47 @@ sigset_t block_signals() {
   return set;
 }
 
+/// All that tells of something going on: unchanged while nobody asks for anything.
+std::array<int64_t, 5> activity(const server::Server& server, engine::Engine& engine) {
+  const server::HttpStats http = server.stats();
+  const engine::EngineStats stats = engine.stats();
+  return {http.requests, http.connections, http.active, stats.steps, stats.finished};
+}
+
+/// What was freed, and code of libraries that only steps need.
+void rest() {
+  give_back_freed_memory();
+  drop_library_code();
+}
+
+/// Waits for SIGINT or SIGTERM. Meanwhile the process rests whenever nothing has gone on for a
+/// second, and gives back what was freed now and then where something always does.
+int wait_for_signal(const sigset_t& signals, const server::Server& server, engine::Engine& engine) {
+  constexpr timespec kAtRest{.tv_sec = 1, .tv_nsec = 0}, kBusy{.tv_sec = 0, .tv_nsec = 500'000'000};
+  constexpr int kQuietLooks = 2, kBusyLooks = 120;
+  auto seen = activity(server, engine);
+  bool busy = true;  // the start
+  for (int quiet = 0, looks = 0;;) {
+    const int signal = sigtimedwait(&signals, nullptr, busy ? &kBusy : &kAtRest);
+    if (signal > 0) return signal;
+    const auto now = activity(server, engine);
+    quiet = now == seen ? quiet + 1 : 0;
+    if (now != seen) busy = true;
+    seen = now;
+    if (!busy) continue;
+    ++looks;
+    if (quiet >= kQuietLooks) {
+      rest();
+      busy = false;
+    } else if (looks >= kBusyLooks) {
+      give_back_freed_memory();
+    } else {
+      continue;
+    }
+    looks = 0;
+  }
+}
+
 int run(Flags flags) {
   std::signal(SIGPIPE, SIG_IGN);
   const sigset_t signals = block_signals();
@@ -98,7 +140,7 @@ int run(Flags flags) {
   }
   const std::string digest = checkpoint::weights_digest(loaded.folder);
   flags.engine.warm_up = true;
-  drop_file_pages();  // what the start needed once, the files of packed weights among it
+  drop_file_pages();  // what reading the weights once more for the digest needed
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
@@ -115,16 +157,21 @@ int run(Flags flags) {
   if (loaded.config().drafter.exists())
     log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
               " stages) is kept, but this server does not draft with it yet");
+  touch_own_code();
+  const int64_t working = resident_bytes();
+  rest();
+  local.state_workspace();
   const engine::EngineStats memory = local.engine().stats();
   log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
             memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
-            " MiB of workspace at rest; now ", resident_bytes() >> 20, " MiB");
+            " MiB of workspace: ", resident_bytes() >> 20, " MiB at rest, ", working >> 20,
+            " MiB with the code that answers need; beside it at most ",
+            memory.grammar_bytes_most >> 20, " MiB of compiled grammars");
   const server::Url url{!flags.server.tls_certificate.empty(), flags.server.host, server.port(),
                         ""};
   std::fprintf(stderr, "hadal: %s at %s, a page to chat at /; Ctrl-C ends it\n",
                flags.engine.model_name.c_str(), url.str().c_str());
-  int signal = 0;
-  sigwait(&signals, &signal);
+  const int signal = wait_for_signal(signals, server, local.engine());
   log::info("serve", "signal ", signal, ": open answers may end");
   server.stop();
   return 0;

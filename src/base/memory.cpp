@@ -2,13 +2,18 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
 #if defined(__linux__)
+#include <elf.h>
+#include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -20,6 +25,7 @@ void keep_freed_memory() {
   constexpr int kBytes = 256 << 20;
   mallopt(M_MMAP_THRESHOLD, kBytes);
   mallopt(M_TRIM_THRESHOLD, kBytes);
+  mallopt(M_ARENA_MAX, 1);
 #endif
 }
 
@@ -62,6 +68,73 @@ void drop_file_pages() {
     }
   }
   drop(mapping);
+#endif
+}
+
+#if defined(__linux__)
+namespace {
+
+/// Bytes of a program or library that are never written: code and constants.
+struct Constants {
+  std::string_view file;  ///< empty: the program
+  std::vector<std::span<const char>> pieces;
+  size_t bytes = 0;
+};
+
+// What the program headers call writable holds relocations, also where it was sealed afterwards.
+int find_constants(dl_phdr_info* object, size_t, void* context) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  Constants found{.file = object->dlpi_name, .pieces = {}};
+  for (const auto& header : std::span(object->dlpi_phdr, object->dlpi_phnum)) {
+    const uintptr_t at = object->dlpi_addr + header.p_vaddr;
+    if (header.p_type == PT_DYNAMIC) {
+      for (const auto* entry = reinterpret_cast<const ElfW(Dyn)*>(at); entry->d_tag != DT_NULL;
+           ++entry) {
+        // Its code was written.
+        if (entry->d_tag == DT_TEXTREL) return 0;
+        if (entry->d_tag == DT_FLAGS && (entry->d_un.d_val & DF_TEXTREL) != 0) return 0;
+      }
+    }
+    if (header.p_type != PT_LOAD || (header.p_flags & PF_W) != 0) continue;
+    const uintptr_t begin = at & ~(page - 1), end = (at + header.p_memsz) & ~(page - 1);
+    if (end <= begin) continue;
+    found.pieces.emplace_back(reinterpret_cast<const char*>(begin), end - begin);
+    found.bytes += end - begin;
+  }
+  static_cast<std::vector<Constants>*>(context)->push_back(std::move(found));
+  return 0;
+}
+
+std::vector<Constants> all_constants() {
+  std::vector<Constants> all;
+  dl_iterate_phdr(find_constants, &all);
+  return all;
+}
+
+}  // namespace
+#endif
+
+void touch_own_code() {
+#if defined(__linux__)
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (const Constants& file : all_constants()) {
+    if (!file.file.empty() && file.file.find("/libhadal") == std::string_view::npos) continue;
+    for (const std::span<const char> piece : file.pieces) {
+      const volatile char* const bytes = piece.data();
+      for (size_t at = 0; at < piece.size(); at += page) (void)bytes[at];
+    }
+  }
+#endif
+}
+
+void drop_library_code() {
+#if defined(__linux__)
+  constexpr size_t kLarge = size_t{64} << 20;
+  for (const Constants& file : all_constants()) {
+    if (file.bytes < kLarge || !file.file.starts_with('/')) continue;
+    for (const std::span<const char> piece : file.pieces)
+      madvise(const_cast<char*>(piece.data()), piece.size(), MADV_DONTNEED);
+  }
 #endif
 }
 

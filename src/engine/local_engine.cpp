@@ -27,6 +27,15 @@ std::string identity_of(const std::string& digest, const KvCache& cache) {
 /// Of the cache's: tokens of answers take little beside what is kept of their states.
 int64_t cuts_bytes(int64_t cache_bytes) { return cache_bytes / 256; }
 
+/// Compiled grammars are remembered beside the cache, in proportion to it.
+GrammarLimits grammar_limits(int64_t cache_bytes) {
+  constexpr int64_t kLeast = int64_t{2} << 20;
+  GrammarLimits limits;
+  limits.cache_bytes = static_cast<size_t>(
+      std::clamp(cache_bytes / 32, kLeast, static_cast<int64_t>(limits.cache_bytes)));
+  return limits;
+}
+
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
   const bool drafts = options.max_drafts > 0 && config.n_mtp_layers > 0;
   KvCacheOptions sizes{
@@ -91,7 +100,7 @@ struct LocalEngine::Parts {
       : cache(model.config(), cache_options(model.config(), options)),
         runner(model, cache),
         sampler(tokenizer.vocab_size()),
-        filters(tokenizer),
+        filters(tokenizer, grammar_limits(options.cache_bytes)),
         cuts(tokenizer, cuts_bytes(options.cache_bytes)) {}
 };
 
@@ -118,11 +127,10 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     std::async(std::launch::async, [&] {
       warm_up(parts_->runner, cache, options.prompt_tokens);
     }).get();
+    tokenizer.take_caches();
     give_back_freed_memory();
   }
   const int64_t weights = options.device.is_cpu() ? weights_bytes(model) : 0;
-  const int64_t in_cache = options.device.is_cpu() ? cache.allocated_bytes() : 0;
-  const int64_t workspace = std::max<int64_t>(resident_bytes() - weights - in_cache, 0);
   int64_t context =
       std::min(config.max_position_embeddings, (cache.num_pages() - 1) * cache.page_tokens());
   if (options.max_context > 0) context = std::min(context, options.max_context);
@@ -132,7 +140,6 @@ LocalEngine::LocalEngine(const model::Transformer& model,
                         .max_choices = options.max_running,
                         .eos_token = config.eos_token_id,
                         .weights_bytes = weights,
-                        .workspace_bytes = workspace,
                         .weights = weights_digest};
   SchedulerOptions scheduling;
   scheduling.max_running = std::min(options.max_running, cache.num_slots());
@@ -179,5 +186,12 @@ std::string LocalEngine::capacity() const {
 }
 
 const DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
+
+void LocalEngine::state_workspace() {
+  const EngineStats stats = parts_->loop->stats();
+  const bool on_cpu = parts_->cache.options().device.is_cpu();
+  const int64_t beside = on_cpu ? stats.weights_bytes + stats.cache_bytes : 0;
+  parts_->loop->state_workspace(std::max<int64_t>(resident_bytes() - beside, 0));
+}
 
 }  // namespace hadal::engine

@@ -31,7 +31,7 @@ struct LocalEngineOptions {
   bool always_draft = false;      ///< also where it does not pay: to measure
   at::Device device = at::kCPU;   ///< where the model's parameters are
   bool lazy_memory = false;       ///< as KvCacheOptions::lazy
-  /// A few tokens are run at the start, so that the memory a step takes is known and stated.
+  /// A few tokens are run at the start, so that what steps need is in memory and can be stated.
   bool warm_up = false;
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
   DiskStoreOptions disk;
@@ -56,6 +56,9 @@ class LocalEngine {
   std::string capacity() const;
   /// Null without one.
   const DiskStore* disk() const;
+  /// What the process takes now beside weights and cache is what the engine's stats state from here
+  /// on: at the end of a start.
+  void state_workspace();
 
  private:
   struct Parts;

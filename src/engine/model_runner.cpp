@@ -6,6 +6,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include "base/check.h"
+#include "ops/gemm/linear.h"
 
 namespace hadal::engine {
 namespace {
@@ -88,6 +89,11 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   const at::Tensor rows =
       asked.size() == ids.size() ? streams : streams.index_select(0, on_device(asked));
   logits_ = model_.logits(model_.head_input(rows, numerics_), numerics_).cpu().contiguous();
+}
+
+void ModelRunner::rest() {
+  logits_ = scored_ = at::Tensor();
+  ops::release_packed_rows();
 }
 
 void ModelRunner::rerun(SequenceStep step, int64_t pos) {

@@ -46,6 +46,7 @@ class ModelRunner final : public Runner {
   void rewind(int64_t slot, int64_t pos) override;
 
   std::shared_ptr<const ContextView> context_view(int64_t slot) const override;
+  void rest() override;
 
   bool drafts() const { return drafts_; }
   /// Whether the streams of the token before `pos` are there.

@@ -21,9 +21,11 @@ struct EngineStats {
   int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0, generated_tokens = 0;  ///< ever
   int64_t preemptions = 0, steps = 0, finished = 0, cancelled = 0, failed = 0;
   int64_t drafted = 0, accepted = 0;
-  int64_t weights_bytes = 0, workspace_bytes = 0;  ///< EngineInfo's
-  int64_t cache_bytes = 0;                         ///< pages, slots and the books of both
-  int64_t context_tokens = 0;                      ///< that all pages together hold, without states
+  int64_t weights_bytes = 0;    ///< EngineInfo's
+  int64_t cache_bytes = 0;      ///< pages, slots, the books of both and the tokens of answers
+  int64_t workspace_bytes = 0;  ///< of the process at rest beside them; 0: nobody measured it
+  int64_t grammar_bytes = 0, grammar_bytes_most = 0;  ///< of compiled grammars that are remembered
+  int64_t context_tokens = 0;  ///< that all pages together hold, without states
   int64_t disk_bytes = 0, disk_hits = 0, disk_misses = 0, disk_errors = 0;
   double model_seconds = 0, sampling_seconds = 0;
   double overhead_seconds = 0;  ///< of steps, outside model and sampler
@@ -38,9 +40,8 @@ struct EngineInfo {
   int64_t max_context = 0;  ///< prompt and answer together
   int64_t max_choices = 0;  ///< n
   int64_t eos_token = 0;
-  int64_t weights_bytes = 0;    ///< in memory
-  int64_t workspace_bytes = 0;  ///< of the process at rest, beside weights and caches
-  std::string weights = {};     ///< a digest of them; empty: nobody made one
+  int64_t weights_bytes = 0;  ///< in memory
+  std::string weights = {};   ///< a digest of them; empty: nobody made one
 };
 
 /// Thread-safe.

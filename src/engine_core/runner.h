@@ -94,6 +94,8 @@ class Runner {
   virtual std::shared_ptr<const ContextView> context_view(int64_t /*slot*/) const {
     return nullptr;
   }
+  /// There is nothing to do: what was only kept for the next step may go.
+  virtual void rest() {}
 };
 
 }  // namespace hadal::engine

@@ -77,6 +77,9 @@ class AnswerFilter {
 class AnswerFilters {
  public:
   virtual ~AnswerFilters() = default;
+  /// What is remembered of grammars, and how much of it may be. Thread-safe.
+  virtual int64_t kept_bytes() const { return 0; }
+  virtual int64_t most_kept_bytes() const { return 0; }
   /// For one choice. Thread-safe. Errors: InputError for a grammar or stop string that cannot be.
   virtual std::unique_ptr<AnswerFilter> create(const Request& request) = 0;
 };

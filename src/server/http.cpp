@@ -71,6 +71,7 @@ class HttpServer::Impl {
     stats.refused = core_->refused;
     stats.slow_dropped = core_->slow_dropped;
     stats.left = core_->left;
+    stats.requests = core_->requests;
     const std::lock_guard lock(core_->mutex);
     stats.connections = core_->open;
     return stats;

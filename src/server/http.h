@@ -69,6 +69,7 @@ class HttpHandler {
 struct HttpStats {
   int64_t connections = 0, active = 0;  ///< now; active: with an answer under way
   int64_t accepted = 0, refused = 0, slow_dropped = 0, left = 0;  ///< ever
+  int64_t requests = 0;                                           ///< ever
 };
 
 class HttpServer {

@@ -65,7 +65,7 @@ struct Core {
   std::optional<net::thread_pool> handlers;  ///< none: on the connection's thread
   bool dated = true;  ///< answers carry a Date; not in HttpSession, whose answers are compared
   std::atomic<bool> draining{false};
-  std::atomic<int64_t> active{0}, accepted{0}, refused{0}, slow_dropped{0}, left{0};
+  std::atomic<int64_t> active{0}, accepted{0}, refused{0}, slow_dropped{0}, left{0}, requests{0};
   std::mutex mutex;
   std::condition_variable changed;
   std::set<std::weak_ptr<ConnectionBase>, std::owner_less<>> connections;
@@ -356,6 +356,7 @@ class Connection final : public ConnectionBase,
     auto exchange = std::make_shared<Exchange>(this->shared_from_this());
     exchange_ = exchange;
     ++core_->active;
+    ++core_->requests;
     watch();
     request_.body = std::move(parser_->get().body());
     auto handle = [core = core_, exchange, request = std::move(request_)]() mutable {

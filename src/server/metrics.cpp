@@ -96,10 +96,11 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   total("states_evicted_total", "kept states given up for others", engine.states_evicted);
   gauge("context_tokens_capacity", "tokens that fit into all cache pages", engine.context_tokens);
   gauge("weights_bytes", "bytes of weights in memory", engine.weights_bytes);
-  gauge("cache_bytes", "bytes of the cache: pages, state slots and their books",
+  gauge("cache_bytes", "bytes of the cache: pages, state slots, books, tokens of answers",
         engine.cache_bytes);
   gauge("workspace_bytes", "bytes of the process at rest beside weights and cache",
         engine.workspace_bytes);
+  gauge("grammar_bytes", "bytes of compiled grammars, beside the workspace", engine.grammar_bytes);
   gauge("resident_bytes", "bytes of the process in memory", resident_bytes());
   gauge("disk_bytes", "bytes of the disk store", engine.disk_bytes);
   total("prompt_tokens_total", "tokens of prompts", engine.prompt_tokens);

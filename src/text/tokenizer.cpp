@@ -14,9 +14,14 @@
 namespace hadal::text {
 namespace {
 
-/// Piece caches that no call is using; as many as calls ever ran at once.
+/// Piece caches that no call is using. A few are kept: each takes 2 MiB.
 class CachePool {
  public:
+  void fill() {
+    std::vector<std::unique_ptr<PieceCache>> taken;
+    for (size_t i = 0; i < kMostKept; ++i) taken.push_back(take());
+    for (auto& cache : taken) give(std::move(cache));
+  }
   std::unique_ptr<PieceCache> take() {
     {
       const std::lock_guard lock(mutex_);
@@ -30,10 +35,12 @@ class CachePool {
   }
   void give(std::unique_ptr<PieceCache> cache) {
     const std::lock_guard lock(mutex_);
-    free_.push_back(std::move(cache));
+    if (free_.size() < kMostKept) free_.push_back(std::move(cache));
   }
 
  private:
+  static constexpr size_t kMostKept = 2;
+
   std::mutex mutex_;
   std::vector<std::unique_ptr<PieceCache>> free_;
 };
@@ -167,6 +174,8 @@ void Tokenizer::encode(std::string_view text,
                     [&](std::string_view plain) { impl_->encode_plain(plain, *cache, ids); });
   });
 }
+
+void Tokenizer::take_caches() const { impl_->caches.fill(); }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text,
                                        std::span<const TextRange> as_text) const {

@@ -55,6 +55,9 @@ class Tokenizer {
   /// the ranges.
   std::vector<int32_t> encode(std::string_view text, std::span<const TextRange> as_text) const;
 
+  /// Takes the memory now that encoding keeps between calls, so that it is known. Thread-safe.
+  void take_caches() const;
+
   /// Valid UTF-8; bytes that form no character become U+FFFD. Errors: InputError for an id outside
   /// the vocabulary.
   std::string decode(std::span<const int32_t> ids) const;

@@ -31,6 +31,7 @@ class AnswerCuts {
   /// The same bytes and control tokens, cut as they were written where that is known.
   std::vector<int64_t> recall(std::span<const int64_t> prompt) const;
   int64_t num_bytes() const;
+  int64_t max_bytes() const { return max_bytes_; }
 
  private:
   using Answers = std::list<std::vector<int32_t>>;

@@ -1,6 +1,7 @@
 #include "engine_core/prefix/prefix_tree.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "base/check.h"
 #include "base/math.h"
@@ -13,6 +14,10 @@ constexpr size_t kCandidates = 4096;           ///< states among which the least
 constexpr size_t kOneConversation = 3;         ///< nodes behind one: a prompt, its answer, the next
 constexpr double kIntervals = 64;              ///< between uses, over which the usual one is taken
 constexpr int kWeighings = 8;                  ///< until the one found is the one to go
+
+// Bytes in the books of a page in memory: entries in a map of siblings, of a set or table, of a
+// state's pages; about so many pages come to a state, with its own.
+constexpr int64_t kEntry = 64, kShortEntry = 48, kSnapshot = 112, kPagesAState = 4;
 
 // Of a prefix: that of the pages before, then the page's tokens.
 template <typename Ids>
@@ -32,17 +37,20 @@ int64_t common_prefix(const A& a, const B& b) {
 }  // namespace
 
 struct PrefixNode {
+  explicit PrefixNode(std::pmr::memory_resource* memory)
+      : snapshot(memory), children(memory), tails(memory) {}
+
   PrefixNode* parent = nullptr;
   std::span<const int32_t> tokens;  ///< the key in the parent's map
   int64_t begin = 0;                ///< position of its first token
   bool is_tail = false;
   bool lost_state = false;
   int64_t page = -1;
-  uint64_t hash = 0;              ///< chain() of all tokens through this node
-  uint64_t order = 0;             ///< of its making
-  uint64_t last_use = 0;          ///< when its state was made or last used, by the tree's clock
-  uint64_t interval = 0;          ///< between uses of this conversation; 0: unknown
-  std::vector<int64_t> snapshot;  ///< pages; empty: no state
+  uint64_t hash = 0;      ///< chain() of all tokens through this node
+  uint64_t order = 0;     ///< of its making
+  uint64_t last_use = 0;  ///< when its state was made or last used, by the tree's clock
+  uint64_t interval = 0;  ///< between uses of this conversation; 0: unknown
+  std::pmr::vector<int64_t> snapshot;  ///< pages; empty: no state
   StateKind kind = StateKind::kPage;
   int64_t uses = 0;
   bool passed = false;  ///< somebody came this way and went on from a later state
@@ -66,15 +74,48 @@ PrefixTree::PrefixTree(int64_t page_tokens, PagePool& pool)
     : page_tokens_(page_tokens),
       pool_(pool),
       ids_(static_cast<size_t>(pool.num_pages() * page_tokens)),
-      root_(std::make_unique<Node>()) {
+      stateless_(&memory_),
+      tails_(&memory_),
+      evicted_(&memory_),
+      evicted_order_(&memory_) {
   HADAL_CHECK(page_tokens > 0, "prefix_tree: pages of ", page_tokens, " tokens");
+  take_memory(pool.num_pages());
+  root_ = make_node();
 }
 
 PrefixTree::~PrefixTree() = default;
 
 int64_t PrefixTree::node_bytes(int64_t page_tokens) {
-  // Token ids; the node, its entries in map and lists; a prefix that was evicted.
-  return page_tokens * 4 + static_cast<int64_t>(sizeof(Node)) + 160 + 64;
+  // Token ids, what take_memory() takes, and entries of lists and tables.
+  return page_tokens * 4 + static_cast<int64_t>(sizeof(Node)) + kEntry + kSnapshot / kPagesAState +
+         2 * kShortEntry + 48;
+}
+
+// Blocks as a tree takes them that is full, written once and freed: the pool keeps them.
+void PrefixTree::take_memory(int64_t num_pages) {
+  std::vector<void*> blocks;
+  const auto take = [&](int64_t size, int64_t count) {
+    blocks.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      blocks.push_back(memory_.allocate(static_cast<size_t>(size)));
+      std::memset(blocks.back(), 0, static_cast<size_t>(size));
+    }
+    for (void* block : blocks) memory_.deallocate(block, static_cast<size_t>(size));
+  };
+  take(static_cast<int64_t>(sizeof(Node)), num_pages);
+  take(kEntry, num_pages);
+  take(kSnapshot, num_pages / kPagesAState);
+  take(kShortEntry, 2 * num_pages);
+  states_.reserve(static_cast<size_t>(num_pages));
+  evicted_.reserve(static_cast<size_t>(std::max(num_pages, kLeastRemembered)));
+}
+
+PrefixTree::NodePtr PrefixTree::make_node() {
+  return NodePtr(std::pmr::polymorphic_allocator<>(&memory_).new_object<Node>(&memory_));
+}
+
+void PrefixTree::DeleteNode::operator()(Node* node) const {
+  std::pmr::polymorphic_allocator<>(node->snapshot.get_allocator().resource()).delete_object(node);
 }
 
 bool PrefixTree::is_leaf(const Node& node) const {
@@ -87,7 +128,7 @@ PrefixTree::Node* PrefixTree::add(Node& parent, std::span<const int64_t> tokens,
   const auto mine =
       std::span(ids_).subspan(static_cast<size_t>(page * page_tokens_), tokens.size());
   std::ranges::transform(tokens, mine.begin(), [](int64_t id) { return static_cast<int32_t>(id); });
-  const auto [at, added] = siblings.emplace(mine, std::make_unique<Node>());
+  const auto [at, added] = siblings.emplace(mine, make_node());
   HADAL_CHECK(added, "prefix_tree: added twice");
   pool_.share_with_tree(page);
   stateless_.erase({parent.order, &parent});
@@ -140,7 +181,8 @@ void PrefixTree::remove_stateless(Node& leaf) {
 void PrefixTree::drop_state(Node& node) {
   for (const int64_t page : node.snapshot) pool_.release_from_tree(page);
   num_snapshot_pages_ -= std::ssize(node.snapshot);
-  node.snapshot = {};
+  node.snapshot.clear();
+  node.snapshot.shrink_to_fit();
   node.lost_state = true;
   states_[node.place] = states_.back();
   states_[node.place]->place = node.place;

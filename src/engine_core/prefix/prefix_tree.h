@@ -18,6 +18,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <memory_resource>
 #include <set>
 #include <span>
 #include <unordered_map>
@@ -94,12 +95,18 @@ class PrefixTree {
     bool operator()(const A& a, const B& b) const;
   };
   /// By the node's token ids, which lie in ids_.
-  using Children = std::map<std::span<const int32_t>, std::unique_ptr<Node>, Less>;
+  struct DeleteNode {
+    void operator()(Node* node) const;
+  };
+  using NodePtr = std::unique_ptr<Node, DeleteNode>;
+  using Children = std::pmr::map<std::span<const int32_t>, NodePtr, Less>;
   friend struct PrefixNode;
   struct Counted {
     int64_t nodes = 0, states = 0, snapshot_pages = 0, stateless = 0;
   };
 
+  void take_memory(int64_t num_pages);
+  NodePtr make_node();
   Node* add(Node& parent, std::span<const int64_t> tokens, int64_t page);
   void remove(Node& node);
   void remove_stateless(Node& leaf);
@@ -125,16 +132,16 @@ class PrefixTree {
 
   int64_t page_tokens_;
   PagePool& pool_;
-  /// [num_pages, page_tokens] of the nodes' pages. In one piece and from the start: node by node
-  /// they would lie scattered among what a step takes and frees, and keep its memory from going
-  /// back.
-  std::vector<int32_t> ids_;
-  std::unique_ptr<Node> root_;
-  std::vector<Node*> states_;                       ///< nodes with one; a node knows its place
-  std::set<std::pair<uint64_t, Node*>> stateless_;  ///< leaves without one, by age
-  std::unordered_map<int64_t, Node*> tails_;        ///< by page
-  std::unordered_map<uint64_t, uint64_t> evicted_;  ///< hashes of prefixes known once: last use
-  std::deque<uint64_t> evicted_order_;
+  /// Of all that grows with the nodes. Taken in one piece and from the start: node by node it would
+  /// lie scattered among what a step takes and frees, and keep its memory from going back.
+  std::pmr::unsynchronized_pool_resource memory_;
+  std::vector<int32_t> ids_;  ///< [num_pages, page_tokens] of the nodes' pages
+  NodePtr root_;
+  std::vector<Node*> states_;                            ///< nodes with one; a node knows its place
+  std::pmr::set<std::pair<uint64_t, Node*>> stateless_;  ///< leaves without one, by age
+  std::pmr::unordered_map<int64_t, Node*> tails_;        ///< by page
+  std::pmr::unordered_map<uint64_t, uint64_t> evicted_;  ///< hashes: last use
+  std::pmr::deque<uint64_t> evicted_order_;
   StateOdds odds_;
   double usual_interval_ = 1;  ///< between the uses of a conversation
   int64_t num_snapshot_pages_ = 0, num_nodes_ = 0, num_evicted_ = 0;

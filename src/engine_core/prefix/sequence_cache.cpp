@@ -24,6 +24,7 @@ SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, Prefix
       pages_(memory.num_pages()),
       slots_(memory.num_slots()),
       tree_(page_tokens_, pages_),
+      scratch_(static_cast<size_t>(align_up(memory.state_bytes(), memory.page_bytes()))),
       unsaved_(static_cast<size_t>(memory.num_pages())) {
   HADAL_CHECK(snapshot_interval_ > 0 && snapshot_interval_ % page_tokens_ == 0,
               "sequence_cache: snapshots every ", snapshot_interval_, " tokens, pages of ",

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/math.h"
+#include "engine_core/answer/answer_cuts.h"
 #include "engine_core/schedule/scheduler_state.h"
 
 namespace hadal::engine {
@@ -423,10 +424,10 @@ EngineStats Scheduler::stats() const {
   stats.snapshot_bytes = stats.snapshot_pages * parts_.memory.page_bytes();
   const CacheMemory& memory = parts_.memory;
   stats.weights_bytes = info_.weights_bytes;
-  stats.workspace_bytes = info_.workspace_bytes;
   stats.cache_bytes =
       memory.num_pages() * (memory.page_bytes() + SequenceCache::book_bytes(memory.page_tokens())) +
-      memory.num_slots() * memory.state_bytes();
+      memory.num_slots() * memory.state_bytes() +
+      (parts_.cuts != nullptr ? parts_.cuts->max_bytes() : 0);
   stats.context_tokens = memory.num_pages() * memory.page_tokens();
   if (parts_.store != nullptr) stats.disk_bytes = parts_.store->stored_bytes();
   stats.disk_hits = cache_.counters().disk_hits;

@@ -88,6 +88,8 @@ class Scheduler {
   bool step();
 
   bool idle() const { return requests_.empty(); }
+  /// As the runner's.
+  void rest() { parts_.runner.rest(); }
   /// Requests with no choice admitted yet.
   int64_t num_waiting_requests() const { return num_waiting_requests_; }
   EngineStats stats() const;

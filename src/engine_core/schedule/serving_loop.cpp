@@ -19,6 +19,7 @@ ServingLoop::ServingLoop(const EngineInfo& info,
                          const SchedulerParts& parts)
     : info_(info),
       cuts_(parts.cuts),
+      filters_(parts.filters),
       max_waiting_(options.max_waiting),
       scheduler_(info, options, parts),
       stats_(scheduler_.stats()),
@@ -66,8 +67,12 @@ void ServingLoop::cancel(uint64_t id) {
 }
 
 EngineStats ServingLoop::stats() const {
+  const int64_t grammars = filters_.kept_bytes();
   const std::lock_guard lock(mutex_);
   EngineStats stats = stats_;
+  stats.grammar_bytes = grammars;
+  stats.grammar_bytes_most = filters_.most_kept_bytes();
+  stats.workspace_bytes = workspace_bytes_;
   stats.waiting += static_cast<int64_t>(submitted_.size());
   return stats;
 }
@@ -156,6 +161,7 @@ void ServingLoop::run() {
     };
     if (news_.wait_for(lock, kRest, has_news)) continue;
     lock.unlock();
+    scheduler_.rest();
     give_back_freed_memory();
     lock.lock();
     news_.wait(lock, has_news);

@@ -3,6 +3,7 @@
 // another thread.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -33,6 +34,8 @@ class ServingLoop : public Engine {
   /// No more requests; returns when the accepted ones have ended and their sinks know it. Not from
   /// within an update.
   void drain();
+  /// What the process takes at rest beside weights and caches, as stats() tell it from here on.
+  void state_workspace(int64_t bytes) { workspace_bytes_ = bytes; }
   /// Whether pools, tree and sequences ever disagreed when the loop was idle (it was logged).
   bool integrity_lost() const;
 
@@ -43,6 +46,7 @@ class ServingLoop : public Engine {
 
   const EngineInfo info_;
   const AnswerCuts* const cuts_;
+  const AnswerFilters& filters_;
   const int64_t max_waiting_;
   Delivery delivery_;
   Scheduler scheduler_;  ///< the thread's, except prepare()
@@ -52,6 +56,7 @@ class ServingLoop : public Engine {
   std::vector<std::pair<uint64_t, Scheduler::PreparedPtr>> submitted_;
   std::vector<uint64_t> cancelled_;
   EngineStats stats_;
+  std::atomic<int64_t> workspace_bytes_{0};
   uint64_t next_id_ = 1;
   int64_t num_waiting_ = 0;  ///< in the scheduler
   bool draining_ = false, stopping_ = false, is_idle_ = true, integrity_lost_ = false;

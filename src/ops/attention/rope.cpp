@@ -88,25 +88,30 @@ RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
 
 at::Tensor RopeTable::compute(const at::Tensor& pos) const {
   const at::Tensor host_pos = pos.to(at::kCPU).contiguous();
+  constexpr int64_t kGrain = 16;  // rows of some 50 us
   const int64_t count = host_pos.size(0), half = static_cast<int64_t>(frequencies_.size());
   at::Tensor table = at::empty({count, half, 2}, at::kFloat);
   const int64_t* p = host_pos.const_data_ptr<int64_t>();
-  float* out = table.data_ptr<float>();
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(p[row]) * frequencies_[static_cast<size_t>(i)];
-      *out++ = static_cast<float>(std::cos(static_cast<double>(angle)));
-      *out++ = static_cast<float>(std::sin(static_cast<double>(angle)));
+  float* const first = table.data_ptr<float>();
+  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
+    float* out = first + 2 * begin * half;
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(p[row]) * frequencies_[static_cast<size_t>(i)];
+        *out++ = static_cast<float>(std::cos(static_cast<double>(angle)));
+        *out++ = static_cast<float>(std::sin(static_cast<double>(angle)));
+      }
     }
-  }
+  });
   return table;
 }
 
 at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
   check_shape(pos, {-1}, "rope: pos");
-  // Tables of up to 64K positions are kept; a decode step far out computes its few rows directly.
-  constexpr int64_t kMaxCached = 65536;
-  if (max_pos >= kMaxCached || (pos.is_cpu() && pos.size(0) <= 16)) {
+  // Tables of the first positions are kept. On the CPU of few: rows cost a thousandth of what a
+  // model does with them, and tables of a long context would take as much memory as its cache.
+  const int64_t most_kept = pos.is_cpu() ? 2048 : 65536;
+  if (max_pos >= most_kept || (pos.is_cpu() && pos.size(0) <= 16)) {
     return compute(pos).to(pos.device());
   }
   at::Tensor table;

@@ -110,6 +110,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   /// From any thread.
   char* get() const { return data_; }
+  static void release() { kept_ = {}; }
 
  private:
   static constexpr std::align_val_t kAlign{64};
@@ -382,6 +383,8 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
   }
   return reference::group_linear(x, w);
 }
+
+void release_packed_rows() { Scratch::release(); }
 
 bool serves_panels(const at::Tensor& x) {
   return use_cpu_kernel(x) && !(at::GradMode::is_enabled() && x.requires_grad());

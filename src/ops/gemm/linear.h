@@ -58,6 +58,8 @@ at::Tensor grouped_linear(const at::Tensor& x,
 at::Tensor group_linear(const at::Tensor& x, const Panels& w);
 /// FP32 or BF16 on the CPU, no gradient asked for, no ReferenceGuard.
 bool serves_panels(const at::Tensor& x);
+/// This thread keeps memory of its products for the next one; it gives that back.
+void release_packed_rows();
 
 namespace reference {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role);
