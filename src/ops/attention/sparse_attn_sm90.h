@@ -44,7 +44,7 @@ inline int64_t sparse_attn_items(const SparseAttnSm90Params& p) {
 /// Which kernel computes it changes no bit.
 enum class SparseAttnKernel { kByShape, kFew, kMany };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
-  return sparse_attn_items(p) <= 32 ? SparseAttnKernel::kFew : SparseAttnKernel::kMany;
+  return sparse_attn_items(p) <= 24 ? SparseAttnKernel::kFew : SparseAttnKernel::kMany;
 }
 /// Floats of weights that eight blocks exchange in one item, twice.
 inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
