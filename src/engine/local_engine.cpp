@@ -179,5 +179,6 @@ std::string LocalEngine::capacity() const {
 }
 
 const DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
+TextStore* LocalEngine::texts() { return parts_->disk.get(); }
 
 }  // namespace hadal::engine

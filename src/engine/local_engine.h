@@ -56,6 +56,7 @@ class LocalEngine {
   std::string capacity() const;
   /// Null without one.
   const DiskStore* disk() const;
+  TextStore* texts();
 
  private:
   struct Parts;

@@ -122,7 +122,7 @@ std::vector<Json> conversation(const Context& context, const Fields& body) {
   if (body.has("previous_response_id")) {
     if (context.responses == nullptr) {
       body.fail("previous_response_id",
-                "responses are not stored (--response-store); send the items again");
+                "responses are not stored (--disk-cache, --response-store); send the items again");
     }
     const std::string id = body.string("previous_response_id");
     auto stored = context.responses->find(id);
