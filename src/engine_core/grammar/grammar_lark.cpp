@@ -15,7 +15,6 @@ namespace hadal::engine {
 namespace {
 
 constexpr int kDeepest = 64;
-constexpr std::string_view kIgnored = "ignored";  ///< no rule's name here: they have a prefix
 
 /// lark's common terminals, as regular expressions.
 struct Common {
@@ -78,17 +77,23 @@ class Lark {
     for (const auto& [name, line] : used_)
       HADAL_INPUT_CHECK(rules_.contains(rule_of(name)), where_, ": lark grammar, line ", line,
                         ": '", name, "' is not defined");
-    std::string out = concat("root ::= ", ignores_.empty() ? "" : "ignored ", "r_start\n");
-    if (!ignores_.empty()) {
-      out += "ignored ::= (";
-      for (size_t i = 0; i < ignores_.size(); ++i) out += concat(i > 0 ? " | " : "", ignores_[i]);
-      out += ")*\n";
+    std::string ignored, out;
+    for (const std::string& one : ignores_)
+      ignored += concat(ignored.empty() ? "" : " | ", repeated(one));
+    // Of one class, it is written where it may stand: automata cost less than rules.
+    const bool is_class = ignores_.size() == 1 && ignored.starts_with('[');
+    if (is_class) {
+      ignored = concat(" ", ignored, "*");
+    } else if (!ignored.empty()) {
+      out = concat("ignored ::= (", ignored, ")*\n");
+      ignored = " ignored";
     }
+    out += concat("root ::=", ignored, " r_start\n");
     for (auto& [name, rule] : rules_) {
       std::string text = rule;
-      // Known at the end only: whether anything stands between terminals.
+      // Known at the end only: what may stand between terminals.
       for (size_t at = text.find('\x02'); at != std::string::npos; at = text.find('\x02', at))
-        text.replace(at, 1, ignores_.empty() ? "" : concat(" ", kIgnored));
+        text.replace(at, 1, ignored);
       out += concat(name, " ::= ", text, "\n");
     }
     return out;
@@ -147,6 +152,17 @@ class Lark {
   void define(std::string_view name, std::string rule) {
     check(rules_.emplace(rule_of(name), std::move(rule)).second,
           concat("'", name, "' is defined twice"));
+  }
+
+  /// What may come any number of times: of `[ ]+` one is as good, and takes one way to be matched.
+  std::string repeated(const std::string& expression) const {
+    std::string_view text = expression;
+    while (text.starts_with('(') && text.ends_with(')')) text = text.substr(1, text.size() - 2);
+    if (const auto rule = rules_.find(std::string(text)); rule != rules_.end())
+      return repeated(rule->second);
+    const bool is_run = text.starts_with('[') && text.find(']') + 2 == text.size() &&
+                        (text.ends_with('+') || text.ends_with('*'));
+    return is_run ? std::string(text.substr(0, text.size() - 1)) : expression;
   }
 
   void read_definition() {
