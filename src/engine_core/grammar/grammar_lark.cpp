@@ -155,11 +155,12 @@ class Lark {
   }
 
   /// What may come any number of times: of `[ ]+` one is as good, and takes one way to be matched.
-  std::string repeated(const std::string& expression) const {
+  std::string repeated(const std::string& expression, int depth = 0) const {
     std::string_view text = expression;
     while (text.starts_with('(') && text.ends_with(')')) text = text.substr(1, text.size() - 2);
-    if (const auto rule = rules_.find(std::string(text)); rule != rules_.end())
-      return repeated(rule->second);
+    // A terminal may name another, or itself.
+    const auto rule = rules_.find(std::string(text));
+    if (rule != rules_.end() && depth < kDeepest) return repeated(rule->second, depth + 1);
     const bool is_run = text.starts_with('[') && text.find(']') + 2 == text.size() &&
                         (text.ends_with('+') || text.ends_with('*'));
     return is_run ? std::string(text.substr(0, text.size() - 1)) : expression;

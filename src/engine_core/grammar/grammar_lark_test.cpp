@@ -111,7 +111,8 @@ TEST(GrammarLark, Grammars) {
            %import common (DIGIT, WORD))lark",
           {"12", "-123", "+12X", "12x", "123yes"},
           {"1", "1234", "12xx", "12YES"}},
-         {R"lark(start: "a"~3)lark", {"aaa"}, {"aa", "aaaa"}},
+         {"start: \"a\"\nA: A\n%ignore A", {"a"}, {"aa"}},
+       {R"lark(start: "a"~3)lark", {"aaa"}, {"aa", "aaaa"}},
          {R"lark(start: "\"" /[^"]*/s "\"" "\n")lark", {"\"x y\"\n", "\"\n\"\n"}, {"\"x\"", "x\n"}},
          {R"lark(start: |"x" start)lark", {"", "xxx"}, {"y"}},
          {R"lark(start: STRING ("," STRING)*
