@@ -2,6 +2,8 @@
 // cannot be kept is refused by name.
 #include "engine_core/grammar/grammar_lark.h"
 
+#include <random>
+
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
@@ -112,7 +114,7 @@ TEST(GrammarLark, Grammars) {
           {"12", "-123", "+12X", "12x", "123yes"},
           {"1", "1234", "12xx", "12YES"}},
          {"start: \"a\"\nA: A\n%ignore A", {"a"}, {"aa"}},
-       {R"lark(start: "a"~3)lark", {"aaa"}, {"aa", "aaaa"}},
+         {R"lark(start: "a"~3)lark", {"aaa"}, {"aa", "aaaa"}},
          {R"lark(start: "\"" /[^"]*/s "\"" "\n")lark", {"\"x y\"\n", "\"\n\"\n"}, {"\"x\"", "x\n"}},
          {R"lark(start: |"x" start)lark", {"", "xxx"}, {"y"}},
          {R"lark(start: STRING ("," STRING)*
@@ -194,6 +196,36 @@ TEST(GrammarLark, GrammarsThatCannotBeKept) {
     EXPECT_NE(problem.find("tools: 't': format"), std::string::npos) << problem;
   }
   EXPECT_NE(refusal("gbnf", "root ::= \"a\"").find("expected lark or regex"), std::string::npos);
+}
+
+// Whatever bytes come: an EBNF grammar or a refusal.
+TEST(GrammarLark, AnyTextIsTakenOrRefused) {
+  std::mt19937 random(3);
+  const std::vector<std::string> seeds = {kPatch,
+                                          R"(?start: [A] B~2..3 ("x"i | "a".."z")* -> t)"
+                                          "\nA.2: /a[^\\]b-d]{2,}\\d?/s\n%ignore A",
+                                          R"((?:a|[^b-d\n]+?)*\x41{2,3}(?P<n>\u00e9)$)"};
+  const std::string bytes = "()[]{}|*+?.,:~/\\\"'-_%<>^$ \nabzAZ09\xc3\xa9\x01";
+  int taken = 0;
+  for (int round = 0; round < 10'000; ++round) {
+    std::string text = seeds[random() % seeds.size()];
+    for (size_t change = random() % 4; change > 0; --change) {
+      const size_t at = random() % text.size();
+      const size_t count = random() % 3;
+      text.replace(at, count, std::string(1, bytes[random() % bytes.size()]));
+      if (text.empty()) text = "a";
+    }
+    if (random() % 4 == 0) text.resize(1 + random() % text.size());
+    try {
+      taken += !lark_to_ebnf(text, "w").empty() ? 1 : 0;
+    } catch (const InputError&) {
+    }
+    try {
+      taken += !regex_to_ebnf(text, "w").empty() ? 1 : 0;
+    } catch (const InputError&) {
+    }
+  }
+  EXPECT_GT(taken, 1000);
 }
 
 // No input can hold what ends it, whatever its grammar would take.
