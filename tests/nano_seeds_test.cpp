@@ -16,7 +16,8 @@ using testing::NanoMachine;
 
 Request ask(const std::string& prompt, uint64_t seed) {
   Request request;
-  const std::vector<int32_t> ids = Nano::get().tokenizer.encode(prompt);
+  const std::vector<int32_t> ids =
+      Nano::get().tokenizer.encode(prompt, text::SpecialTokens::kAsText);
   request.prompt.assign(ids.begin(), ids.end());
   request.max_tokens = 16;
   request.ignore_eos = true;
