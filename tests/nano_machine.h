@@ -37,7 +37,7 @@ struct Nano {
       const auto source = checkpoint::OfficialCheckpoint::open(folder);
       const ops::Numerics numerics = checkpoint::default_numerics(source);
       return Nano{.model = checkpoint::load_model(source, numerics),
-                  .tokenizer = text::Tokenizer::from_file(folder + "/tokenizer.json"),
+                  .tokenizer = text::Tokenizer::from_file(concat(folder, "/tokenizer.json")),
                   .numerics = numerics};
     }();
     return nano;

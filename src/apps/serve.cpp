@@ -142,6 +142,7 @@ int run(Flags flags) {
   flags.engine.warm_up = true;
   drop_file_pages();  // what reading the weights once more for the digest needed
   engine::LocalEngine local(loaded.model, loaded.tokenizer, digest, flags.engine);
+  flags.server.texts = local.texts();
   server::Server server(local.engine(), loaded.tokenizer, flags.server);
   server.api().add_page("/", "text/html; charset=utf-8", std::string(server::page()),
                         {{"Content-Security-Policy",
@@ -235,7 +236,8 @@ std::function<int()> define_serve(CLI::App& app) {
                  "full: all windows; periodic: a snapshot a page; zero: states are computed again")
       ->capture_default_str();
   app.add_option("--response-store", server.response_folder,
-                 "folder that keeps responses for previous_response_id; default: none is kept");
+                 "folder that keeps responses for previous_response_id; default: they are kept in "
+                 "--disk-cache, if there is one");
   app.add_option("--response-gib", flags->response_gib, "its budget")
       ->check(between(0, 1e6))
       ->capture_default_str();

@@ -186,6 +186,7 @@ std::string LocalEngine::capacity() const {
 }
 
 const DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
+TextStore* LocalEngine::texts() { return parts_->disk.get(); }
 
 void LocalEngine::state_workspace() {
   const EngineStats stats = parts_->loop->stats();

@@ -59,6 +59,7 @@ class LocalEngine {
   /// What the process takes now beside weights and cache is what the engine's stats state from here
   /// on: at the end of a start.
   void state_workspace();
+  TextStore* texts();
 
  private:
   struct Parts;

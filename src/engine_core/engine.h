@@ -18,6 +18,7 @@ struct EngineStats {
   int64_t state_slots_total = 0, state_slots_free = 0;
   int64_t states = 0, snapshot_pages = 0, snapshot_bytes = 0;  ///< kept: in pages of the pool
   int64_t states_evicted = 0;
+  int64_t pinned_keys = 0, pinned_pages = 0;  ///< keys and what they hold (prefix_pins.h)
   int64_t prompt_tokens = 0, cached_tokens = 0, disk_tokens = 0, generated_tokens = 0;  ///< ever
   int64_t preemptions = 0, steps = 0, finished = 0, cancelled = 0, failed = 0;
   int64_t drafted = 0, accepted = 0;

@@ -38,6 +38,14 @@ struct Grammar {
   friend bool operator==(const Grammar&, const Grammar&) = default;
 };
 
+/// A name that a client gives to what it will go on from: the cache prefers to keep the last prefix
+/// that came under it (prefix_pins.h). No answer depends on it.
+struct CacheKey {
+  std::string name;    ///< empty: none
+  std::string client;  ///< whose; Request::client, filled in by the scheduler
+  std::chrono::seconds retention = std::chrono::hours(1);  ///< since it was last used
+};
+
 struct Request {
   std::vector<int64_t> prompt;  ///< token ids, at least one
   int64_t max_tokens = 16;      ///< of each choice; 0: the prompt alone, ends with kLength
@@ -62,6 +70,7 @@ struct Request {
   std::string client;  ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
+  CacheKey cache_key;
   bool context_view = false;  ///< the last update of a choice tells what its last token saw
 };
 

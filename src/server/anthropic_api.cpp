@@ -4,6 +4,7 @@
 
 #include "base/log.h"
 #include "server/anthropic_request.h"
+#include "server/cache_key.h"
 #include "server/openai_types.h"
 #include "server/sealed_text.h"
 #include "text/utf8.h"
@@ -247,6 +248,7 @@ Job message_job(const Context& context, const Json& json) {
   MessagesRequest read = read_messages_request(context, body);
   ChatJob& chat = read.chat;
   read_sampling(context, body, chat.base);
+  chat.base.cache_key = read_cache_marks(body, chat.messages);
   chat.base.stop = read_stop(body, "stop_sequences", context.options);
   chat.base.max_tokens = read_max_tokens(body, "max_tokens");
   const bool stream = body.boolean_or("stream", false);

@@ -259,13 +259,15 @@ void read_tools(const Context& context, const Fields& body, MessagesRequest& out
   read_tool_choice(body, out.chat);
 }
 
-void read_thinking(const Fields& body, MessagesRequest& out) {
+void read_thinking(const Context& context, const Fields& body, MessagesRequest& out) {
   if (body.has("thinking")) {
     const Fields thinking = body.object("thinking");
     const std::string type = thinking.string("type");
     if (type != "enabled" && type != "disabled" && type != "adaptive")
       thinking.fail("type", "expected enabled, disabled or adaptive");
     out.chat.thinking = type != "disabled";
+    // As much as the model sees fit: one that was not taught to think, nothing.
+    if (type == "adaptive" && !context.options.default_thinking) out.chat.thinking = false;
     out.omit_thinking = thinking.string_or("display", "") == "omitted";
     if (thinking.has("budget_tokens"))
       out.chat.thinking_budget = thinking.integer_or("budget_tokens", 0, 1, int64_t{1} << 40);
@@ -284,7 +286,9 @@ MessagesRequest read_messages_request(const Context& context, const Fields& body
   out.chat.default_thinking = false;
   read_messages(context, body, out.chat);
   read_tools(context, body, out);
-  read_thinking(body, out);
+  read_thinking(context, body, out);
+  if (std::string note = settle_thinking(context, out.chat); !note.empty())
+    out.notes.push_back(std::move(note));
   const auto take_format = [&](const Fields& holder, std::string_view key) {
     if (!holder.has(key)) return;
     const Fields format = holder.object(key);

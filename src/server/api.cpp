@@ -171,12 +171,18 @@ struct Api::Waiting {
   boost::asio::thread_pool threads;
 };
 
+namespace {
+/// A folder that was asked for, else the engine's store, else nothing.
+std::shared_ptr<ResponseStore> responses_of(const ServerOptions& options) {
+  if (!options.response_folder.empty())
+    return std::make_shared<ResponseFolder>(options.response_folder, options.response_bytes);
+  if (options.texts != nullptr) return std::make_shared<ResponseTexts>(*options.texts);
+  return nullptr;
+}
+}  // namespace
+
 Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
-    : context_{engine, tokenizer, options, std::make_shared<CallMemory>(),
-               options.response_folder.empty()
-                   ? nullptr
-                   : std::make_shared<ResponseStore>(options.response_folder,
-                                                     options.response_bytes)},
+    : context_{engine, tokenizer, options, std::make_shared<CallMemory>(), responses_of(options)},
       access_(options),
       keys_(std::make_shared<Keys>(options)),
       views_(std::make_shared<ViewStore>()),

@@ -45,6 +45,11 @@ bool is_strict(const Json& tool) {
   return strict != nullptr && strict->truthy();
 }
 
+/// Whether the grammar keeps what it is called with.
+bool is_kept(const Json& tool) {
+  return is_strict(tool) || function_of(tool).find_set("format") != nullptr;
+}
+
 bool is_forced(const ChatJob& chat) {
   return chat.tool_choice == ToolChoice::kRequired || chat.tool_choice == ToolChoice::kNamed;
 }
@@ -105,7 +110,10 @@ Rendered render(const Context& context, const ChatJob& chat) {
     Json& system = messages.items().front();
     if (show_tools) {
       Json tools = Json::array(chat.tools);
-      for (Json& tool : tools.items()) tool.find("function")->erase("strict");
+      for (Json& tool : tools.items()) {
+        tool.find("function")->erase("strict");
+        tool.find("function")->erase("format");
+      }
       system.set("tools", std::move(tools));
     }
     if (!chat.format_schema.is_null()) system.set("response_format", chat.format_schema);
@@ -135,7 +143,7 @@ engine::Grammar grammar_of(const ChatJob& chat) {
   using Kind = engine::Grammar::Kind;
   const bool forced = is_forced(chat);
   const bool limited = !chat.allowed_tools.empty();
-  const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_strict);
+  const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_kept);
   const bool callable = !chat.tools.empty() && chat.tool_choice != ToolChoice::kNone;
   const bool has_format = chat.format.kind != Kind::kNone;
   if (!callable || !(forced || limited || strict || has_format)) return chat.format;
@@ -150,6 +158,8 @@ engine::Grammar grammar_of(const ChatJob& chat) {
         Json::object({{"name", *function.find("name")},
                       {"parameters", parameters != nullptr ? *parameters : Json::object()},
                       {"strict", strictness}}));
+    if (const Json* format = function.find_set("format"))
+      list.items().back().set("format", *format);
   }
   if (forced && chat.parallel_calls) return {Kind::kToolCalls, list.dump(), true};
   Json text = Json::object({{"tools", std::move(list)},
@@ -171,6 +181,22 @@ engine::Grammar grammar_of(const ChatJob& chat) {
 int64_t Context::max_context() const {
   const int64_t engines = engine.info().max_context;
   return options.max_context > 0 ? std::min(options.max_context, engines) : engines;
+}
+
+std::string settle_thinking(const Context& context, ChatJob& chat) {
+  if (context.options.default_thinking) return {};
+  if (!chat.thinking && !chat.effort.empty() &&
+      effort_of(chat.effort, context.options.effort_levels).thinking) {
+    std::string note = concat("reasoning effort '", chat.effort,
+                              "': this model was not taught to think and answers at once; "
+                              "`thinking` has it try");
+    chat.effort = "none";
+    return note;
+  }
+  if (!chat.thinking.value_or(false) || chat.thinking_budget) return {};
+  chat.halves_thinking = true;
+  return "thinking: this model was not taught to think; its reasoning is closed after half of the "
+         "tokens, or after the budget that a request gives";
 }
 
 Job make_chat_job(const Context& context, ChatJob chat) {
@@ -195,6 +221,8 @@ Job make_chat_job(const Context& context, ChatJob chat) {
   request.grammar = grammar_of(chat);
   request.close_reasoning = chat.close_reasoning.value_or(!chat.tools.empty());
   fit_context(context, request);
+  if (request.thinking && chat.halves_thinking)
+    request.thinking_budget = std::max<int64_t>(request.max_tokens / 2, 1);
   Job job;
   job.chat = true;
   job.mode = rendered.mode;

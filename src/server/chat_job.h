@@ -42,6 +42,8 @@ struct ChatJob {
   /// there are tools.
   std::optional<bool> close_reasoning;
   bool default_thinking = true;
+  /// Reasoning gets half of the tokens at most, where nothing else limits it.
+  bool halves_thinking = false;
   std::string effort;  ///< "" or as effort_of() takes it
   engine::Grammar format;
   Json format_schema;         ///< shown to the model; null: none
@@ -52,6 +54,10 @@ struct ChatJob {
   engine::Request base;       ///< sampling and limits; prompt, grammar, thinking are filled in here
 };
 
+/// For a model that was not taught to think (its defaults say so), before make_chat_job(): an
+/// effort alone means no thinking, and thinking that is asked for gets half of the tokens, since
+/// such a model does not end it by itself. What to tell the client; empty: nothing changed.
+std::string settle_thinking(const Context& context, ChatJob& chat);
 /// Renders, tokenises and checks. Errors: RequestError.
 Job make_chat_job(const Context& context, ChatJob chat);
 /// The prompt alone, for counting.

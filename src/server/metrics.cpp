@@ -92,6 +92,8 @@ std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats&
   gauge("state_slots_free", "free state slots", engine.state_slots_free);
   gauge("states", "kept states: places to go on from", engine.states);
   gauge("snapshot_pages", "cache pages that hold kept states", engine.snapshot_pages);
+  gauge("pinned_keys", "cache keys that hold prefixes", engine.pinned_keys);
+  gauge("pinned_pages", "cache pages that keys hold", engine.pinned_pages);
   gauge("snapshot_bytes", "bytes of kept states", engine.snapshot_bytes);
   total("states_evicted_total", "kept states given up for others", engine.states_evicted);
   gauge("context_tokens_capacity", "tokens that fit into all cache pages", engine.context_tokens);

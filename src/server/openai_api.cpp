@@ -8,7 +8,10 @@
 #include "text/chat_tokens.h"
 
 namespace hadal::server {
-ChatJob read_chat_completion(const Context& context, const Fields& body, Notes* notes) {
+ChatJob read_chat_completion(const Context& context,
+                             const Fields& body,
+                             Notes* notes,
+                             std::set<std::string>* custom_tools) {
   ChatJob chat;
   chat.default_thinking = context.options.default_thinking;
   read_chat_messages(context, body, chat);
@@ -16,13 +19,15 @@ ChatJob read_chat_completion(const Context& context, const Fields& body, Notes* 
   Notes left_out;
   read_openai_tools(context, body, true, chat, names, left_out);
   for (const auto& [name, tool] : names) {
-    if (tool.custom) body.fail("tools", concat("'", name, "': custom tools are for /v1/responses"));
+    if (tool.custom && custom_tools != nullptr) custom_tools->insert(name);
   }
   read_openai_tool_choice(body, true, chat, left_out);
   if (body.has("web_search_options"))
     left_out.emplace_back("web_search_options: nothing is searched here");
-  if (notes != nullptr) *notes = std::move(left_out);
   read_thinking(body, chat);
+  if (std::string note = settle_thinking(context, chat); !note.empty())
+    left_out.push_back(std::move(note));
+  if (notes != nullptr) *notes = std::move(left_out);
   chat.task = body.string_or("task", "");
   if (!chat.task.empty()) {
     const auto& known = text::kTaskTokens;
@@ -41,7 +46,7 @@ Job chat_completion_job(const Context& context, const Json& json) {
   const std::string model = read_model(context, body);
   refuse_unsupported(body, "chat");
   OpenAiFormatOptions format;
-  ChatJob chat = read_chat_completion(context, body, &format.notes);
+  ChatJob chat = read_chat_completion(context, body, &format.notes, &format.custom_tools);
   engine::Request& request = chat.base;
   read_sampling(context, body, request);
   read_logit_bias(context, body, request);

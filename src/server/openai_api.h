@@ -1,6 +1,9 @@
 // OpenAI's requests to jobs: chat completions, text completions, responses.
 #pragma once
 
+#include <set>
+#include <string>
+
 #include "server/chat_job.h"
 
 namespace hadal::server {
@@ -10,10 +13,11 @@ namespace hadal::server {
 /// use_prefix_cache, `prefix` on a last assistant message that is to be continued.
 Job chat_completion_job(const Context& context, const Json& body);
 /// The conversation of such a body (also of /tokenize).
-/// `notes`, if there, gets what is left out.
+/// `notes`, if there, gets what is left out, `custom_tools` the names of those that take one text.
 ChatJob read_chat_completion(const Context& context,
                              const Fields& body,
-                             std::vector<std::string>* notes = nullptr);
+                             std::vector<std::string>* notes = nullptr,
+                             std::set<std::string>* custom_tools = nullptr);
 
 /// POST /v1/completions. Prompts are plain text behind BOS. A text that begins with BOS, and any
 /// with `add_special_tokens` false, gets none, and its special tokens are recognised;

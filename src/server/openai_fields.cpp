@@ -4,6 +4,8 @@
 #include <array>
 #include <charconv>
 
+#include "server/cache_key.h"
+
 namespace hadal::server {
 namespace {
 
@@ -117,6 +119,7 @@ void read_extensions(const Context& context,
   format.ids_as_tokens = body.boolean_or("return_tokens_as_token_ids", false);
   // Who salts the cache wants to share with nobody else.
   if (!body.string_or("cache_salt", "").empty()) request.use_prefix_cache = false;
+  request.cache_key = read_cache_key(body);
   const engine::EngineInfo& info = context.engine.info();
   if (!info.weights.empty()) format.fingerprint = js(concat("fp_", info.weights.substr(0, 16)));
   format.ends = request.stop_tokens;

@@ -23,8 +23,8 @@ using ToolNames = std::map<std::string, ToolName>;  ///< by the name in the prom
 /// What was asked for and is left out.
 using Notes = std::vector<std::string>;
 
-/// `nested`: {"type": "function", "function": {...}} as chats have it; else flat, with namespaces
-/// and custom tools, as /v1/responses has it. Tools that would run on the server are left out.
+/// `nested`: {"type": "function", "function": {...}} as chats have it; else flat, with namespaces,
+/// as /v1/responses has it. Tools that would run on the server are left out.
 void read_openai_tools(const Context& context,
                        const Fields& body,
                        bool nested,
@@ -36,6 +36,8 @@ void read_openai_tool_choice(const Fields& body, bool nested, ChatJob& chat, Not
 std::string prompt_name(std::string_view space, std::string_view name);
 /// Arguments of a custom tool, as the model sees them.
 Json custom_arguments(std::string_view input);
+/// The text of a custom tool's call.
+std::string custom_input(const CallRecord& call);
 
 /// thinking, enable_thinking, reasoning, reasoning_effort, budgets, chat_template_kwargs.
 void read_thinking(const Fields& body, ChatJob& chat);

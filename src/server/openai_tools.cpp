@@ -17,28 +17,36 @@ bool is_hosted(std::string_view type) {
                              [&](std::string_view known) { return type.starts_with(known); });
 }
 
-/// A custom tool as a function of one text.
+/// A custom tool as a function of one text; what the text must be is in "format", which the model
+/// does not see.
 Json function_of_custom(const Fields& custom) {
   std::string about = custom.string_or("description", "");
+  Json rule;
   if (custom.has("format")) {
     const Fields format = custom.object("format");
     const std::string type = format.string_or("type", "text");
+    if (type != "text" && type != "grammar") format.fail("type", "expected text or grammar");
     // Flat in one API, nested in another.
     const Fields grammar = format.has("grammar") ? format.object("grammar") : format;
     if (type == "grammar") {
-      about +=
-          concat(about.empty() ? "" : "\n\n", "The input follows this ",
-                 grammar.string_or("syntax", "lark"), " grammar:\n", grammar.string("definition"));
+      const std::string syntax = grammar.string_or("syntax", "lark");
+      if (syntax != "lark" && syntax != "regex") grammar.fail("syntax", "expected lark or regex");
+      const std::string definition = grammar.string("definition");
+      about += concat(about.empty() ? "" : "\n\n", "The input follows this ", syntax, " grammar:\n",
+                      definition);
+      rule = Json::object({{"syntax", js(syntax)}, {"definition", js(definition)}});
     }
   }
   const Json input = Json::object({{"type", js("string")}});
-  Json function =
+  const Json function =
       Json::object({{"name", js(custom.string("name"))},
                     {"description", js(about)},
                     {"parameters", Json::object({{"type", js("object")},
                                                  {"properties", Json::object({{"input", input}})},
                                                  {"required", Json::array({js("input")})}})}});
-  return read_function(Fields(function, "tools"));
+  Json tool = read_function(Fields(function, "tools"));
+  if (!rule.is_null()) tool.find("function")->set("format", std::move(rule));
+  return tool;
 }
 
 class ToolReader {
@@ -157,6 +165,19 @@ std::string prompt_name(std::string_view space, std::string_view name) {
 }
 
 Json custom_arguments(std::string_view input) { return Json::object({{"input", js(input)}}); }
+
+std::string custom_input(const CallRecord& call) {
+  try {
+    const Json arguments = Json::parse(call.arguments, "arguments");
+    const Json* input = arguments.find("input");
+    if (input == nullptr && arguments.members().size() == 1)
+      input = &arguments.members().front().second;
+    if (input != nullptr) return input->is_string() ? input->text() : input->dump();
+  } catch (const InputError&) {
+    return call.arguments;  // cut off
+  }
+  return call.arguments;
+}
 
 void read_openai_tools(const Context& context,
                        const Fields& body,

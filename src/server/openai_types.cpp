@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "server/openai_format.h"
+#include "server/openai_reading.h"
 #include "text/utf8.h"
 
 namespace hadal::server {
@@ -37,13 +38,6 @@ Json token_logprob(const text::Tokenizer& tokenizer,
   const std::string name = id_as_token ? concat("token_id:", token) : text::repair_utf8(bytes);
   return Json::object(
       {{"token", js(name)}, {"logprob", js(finite_logprob(logprob))}, {"bytes", byte_list(bytes)}});
-}
-
-Json call_json(const CallRecord& call) {
-  return Json::object(
-      {{"id", js(call.id)},
-       {"type", js("function")},
-       {"function", Json::object({{"name", js(call.name)}, {"arguments", js(call.arguments)}})}});
 }
 
 class ChatFormat final : public OpenAiFormat {
@@ -83,14 +77,22 @@ class ChatFormat final : public OpenAiFormat {
   }
   void call_begun(const Answer& answer, size_t index, std::string& out) override {
     const CallRecord& call = *answer.choices[index].open_call;
-    call_delta(answer, index, call_json({call.id, call.name, {}}), out);
+    call_delta(answer, index, 0, call_json({call.id, call.name, {}}), out);
   }
   void call_arguments(const Answer& answer,
                       size_t index,
                       const std::string& arguments,
                       std::string& out) override {
-    call_delta(answer, index,
+    // A custom tool's text is known when its JSON is whole.
+    if (is_custom(*answer.choices[index].open_call)) return;
+    call_delta(answer, index, 0,
                Json::object({{"function", Json::object({{"arguments", js(arguments)}})}}), out);
+  }
+  void call_ended(const Answer& answer, size_t index, std::string& out) override {
+    const CallRecord& call = answer.choices[index].calls.back();
+    if (!is_custom(call)) return;
+    call_delta(answer, index, 1,
+               Json::object({{"custom", Json::object({{"input", js(custom_input(call))}})}}), out);
   }
   void finished(const Answer& answer, size_t index, std::string& out) override {
     const Choice& choice = answer.choices[index];
@@ -173,9 +175,20 @@ class ChatFormat final : public OpenAiFormat {
     add_ids(answer, index, entry);
     write_chunk(answer, kChunk, Json::array({std::move(entry)}), out);
   }
-  /// Of the open call.
-  void call_delta(const Answer& answer, size_t index, const Json& content, std::string& out) {
-    Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls) +
+  bool is_custom(const CallRecord& call) const { return options_.custom_tools.contains(call.name); }
+  Json call_json(const CallRecord& call) const {
+    const bool custom = is_custom(call), begun = call.arguments.empty();
+    const char* const type = custom ? "custom" : "function";
+    const std::string text = custom && !begun ? custom_input(call) : call.arguments;
+    return Json::object({{"id", js(call.id)},
+                         {"type", js(type)},
+                         {type, Json::object({{"name", js(call.name)},
+                                              {custom ? "input" : "arguments", js(text)}})}});
+  }
+  /// Of the open call, or with `ended` 1 of the one that just ended.
+  void call_delta(
+      const Answer& answer, size_t index, int64_t ended, const Json& content, std::string& out) {
+    Json call = Json::object({{"index", js(std::ssize(answer.choices[index].calls) - ended +
                                            answer.choices[index].dropped_calls)}});
     for (const auto& [key, value] : content.members()) call.set(key, value);
     delta(answer, index, Json::object({{"tool_calls", Json::array({std::move(call)})}}), {}, out);

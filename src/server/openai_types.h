@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -49,9 +50,10 @@ struct OpenAiFormatOptions {
   bool echo = false;             ///< text completions: each prompt's text and logprobs first
   std::vector<TextPrompt> prompts;
   int64_t choices_per_prompt = 1;
-  std::vector<int64_t> ends;       ///< tokens that end an answer and are not in its text
-  Json fingerprint;                ///< of the weights
-  std::vector<std::string> notes;  ///< what was asked for and left out
+  std::vector<int64_t> ends;           ///< tokens that end an answer and are not in its text
+  Json fingerprint;                    ///< of the weights
+  std::vector<std::string> notes;      ///< what was asked for and left out
+  std::set<std::string> custom_tools;  ///< called with one text instead of JSON
 };
 std::unique_ptr<Format> chat_completion_format(const text::Tokenizer& tokenizer,
                                                OpenAiFormatOptions options);

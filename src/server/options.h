@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine_core/request.h"
+#include "engine_core/text_store.h"
 #include "text/chat_format.h"
 
 namespace hadal::server {
@@ -54,8 +55,9 @@ struct ServerOptions {
   std::chrono::seconds retry_after{1};  ///< told to those who find the queue full
 
   // Responses that clients want kept (/v1/responses with store).
-  std::string response_folder;  ///< empty: none are
+  std::string response_folder;  ///< empty: they are kept in `texts`
   int64_t response_bytes = int64_t{256} << 20;
+  engine::TextStore* texts = nullptr;  ///< outlives the server; null, and no folder: none are kept
 
   // Limits of a request.
   int max_json_depth = 64;

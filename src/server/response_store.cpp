@@ -21,9 +21,28 @@ bool is_id(std::string_view id) {
              id.substr(5), [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); });
 }
 
+std::string text_of(const Json& items, const Json& response) {
+  return Json::object({{"items", items}, {"response", response}}).dump();
+}
+
+/// Nothing, and a line in the log, if the text is none of ours.
+std::optional<ResponseStore::Stored> stored_of(const std::string& text, const std::string& where) {
+  try {
+    const Json stored = Json::parse(text, where);
+    const Json* items = stored.find("items");
+    const Json* response = stored.find("response");
+    if (items != nullptr && items->is_array() && response != nullptr && response->is_object())
+      return ResponseStore::Stored{*items, *response};
+    log::warn("server", where, ": no response of ours");
+  } catch (const InputError& error) {
+    log::warn("server", error.what());
+  }
+  return {};
+}
+
 }  // namespace
 
-ResponseStore::ResponseStore(std::string folder, int64_t max_bytes)
+ResponseFolder::ResponseFolder(std::string folder, int64_t max_bytes)
     : folder_(std::move(folder)), max_bytes_(max_bytes) {
   std::error_code error;
   fs::create_directories(folder_, error);
@@ -49,19 +68,19 @@ ResponseStore::ResponseStore(std::string folder, int64_t max_bytes)
   }
 }
 
-std::string ResponseStore::path(const std::string& id) const {
+std::string ResponseFolder::path(const std::string& id) const {
   return concat(folder_, "/", id, kSuffix);
 }
 
-void ResponseStore::forget(std::map<std::string, Entry>::iterator entry) {
+void ResponseFolder::forget(std::map<std::string, Entry>::iterator entry) {
   std::error_code ignored;
   fs::remove(path(entry->first), ignored);
   bytes_ -= entry->second.bytes;
   entries_.erase(entry);
 }
 
-void ResponseStore::put(const std::string& id, const Json& items, const Json& response) {
-  const std::string text = Json::object({{"items", items}, {"response", response}}).dump();
+void ResponseFolder::put(const std::string& id, const Json& items, const Json& response) {
+  const std::string text = text_of(items, response);
   const auto bytes = static_cast<int64_t>(text.size());
   const std::lock_guard lock(mutex_);
   if (!is_id(id) || bytes > max_bytes_) return;
@@ -79,27 +98,25 @@ void ResponseStore::put(const std::string& id, const Json& items, const Json& re
   bytes_ += bytes;
 }
 
-std::optional<ResponseStore::Stored> ResponseStore::find(const std::string& id) {
+std::optional<ResponseStore::Stored> ResponseFolder::find(const std::string& id) {
   const std::lock_guard lock(mutex_);
   const auto entry = entries_.find(id);
   if (entry == entries_.end()) return {};
+  std::string text;
   try {
-    const Json stored = Json::parse(read_file(path(id)), id);
-    const Json* items = stored.find("items");
-    const Json* response = stored.find("response");
-    if (items != nullptr && items->is_array() && response != nullptr && response->is_object()) {
-      entry->second.used = ++clock_;
-      return Stored{*items, *response};
-    }
-    log::warn("server", path(id), ": no response of ours");
+    text = read_file(path(id));
   } catch (const InputError& error) {
     log::warn("server", error.what());
+  }
+  if (auto stored = text.empty() ? std::nullopt : stored_of(text, path(id))) {
+    entry->second.used = ++clock_;
+    return stored;
   }
   forget(entry);
   return {};
 }
 
-bool ResponseStore::erase(const std::string& id) {
+bool ResponseFolder::erase(const std::string& id) {
   const std::lock_guard lock(mutex_);
   const auto entry = entries_.find(id);
   if (entry == entries_.end()) return false;
@@ -107,9 +124,22 @@ bool ResponseStore::erase(const std::string& id) {
   return true;
 }
 
-int64_t ResponseStore::bytes() const {
+int64_t ResponseFolder::bytes() const {
   const std::lock_guard lock(mutex_);
   return bytes_;
 }
+
+void ResponseTexts::put(const std::string& id, const Json& items, const Json& response) {
+  if (is_id(id) && !texts_.put_text(id, text_of(items, response)))
+    log::warn("server", "response ", id, " is not kept: the store on disk does not take it");
+}
+
+std::optional<ResponseStore::Stored> ResponseTexts::find(const std::string& id) {
+  if (!is_id(id)) return {};
+  const std::optional<std::string> text = texts_.get_text(id);
+  return text ? stored_of(*text, id) : std::nullopt;
+}
+
+bool ResponseTexts::erase(const std::string& id) { return is_id(id) && texts_.erase_text(id); }
 
 }  // namespace hadal::server

@@ -1,5 +1,6 @@
-// Responses that clients want to go on from later (/v1/responses with `store`): one file each in a
-// folder of its own, within a budget of bytes; the longest unused go first.
+// Responses that clients want to go on from later (/v1/responses with `store`): in a folder of
+// their own, a file each, or in the store on disk that the engine keeps its prefixes in. Within a
+// budget of bytes; the longest unused go first.
 #pragma once
 
 #include <cstdint>
@@ -8,25 +9,33 @@
 #include <optional>
 #include <string>
 
+#include "engine_core/text_store.h"
 #include "server/json_reader.h"
 
 namespace hadal::server {
 
-/// Thread-safe. A file that cannot be written or read is a response that is not there: it is logged
-/// and no request fails.
+/// Thread-safe. What cannot be written or read is a response that is not there: it is logged and no
+/// request fails.
 class ResponseStore {
  public:
   struct Stored {
     Json items;     ///< the conversation: what went in and what came out
     Json response;  ///< as it was answered
   };
-
-  /// Goes on with what the folder holds. Errors: InputError when it cannot be a folder of ours.
-  ResponseStore(std::string folder, int64_t max_bytes);
-  void put(const std::string& id, const Json& items, const Json& response);
-  std::optional<Stored> find(const std::string& id);
+  virtual ~ResponseStore() = default;
+  virtual void put(const std::string& id, const Json& items, const Json& response) = 0;
+  virtual std::optional<Stored> find(const std::string& id) = 0;
   /// Whether it was there.
-  bool erase(const std::string& id);
+  virtual bool erase(const std::string& id) = 0;
+};
+
+class ResponseFolder final : public ResponseStore {
+ public:
+  /// Goes on with what the folder holds. Errors: InputError when it cannot be a folder of ours.
+  ResponseFolder(std::string folder, int64_t max_bytes);
+  void put(const std::string& id, const Json& items, const Json& response) override;
+  std::optional<Stored> find(const std::string& id) override;
+  bool erase(const std::string& id) override;
   int64_t bytes() const;
 
  private:
@@ -43,6 +52,19 @@ class ResponseStore {
   std::map<std::string, Entry> entries_;
   int64_t bytes_ = 0;
   uint64_t clock_ = 0;
+};
+
+/// Beside the prefixes: one budget for both.
+class ResponseTexts final : public ResponseStore {
+ public:
+  /// `texts` outlives it.
+  explicit ResponseTexts(engine::TextStore& texts) : texts_(texts) {}
+  void put(const std::string& id, const Json& items, const Json& response) override;
+  std::optional<Stored> find(const std::string& id) override;
+  bool erase(const std::string& id) override;
+
+ private:
+  engine::TextStore& texts_;
 };
 
 }  // namespace hadal::server

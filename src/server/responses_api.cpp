@@ -83,7 +83,7 @@ class ResponseFormat final : public Format {
     const CallRecord& call = answer.choices[index].calls.back();
     const ToolName name = name_of(call);
     if (name.custom) {
-      const std::string input = input_of(call);
+      const std::string input = custom_input(call);
       const Members place = {{"item_id", js("ctc_" + call.id)}, {"output_index", js(item_)}};
       Members delta = place, done = place;
       delta.emplace_back("delta", js(input));
@@ -155,19 +155,6 @@ class ResponseFormat final : public Format {
     const auto known = shape_.names.find(call.name);
     return known != shape_.names.end() ? known->second : ToolName{call.name, "", false};
   }
-  /// The text of a custom tool's call.
-  static std::string input_of(const CallRecord& call) {
-    try {
-      const Json arguments = Json::parse(call.arguments, "arguments");
-      const Json* input = arguments.find("input");
-      if (input == nullptr && arguments.members().size() == 1)
-        input = &arguments.members().front().second;
-      if (input != nullptr) return input->is_string() ? input->text() : input->dump();
-    } catch (const InputError&) {
-      return call.arguments;  // cut off
-    }
-    return call.arguments;
-  }
   Json function_call(const CallRecord& call, const char* status) const {
     const ToolName name = name_of(call);
     Json item = Json::object({{"id", js((name.custom ? "ctc_" : "fc_") + call.id)},
@@ -178,7 +165,7 @@ class ResponseFormat final : public Format {
     item.set("name", js(name.name));
     const bool begun = call.arguments.empty();
     if (name.custom) {
-      item.set("input", js(begun ? std::string() : input_of(call)));
+      item.set("input", js(begun ? std::string() : custom_input(call)));
     } else {
       item.set("arguments", js(call.arguments));
     }

@@ -122,7 +122,7 @@ std::vector<Json> conversation(const Context& context, const Fields& body) {
   if (body.has("previous_response_id")) {
     if (context.responses == nullptr) {
       body.fail("previous_response_id",
-                "responses are not stored (--response-store); send the items again");
+                "responses are not stored (--disk-cache, --response-store); send the items again");
     }
     const std::string id = body.string("previous_response_id");
     auto stored = context.responses->find(id);
@@ -229,6 +229,8 @@ Job response_job(const Context& context, const Json& json) {
   read_openai_tool_choice(body, false, chat, shape.notes);
   read_text_format(body, chat, shape);
   read_thinking(body, chat);
+  if (std::string note = settle_thinking(context, chat); !note.empty())
+    shape.notes.push_back(std::move(note));
   read_include(body, shape);
   read_sampling(context, body, chat.base);
   read_logit_bias(context, body, chat.base);

@@ -209,13 +209,13 @@ TEST_F(ResponsesTest, StoredResponsesAreGoneOnFrom) {
   std::filesystem::remove_all(folder);
 }
 
-TEST(ResponseStore, KeepsABudgetAndSurvivesDamage) {
+TEST(ResponseFolder, KeepsABudgetAndSurvivesDamage) {
   const std::filesystem::path folder =
       std::filesystem::temp_directory_path() / concat("hadal_response_store_", ::getpid());
   const Json items = Json::array({js(std::string(300, 'x'))});
   const auto response = [](int number) { return Json::object({{"n", js(int64_t{number})}}); };
   {
-    ResponseStore store(folder.string(), 1100);
+    ResponseFolder store(folder.string(), 1100);
     for (int i = 0; i < 3; ++i) store.put(concat("resp_", i), items, response(i));
     EXPECT_TRUE(store.find("resp_0"));
     store.put("resp_3", items, response(3));  // the longest unused goes
@@ -229,7 +229,7 @@ TEST(ResponseStore, KeepsABudgetAndSurvivesDamage) {
   }
   std::ofstream(folder / "resp_0.json") << "{\"items\": [";
   std::ofstream(folder / "other.txt") << "x";
-  ResponseStore store(folder.string(), 1100);
+  ResponseFolder store(folder.string(), 1100);
   EXPECT_FALSE(store.find("resp_0"));
   ASSERT_TRUE(store.find("resp_3"));
   EXPECT_EQ(store.find("resp_3")->response.dump(), response(3).dump());
@@ -237,7 +237,7 @@ TEST(ResponseStore, KeepsABudgetAndSurvivesDamage) {
   std::filesystem::remove_all(folder);
   store.put("resp_9", items, response(9));
   EXPECT_FALSE(store.find("resp_9"));
-  EXPECT_THROW(ResponseStore("/dev/null/x", 5), InputError);
+  EXPECT_THROW(ResponseFolder("/dev/null/x", 5), InputError);
 }
 
 TEST_F(ResponsesTest, RefusesByName) {

@@ -84,6 +84,7 @@ struct Turn {
   int64_t conversation = 0, family = -1;  ///< -1: shares its beginning with nobody
   int64_t shared = 0;                     ///< tokens of the family's beginning
   Tokens prompt, answer;
+  CacheKey key = {};
 };
 /// Turns of a batch run together, batches one behind the other.
 using Traffic = std::vector<std::vector<Turn>>;
@@ -158,6 +159,8 @@ class Served {
       request.prompt = turn.prompt;
       request.max_tokens = std::ssize(turn.answer);
       request.ignore_eos = true;
+      request.cache_key = turn.key;
+      request.client = turn.key.client;
       request.sampling.seed = last_id_ + 1;
       sampler_.answers[request.sampling.seed] = &turn.answer;
       readers.push_back(std::make_shared<Reader>());

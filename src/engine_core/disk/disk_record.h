@@ -10,7 +10,7 @@
 //       16      4        n, token ids that follow
 //       20      4        0
 //       24      8        payload bytes
-//       32     32        digest of the prefix (prefix_key.h)
+//       32     32        digest of the prefix (prefix_key.h), of a text its name's
 //       64     4n        the last n token ids of the prefix
 //  64 + 4n  payload      the caller's bytes
 //      end      8        XXH3 (64 bits) of all bytes before
@@ -27,8 +27,8 @@
 
 namespace hadal::engine {
 
-enum class RecordKind : uint8_t { kPage = 0, kWindow = 1, kSnapshot = 2 };
-inline constexpr int kRecordKinds = 3;
+enum class RecordKind : uint8_t { kPage = 0, kWindow = 1, kSnapshot = 2, kText = 3 };
+inline constexpr int kRecordKinds = 4;
 
 struct Record {
   RecordKind kind = RecordKind::kPage;

@@ -37,7 +37,8 @@ TEST(DiskRecord, SaysWhatItWasWrittenToSay) {
 }
 
 TEST(DiskRecord, EveryFlippedBitAndEveryTruncationIsNoticed) {
-  for (const RecordKind kind : {RecordKind::kPage, RecordKind::kWindow, RecordKind::kSnapshot}) {
+  for (const RecordKind kind :
+       {RecordKind::kPage, RecordKind::kWindow, RecordKind::kSnapshot, RecordKind::kText}) {
     const std::string good = example(kind, "payload");
     for (size_t bit = 0; bit < 8 * good.size(); ++bit) {
       std::string bad = good;

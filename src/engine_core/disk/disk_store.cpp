@@ -9,9 +9,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
-#include "engine_core/disk/recency_index.h"
-#include "engine_core/disk/write_behind.h"
-#include "engine_core/prefix/prefix_key.h"
+#include "engine_core/disk/disk_store_state.h"
 
 namespace hadal::engine {
 namespace {
@@ -22,12 +20,7 @@ using Bytes = std::vector<std::byte>;
 /// A page is named and found in the index much faster than it is read.
 constexpr int64_t kLookupsPerRead = 64;
 constexpr size_t kKeyBytes = 1 + sizeof(PrefixDigest);
-constexpr std::array<const char*, kRecordKinds> kKindNames = {"page", "window", "snapshot"};
-
-std::string key_of(RecordKind kind, const PrefixDigest& digest) {
-  std::string key(1, static_cast<char>(kind));
-  return key.append(reinterpret_cast<const char*>(digest.data()), digest.size());
-}
+constexpr std::array<const char*, kRecordKinds> kKindNames = {"page", "window", "snapshot", "text"};
 
 DiskStoreOptions checked(DiskStoreOptions options) {
   HADAL_INPUT_CHECK(!options.folder.empty(), "disk store: no folder given");
@@ -44,60 +37,6 @@ DiskStoreOptions checked(DiskStoreOptions options) {
 }
 
 }  // namespace
-
-class DiskStore::Impl {
- public:
-  explicit Impl(DiskStoreOptions options);
-  ~Impl();
-
-  std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
-                                         int64_t from_page,
-                                         int64_t max_pos);
-  /// False: dropped.
-  bool save(RecordKind kind, std::span<const int64_t> tokens, std::span<const std::byte> payload);
-  void touch(std::span<const int64_t> tokens);
-  void flush() { queue_->flush(); }
-  DiskStoreStats stats() const;
-  int64_t stored_bytes() const;
-  const DiskStoreOptions& options() const { return options_; }
-
- private:
-  class Load;
-  /// What the index promises of a prefix; grows page by page.
-  struct Lookup {
-    std::vector<int64_t> tokens;
-    int64_t from_page = 0, max_pages = 0;
-    uint64_t use = 0;  ///< all that it names counts as used then; 0: not begun
-    std::vector<PrefixDigest> chain;
-    int64_t pages = 0;                ///< leading pages that the caller or the disk holds
-    std::vector<int64_t> candidates;  ///< pages behind which one may resume, ascending
-  };
-  bool look_up(Lookup& lookup, int64_t num_pages);
-  bool may_resume(const Lookup& lookup, int64_t pages) const;
-  bool read_resumption(const Lookup& lookup, int64_t pages, StoredPrefix* found);
-  std::optional<Bytes> read(RecordKind kind, const Lookup& lookup, int64_t page);
-  void forget(const std::string& key);
-
-  // On the queue's thread.
-  void open(bool may_write = true);
-  void use(const std::string& tokens);
-  void write(std::vector<WriteItem> batch);
-  void idle();
-  void evict(DiskDb::Batch* out);
-  void write_touched();
-  void after_failure(const std::string& reason);
-
-  const DiskStoreOptions options_;
-  PrefixKeys keys_;
-  DiskDb db_;
-  mutable std::mutex mutex_;  // of what follows
-  RecencyIndex index_;
-  DiskStoreStats stats_;
-  bool warned_ = false;  // that writing failed, since it last worked
-  Clock::time_point retry_at_;
-  int64_t evicted_since_compaction_ = 0;
-  std::unique_ptr<WriteBehind> queue_;
-};
 
 DiskStore::Impl::Impl(DiskStoreOptions options)
     : options_(checked(std::move(options))),
@@ -120,10 +59,17 @@ DiskStore::Impl::~Impl() {
 
 void DiskStore::Impl::open(bool may_write) {
   RecencyIndex index;
-  DiskDb::Batch repair;
+  DiskDb::Batch repair, gone;
+  std::set<std::string> erased;
+  {
+    const std::lock_guard lock(mutex_);
+    erased = erased_texts_;
+  }
   const auto restore = [&](std::string key, std::span<const std::byte> bytes) {
     const std::optional<IndexEntry> entry = parse_index_entry(bytes);
-    if (entry && key.size() == kKeyBytes)
+    if (erased.contains(key))
+      gone.removals.push_back(std::move(key));
+    else if (entry && key.size() == kKeyBytes)
       index.restore(key, *entry);
     else
       repair.removals.push_back(std::move(key));
@@ -131,8 +77,9 @@ void DiskStore::Impl::open(bool may_write) {
   const DiskDb::Opened opened = db_.open(restore, may_write);
   if (opened.moved_aside) {
     index.clear();
-    repair = {};
+    repair = gone = {};
   }
+  if (!gone.removals.empty() && opened.state == DiskDb::State::kOn) db_.write(gone);
   if (!repair.removals.empty()) {
     log::warn("disk", options_.folder, ": ", repair.removals.size(), " damaged index entries");
     if (opened.state == DiskDb::State::kOn) db_.write(repair);
@@ -411,6 +358,7 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
     const std::lock_guard lock(mutex_);
     if (!stats_.writing) {
       for (const WriteItem& item : items) {
+        queued_texts_.erase(item.key);
         if (item.kind == WriteItem::Kind::kRemove ||
             index_.state(item.key) != RecencyIndex::State::kQueued)
           continue;
@@ -426,6 +374,8 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
       } else if (index_.state(item.key) != RecencyIndex::State::kAbsent) {
         std::string entry = encode_index_entry(index_.at(item.key));
         batch.puts.push_back({std::move(item.key), std::move(item.value), std::move(entry)});
+      } else {
+        queued_texts_.erase(item.key);  // evicted or erased meanwhile
       }
     }
   }
@@ -433,7 +383,10 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
   if (!failure.empty()) {
     {
       const std::lock_guard lock(mutex_);
-      for (const DiskDb::Put& put : batch.puts) index_.erase(put.key);
+      for (const DiskDb::Put& put : batch.puts) {
+        index_.erase(put.key);
+        queued_texts_.erase(put.key);
+      }
     }
     after_failure(failure);
     return;
@@ -442,13 +395,15 @@ void DiskStore::Impl::write(std::vector<WriteItem> items) {
   {
     const std::lock_guard lock(mutex_);
     for (const DiskDb::Put& put : batch.puts) {
+      queued_texts_.erase(put.key);
       if (index_.state(put.key) == RecencyIndex::State::kAbsent)
         continue;  // found damaged meanwhile
       index_.mark_stored(put.key);
       DiskStoreStats::Traffic& traffic = stats_.traffic[static_cast<unsigned char>(put.key[0])];
       const int64_t bytes = std::ssize(put.record);
       ++traffic.written;
-      traffic.written_bytes += bytes - record_bytes(options_.page_tokens, 0);
+      const bool text = put.key[0] == static_cast<char>(RecordKind::kText);
+      traffic.written_bytes += bytes - record_bytes(text ? 0 : options_.page_tokens, 0);
       stats_.record_bytes_written += bytes;
     }
     if (!batch.puts.empty() && std::exchange(warned_, false))
@@ -547,6 +502,14 @@ void DiskStore::save_window(std::span<const int64_t> prefix_tokens,
 }
 
 void DiskStore::touch(std::span<const int64_t> tokens) { impl_->touch(tokens); }
+
+bool DiskStore::put_text(const std::string& name, const std::string& text) {
+  return impl_->put_text(name, text);
+}
+std::optional<std::string> DiskStore::get_text(const std::string& name) {
+  return impl_->get_text(name);
+}
+bool DiskStore::erase_text(const std::string& name) { return impl_->erase_text(name); }
 
 int64_t DiskStore::stored_bytes() const { return impl_->stored_bytes(); }
 

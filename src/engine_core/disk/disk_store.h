@@ -19,6 +19,7 @@
 #include "engine_core/disk/disk_db.h"
 #include "engine_core/disk/disk_record.h"
 #include "engine_core/prefix_store.h"
+#include "engine_core/text_store.h"
 
 namespace hadal::engine {
 
@@ -59,7 +60,7 @@ struct DiskStoreStats {
   const Traffic& of(RecordKind kind) const { return traffic[static_cast<size_t>(kind)]; }
 };
 
-class DiskStore : public PrefixStore {
+class DiskStore : public PrefixStore, public TextStore {
  public:
   /// Always a store, if need be one that is off; InputError only for impossible options.
   explicit DiskStore(DiskStoreOptions options);
@@ -82,6 +83,11 @@ class DiskStore : public PrefixStore {
   int64_t stored_bytes() const override;
   WindowPolicy policy() const override;
   bool wants_snapshot(int64_t pos) const override;
+
+  /// Texts do not depend on the identity.
+  bool put_text(const std::string& name, const std::string& text) override;
+  std::optional<std::string> get_text(const std::string& name) override;
+  bool erase_text(const std::string& name) override;
 
   /// Waits until everything saved so far is written (or given up).
   void flush();

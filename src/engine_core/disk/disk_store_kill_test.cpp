@@ -8,6 +8,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
 #include "testing/disk_store_fixture.h"
 
 namespace hadal::engine {
@@ -34,11 +35,19 @@ std::vector<int64_t> numbered_prompt(uint64_t number) {
   return prompt(number, 2 + static_cast<int64_t>(number % 5), number % 4, 12);
 }
 
+std::string numbered_text(uint64_t number) {
+  return std::string(1000 + 100 * number, static_cast<char>('a' + number % 26));
+}
+
 /// Tokens found, after a check of every byte.
 int64_t check_everything(DiskStore& store) {
   int64_t found = 0;
   for (uint64_t number = 0; number < kPrompts; ++number)
     found += load_all(store, numbered_prompt(number));
+  for (uint64_t number = 0; number < kPrompts; ++number) {
+    const std::optional<std::string> text = store.get_text(concat("text ", number));
+    EXPECT_TRUE(!text || *text == numbered_text(number)) << number;
+  }
   EXPECT_EQ(store.stats().damaged, 0);
   EXPECT_EQ(store.stats().moved_aside, 0);
   EXPECT_TRUE(store.stats().writing);
@@ -58,6 +67,9 @@ TEST(DiskStoreKill, DISABLED_Child) {
     const std::vector<int64_t> tokens = numbered_prompt(random() % kPrompts);
     load_all(store, tokens);
     save_all(store, tokens);
+    const uint64_t number = random() % kPrompts;
+    if (random() % 4 == 0) store.erase_text(concat("text ", number));
+    store.put_text(concat("text ", number), numbered_text(number));
   }
 }
 

@@ -17,7 +17,9 @@
 //   kEbnf        xgrammar's notation (GBNF), from the rule `root`
 //   kToolCalls   the block of text/tool_calls.h with its blank line before, one call or more. The
 //                arguments of tools with "strict" follow their schema, in any order; with "prefer"
-//                they do if it can be kept; other tools take any parameters, each once. An object
+//                they do if it can be kept; with "format": {"syntax": "lark" or "regex",
+//                "definition"} their one parameter `input` is a text of that grammar
+//                (grammar_lark.h); other tools take any parameters, each once. An object
 //                {"tools": [the list], "mode": "auto", "parallel": false} instead of the list
 //                allows plain text with or without a block after it ("auto" instead of "required"),
 //                and one call only; with "content": {"kind": "json_schema" (json_object, regex,

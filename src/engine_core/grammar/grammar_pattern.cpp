@@ -10,55 +10,14 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "engine_core/grammar/char_ranges.h"
 
 namespace hadal::engine {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// Characters [first, second], ascending, with gaps between them.
-using Ranges = std::vector<std::pair<uint32_t, uint32_t>>;
-
-constexpr uint32_t kLast = 0x10FFFF;
-
-Ranges normalised(Ranges ranges) {
-  std::sort(ranges.begin(), ranges.end());
-  Ranges out;
-  for (const auto& range : ranges) {
-    if (!out.empty() && range.first <= out.back().second + 1) {
-      out.back().second = std::max(out.back().second, range.second);
-    } else {
-      out.push_back(range);
-    }
-  }
-  return out;
-}
-
-Ranges complement(const Ranges& ranges) {
-  Ranges out;
-  uint32_t next = 0;
-  for (const auto& [first, last] : normalised(ranges)) {
-    if (first > next) out.emplace_back(next, first - 1);
-    next = last + 1;
-  }
-  if (next <= kLast) out.emplace_back(next, kLast);
-  return out;
-}
-
-Ranges without(const Ranges& ranges, const Ranges& others) {
-  Ranges both = complement(ranges);
-  both.insert(both.end(), others.begin(), others.end());
-  return complement(both);
-}
-
-bool holds(const Ranges& ranges, uint32_t code) {
-  return std::any_of(ranges.begin(), ranges.end(), [code](const auto& range) {
-    return range.first <= code && code <= range.second;
-  });
-}
-
 const Ranges kEscaped = {{0, 0x1F}, {'"', '"'}, {'\\', '\\'}};  ///< in JSON
-const Ranges kSurrogates = {{0xD800, 0xDFFF}};
 
 std::string character(uint32_t code) {
   const bool plain = (code >= '0' && code <= '9') || (code >= 'A' && code <= 'Z') ||
@@ -118,15 +77,6 @@ struct Unit {
   std::string text;  ///< as it was, in ASCII
   Ranges ranges;     ///< empty: an operator
 };
-
-Ranges letter_class(char kind) {
-  const char lower = static_cast<char>(kind | 0x20);
-  Ranges ranges;
-  if (lower == 's') ranges = {{9, 13}, {' ', ' '}};
-  if (lower == 'd') ranges = {{'0', '9'}};
-  if (lower == 'w') ranges = {{'0', '9'}, {'A', 'Z'}, {'_', '_'}, {'a', 'z'}};
-  return kind == lower ? ranges : complement(ranges);
-}
 
 class PatternReader {
  public:
@@ -242,10 +192,11 @@ class PatternReader {
     uint32_t code = 0;
     for (const char c : digits) {
       const bool is_digit = (c >= '0' && c <= '9') || ((c | 0x20) >= 'a' && (c | 0x20) <= 'f');
-      HADAL_INPUT_CHECK(is_digit && code <= kLast, where_, ": a pattern with a broken escape");
+      HADAL_INPUT_CHECK(is_digit && code <= kLastCharacter, where_,
+                        ": a pattern with a broken escape");
       code = code * 16 + static_cast<uint32_t>(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
     }
-    HADAL_INPUT_CHECK(code <= kLast, where_, ": a pattern with a broken escape");
+    HADAL_INPUT_CHECK(code <= kLastCharacter, where_, ": a pattern with a broken escape");
     return code;
   }
 

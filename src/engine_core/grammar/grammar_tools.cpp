@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/json.h"
 #include "engine_core/grammar/grammar_ends.h"
+#include "engine_core/grammar/grammar_lark.h"
 #include "engine_core/grammar/grammar_marker.h"
 #include "engine_core/grammar/grammar_pattern.h"
 #include "engine_core/grammar/grammar_schema.h"
@@ -217,6 +218,22 @@ Json free_parameters(CallParameters& calls) {
   return {{"type", "star"}, {"content", std::move(one)}};
 }
 
+/// The one text of a custom tool, by its grammar.
+Json formatted_input(const Json& format, CallParameters& calls) {
+  const std::string where = concat("tools: '", calls.tool, "': format");
+  const std::string syntax = format.value("syntax", ""),
+                    definition = format.value("definition", "");
+  HADAL_INPUT_CHECK(syntax == "lark" || syntax == "regex", where, ".syntax is '", syntax,
+                    "', expected lark or regex");
+  const std::string ebnf =
+      syntax == "lark" ? lark_to_ebnf(definition, where) : regex_to_ebnf(definition, where);
+  check_pattern(ebnf, where);
+  check_ends(xgrammar::Grammar::FromEBNF(ebnf).ToString(), where);
+  calls.names = calls.required = {"input"};
+  return sequence({constant(concat(kOpen, "parameter name=\"input\" string=\"true\">")),
+                   Json{{"type", "grammar"}, {"grammar", ebnf}}, constant(kParameterEnd)});
+}
+
 Json call(const Json& tool, size_t index, bool prefer, std::vector<CallParameters>& all) {
   HADAL_INPUT_CHECK(tool.is_object() && tool.contains("name") && tool["name"].is_string(), "tools[",
                     index, "]: has no name");
@@ -237,7 +254,9 @@ Json call(const Json& tool, size_t index, bool prefer, std::vector<CallParameter
     Json some = strict_parameters(parameters, calls);
     if (!some.is_null()) elements.push_back(std::move(some));
   };
-  if (strict == true) {
+  if (tool.contains("format")) {
+    elements.push_back(formatted_input(tool["format"], calls));
+  } else if (strict == true) {
     add_strict();
   } else if (strict == kPrefer && prefer) {
     try {
@@ -249,6 +268,14 @@ Json call(const Json& tool, size_t index, bool prefer, std::vector<CallParameter
     }
   } else {
     elements.push_back(free_parameters(calls));
+  }
+  if (calls.required.empty()) {
+    // A call of none is written with a blank line.
+    const Json blank = regex("\\n?");
+    const bool none = elements.size() == 1;
+    Json some = none ? Json() : std::move(elements.back());
+    if (!none) elements.pop_back();
+    elements.push_back(none ? blank : one_of({std::move(some), constant("\n")}));
   }
   all.push_back(std::move(calls));
   elements.push_back(constant(concat(kClose, "invoke>\n")));

@@ -26,6 +26,11 @@ PrefixDigest sha256(const void* data, size_t size) {
 
 }  // namespace
 
+PrefixDigest text_digest(std::string_view name) {
+  const std::string text = concat("hadal text 1\n", name);
+  return sha256(text.data(), text.size());
+}
+
 PrefixKeys::PrefixKeys(std::string_view identity, int64_t page_tokens) : page_tokens_(page_tokens) {
   HADAL_CHECK(page_tokens > 0, "prefix_key: page_tokens ", page_tokens);
   const std::string text = concat("hadal prefix 1\n", page_tokens, '\n', identity);

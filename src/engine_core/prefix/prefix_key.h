@@ -20,6 +20,9 @@ namespace hadal::engine {
 
 using PrefixDigest = std::array<std::byte, 32>;
 
+/// Of a text's name: no prefix has it.
+PrefixDigest text_digest(std::string_view name);
+
 /// Thread-safe. Remembers recent chains: a prompt that grows page by page is hashed once, not once
 /// per page (each call compares the tokens, which is a hundred times cheaper).
 class PrefixKeys {

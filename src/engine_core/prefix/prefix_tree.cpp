@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/math.h"
+#include "engine_core/prefix/prefix_node.h"
 
 namespace hadal::engine {
 namespace {
@@ -13,6 +14,7 @@ constexpr int64_t kLeastRemembered = 1 << 10;  ///< evicted prefixes whose retur
 constexpr size_t kCandidates = 4096;           ///< states among which the least worth is sought
 constexpr size_t kOneConversation = 3;         ///< nodes behind one: a prompt, its answer, the next
 constexpr double kIntervals = 64;              ///< between uses, over which the usual one is taken
+constexpr int64_t kPinnedShare = 2;            ///< of the pages, at most, are held by keys
 constexpr int kWeighings = 8;                  ///< until the one found is the one to go
 
 // Bytes in the books of a page in memory: entries in a map of siblings, of a set or table, of a
@@ -36,35 +38,6 @@ int64_t common_prefix(const A& a, const B& b) {
 
 }  // namespace
 
-struct PrefixNode {
-  explicit PrefixNode(std::pmr::memory_resource* memory)
-      : snapshot(memory), children(memory), tails(memory) {}
-
-  PrefixNode* parent = nullptr;
-  std::span<const int32_t> tokens;  ///< the key in the parent's map
-  int64_t begin = 0;                ///< position of its first token
-  bool is_tail = false;
-  bool lost_state = false;
-  int64_t page = -1;
-  uint64_t hash = 0;      ///< chain() of all tokens through this node
-  uint64_t order = 0;     ///< of its making
-  uint64_t last_use = 0;  ///< when its state was made or last used, by the tree's clock
-  uint64_t interval = 0;  ///< between uses of this conversation; 0: unknown
-  std::pmr::vector<int64_t> snapshot;  ///< pages; empty: no state
-  StateKind kind = StateKind::kPage;
-  int64_t uses = 0;
-  bool passed = false;  ///< somebody came this way and went on from a later state
-  size_t place = 0;     ///< in states_
-  // As weigh() found them; others may have come or gone since.
-  int64_t cost = 0;   ///< tokens from the state before it on
-  int64_t frees = 1;  ///< pages
-  bool last = true;   ///< no state further on: it serves whoever comes this way
-  PrefixTree::Children children, tails;
-
-  int64_t end() const { return begin + std::ssize(tokens); }
-  bool has_state() const { return !snapshot.empty(); }
-};
-
 template <typename A, typename B>
 bool PrefixTree::Less::operator()(const A& a, const B& b) const {
   return std::ranges::lexicographical_compare(a, b);
@@ -74,6 +47,7 @@ PrefixTree::PrefixTree(int64_t page_tokens, PagePool& pool)
     : page_tokens_(page_tokens),
       pool_(pool),
       ids_(static_cast<size_t>(pool.num_pages() * page_tokens)),
+      pins_(pool.num_pages() / kPinnedShare),
       stateless_(&memory_),
       tails_(&memory_),
       evicted_(&memory_),
@@ -179,6 +153,7 @@ void PrefixTree::remove_stateless(Node& leaf) {
 }
 
 void PrefixTree::drop_state(Node& node) {
+  if (node.pins > 0) pins_.forget(node);
   for (const int64_t page : node.snapshot) pool_.release_from_tree(page);
   num_snapshot_pages_ -= std::ssize(node.snapshot);
   node.snapshot.clear();
@@ -409,14 +384,15 @@ double PrefixTree::worth(const Node& node) const {
   return static_cast<double>(node.cost) / (wait * against * static_cast<double>(node.frees));
 }
 
+// What keys hold comes last.
 PrefixTree::Node* PrefixTree::least_worth() {
   Node* least = nullptr;
   for (int weighing = 0; weighing < kWeighings; ++weighing) {
-    double smallest = 0;
+    std::pair<bool, double> smallest;
     const size_t count = std::min(states_.size(), kCandidates);
     for (size_t i = 0; i < count; ++i) {
       Node* node = states_[(scan_ + i) % states_.size()];
-      const double value = worth(*node);
+      const std::pair value(node->pins > 0, worth(*node));
       if (i > 0 && value >= smallest) continue;
       smallest = value;
       least = node;
@@ -446,7 +422,10 @@ bool PrefixTree::evict() {
   return true;
 }
 
-bool PrefixTree::make_room(std::span<const int64_t> tokens, StateKind kind, int64_t count) {
+bool PrefixTree::make_room(std::span<const int64_t> tokens,
+                           StateKind kind,
+                           int64_t count,
+                           bool pinned) {
   if (pool_.num_free() >= count) return true;
   const Node* parent = last_page(tokens);
   HADAL_CHECK(parent != nullptr, "prefix_tree: a state of unknown pages");
@@ -459,15 +438,15 @@ bool PrefixTree::make_room(std::span<const int64_t> tokens, StateKind kind, int6
     before = std::max(before, tail_before(*at->parent, at->tokens));
     if (before == 0 && kind == StateKind::kEnd && at->children.empty()) ++frees;
   }
-  const double value = static_cast<double>(std::ssize(tokens) - before) /
-                       (expected_wait(0, interval, usual_interval_) * odds_.against(kind) *
-                        static_cast<double>(frees));
+  const std::pair value(pinned, static_cast<double>(std::ssize(tokens) - before) /
+                                    (expected_wait(0, interval, usual_interval_) *
+                                     odds_.against(kind) * static_cast<double>(frees)));
   while (pool_.num_free() < count) {
     const bool has_stateless = std::ranges::any_of(
         stateless_, [&](const auto& entry) { return pool_.references(entry.second->page) == 1; });
     if (!has_stateless) {
       const Node* least = least_worth();
-      if (least == nullptr || worth(*least) >= value) return false;
+      if (least == nullptr || std::pair(least->pins > 0, worth(*least)) >= value) return false;
     }
     if (!evict()) return false;
   }
@@ -506,6 +485,21 @@ void PrefixTree::keep_state(std::span<const int64_t> tokens,
   weigh(*node);
 }
 
+void PrefixTree::pin(const CacheKey& key,
+                     std::span<const int64_t> tokens,
+                     Pin which,
+                     PrefixPins::Clock::time_point now) {
+  Node* node = find(tokens);
+  if (node != nullptr && node->has_state()) pins_.pin(key, which, node, now);
+}
+
+void PrefixTree::use_pinned(const CacheKey& key,
+                            const PrefixMatch& match,
+                            PrefixPins::Clock::time_point now) {
+  const bool again = match.state != nullptr && match.state->uses > 1;
+  pins_.pin(key, Pin::kBeginning, again ? match.state : nullptr, now);
+}
+
 void PrefixTree::forget_tail(int64_t page) {
   const auto found = tails_.find(page);
   HADAL_CHECK(found != tails_.end(), "prefix_tree: page ", page, " is no tail's");
@@ -528,6 +522,13 @@ void PrefixTree::check_node(const Node& node, std::span<int64_t> expected, Count
                     node.begin == (node.parent == root_.get() ? 0 : node.parent->end()),
                 "prefix_tree: a page of ", node.tokens.size(), " tokens at ", node.begin);
     HADAL_CHECK(node.hash == chain(node.parent->hash, node.tokens), "prefix_tree: hash differs");
+    int below = node.pins;
+    for (const Children* group : {&node.children, &node.tails})
+      for (const auto& [tokens, child] : *group) below += child->pins_below;
+    HADAL_CHECK(below == node.pins_below && (node.pins == 0 || node.has_state()),
+                "prefix_tree: ", below, " pins, counted ", node.pins_below);
+    if (node.pins_below > 0) ++counted.pinned_pages;
+    if (node.pins > 0) counted.pinned_pages += std::ssize(node.snapshot);
     if (is_leaf(node) && !node.has_state()) {
       ++counted.stateless;
       HADAL_CHECK(stateless_.contains({node.order, const_cast<Node*>(&node)}),
@@ -565,6 +566,9 @@ void PrefixTree::check_integrity(std::span<int64_t> expected) const {
               "prefix_tree: counted ", counted.nodes, " nodes, ", counted.states, " states in ",
               counted.snapshot_pages, " pages, ", counted.stateless, " leaves without");
   HADAL_CHECK(evicted_.size() == evicted_order_.size(), "prefix_tree: evicted prefixes differ");
+  HADAL_CHECK(counted.pinned_pages == pins_.num_pages(), "prefix_tree: keys hold ",
+              counted.pinned_pages, " pages, counted ", pins_.num_pages());
+  pins_.check_integrity();
 }
 
 }  // namespace hadal::engine

@@ -10,7 +10,8 @@
 //
 // Pages and states have one budget, the pool. What goes first is decided by state (state_value.h):
 // that whose loss is expected to cost the fewest tokens, computed again, for the pages it frees;
-// with a state go the pages that lead to no other. One thread.
+// with a state go the pages that lead to no other. What keys hold (prefix_pins.h) goes after all
+// that none does. One thread.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include "engine_core/prefix/page_pool.h"
+#include "engine_core/prefix/prefix_pins.h"
 #include "engine_core/prefix/state_value.h"
 
 namespace hadal::engine {
@@ -61,14 +63,28 @@ class PrefixTree {
   /// the index of the first page that was new: all full pages after it are.
   int64_t insert(std::span<const int64_t> tokens, std::span<int64_t> pages);
   /// Frees pages until `count` are free for the state of `tokens`, whose full pages are known.
-  /// False when what would have to go is worth more.
-  bool make_room(std::span<const int64_t> tokens, StateKind kind, int64_t count);
+  /// False when what would have to go is worth more. `pinned`: a key will hold it.
+  bool make_room(std::span<const int64_t> tokens,
+                 StateKind kind,
+                 int64_t count,
+                 bool pinned = false);
   /// Keeps the state of `tokens` in the pages `snapshot`, whose only holder is the caller: they are
   /// the tree's from now on. `pages` are the sequence's; the last may be a partial one.
   void keep_state(std::span<const int64_t> tokens,
                   std::span<const int64_t> pages,
                   std::span<const int64_t> snapshot,
                   StateKind kind);
+
+  /// `key` holds the state of `tokens`, if there is one, in place of what it held there.
+  void pin(const CacheKey& key,
+           std::span<const int64_t> tokens,
+           Pin which,
+           PrefixPins::Clock::time_point now);
+  /// A sequence of the key's began with what was matched and used: holds it where it comes again.
+  void use_pinned(const CacheKey& key, const PrefixMatch& match, PrefixPins::Clock::time_point now);
+  /// Lets go what is past its time.
+  void expire_pins(PrefixPins::Clock::time_point now) { pins_.expire(now); }
+  const PrefixPins& pins() const { return pins_; }
 
   /// Frees at least one page that only the tree holds: one that leads to no state, else those of
   /// the state that is worth the least. False: none.
@@ -102,7 +118,7 @@ class PrefixTree {
   using Children = std::pmr::map<std::span<const int32_t>, NodePtr, Less>;
   friend struct PrefixNode;
   struct Counted {
-    int64_t nodes = 0, states = 0, snapshot_pages = 0, stateless = 0;
+    int64_t nodes = 0, states = 0, snapshot_pages = 0, stateless = 0, pinned_pages = 0;
   };
 
   void take_memory(int64_t num_pages);
@@ -136,6 +152,7 @@ class PrefixTree {
   /// lie scattered among what a step takes and frees, and keep its memory from going back.
   std::pmr::unsynchronized_pool_resource memory_;
   std::vector<int32_t> ids_;  ///< [num_pages, page_tokens] of the nodes' pages
+  PrefixPins pins_;
   NodePtr root_;
   std::vector<Node*> states_;                            ///< nodes with one; a node knows its place
   std::pmr::set<std::pair<uint64_t, Node*>> stateless_;  ///< leaves without one, by age

@@ -73,13 +73,18 @@ bool SequenceCache::open(std::span<const int64_t> tokens,
                          const PrefixMatch& match,
                          bool use_tree,
                          CachedSequence& sequence,
-                         Opened& opened) {
+                         Opened& opened,
+                         const CacheKey* key) {
   HADAL_CHECK(sequence.slot < 0, "sequence_cache: opened twice");
   const std::optional<int64_t> slot = slots_.allocate();
   if (!slot) return false;
-  sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree};
+  if (key != nullptr && key->name.empty()) key = nullptr;
+  sequence = {.slot = *slot, .pages = {}, .pos = 0, .use_tree = use_tree, .key = key};
   opened = {.cached_tokens = match.pos, .disk_tokens = 0, .miss = match.miss};
+  const auto now = PrefixPins::Clock::now();
+  tree_.expire_pins(now);
   if (use_tree) tree_.use(match);
+  if (use_tree && key != nullptr) tree_.use_pinned(*key, match, now);
   take_match(match, sequence);
   if (use_tree && store_ != nullptr) begin_load(tokens, match, sequence, opened);
   return true;
@@ -126,7 +131,8 @@ std::span<const std::byte> SequenceCache::keep_state(const CachedSequence& seque
                                                      StateKind kind,
                                                      bool save) {
   const int64_t count = snapshot_pages(std::ssize(prefix));
-  const bool room = tree_.make_room(prefix, kind, count);
+  const bool pinned = sequence.key != nullptr && kind != StateKind::kPage;
+  const bool room = tree_.make_room(prefix, kind, count, pinned);
   if (!room && !save) return {};
   const std::span<std::byte> state = state_bytes(std::ssize(prefix));
   memory_.save_snapshot(sequence.slot, std::ssize(prefix), state);
@@ -380,6 +386,9 @@ void SequenceCache::publish(CachedSequence& sequence,
       store_ != nullptr && sequence.pos % page_tokens_ == 0 && store_->wants_snapshot(sequence.pos);
   std::span<const std::byte> state;
   if (!tree_.has_state(prefix)) state = keep_state(sequence, prefix, kind, stores);
+  if (sequence.key != nullptr && kind != StateKind::kPage)
+    tree_.pin(*sequence.key, prefix, kind == StateKind::kEnd ? Pin::kEnd : Pin::kPrompt,
+              PrefixPins::Clock::now());
   if (store_ != nullptr) store_new(sequence, prefix, stores ? state : std::span<const std::byte>());
 }
 

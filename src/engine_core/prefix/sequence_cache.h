@@ -32,6 +32,7 @@ struct CachedSequence {
   std::vector<int64_t> pages;  ///< in order of positions; may reach past pos
   int64_t pos = 0;
   bool use_tree = true;
+  const CacheKey* key = nullptr;  ///< under which its states are kept; null: none
   /// While it loads: pages from that of `pos` on, known to memory or read from the store.
   std::vector<int64_t> loaded = {};
 
@@ -70,12 +71,14 @@ class SequenceCache {
   int64_t num_available() const { return pages_.num_free() + pages_.num_cached(); }
 
   /// A slot and the longest prefix in memory. False when no slot is free. Where the store may have
-  /// more the sequence then loads(): load() goes on until it does no longer; `tokens` stay valid.
+  /// more the sequence then loads(): load() goes on until it does no longer; `tokens` and `key`
+  /// stay valid.
   bool open(std::span<const int64_t> tokens,
             const PrefixMatch& match,
             bool use_tree,
             CachedSequence& sequence,
-            Opened& opened);
+            Opened& opened,
+            const CacheKey* key = nullptr);
   bool loads(const CachedSequence& sequence) const { return loads_.contains(sequence.slot); }
   /// It loads, and another does it for it: load() would do nothing yet.
   bool follows(const CachedSequence& sequence) const;

@@ -101,6 +101,7 @@ void Scheduler::add(uint64_t id, PreparedPtr prepared) {
   auto state = std::make_unique<RequestState>();
   state->id = id;
   state->request = std::move(prepared->request);
+  state->request.cache_key.client = state->request.client;
   state->sink = std::move(prepared->sink);
   state->num_open = state->request.n;
   state->ends = state->request.stop_tokens;
@@ -213,7 +214,9 @@ bool Scheduler::try_admit(Sequence& sequence) {
     if (!make_room_for(sequence, cache_.pages_taken(match, num_tokens))) return false;
     match = cache_.match(tokens, use_tree);
   }
-  if (!cache_.open(tokens, match, use_tree, sequence.cache, sequence.opened)) return false;
+  if (!cache_.open(tokens, match, use_tree, sequence.cache, sequence.opened,
+                   &sequence.request->request.cache_key))
+    return false;
   RequestState& request = *sequence.request;
   if (use_tree && request.wants_scores()) sequence.opened.miss = "scored";
   if (!request.admitted) {
@@ -304,6 +307,7 @@ void Scheduler::insert_running(Sequence& sequence) {
   };
   running_.insert(std::ranges::upper_bound(running_, &sequence, before), &sequence);
   sequence.phase = Sequence::Phase::kRunning;
+  sequence.seeks_leader = true;
 }
 
 Scheduler::Sequence* Scheduler::worst_running() const {
@@ -316,6 +320,8 @@ void Scheduler::preempt(Sequence& sequence, bool keep_prefix) {
   if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens, StateKind::kEnd);
   cache_.close(sequence.cache);
   std::erase(running_, &sequence);
+  sequence.leader = nullptr;
+  leave_followers(sequence);
   sequence.chunk = 0;
   enqueue(sequence, true);
   ++stats_.preemptions;
@@ -325,6 +331,8 @@ void Scheduler::release(Sequence& sequence) {
   if (sequence.phase == Sequence::Phase::kRunning) {
     cache_.close(sequence.cache);
     std::erase(running_, &sequence);
+    sequence.leader = nullptr;
+    leave_followers(sequence);
   } else if (sequence.phase == Sequence::Phase::kWaiting) {
     queue_.remove(sequence.arrival);
     waiting_.erase(sequence.arrival);
@@ -420,6 +428,8 @@ EngineStats Scheduler::stats() const {
   stats.state_slots_free = cache_.slots().num_free();
   stats.states = cache_.tree().num_states();
   stats.states_evicted = cache_.tree().num_evicted();
+  stats.pinned_pages = cache_.tree().pins().num_pages();
+  stats.pinned_keys = cache_.tree().pins().num_keys();
   stats.snapshot_pages = cache_.tree().num_snapshot_pages();
   stats.snapshot_bytes = stats.snapshot_pages * parts_.memory.page_bytes();
   const CacheMemory& memory = parts_.memory;

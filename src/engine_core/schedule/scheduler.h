@@ -7,7 +7,8 @@
 // short the lowest priority's latest arrival gives up its pages and slot and resumes later from
 // what the prefix tree kept, with the same tokens: a token depends on its request, its choice and
 // its position, never on the schedule. A sequence whose prefix is being loaded from the store sits
-// out, while each step reads a few pages for it.
+// out, while each step reads a few pages for it; so does one whose prompt begins as that of another
+// which is being computed.
 //
 // A step that throws is repeated sequence by sequence, so that only the request whose own step
 // throws ends with kError. Updates are delivered inside step() and cancel(). One thread, except
@@ -47,6 +48,9 @@ struct SchedulerOptions {
   int64_t load_pages = 8;        ///< read from the store in a step
   int64_t max_drafts = 0;        ///< at most Runner::slack(); 0: no speculation
   bool always_draft = false;     ///< max_drafts whatever it costs: for tests
+  /// Prompts wait for so many tokens that another computes for them, at least: fewer are computed
+  /// sooner than a step is divided for them.
+  int64_t least_shared = 32;
   bool snapshot_prompts = true;  ///< also before a prompt's last token: it comes again or branches
   SequenceCache::Options cache = {};
 };
@@ -119,6 +123,14 @@ class Scheduler {
   void preempt(Sequence& sequence, bool keep_prefix);
   Sequence* worst_running() const;
   int64_t pages_owed(const Sequence& sequence) const;
+
+  // Prompts that begin alike (scheduler_shared.cpp).
+  int64_t shared_tokens(const Sequence& leader, const Sequence& sequence) const;
+  void seek_leader(Sequence& sequence);
+  int64_t until_taken(const Sequence& sequence) const;
+  void serve_followers(Sequence& leader);
+  void take_over(const Sequence& leader, Sequence& sequence);
+  void leave_followers(const Sequence& leader);
 
   // A step.
   void plan();

@@ -37,6 +37,7 @@ Config random_config(const Philox& random) {
   config.scheduler.max_drafts = config.model.slack;
   config.scheduler.always_draft = c[0] % 2 == 0;
   config.scheduler.snapshot_prompts = c[1] % 2 == 0;
+  config.scheduler.least_shared = 1 + c[1] / 2 % 8;
   config.scheduler.cache.snapshot_interval = config.model.page_tokens * (1 + c[2] % 3);
   config.max_context = 60;
   config.store = c[0] / 2 % 3 > 0;
@@ -68,6 +69,8 @@ Request random_request(const Philox& random, std::vector<Tokens>& prompts) {
   request.priority = static_cast<int>(c[2] % 3);
   request.client = std::string(1, static_cast<char>('a' + c[2] / 3 % 3));
   request.use_prefix_cache = c[3] % 6 > 0;
+  if (c[3] / 6 % 3 == 0)
+    request.cache_key.name = std::string(1, static_cast<char>('k' + c[3] / 18 % 4));
   const auto d = random.block(13);
   if (d[0] % 5 == 0) request.prompt_logprobs = d[0] / 5 % 3;
   if (d[1] % 9 == 0) request.max_tokens = 0;

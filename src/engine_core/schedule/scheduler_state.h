@@ -37,6 +37,10 @@ struct Scheduler::Sequence {
   int64_t drafted = 0, accepted = 0;
   int64_t suspect_until = 0;  ///< a step up to here threw: it runs alone until it gets there
 
+  const Sequence* leader = nullptr;  ///< computes its beginning, up to `shared`: it sits out
+  int64_t shared = 0;
+  bool seeks_leader = false;  ///< it began, or the one it followed is gone
+
   // The step being made: `chunk` known tokens, then drafts.
   int64_t chunk = 0;
   int64_t num_drafts = 0;

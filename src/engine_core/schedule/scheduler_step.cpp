@@ -85,6 +85,8 @@ void Scheduler::plan() {
   for (Sequence* sequence : running_) {
     sequence->chunk = sequence->num_drafts = 0;
     if (cache_.loads(sequence->cache)) continue;
+    if (sequence->seeks_leader) seek_leader(*sequence);
+    if (sequence->leader != nullptr) continue;
     if (sequence->suspect_until > sequence->pos()) {
       sequence->chunk = chunk_limit(*sequence);
       sequence->chunk = std::min(sequence->chunk, options_.step_tokens);
@@ -135,7 +137,7 @@ void Scheduler::plan_prompts(std::span<Sequence* const> prompts, int64_t budget)
   first.chunk = std::min(chunk_limit(first), share);
   budget -= first.chunk;
   std::vector<Sequence*> others(prompts.begin() + 1, prompts.end());
-  std::ranges::stable_sort(others, {}, [](const Sequence* other) { return other->remaining(); });
+  std::ranges::stable_sort(others, {}, [&](const Sequence* other) { return until_taken(*other); });
   for (Sequence* other : others) {
     if (budget == 0) return;
     other->chunk = std::min(chunk_limit(*other), budget);
@@ -152,6 +154,7 @@ int64_t Scheduler::chunk_limit(const Sequence& sequence) const {
     const int64_t last = sequence.request->prompt_size() - 1;
     if (options_.snapshot_prompts && sequence.pos() < last) end = std::min(end, last);
   }
+  if (end - sequence.pos() > 1) end = std::min(end, sequence.pos() + until_taken(sequence));
   return end - sequence.pos();
 }
 
@@ -291,6 +294,7 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
     watch.add_to(model_);
   }
   sequence.cache.pos += sequence.chunk;
+  serve_followers(sequence);
   std::optional<FinishReason> reason;
   Update update;
   if (step.num_logits > 0) {
