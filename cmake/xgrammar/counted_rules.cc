@@ -4,6 +4,7 @@
 #include <bitset>
 #include <string>
 #include <tuple>
+#include <unordered_set>
 
 #include "earley_parser.h"
 #include "grammar_builder.h"
@@ -110,13 +111,96 @@ std::vector<uint8_t> CloseCountedRules(std::vector<FSMWithStartEnd>* rules, int3
   return is_counted;
 }
 
+/******************* What follows a rule *******************/
+
+namespace {
+
+/*! \brief Finds the bytes that may follow a rule, so that what tokens do there is known before
+ * somebody waits for it. */
+class BytesBehind {
+ private:
+  auto Edges(int32_t rule_id, int state) const -> decltype(auto) {
+    return grammar_->per_rule_fsms[rule_id]->GetFsm().GetFsm().GetEdges(state);
+  }
+
+ public:
+  explicit BytesBehind(const Grammar& grammar) : grammar_(grammar) {
+    for (int32_t rule_id = 0; rule_id < grammar_->NumRules(); ++rule_id) {
+      std::unordered_set<int> states;
+      grammar_->per_rule_fsms[rule_id]->GetFsm().GetReachableStates(&states);
+      for (int state : states) {
+        for (const auto& edge : Edges(rule_id, state)) {
+          if (Referenced(edge) >= 0) places_[Referenced(edge)].emplace_back(rule_id, edge.target);
+        }
+      }
+    }
+  }
+
+  std::bitset<256> Of(int32_t rule_id) {
+    EndOf(rule_id);
+    while (!open_.empty()) {
+      const auto [rule, state] = open_.back();
+      open_.pop_back();
+      const auto& fsm = grammar_->per_rule_fsms[rule]->GetFsm();
+      if (fsm.IsEndState(state)) EndOf(rule);
+      for (const auto& edge : Edges(rule, state)) {
+        if (edge.IsCharRange()) {
+          for (int byte = edge.min; byte <= edge.max; ++byte) bytes_.set(byte);
+        } else if (edge.IsEpsilon()) {
+          Visit(rule, edge.target);
+        } else if (const int32_t inner = Referenced(edge); inner >= 0) {
+          Visit(inner, grammar_->per_rule_fsms[inner]->GetFsm().GetStart());
+          if (MayBeEmpty(edge)) Visit(rule, edge.target);
+        }
+      }
+    }
+    return bytes_;
+  }
+
+ private:
+  int32_t Referenced(const FSMEdge& edge) const {
+    if (edge.IsRuleRef()) return edge.GetRefRuleId();
+    if (!edge.IsRepeatRef()) return -1;
+    return grammar_->complete_fsm.GetRepeatEdgeInfo(edge.GetAuxIndex()).RuleId();
+  }
+
+  bool MayBeEmpty(const FSMEdge& edge) const {
+    const auto& ids = grammar_->allow_empty_rule_ids;
+    if (std::binary_search(ids.begin(), ids.end(), Referenced(edge))) return true;
+    return edge.IsRepeatRef() &&
+           grammar_->complete_fsm.GetRepeatEdgeInfo(edge.GetAuxIndex()).Lower() == 0;
+  }
+
+  void EndOf(int32_t rule_id) {
+    if (!ended_.insert(rule_id).second) return;
+    for (const auto& [rule, state] : places_[rule_id]) Visit(rule, state);
+  }
+
+  void Visit(int32_t rule_id, int state) {
+    if (visited_.insert(state).second) open_.emplace_back(rule_id, state);
+  }
+
+  const Grammar& grammar_;
+  // By rule: where it is over.
+  std::unordered_map<int32_t, std::vector<std::pair<int32_t, int>>> places_;
+  std::unordered_set<int32_t> ended_;
+  std::unordered_set<int> visited_;  // states of all rules are of one automaton
+  std::vector<std::pair<int32_t, int>> open_;
+  std::bitset<256> bytes_;
+};
+
+}  // namespace
+
 /******************* Tokens *******************/
 
 /*! \brief What tokens do in one rule. The automaton's states have numbers of their own here; 0 is
  * its start. */
 class CountedRules::Table {
  public:
-  Table(const CompactFSMWithStartEnd& fsm, const TokenizerInfo& tokenizer_info);
+  /*! \brief bytes_behind: what may follow the rule. */
+  Table(const CompactFSMWithStartEnd& fsm,
+        const TokenizerInfo& tokenizer_info,
+        const std::bitset<256>& bytes_behind);
 
   /*! \brief Accepts the tokens that stay inside, where that many parts may begin (beside one that
    * has begun). */
@@ -179,7 +263,9 @@ class CountedRules::Table {
   }
 
   void FindInside(int16_t state);
-  const Leaving& TokensBefore(int16_t state, uint8_t byte) const;
+  using AllLeaving = std::array<std::unique_ptr<const Leaving>, 256>;
+  /*! \brief By byte, of those asked for at least. */
+  const AllLeaving& TokensBefore(int16_t state, const std::bitset<256>& bytes) const;
 
   TokenizerInfo tokenizer_info_;
   std::unordered_map<int32_t, int16_t> numbers_;
@@ -187,12 +273,14 @@ class CountedRules::Table {
   std::vector<std::array<int16_t, 256>> next_;
   std::vector<Inside> inside_;
   int32_t most_parts_ = 0;
-  // Few bytes ever follow a rule: found when they are asked for.
+  // By state. What is missing is found when it is asked for; what is there stays.
   mutable std::mutex mutex_;
-  mutable std::vector<std::array<std::unique_ptr<const Leaving>, 256>> leaving_;
+  mutable std::vector<AllLeaving> leaving_;
 };
 
-CountedRules::Table::Table(const CompactFSMWithStartEnd& fsm, const TokenizerInfo& tokenizer_info)
+CountedRules::Table::Table(const CompactFSMWithStartEnd& fsm,
+                           const TokenizerInfo& tokenizer_info,
+                           const std::bitset<256>& bytes_behind)
     : tokenizer_info_(tokenizer_info) {
   const auto number = [&](int32_t element_id) {
     const auto [place, is_new] =
@@ -212,10 +300,10 @@ CountedRules::Table::Table(const CompactFSMWithStartEnd& fsm, const TokenizerInf
   }
   inside_.resize(elements_.size());
   leaving_.resize(elements_.size());
-  for (size_t state = 0; state < elements_.size(); ++state) FindInside(static_cast<int16_t>(state));
-  // What a string of JSON ends with, before somebody waits for it.
-  for (size_t state = 0; state < elements_.size(); ++state)
-    TokensBefore(static_cast<int16_t>(state), '"');
+  for (size_t state = 0; state < elements_.size(); ++state) {
+    FindInside(static_cast<int16_t>(state));
+    TokensBefore(static_cast<int16_t>(state), bytes_behind);
+  }
 }
 
 void CountedRules::Table::FindInside(int16_t state) {
@@ -247,31 +335,39 @@ void CountedRules::Table::FindInside(int16_t state) {
   }
 }
 
-const CountedRules::Table::Leaving& CountedRules::Table::TokensBefore(int16_t state,
-                                                                      uint8_t byte) const {
+const CountedRules::Table::AllLeaving& CountedRules::Table::TokensBefore(
+    int16_t state, const std::bitset<256>& bytes) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  auto& leaving = leaving_[state][byte];
-  if (leaving != nullptr) return *leaving;
+  AllLeaving& leaving = leaving_[state];
+  std::bitset<256> missing;
+  for (int byte = 0; byte < 256; ++byte) missing[byte] = bytes[byte] && leaving[byte] == nullptr;
+  if (missing.none()) return leaving;
   std::vector<std::tuple<std::string_view, int32_t, int32_t>> found;
-  for (const auto& [token, text] : tokenizer_info_.GetSortedDecodedVocab()) {
-    if (text.find(static_cast<char>(byte)) == std::string::npos) continue;
-    const std::string_view view = text;
-    const int32_t id = token;
-    Run(state, text, [&](size_t i, int32_t parts) {
-      if (static_cast<uint8_t>(view[i]) == byte) found.emplace_back(view.substr(i), id, parts);
+  for (const auto& entry : tokenizer_info_.GetSortedDecodedVocab()) {
+    const std::string_view text = entry.second;
+    Run(state, entry.second, [&](size_t i, int32_t parts) {
+      if (missing[static_cast<uint8_t>(text[i])]) {
+        found.emplace_back(text.substr(i), entry.first, parts);
+      }
     });
   }
   std::sort(found.begin(), found.end());
-  auto result = std::make_unique<Leaving>();
-  for (const auto& [text, token, parts] : found) {
-    if (result->rests.empty() || result->rests.back().text != text) {
-      result->rests.push_back({text, static_cast<int32_t>(result->tokens.size())});
+  size_t i = 0;
+  for (int byte = 0; byte < 256; ++byte) {
+    if (!missing[byte]) continue;
+    auto before = std::make_unique<Leaving>();
+    for (; i < found.size(); ++i) {
+      const auto& [text, token, parts] = found[i];
+      if (static_cast<uint8_t>(text[0]) != byte) break;
+      if (before->rests.empty() || before->rests.back().text != text) {
+        before->rests.push_back({text, static_cast<int32_t>(before->tokens.size())});
+      }
+      before->tokens.emplace_back(token, parts);
     }
-    result->tokens.emplace_back(token, parts);
+    before->rests.push_back({{}, static_cast<int32_t>(before->tokens.size())});
+    leaving[byte] = std::move(before);
   }
-  result->rests.push_back({{}, static_cast<int32_t>(result->tokens.size())});
-  leaving = std::move(result);
-  return *leaving;
+  return leaving;
 }
 
 void CountedRules::Table::AcceptInside(int32_t element_id,
@@ -309,13 +405,19 @@ void CountedRules::Table::AcceptLeaving(EarleyParser* parser,
       for (int byte = edge.min; byte <= edge.max; ++byte) bytes.set(byte);
     }
   }
-  const int16_t number = numbers_.at(state.element_id);
+  const AllLeaving& all = TokensBefore(numbers_.at(state.element_id), bytes);
   for (int byte = 0; byte < 256; ++byte) {
     if (!bytes[byte]) continue;
-    const Leaving& leaving = TokensBefore(number, static_cast<uint8_t>(byte));
+    const Leaving& leaving = *all[byte];
     std::string_view previous;
     size_t matched = 0;  // bytes of the previous one
     for (size_t i = 0; i + 1 < leaving.rests.size(); ++i) {
+      const auto first = leaving.tokens.begin() + leaving.rests[i].first;
+      const auto last = leaving.tokens.begin() + leaving.rests[i + 1].first;
+      const bool is_open = std::any_of(first, last, [&](const auto& token) {
+        return from <= token.second && token.second <= to && !(*accepted)[token.first];
+      });
+      if (!is_open) continue;
       const std::string_view text = leaving.rests[i].text;
       const size_t common =
           std::mismatch(text.begin(), text.end(), previous.begin(), previous.end()).first -
@@ -324,12 +426,12 @@ void CountedRules::Table::AcceptLeaving(EarleyParser* parser,
       if (common > matched) continue;  // refused where the previous one was
       parser->PopLastStates(static_cast<int32_t>(matched - common));
       matched = common;
-      while (matched < text.size() && parser->Advance(static_cast<uint8_t>(text[matched])))
+      while (matched < text.size() && parser->Advance(static_cast<uint8_t>(text[matched]))) {
         ++matched;
+      }
       if (matched < text.size()) continue;
-      for (int32_t j = leaving.rests[i].first; j < leaving.rests[i + 1].first; ++j) {
-        const auto [token, parts] = leaving.tokens[j];
-        if (from <= parts && parts <= to) accepted->Set(token);
+      for (auto token = first; token != last; ++token) {
+        if (from <= token->second && token->second <= to) accepted->Set(token->first);
       }
     }
     parser->PopLastStates(static_cast<int32_t>(matched));
@@ -354,9 +456,11 @@ std::size_t CountedRules::Table::Bytes() const {
 }
 
 void CountedRules::Add(int32_t rule_id,
-                       const CompactFSMWithStartEnd& fsm,
+                       const Grammar& grammar,
                        const TokenizerInfo& tokenizer_info) {
-  tables_.emplace(rule_id, std::make_shared<const Table>(fsm, tokenizer_info));
+  const auto& fsm = grammar->per_rule_fsms[rule_id]->GetFsm();
+  const std::bitset<256> bytes = BytesBehind(grammar).Of(rule_id);
+  tables_.emplace(rule_id, std::make_shared<const Table>(fsm, tokenizer_info, bytes));
 }
 
 void CountedRules::AcceptTokens(EarleyParser* parser,

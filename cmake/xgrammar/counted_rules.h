@@ -66,7 +66,7 @@ std::vector<uint8_t> CloseCountedRules(std::vector<FSMWithStartEnd>* rules, int3
  * threads. */
 class CountedRules {
  public:
-  void Add(int32_t rule_id, const CompactFSMWithStartEnd& fsm, const TokenizerInfo& tokenizer_info);
+  void Add(int32_t rule_id, const Grammar& grammar, const TokenizerInfo& tokenizer_info);
 
   /*! \brief Accepts the tokens that may come next for this state of a counted rule, which is one of
    * the parser's latest. */
