@@ -6,6 +6,7 @@
 #include <tuple>
 #include <unordered_set>
 
+#include "compile_time.h"
 #include "earley_parser.h"
 #include "grammar_builder.h"
 #include "grammar_impl.h"
@@ -301,6 +302,7 @@ CountedRules::Table::Table(const CompactFSMWithStartEnd& fsm,
   inside_.resize(elements_.size());
   leaving_.resize(elements_.size());
   for (size_t state = 0; state < elements_.size(); ++state) {
+    CheckCompileTime();
     FindInside(static_cast<int16_t>(state));
     TokensBefore(static_cast<int16_t>(state), bytes_behind);
   }

@@ -539,5 +539,28 @@ TEST(GrammarLengths, CostDoesNotGrowWithTheBound) {
   EXPECT_LT(seconds_since(begin), 30);
 }
 
+TEST(GrammarLengths, CompilingStopsWhenNobodyWaits) {
+  // No part ends where another one goes on, so that these are unrolled: half a minute.
+  json properties = json::object();
+  for (int i = 0; i < 300; ++i) {
+    properties[concat("key_", i)] = {{"type", "string"},
+                                     {"pattern", concat("^(a|[a-z](b|", i, "c)?){1,128}$")}};
+  }
+  const std::string schema = json{{"type", "object"}, {"properties", properties}}.dump();
+  const auto begin = std::chrono::steady_clock::now();
+  {
+    GrammarCompiler hasty(tokenizer(), 0, {.time = std::chrono::milliseconds(50)});
+    for (int i = 0; i < 2; ++i) {
+      try {
+        hasty.compile({Kind::kJsonSchema, schema});
+        ADD_FAILURE();
+      } catch (const InputError& error) {
+        EXPECT_NE(std::string_view(error.what()).find("more than 50 ms"), std::string_view::npos);
+      }
+    }
+  }
+  EXPECT_LT(seconds_since(begin), 10);
+}
+
 }  // namespace
 }  // namespace hadal::engine
