@@ -120,7 +120,7 @@ namespace {
  * somebody waits for it. */
 class BytesBehind {
  private:
-  auto Edges(int32_t rule_id, int state) const -> decltype(auto) {
+  auto Edges(int32_t rule_id, int state) const {
     return grammar_->per_rule_fsms[rule_id]->GetFsm().GetFsm().GetEdges(state);
   }
 
