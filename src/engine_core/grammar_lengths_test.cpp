@@ -178,23 +178,27 @@ std::string walk(GrammarSession& session, Random& random, double all_tokens = 0.
 
 /// Text cut into tokens at random places.
 std::vector<int64_t> cut(const std::string& text, Random& random) {
-  static const std::vector<std::vector<int64_t>> by_first = [] {
-    std::vector<std::vector<int64_t>> tokens(256);
+  using Tokens = std::vector<std::pair<std::string, int64_t>>;
+  static const std::vector<Tokens> by_first = [] {
+    std::vector<Tokens> tokens(256);
     for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
       const std::string bytes = bytes_of(token);
       const bool added = bytes.starts_with("<") && bytes.ends_with(">") && bytes.size() > 3;
-      if (!bytes.empty() && !added) tokens[static_cast<uint8_t>(bytes[0])].push_back(token);
+      if (!bytes.empty() && !added)
+        tokens[static_cast<uint8_t>(bytes[0])].emplace_back(bytes, token);
     }
     return tokens;
   }();
   std::vector<int64_t> out;
   for (size_t pos = 0; pos < text.size();) {
-    std::vector<int64_t> fitting;
-    for (const int64_t token : by_first[static_cast<uint8_t>(text[pos])]) {
-      if (text.compare(pos, bytes_of(token).size(), bytes_of(token)) == 0) fitting.push_back(token);
+    const Tokens& tokens = by_first[static_cast<uint8_t>(text[pos])];
+    std::vector<size_t> fitting;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      if (text.compare(pos, tokens[i].first.size(), tokens[i].first) == 0) fitting.push_back(i);
     }
-    out.push_back(random.of(fitting));
-    pos += bytes_of(out.back()).size();
+    const auto& [bytes, token] = tokens[random.of(fitting)];
+    out.push_back(token);
+    pos += bytes.size();
   }
   return out;
 }
@@ -207,7 +211,9 @@ bool takes(GrammarSession session, const std::string& text, Random& random) {
     const bool looks = i > std::ssize(tokens) - 50 || random.chance(0.1);
     if (looks) session.mask(words);
     const bool taken = session.accept(token);
-    if (looks) EXPECT_EQ(bit(words, token), taken) << text << " at " << bytes_of(token);
+    if (looks) {
+      EXPECT_EQ(bit(words, token), taken) << text << " at " << bytes_of(token);
+    }
     if (!taken) return false;
   }
   return session.completed();
