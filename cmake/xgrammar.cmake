@@ -52,7 +52,7 @@ set(xgrammar_sources ${xgrammar_files})
 list(FILTER xgrammar_sources INCLUDE REGEX "\\.cc$")
 list(TRANSFORM xgrammar_sources PREPEND "${xgrammar_copy}/")
 add_library(xgrammar STATIC ${xgrammar_sources} "${xgrammar_mends}/counted_rules.cc")
-# The sources are public for support/logging.h alone: its two functions are ours (src/engine_core/grammar_log.cpp).
+# The sources are public for support/logging.h alone: its two functions are ours (src/engine_core/grammar/grammar_log.cpp).
 target_include_directories(xgrammar SYSTEM PUBLIC "${XGRAMMAR_ROOT}/include" "${XGRAMMAR_ROOT}/3rdparty/dlpack/include"
   "${xgrammar_copy}")
 target_include_directories(xgrammar SYSTEM PRIVATE "${XGRAMMAR_ROOT}/3rdparty/picojson" "${xgrammar_mends}")

@@ -5,7 +5,7 @@
 namespace xgrammar {
 
 /*! \brief Called often while a grammar is compiled; throws to end it. Defined by hadal
- * (src/engine_core/grammar_deadline.cpp). */
+ * (src/engine_core/grammar/grammar_deadline.cpp). */
 void CheckCompileTime();
 
 }  // namespace xgrammar

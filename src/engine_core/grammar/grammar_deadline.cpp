@@ -1,4 +1,4 @@
-#include "engine_core/grammar_deadline.h"
+#include "engine_core/grammar/grammar_deadline.h"
 
 #include "base/check.h"
 

@@ -8,7 +8,7 @@
 
 #include "base/check.h"
 #include "base/file.h"
-#include "engine_core/grammar.h"
+#include "engine_core/grammar/grammar.h"
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
