@@ -7,9 +7,8 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
-#include "base/file.h"
 #include "engine_core/grammar/grammar.h"
-#include "text/chat_tokens.h"
+#include "testing/grammar_walks.h"
 #include "text/tool_calls.h"
 
 namespace hadal::engine {
@@ -17,207 +16,23 @@ namespace {
 
 using nlohmann::json;
 using Kind = Grammar::Kind;
-using Words = std::vector<uint32_t>;
+using walks::bit;
+using walks::bytes_of;
+using walks::compiler;
+using walks::cut;
+using walks::eos;
+using walks::expect_mask_is_acceptance;
+using walks::mask_of;
+using walks::pick;
+using walks::Random;
+using walks::seconds_since;
+using walks::start;
+using walks::takes;
+using walks::tokenizer;
+using walks::walk;
+using walks::Words;
 
-/// That of hadal-nano with its words exchanged for what is rare in them: tokens that begin and end
-/// within a string, an escape, a character.
-text::Tokenizer rare_tokens() {
-  constexpr const char* kFile = HADAL_SOURCE_DIR "/models/hadal-nano/tokenizer.json";
-  json file = json::parse(read_file(kFile));
-  // How the file writes bytes.
-  std::vector<std::string> letters(256);
-  for (int byte = 0, next = 256; byte < 256; ++byte) {
-    const bool plain = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
-    const int code = plain ? byte : next++;
-    letters[static_cast<size_t>(byte)] = code < 128
-                                             ? std::string(1, static_cast<char>(code))
-                                             : std::string{static_cast<char>(0xC0 | code >> 6),
-                                                           static_cast<char>(0x80 | (code & 63))};
-  }
-  const std::vector<std::string> pieces = {
-      "a",  "b",  "c",    "ab",   "x",    "hello",    "1",        "0",    "00e9", "-",         " ",
-      "\"", "\"", "\"",   "\\",   "\\n",  "\\\"",     "\\u",      "\\ud", ",",    "}",         "]",
-      ":",  "<",  "\xc3", "\xa9", "\xe4", "\xbd\xa0", "\xf0\x9f", "\x98", "\x80", "\U0001F600"};
-  std::mt19937_64 engine(1);
-  json vocab = json::object();
-  std::vector<int64_t> free;
-  for (const auto& [text, id] : file["model"]["vocab"].items()) {
-    const bool is_byte = std::find(letters.begin(), letters.end(), text) != letters.end();
-    const bool is_added = std::any_of(file["added_tokens"].begin(), file["added_tokens"].end(),
-                                      [&id = id](const json& added) { return added["id"] == id; });
-    if (is_byte || is_added) {
-      vocab[text] = id;
-    } else {
-      free.push_back(id.get<int64_t>());
-    }
-  }
-  for (const int64_t id : free) {
-    std::string text;
-    do {
-      text.clear();
-      for (uint64_t count = 2 + engine() % 4; count > 0; --count) {
-        for (const char c : pieces[engine() % pieces.size()])
-          text += letters[static_cast<uint8_t>(c)];
-      }
-    } while (vocab.contains(text));
-    vocab[text] = id;
-  }
-  file["model"]["vocab"] = std::move(vocab);
-  file["model"]["merges"] = json::array();
-  return text::Tokenizer::from_json(file.dump(), "rare tokens");
-}
-
-const text::Tokenizer& tokenizer() {
-  static const text::Tokenizer rare = rare_tokens();
-  return rare;
-}
-GrammarCompiler& compiler() {
-  static GrammarCompiler rare(tokenizer(), 0, {.time = std::chrono::minutes(2)});
-  return rare;
-}
-int32_t eos() { return static_cast<int32_t>(tokenizer().id_of(text::kEos)); }
-
-GrammarSession start(Kind kind, const std::string& text) {
-  return {compiler().compile({kind, text}), false};
-}
 GrammarSession start(const json& schema) { return start(Kind::kJsonSchema, schema.dump()); }
-
-bool bit(const Words& words, int64_t token) {
-  const auto place = static_cast<size_t>(token);
-  return (words[place / 32] >> place % 32 & 1u) != 0;
-}
-Words mask_of(GrammarSession& session) {
-  Words words(compiler().mask_words());
-  session.mask(words);
-  return words;
-}
-std::string bytes_of(int64_t token) {
-  if (token == eos()) return {};
-  return std::string(tokenizer().token_bytes(static_cast<int32_t>(token)));
-}
-
-class Random {
- public:
-  /// --gtest_random_seed=N brings other draws.
-  explicit Random(uint64_t seed)
-      : engine_(seed + 1000 * static_cast<uint64_t>(GTEST_FLAG_GET(random_seed))) {}
-  int64_t below(int64_t count) {
-    return static_cast<int64_t>(engine_() % static_cast<uint64_t>(count));
-  }
-  bool chance(double share) { return static_cast<double>(below(1'000'000)) < share * 1e6; }
-  template <typename T>
-  const T& of(const std::vector<T>& values) {
-    return values[static_cast<size_t>(below(std::ssize(values)))];
-  }
-
- private:
-  std::mt19937_64 engine_;
-};
-
-/// One of the allowed tokens; often one whose bytes matter.
-int64_t pick(const Words& words, Random& random) {
-  static const std::vector<int64_t> special = [] {
-    std::vector<int64_t> tokens;
-    for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
-      const std::string bytes = bytes_of(token);
-      const bool rare = std::any_of(bytes.begin(), bytes.end(), [](char c) {
-        return (c & 0x80) != 0 || std::string_view("\"\\}],<:").find(c) != std::string_view::npos;
-      });
-      if (rare) tokens.push_back(token);
-    }
-    return tokens;
-  }();
-  for (int tries = 0; tries < 40; ++tries) {
-    const int64_t token =
-        random.chance(0.6) ? random.of(special) : random.below(tokenizer().vocab_size());
-    if (bit(words, token)) return token;
-  }
-  std::vector<int64_t> allowed;
-  for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
-    if (bit(words, token)) allowed.push_back(token);
-  }
-  return allowed.empty() ? -1 : random.of(allowed);
-}
-
-/// Every token is taken or refused as the mask says, and taking it back leaves no trace.
-void expect_mask_is_acceptance(GrammarSession& session, const std::string& text) {
-  const Words words = mask_of(session);
-  for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
-    const bool taken = session.accept(token);
-    ASSERT_EQ(taken, bit(words, token)) << text << " then " << bytes_of(token);
-    if (taken) session.rollback(1);
-  }
-  ASSERT_EQ(mask_of(session), words) << text;
-}
-
-/// A walk to the end; "" if it takes too long. Masks are what accept() does, drafts leave no trace.
-std::string walk(GrammarSession& session, Random& random, double all_tokens = 0.05) {
-  std::string text;
-  for (int step = 0; step < 300 && !testing::Test::HasFailure(); ++step) {
-    if (random.chance(all_tokens)) expect_mask_is_acceptance(session, text);
-    const Words words = mask_of(session);
-    if (random.chance(0.1)) {
-      const int64_t before = session.length();
-      for (int64_t count = random.below(5); count >= 0; --count)
-        EXPECT_TRUE(session.accept(pick(mask_of(session), random))) << text;
-      session.rollback(session.length() - before);
-      EXPECT_EQ(mask_of(session), words) << text;
-    }
-    const int64_t token =
-        bit(words, eos()) && random.chance(0.5) ? int64_t{eos()} : pick(words, random);
-    EXPECT_GE(token, 0) << "nothing may follow " << text;
-    if (token < 0 || !session.accept(token)) {
-      ADD_FAILURE() << text;
-      return "";
-    }
-    if (token == eos()) return text;
-    text += bytes_of(token);
-  }
-  return "";
-}
-
-/// Text cut into tokens at random places.
-std::vector<int64_t> cut(const std::string& text, Random& random) {
-  using Tokens = std::vector<std::pair<std::string, int64_t>>;
-  static const std::vector<Tokens> by_first = [] {
-    std::vector<Tokens> tokens(256);
-    for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
-      const std::string bytes = bytes_of(token);
-      const bool added = bytes.starts_with("<") && bytes.ends_with(">") && bytes.size() > 3;
-      if (!bytes.empty() && !added)
-        tokens[static_cast<uint8_t>(bytes[0])].emplace_back(bytes, token);
-    }
-    return tokens;
-  }();
-  std::vector<int64_t> out;
-  for (size_t pos = 0; pos < text.size();) {
-    const Tokens& tokens = by_first[static_cast<uint8_t>(text[pos])];
-    std::vector<size_t> fitting;
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      if (text.compare(pos, tokens[i].first.size(), tokens[i].first) == 0) fitting.push_back(i);
-    }
-    const auto& [bytes, token] = tokens[random.of(fitting)];
-    out.push_back(token);
-    pos += bytes.size();
-  }
-  return out;
-}
-
-bool takes(GrammarSession session, const std::string& text, Random& random) {
-  Words words(compiler().mask_words());
-  const std::vector<int64_t> tokens = cut(text, random);
-  for (int64_t i = 0; i < std::ssize(tokens); ++i) {
-    const int64_t token = tokens[static_cast<size_t>(i)];
-    const bool looks = i > std::ssize(tokens) - 50 || random.chance(0.1);
-    if (looks) session.mask(words);
-    const bool taken = session.accept(token);
-    if (looks) {
-      EXPECT_EQ(bit(words, token), taken) << text << " at " << bytes_of(token);
-    }
-    if (!taken) return false;
-  }
-  return session.completed();
-}
 
 int64_t characters(const std::string& text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; });
@@ -270,10 +85,6 @@ digit ::= [0-4] | [5-9]
 either ::= letter | digit
 word ::= "ab" | "c"
 )";
-
-double seconds_since(std::chrono::steady_clock::time_point begin) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
 
 /// The masks of two grammars of one language are equal all along random walks.
 void expect_same(Kind kind,
