@@ -18,6 +18,7 @@
 #include "base/check.h"
 #include "base/json.h"
 #include "engine_core/grammar/grammar_calls.h"
+#include "engine_core/grammar/grammar_deadline.h"
 #include "engine_core/grammar/grammar_ends.h"
 #include "engine_core/grammar/grammar_log.h"
 #include "engine_core/grammar/grammar_marker.h"
@@ -116,6 +117,7 @@ using Result = std::shared_ptr<const CompiledGrammar>;
 /// A grammar that is compiled or will be.
 struct Entry {
   std::shared_future<Result> result;
+  std::shared_ptr<GrammarDeadline> deadline;
   size_t bytes = 0;  ///< 0: not yet
   std::list<Key>::iterator use;
 };
@@ -185,12 +187,14 @@ struct GrammarCompiler::Impl {
   }
 
   void run(const Grammar& grammar,
+           const GrammarDeadline& deadline,
            std::promise<Result>& promise,
            std::list<std::thread>::iterator self) {
     size_t bytes = 0;
     Result result;
     std::exception_ptr failure;
     try {
+      const GrammarDeadlineScope scope(deadline);
       result = build(grammar);
       bytes = std::max<size_t>(1, result->compiled.MemorySizeBytes());
     } catch (...) {
@@ -250,6 +254,8 @@ std::shared_ptr<const CompiledGrammar> GrammarCompiler::compile(const Grammar& g
                     grammar.text.size(), " bytes, at most ", impl.limits.text_bytes,
                     " are allowed");
   const auto deadline = std::chrono::steady_clock::now() + impl.limits.time;
+  const std::string too_long =
+      concat("grammar: ", what, ": compiling takes more than ", impl.limits.time.count(), " ms");
   const Key key(grammar.kind,
                 grammar.kind == Grammar::Kind::kJsonObject ? std::string() : grammar.text);
   std::shared_future<Result> result;
@@ -261,6 +267,7 @@ std::shared_ptr<const CompiledGrammar> GrammarCompiler::compile(const Grammar& g
       if (found == impl.entries.end()) return false;
       impl.uses.splice(impl.uses.begin(), impl.uses, found->second.use);
       result = found->second.result;
+      found->second.deadline->extend(deadline);
       return true;
     };
     if (find()) {
@@ -275,17 +282,19 @@ std::shared_ptr<const CompiledGrammar> GrammarCompiler::compile(const Grammar& g
       std::promise<Result> promise;
       result = promise.get_future().share();
       impl.uses.push_front(key);
-      impl.entries[key] = {.result = result, .bytes = 0, .use = impl.uses.begin()};
+      const auto until = std::make_shared<GrammarDeadline>(deadline, too_long);
+      impl.entries[key] = {
+          .result = result, .deadline = until, .bytes = 0, .use = impl.uses.begin()};
       ++impl.compiling;
       impl.threads.emplace_front();
       const auto self = impl.threads.begin();
-      *self = std::thread(
-          [&impl, self, promise = std::move(promise),
-           copy = Grammar{key.first, key.second}]() mutable { impl.run(copy, promise, self); });
+      *self = std::thread([&impl, self, until, promise = std::move(promise),
+                           copy = Grammar{key.first, key.second}]() mutable {
+        impl.run(copy, *until, promise, self);
+      });
     }
   }
-  HADAL_INPUT_CHECK(result.wait_until(deadline) == std::future_status::ready, "grammar: ", what,
-                    ": compiling takes more than ", impl.limits.time.count(), " ms");
+  HADAL_INPUT_CHECK(result.wait_until(deadline) == std::future_status::ready, too_long);
   return result.get();
 }
 

@@ -47,7 +47,7 @@ std::string char_class(const Ranges& ranges) {
 }
 
 /// The escapes of those characters that JSON must escape; the brackets around the backslash tell
-/// xgrammar not to make an automaton of it, which would leave it out (cmake/xgrammar.cmake).
+/// xgrammar not to leave them out (cmake/xgrammar/json_schema_converter.cc.mend).
 std::string escapes(const Ranges& ranges) {
   constexpr std::array<std::pair<uint32_t, const char*>, 7> kShort = {
       {{'"', "\""}, {'\\', "\\\\"}, {8, "b"}, {12, "f"}, {10, "n"}, {13, "r"}, {9, "t"}}};
@@ -220,7 +220,7 @@ class PatternReader {
 
 std::string checked_pattern(std::string_view pattern, const std::string& where) {
   JsonPattern put = json_pattern(pattern, where);
-  // Rules count to thousands, automata do not: what needs no change keeps its characters.
+  // What needs no change keeps its characters.
   return put.plain ? std::string(pattern) : std::move(put.text);
 }
 
@@ -230,8 +230,11 @@ constexpr const char* kAnyCharacter =
     "u([0-9a-cA-CefEF][0-9a-fA-F][0-9a-fA-F][0-9a-fA-F]|[dD][0-7][0-9a-fA-F][0-9a-fA-F])))";
 
 std::string length_pattern(const Json& schema) {
-  const std::string least = schema.contains("minLength") ? schema["minLength"].dump() : "0";
-  const std::string most = schema.contains("maxLength") ? schema["maxLength"].dump() : "";
+  // Whole numbers, but 3.0 is one too.
+  const auto bound = [&](const char* key, const char* none) {
+    return schema.contains(key) ? std::to_string(schema[key].get<int64_t>()) : std::string(none);
+  };
+  const std::string least = bound("minLength", "0"), most = bound("maxLength", "");
   return concat("^", kAnyCharacter, "{", least, ",", most, "}$");
 }
 

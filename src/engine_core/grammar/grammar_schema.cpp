@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include <nlohmann/json.hpp>
 
@@ -113,14 +114,22 @@ void check_object(const json& schema, const std::string& where) {
                     where, ": patternProperties beside properties is not supported");
 }
 
+void check_lengths(const json& schema, const std::string& where) {
+  if (!schema.contains("minLength") || !schema.contains("maxLength")) return;
+  HADAL_INPUT_CHECK(schema["minLength"] <= schema["maxLength"], where, ": minLength is ",
+                    schema["minLength"].dump(), ", above maxLength, ", schema["maxLength"].dump());
+}
+
 void check_keyword(const std::string& key, const json& value, const std::string& where) {
   HADAL_INPUT_CHECK(!among(key, kUnsupported), where, ": ", key, " is not supported");
   HADAL_INPUT_CHECK(key != "uniqueItems" || value == false, where,
                     ": uniqueItems is not supported");
   if (among(key, kBounds)) {
-    const bool good = value.is_number() && value.get<double>() >= 0 &&
-                      value.get<double>() <= static_cast<double>(kMaxRepeat);
-    HADAL_INPUT_CHECK(good, where, ": ", key, " is ", value.dump(), ", expected 0 to ", kMaxRepeat);
+    const double bound = value.is_number() ? value.get<double>() : -1;
+    const bool good =
+        bound >= 0 && bound <= static_cast<double>(kMaxRepeat) && bound == std::floor(bound);
+    HADAL_INPUT_CHECK(good, where, ": ", key, " is ", value.dump(),
+                      ", expected a whole number, 0 to ", kMaxRepeat);
   }
   if (key == "pattern" && value.is_string()) {
     check_pattern(value.get_ref<const std::string&>(), where + ": pattern");
@@ -194,6 +203,7 @@ void check_schema(const json& schema, const std::string& where) {
     check_keyword(key, value, where);
     check_below(key, value, where);
   }
+  check_lengths(schema, where);
   for (const std::string_view key : kDeciding) {
     if (!schema.contains(key)) continue;
     check_deciding(schema, std::string(key), where);
