@@ -101,8 +101,10 @@ class Clients:
         if not self.free:
             check(reply.choices[1].message.content.startswith("Hello from choice 1"), reply)
             check(reply.choices[0].finish_reason == "stop")
+        # The shipped model was not taught to think: an effort alone does not switch it on.
         thinking = self.openai.chat.completions.create(
-            model=self.model, messages=QUESTION, max_completion_tokens=self.limit, reasoning_effort="high")
+            model=self.model, messages=QUESTION, max_completion_tokens=self.limit, reasoning_effort="high",
+            extra_body={"chat_template_kwargs": {"thinking": True}} if self.free else None)
         check(thinking.choices[0].message.reasoning_content)
         check(thinking.usage.completion_tokens_details.reasoning_tokens > 0)
 
