@@ -31,6 +31,7 @@ check:
 	@tools/check_layers.sh
 	@tools/check_style.sh
 	@tools/check_docs.py
+	@tools/check_sizes.sh
 
 clean:
 	rm -rf build hadal
