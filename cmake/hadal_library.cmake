@@ -3,7 +3,8 @@
 #   and every *_cpu.cpp once per instruction set (HADAL_ISA names it inside the file).
 #   UNITY: so many files a compilation; names in anonymous namespaces must differ within the layer.
 #   TORCH layers see LibTorch and share the precompiled header; the others cannot include it at all.
-# hadal_tests(NAME LIBRARY lib) collects src/NAME/**/*_test.cpp of several layers into one test binary.
+# hadal_tests(BINARY [TORCH] [LAYERS layer...] [FILES file...] [LIBRARIES target...])
+#   One test binary of src/LAYER/**/*_test.cpp of the layers and of the files.
 function(hadal_library name)
   cmake_parse_arguments(ARG "TORCH" "UNITY" "LIBRARIES" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/src/${name}/*.cpp")

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 make --no-print-directory build
 hadal=$PWD/hadal
 build=$(dirname "$(readlink -f "$hadal")")
-[ $# -gt 0 ] || set -- batch prefix speculation schedules schemas kills load
+[ $# -gt 0 ] || set -- batch prefix speculation schedules schemas calls kills load
 for part in "$@"; do
   began=$SECONDS
   echo "=== $part"
@@ -17,6 +17,7 @@ for part in "$@"; do
       tools/soak/speculation.py --hadal "$hadal" --text "${HADAL_TEXT:-../shared/data/books-longctx/books-longctx.jsonl.xz}"
       ;;
     schemas) HADAL_SCHEMAS=${HADAL_SCHEMAS:-200} "$build/cross_test" --gtest_filter='*Constrained*' --gtest_brief=1 ;;
+    calls) tools/soak/forced_calls.py --hadal "$hadal" ;;
     schedules)
       HADAL_SCHEDULES=${HADAL_SCHEDULES:-500} "$build/model_test" --gtest_filter='*SchedulesTest*' --gtest_brief=1
       HADAL_SCHEDULES=${HADAL_SCHEDULES:-500} "$build/cross_test" --gtest_filter='NanoSchedules*' --gtest_brief=1
@@ -27,7 +28,7 @@ for part in "$@"; do
       done
       ;;
     load) tools/soak/load_server.py --hadal "$hadal" --minutes "${HADAL_MINUTES:-30}" ;;
-    *) echo "soak.sh: no part $part; parts are batch prefix speculation schedules schemas kills load" >&2; exit 2 ;;
+    *) echo "soak.sh: no part $part; parts are batch prefix speculation schedules schemas calls kills load" >&2; exit 2 ;;
   esac
   echo "--- $part: $((SECONDS - began)) s"
 done
