@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <condition_variable>
+#include <ctime>
 #include <future>
 #include <list>
 #include <map>
@@ -96,8 +97,12 @@ class CompiledGrammar {
  public:
   CompiledGrammar(std::shared_ptr<const GrammarVocabulary> tokens,
                   xgrammar::CompiledGrammar grammar,
-                  const ToolGrammar& tools)
-      : vocabulary(std::move(tokens)), compiled(std::move(grammar)), watch(tools.watch) {
+                  const ToolGrammar& tools,
+                  const GrammarLimits& all_limits)
+      : vocabulary(std::move(tokens)),
+        compiled(std::move(grammar)),
+        watch(tools.watch),
+        limits(all_limits) {
     if (!tools.calls.empty())
       calls = std::make_shared<const std::vector<CallParameters>>(tools.calls);
   }
@@ -106,6 +111,7 @@ class CompiledGrammar {
   xgrammar::CompiledGrammar compiled;
   MarkerGuard::Watch watch;  ///< the marker has its place, which free text does not know
   std::shared_ptr<const std::vector<CallParameters>> calls;  ///< null: no tools
+  GrammarLimits limits;
 };
 
 // --- GrammarCompiler ---
@@ -148,7 +154,7 @@ struct GrammarCompiler::Impl {
         const xgrammar::Grammar read = read_grammar(grammar, *vocabulary, tools);
         check_ends(read.ToString(), concat("grammar: ", kind_name(grammar.kind)));
         auto result = std::make_shared<const CompiledGrammar>(
-            vocabulary, (calls ? *with_dsml : *plain).CompileGrammar(read), tools);
+            vocabulary, (calls ? *with_dsml : *plain).CompileGrammar(read), tools, limits);
         HADAL_INPUT_CHECK(warnings.first().empty(), "grammar: ", kind_name(grammar.kind), ": ",
                           warnings.first());
         HADAL_INPUT_CHECK(result->compiled.MemorySizeBytes() <= limits.compiled_bytes,
@@ -307,6 +313,16 @@ size_t GrammarCompiler::mask_words() const { return impl_->vocabulary->mask_word
 
 // --- GrammarSession ---
 
+namespace {
+
+std::chrono::nanoseconds thread_time() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+}
+
+}  // namespace
+
 struct GrammarSession::Impl {
   /// What one token changed.
   struct Step {
@@ -322,7 +338,18 @@ struct GrammarSession::Impl {
         matcher(grammar->compiled),
         thinking(is_thinking),
         marker(grammar->watch),
-        calls(grammar->calls) {}
+        calls(grammar->calls),
+        limits(grammar->limits) {}
+
+  /// Notes what a mask took.
+  void spend(std::chrono::nanoseconds time) {
+    spent += time;
+    ++masks;
+    HADAL_INPUT_CHECK(spent <= limits.masks || spent <= masks * limits.mean_mask,
+                      "grammar: what may follow takes ", spent.count() / masks / 1000,
+                      " us a token to find out, at most ", limits.mean_mask.count(),
+                      " ms are allowed");
+  }
 
   Step step(int matcher_steps) const {
     return {.thinking = thinking,
@@ -361,6 +388,9 @@ struct GrammarSession::Impl {
   MarkerGuard marker;    ///< of the same text
   CallTracker calls;     ///< of the same text
   std::vector<Step> steps;
+  GrammarLimits limits;
+  std::chrono::nanoseconds spent{0};
+  int64_t masks = 0;
 };
 
 // NOLINTNEXTLINE(performance-unnecessary-value-param): the interface moves
@@ -442,8 +472,10 @@ bool GrammarSession::mask(std::span<uint32_t> words) {
   tensor.dtype = xgrammar::GetBitmaskDLType();
   tensor.shape = &shape;
   tensor.strides = &stride;
+  const std::chrono::nanoseconds begun = thread_time();
   if (!impl_->matcher.FillNextTokenBitmask(&tensor))
     std::fill(words.begin(), words.end(), ~uint32_t{0});
+  impl_->spend(thread_time() - begun);
   const std::vector<uint32_t>& utf8 = vocabulary.utf8_masks[static_cast<uint8_t>(impl_->utf8)];
   for (size_t i = 0; i < words.size(); ++i) words[i] &= utf8[i];
   if (impl_->calls.watches()) impl_->forbid_calls(words);

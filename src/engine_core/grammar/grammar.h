@@ -45,6 +45,9 @@ struct GrammarLimits {
   size_t compiled_bytes = size_t{128} << 20;  ///< of one compiled grammar
   size_t cache_bytes = size_t{256} << 20;     ///< of those remembered
   std::chrono::milliseconds time{10'000};     ///< until compile() gives up
+  /// Processor time of one answer's masks, and of one mask on average: where both are exceeded, the
+  /// answer ends, since all others wait for it at every token.
+  std::chrono::milliseconds masks{2'000}, mean_mask{20};
 };
 
 /// One compiled grammar; immutable.
@@ -94,6 +97,7 @@ class GrammarSession {
   void rollback(int64_t count);
   /// Sets bit t % 32 of word t / 32 for every token t that may come next; returns whether any may
   /// not. Behind EOS only EOS may come, for drafts that run past the end. `words` has mask_words().
+  /// Errors: InputError once masks take too long (GrammarLimits::masks).
   bool mask(std::span<uint32_t> words);
   /// Whether the answer may end here: the text matches, or EOS was accepted.
   bool completed() const;

@@ -715,5 +715,25 @@ TEST(Grammar, GivesUpAfterItsTime) {
   EXPECT_THROW(hasty.compile({Grammar::Kind::kJsonSchema, schema.dump()}), InputError);
 }
 
+TEST(Grammar, MasksThatTakeTooLongEndTheAnswer) {
+  GrammarLimits limits;
+  limits.masks = std::chrono::milliseconds(0);
+  limits.mean_mask = std::chrono::milliseconds(0);
+  GrammarCompiler strict(tokenizer(), 0, limits);
+  std::vector<uint32_t> words(strict.mask_words());
+  GrammarSession session(strict.compile({Grammar::Kind::kRegex, "[a-z]+"}), false);
+  try {
+    session.mask(words);
+    FAIL() << "no error";
+  } catch (const InputError& error) {
+    EXPECT_NE(std::string(error.what()).find("at most 0 ms are allowed"), std::string::npos)
+        << error.what();
+  }
+  // A slow one among many quick ones is none: the average counts, and only behind the first two
+  // seconds.
+  GrammarSession usual(compiler().compile({Grammar::Kind::kRegex, "[a-z]+"}), false);
+  for (int i = 0; i < 100; ++i) EXPECT_TRUE(usual.mask(words));
+}
+
 }  // namespace
 }  // namespace hadal::engine
