@@ -56,10 +56,11 @@ class LocalEngine {
   std::string capacity() const;
   /// Null without one.
   const DiskStore* disk() const;
+  /// Where that store keeps texts; null without one.
+  TextStore* texts();
   /// What the process takes now beside weights and cache is what the engine's stats state from here
   /// on: at the end of a start.
   void state_workspace();
-  TextStore* texts();
 
  private:
   struct Parts;

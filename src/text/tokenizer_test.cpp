@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "base/thread_time.h"
 #include "text/tokenizer_file.h"
 
 namespace hadal::text {
@@ -126,11 +127,7 @@ TEST(Tokenizer, ManyThreadsGiveTheSameIds) {
 
 /// Processor seconds of one encode in this thread, the least of `tries`; its ids must spell `word`.
 double encode_seconds(const Tokenizer& tokenizer, const std::string& word, int tries) {
-  const auto now = [] {
-    timespec time{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-  };
+  const auto now = [] { return std::chrono::duration<double>(thread_time()).count(); };
   double least = std::numeric_limits<double>::infinity();
   for (int i = 0; i < tries; ++i) {
     const double start = now();

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <condition_variable>
-#include <ctime>
 #include <future>
 #include <list>
 #include <map>
@@ -18,6 +17,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "base/thread_time.h"
 #include "engine_core/grammar/grammar_calls.h"
 #include "engine_core/grammar/grammar_deadline.h"
 #include "engine_core/grammar/grammar_ends.h"
@@ -312,16 +312,6 @@ GrammarCompiler::Stats GrammarCompiler::stats() const {
 size_t GrammarCompiler::mask_words() const { return impl_->vocabulary->mask_words(); }
 
 // --- GrammarSession ---
-
-namespace {
-
-std::chrono::nanoseconds thread_time() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
-}
-
-}  // namespace
 
 struct GrammarSession::Impl {
   /// What one token changed.

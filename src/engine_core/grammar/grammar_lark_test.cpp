@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "engine_core/grammar/grammar.h"
+#include "testing/nano_grammar.h"
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
@@ -17,15 +18,8 @@ namespace {
 
 using nlohmann::json;
 
-const text::Tokenizer& tokenizer() {
-  static const text::Tokenizer nano =
-      text::Tokenizer::from_file(HADAL_SOURCE_DIR "/models/hadal-nano/tokenizer.json");
-  return nano;
-}
-GrammarCompiler& compiler() {
-  static GrammarCompiler nano(tokenizer(), 0, {.time = std::chrono::minutes(2)});
-  return nano;
-}
+using testing::nano_compiler;
+using testing::nano_tokenizer;
 
 /// Whether a forced call of a custom tool may hold this input.
 bool takes(const char* syntax, const std::string& definition, const std::string& input) {
@@ -35,9 +29,9 @@ bool takes(const char* syntax, const std::string& definition, const std::string&
   text::ChatPrompt prompt;
   prompt.text = "\n\n";
   text::write_tool_calls(calls, prompt);
-  GrammarSession session(compiler().compile({Grammar::Kind::kToolCalls, tools.dump(), true}),
+  GrammarSession session(nano_compiler().compile({Grammar::Kind::kToolCalls, tools.dump(), true}),
                          false);
-  for (const int32_t id : tokenizer().encode(prompt.text, prompt.foreign))
+  for (const int32_t id : nano_tokenizer().encode(prompt.text, prompt.foreign))
     if (!session.accept(id)) return false;
   return session.completed();
 }
@@ -232,16 +226,16 @@ TEST(GrammarLark, AnyTextIsTakenOrRefused) {
 TEST(GrammarLark, TheMarkupsMarkerStaysOut) {
   const json tools = {
       {{"name", "t"}, {"format", {{"syntax", "regex"}, {"definition", "(?:.|\\n)*"}}}}};
-  GrammarSession session(compiler().compile({Grammar::Kind::kToolCalls, tools.dump(), true}),
+  GrammarSession session(nano_compiler().compile({Grammar::Kind::kToolCalls, tools.dump(), true}),
                          false);
   text::ChatPrompt prompt;
   prompt.text = "\n\n";
   text::write_tool_calls(std::vector<text::ToolCall>{{"t", R"({"input": "x"})"}}, prompt);
-  const auto ids = tokenizer().encode(prompt.text, prompt.foreign);
-  const auto marker = *std::ranges::find(ids, tokenizer().id_of(text::kDsml));
+  const auto ids = nano_tokenizer().encode(prompt.text, prompt.foreign);
+  const auto marker = *std::ranges::find(ids, nano_tokenizer().id_of(text::kDsml));
   bool inside = false;
   for (const int32_t id : ids) {
-    if (tokenizer().token_bytes(id) == "x") inside = true;
+    if (nano_tokenizer().token_bytes(id) == "x") inside = true;
     ASSERT_TRUE(session.accept(id));
     if (inside) break;
   }

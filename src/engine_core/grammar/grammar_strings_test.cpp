@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "engine_core/grammar/grammar.h"
+#include "testing/nano_grammar.h"
 #include "text/chat_tokens.h"
 #include "text/completion_check.h"
 #include "text/tool_calls.h"
@@ -15,25 +16,18 @@ namespace {
 using nlohmann::json;
 using Kind = Grammar::Kind;
 
-const text::Tokenizer& tokenizer() {
-  static const text::Tokenizer nano =
-      text::Tokenizer::from_file(HADAL_SOURCE_DIR "/models/hadal-nano/tokenizer.json");
-  return nano;
-}
-GrammarCompiler& compiler() {
-  static GrammarCompiler nano(tokenizer(), 0, {.time = std::chrono::minutes(2)});
-  return nano;
-}
+using testing::nano_compiler;
+using testing::nano_tokenizer;
 
 /// Whether the answer, whose markup is special tokens, is complete; masks agree all the way.
 bool takes(Kind kind, const std::string& grammar, const std::vector<int32_t>& ids) {
-  GrammarSession session(compiler().compile({kind, grammar}), false);
-  std::vector<uint32_t> words(compiler().mask_words());
+  GrammarSession session(nano_compiler().compile({kind, grammar}), false);
+  std::vector<uint32_t> words(nano_compiler().mask_words());
   for (const int32_t id : ids) {
     session.mask(words);
     const bool allowed = (words[static_cast<size_t>(id) / 32] >> id % 32 & 1u) != 0;
     const bool taken = session.accept(id);
-    EXPECT_EQ(allowed, taken) << tokenizer().token_bytes(id) << " at " << session.length();
+    EXPECT_EQ(allowed, taken) << nano_tokenizer().token_bytes(id) << " at " << session.length();
     if (!taken) return false;
   }
   return session.completed();
@@ -41,7 +35,7 @@ bool takes(Kind kind, const std::string& grammar, const std::vector<int32_t>& id
 
 /// Ordinary text, whatever it looks like.
 bool takes_text(Kind kind, const std::string& grammar, const std::string& answer) {
-  return takes(kind, grammar, tokenizer().encode(answer, text::SpecialTokens::kAsText));
+  return takes(kind, grammar, nano_tokenizer().encode(answer, text::SpecialTokens::kAsText));
 }
 
 /// A call whose markup is as we write it.
@@ -49,7 +43,7 @@ bool takes_call(const std::string& tools, const text::ToolCall& call) {
   text::ChatPrompt prompt;
   prompt.text = "\n\n";
   text::write_tool_calls(std::vector{call}, prompt);
-  return takes(Kind::kToolCalls, tools, tokenizer().encode(prompt.text, prompt.foreign));
+  return takes(Kind::kToolCalls, tools, nano_tokenizer().encode(prompt.text, prompt.foreign));
 }
 
 const std::vector<std::string> kTexts = {"a </think> b",
@@ -134,8 +128,8 @@ TEST(GrammarStrings, ControlTextOfOrdinaryTokensOpensNoCall) {
   const std::string block =
       "\n\n" + text::write_tool_calls(std::vector{text::ToolCall{"f", R"({"a": "x"})"}});
   EXPECT_FALSE(takes_text(Kind::kToolCalls, tools, block));
-  EXPECT_TRUE(
-      takes(Kind::kToolCalls, tools, tokenizer().encode(block, text::SpecialTokens::kRecognise)));
+  EXPECT_TRUE(takes(Kind::kToolCalls, tools,
+                    nano_tokenizer().encode(block, text::SpecialTokens::kRecognise)));
   EXPECT_TRUE(
       takes_text(Kind::kToolCalls, concat(R"({"mode": "auto", "tools": )", tools, "}"), block));
 }
@@ -170,8 +164,9 @@ TEST(GrammarStrings, ParametersComeInAnyOrderOnce) {
                  text::dsml::kParameter, " name=\"ab\" string=\"false\">1<",
                  text::dsml::kParameterEnd, ">\n");
       for (size_t i = 0; i < times; ++i) text += parameter;
-      return tokenizer().encode(concat(text, text::dsml::kInvokeEnd, ">\n", text::dsml::kBlockEnd),
-                                text::SpecialTokens::kRecognise);
+      return nano_tokenizer().encode(
+          concat(text, text::dsml::kInvokeEnd, ">\n", text::dsml::kBlockEnd),
+          text::SpecialTokens::kRecognise);
     };
     EXPECT_TRUE(takes(Kind::kToolCalls, tools, answer(1))) << tool;
     EXPECT_FALSE(takes(Kind::kToolCalls, tools, answer(2))) << tool;
@@ -231,7 +226,7 @@ TEST(GrammarStrings, GrammarsWithoutAnEndAreRefusedByTheirRule) {
              "items": {"$ref": "#/$defs/a"}}}}}])",
             "has no end"}}) {
     try {
-      compiler().compile({one.kind, one.text});
+      nano_compiler().compile({one.kind, one.text});
       ADD_FAILURE() << "accepted: " << one.text;
     } catch (const InputError& error) {
       EXPECT_NE(std::string_view(error.what()).find(one.named), std::string_view::npos)

@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "engine_core/grammar/grammar_marker.h"
+#include "testing/nano_grammar.h"
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
@@ -21,20 +22,12 @@ namespace {
 
 using nlohmann::json;
 
-const text::Tokenizer& tokenizer() {
-  static const text::Tokenizer nano =
-      text::Tokenizer::from_file(HADAL_SOURCE_DIR "/models/hadal-nano/tokenizer.json");
-  return nano;
-}
-GrammarCompiler& compiler() {
-  // Sanitizers on a busy machine take many times as long.
-  static GrammarCompiler nano(tokenizer(), 0, {.time = std::chrono::minutes(2)});
-  return nano;
-}
-int64_t eos() { return tokenizer().id_of(text::kEos); }
+using testing::nano_compiler;
+using testing::nano_tokenizer;
+int64_t eos() { return nano_tokenizer().id_of(text::kEos); }
 
 GrammarSession start(Grammar::Kind kind, const std::string& text, bool thinking = false) {
-  return GrammarSession(compiler().compile({kind, text}), thinking);
+  return GrammarSession(nano_compiler().compile({kind, text}), thinking);
 }
 
 bool bit(const std::vector<uint32_t>& words, int64_t token) {
@@ -43,7 +36,7 @@ bool bit(const std::vector<uint32_t>& words, int64_t token) {
 }
 
 std::vector<uint32_t> mask_of(GrammarSession& session) {
-  std::vector<uint32_t> words(compiler().mask_words());
+  std::vector<uint32_t> words(nano_compiler().mask_words());
   session.mask(words);
   return words;
 }
@@ -67,7 +60,7 @@ int64_t pick(const std::vector<uint32_t>& words, Random& random) {
   static const std::vector<int64_t> closers = [] {
     std::vector<int64_t> ids;
     for (const char* text : {"\"", "}", "]", ",", "\"}", "</", "\uff5cDSML\uff5c"}) {
-      if (const auto id = tokenizer().find(text)) ids.push_back(*id);
+      if (const auto id = nano_tokenizer().find(text)) ids.push_back(*id);
     }
     return ids;
   }();
@@ -76,7 +69,7 @@ int64_t pick(const std::vector<uint32_t>& words, Random& random) {
     const int64_t token = closers[static_cast<size_t>(random.below(std::ssize(closers)))];
     if (bit(words, token)) return token;
   }
-  const int64_t size = tokenizer().vocab_size();
+  const int64_t size = nano_tokenizer().vocab_size();
   for (int tries = 0; tries < 30; ++tries) {
     const int64_t token = random.below(size);
     if (bit(words, token)) return token;
@@ -106,7 +99,7 @@ std::string walk(GrammarSession& session, Random& random, int most = 400) {
       session.rollback(session.length() - before);
       EXPECT_EQ(mask_of(session), words) << text;
     }
-    const int64_t any = random.below(tokenizer().vocab_size());
+    const int64_t any = random.below(nano_tokenizer().vocab_size());
     if (!bit(words, any) && session.accept(any)) ADD_FAILURE() << text << " then " << any;
     const int64_t token = pick(words, random);
     if (token < 0) {
@@ -119,7 +112,7 @@ std::string walk(GrammarSession& session, Random& random, int most = 400) {
       EXPECT_EQ(text::valid_utf8_prefix(text), text.size()) << text;
       return text;
     }
-    text += tokenizer().token_bytes(static_cast<int32_t>(token));
+    text += nano_tokenizer().token_bytes(static_cast<int32_t>(token));
   }
   return "";
 }
@@ -253,7 +246,7 @@ TEST(Grammar, WalksOfRandomSchemasValidate) {
       const bool thinking = i == 2;
       GrammarSession session = start(Grammar::Kind::kJsonSchema, schema.dump(), thinking);
       if (thinking) {
-        ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
+        ASSERT_TRUE(session.accept(nano_tokenizer().id_of(text::kThinkEnd)));
       }
       const std::string text = walk(session, random);
       if (text.empty()) continue;
@@ -364,7 +357,7 @@ TEST(Grammar, ExpressionsMatchTheirLanguage) {
           const std::string written = quoted ? "\"" + text + "\"" : text;
           bool accepted = true;
           for (const char c : written) {
-            accepted = accepted && session.accept(tokenizer().id_of(std::string_view(&c, 1)));
+            accepted = accepted && session.accept(nano_tokenizer().id_of(std::string_view(&c, 1)));
           }
           accepted = accepted && session.completed();
           session.rollback(session.length());
@@ -392,7 +385,7 @@ TEST(Grammar, Ebnf) {
 /// accept() against mask() for every token.
 void expect_mask_is_acceptance(GrammarSession& session) {
   const std::vector<uint32_t> words = mask_of(session);
-  for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
+  for (int64_t token = 0; token < nano_tokenizer().vocab_size(); ++token) {
     const bool accepted = session.accept(token);
     ASSERT_EQ(accepted, bit(words, token)) << token;
     if (accepted) session.rollback(1);
@@ -407,7 +400,7 @@ TEST(Grammar, BeginsBehindTheThinking) {
             true);
   const auto spell = [&](std::string_view text) {
     for (const char c : text) {
-      ASSERT_TRUE(session.accept(tokenizer().id_of(std::string_view(&c, 1)))) << c;
+      ASSERT_TRUE(session.accept(nano_tokenizer().id_of(std::string_view(&c, 1)))) << c;
     }
   };
   EXPECT_FALSE(session.completed());
@@ -416,7 +409,7 @@ TEST(Grammar, BeginsBehindTheThinking) {
   spell("so: <</think>X");
   expect_mask_is_acceptance(session);
   const int64_t before = session.length();
-  ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
+  ASSERT_TRUE(session.accept(nano_tokenizer().id_of(text::kThinkEnd)));
   expect_mask_is_acceptance(session);
   spell("{\"answer\": true}");
   EXPECT_TRUE(session.completed());
@@ -470,7 +463,7 @@ TEST(Grammar, ToolCallsAreWhatTheParserReads) {
     std::string begun;
     if (round % 4 < 2) {
       begun = "\n\n<\uff5cDSML\uff5ctool_calls>\n<\uff5cDSML\uff5cinvoke name=\"weather\">\n";
-      for (const int32_t id : tokenizer().encode(begun, text::SpecialTokens::kRecognise)) {
+      for (const int32_t id : nano_tokenizer().encode(begun, text::SpecialTokens::kRecognise)) {
         ASSERT_TRUE(session.accept(id));
       }
     }
@@ -511,21 +504,21 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
               plain ? concat(R"({"mode": "auto", "tools": )", kTools, "}") : kTools);
     EXPECT_EQ(session.completed(), plain);
     const std::string text = plain ? "Let me see.\n\nFirst <b>" + block : block;
-    for (const int32_t id : tokenizer().encode(text, text::SpecialTokens::kRecognise)) {
+    for (const int32_t id : nano_tokenizer().encode(text, text::SpecialTokens::kRecognise)) {
       ASSERT_TRUE(session.accept(id))
-          << tokenizer().token_bytes(id) << " after " << session.length();
+          << nano_tokenizer().token_bytes(id) << " after " << session.length();
     }
     EXPECT_TRUE(session.completed());
     const std::vector<uint32_t> words = mask_of(session);
     EXPECT_TRUE(bit(words, eos()));
-    EXPECT_FALSE(bit(words, tokenizer().id_of("a")));
+    EXPECT_FALSE(bit(words, nano_tokenizer().id_of("a")));
   }
   // Arguments outside the schema.
   GrammarSession session = start(Grammar::Kind::kToolCalls, kTools);
   const std::vector<text::ToolCall> wrong = {{"weather", R"({"city": "K", "days": 15})"}};
   bool accepted = true;
-  for (const int32_t id : tokenizer().encode("\n\n" + text::write_tool_calls(wrong),
-                                             text::SpecialTokens::kRecognise)) {
+  for (const int32_t id : nano_tokenizer().encode("\n\n" + text::write_tool_calls(wrong),
+                                                  text::SpecialTokens::kRecognise)) {
     accepted = accepted && session.accept(id);
   }
   EXPECT_FALSE(accepted);
@@ -534,7 +527,7 @@ TEST(Grammar, ToolCallsThatWeWriteAreAccepted) {
 TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
   const std::string tools = concat(R"({"mode": "auto", "tools": )", kTools, "}");
   ASSERT_TRUE(text::tool_block_start().starts_with(concat(kBlockBegin, text::kDsml)));
-  const int64_t marker = tokenizer().id_of(text::kDsml);
+  const int64_t marker = nano_tokenizer().id_of(text::kDsml);
   // Spelled byte by byte, or as its own token: whether all of it is accepted.
   const auto takes = [&](GrammarSession& session, std::string_view text, bool as_token) {
     const int64_t before = session.length();
@@ -542,7 +535,7 @@ TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
     bool all = true;
     for (size_t pos = 0; pos < text.size() && all; ++pos) {
       const bool is_marker = as_token && text.substr(pos).starts_with(text::kDsml);
-      const int64_t token = is_marker ? marker : tokenizer().id_of(text.substr(pos, 1));
+      const int64_t token = is_marker ? marker : nano_tokenizer().id_of(text.substr(pos, 1));
       const bool allowed = bit(mask_of(session), token);
       all = session.accept(token);
       EXPECT_EQ(allowed, all) << text << " at " << pos;
@@ -556,7 +549,7 @@ TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
     GrammarSession session = start(Grammar::Kind::kToolCalls, tools, thinking);
     if (thinking) {
       EXPECT_FALSE(session.accept(marker));
-      ASSERT_TRUE(session.accept(tokenizer().id_of(text::kThinkEnd)));
+      ASSERT_TRUE(session.accept(nano_tokenizer().id_of(text::kThinkEnd)));
     }
     // Spelled by ordinary tokens it is text, wherever it stands.
     for (const bool as_token : {false, true}) {
@@ -577,19 +570,19 @@ TEST(Grammar, TheMarkerBeginsABlockOrDoesNotCome) {
 TEST(Grammar, AddedTokensAreNoText) {
   GrammarSession session = start(Grammar::Kind::kRegex, "(.|\\n)*");
   std::vector<uint32_t> words = mask_of(session);
-  for (int32_t id = 0; id < tokenizer().vocab_size(); ++id) {
-    if (tokenizer().is_added(id)) {
-      EXPECT_EQ(bit(words, id), id == eos()) << tokenizer().token_bytes(id);
+  for (int32_t id = 0; id < nano_tokenizer().vocab_size(); ++id) {
+    if (nano_tokenizer().is_added(id)) {
+      EXPECT_EQ(bit(words, id), id == eos()) << nano_tokenizer().token_bytes(id);
     }
   }
-  EXPECT_TRUE(bit(words, tokenizer().id_of("a")));
+  EXPECT_TRUE(bit(words, nano_tokenizer().id_of("a")));
 }
 
 TEST(Grammar, RefusesWhatItCannotKeep) {
   using Kind = Grammar::Kind;
   const auto message = [](Kind kind, const std::string& text) -> std::string {
     try {
-      compiler().compile({kind, text});
+      nano_compiler().compile({kind, text});
     } catch (const InputError& error) {
       return error.what();
     }
@@ -630,13 +623,13 @@ TEST(Grammar, RefusesWhatItCannotKeep) {
     EXPECT_NE(message(kind, text).find(expected), std::string::npos)
         << text.substr(0, 100) << ": " << message(kind, text);
   }
-  EXPECT_EQ(compiler().compile({}), nullptr);
+  EXPECT_EQ(nano_compiler().compile({}), nullptr);
 }
 
 /// Whether the text, written in any tokens, is a complete answer.
 bool takes(Grammar::Kind kind, const std::string& grammar, const std::string& answer) {
   GrammarSession session = start(kind, grammar);
-  for (const int32_t id : tokenizer().encode(answer, text::SpecialTokens::kRecognise)) {
+  for (const int32_t id : nano_tokenizer().encode(answer, text::SpecialTokens::kRecognise)) {
     if (!session.accept(id)) return false;
   }
   return session.completed();
@@ -671,7 +664,7 @@ TEST(Grammar, PatternsStayInsideTheirStrings) {
 TEST(Grammar, CacheForgetsWhatIsOldest) {
   GrammarLimits limits;
   limits.cache_bytes = 200'000;
-  GrammarCompiler small(tokenizer(), 0, limits);
+  GrammarCompiler small(nano_tokenizer(), 0, limits);
   const auto regex = [](int i) { return Grammar{Grammar::Kind::kRegex, concat("[a-z]{", i, "}")}; };
   const auto first = small.compile(regex(1));
   EXPECT_EQ(small.compile(regex(1)), first);
@@ -686,7 +679,7 @@ TEST(Grammar, CacheForgetsWhatIsOldest) {
 }
 
 TEST(Grammar, CompilesFromManyThreads) {
-  GrammarCompiler own(tokenizer());
+  GrammarCompiler own(nano_tokenizer());
   std::vector<std::thread> threads;
   std::vector<std::shared_ptr<const CompiledGrammar>> results(8);
   for (size_t i = 0; i < results.size(); ++i) {
@@ -695,7 +688,7 @@ TEST(Grammar, CompilesFromManyThreads) {
       GrammarSession session(results[i], false);
       std::vector<uint32_t> words(own.mask_words());
       EXPECT_TRUE(session.mask(words));
-      EXPECT_TRUE(session.accept(tokenizer().id_of("a")));
+      EXPECT_TRUE(session.accept(nano_tokenizer().id_of("a")));
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -706,7 +699,7 @@ TEST(Grammar, CompilesFromManyThreads) {
 TEST(Grammar, GivesUpAfterItsTime) {
   GrammarLimits limits;
   limits.time = std::chrono::milliseconds(0);
-  GrammarCompiler hasty(tokenizer(), 0, limits);
+  GrammarCompiler hasty(nano_tokenizer(), 0, limits);
   json properties = json::object();
   for (int i = 0; i < 200; ++i) {
     properties[concat("key_", i)] = {{"type", "string"}, {"maxLength", 100}};
@@ -719,7 +712,7 @@ TEST(Grammar, MasksThatTakeTooLongEndTheAnswer) {
   GrammarLimits limits;
   limits.masks = std::chrono::milliseconds(0);
   limits.mean_mask = std::chrono::milliseconds(0);
-  GrammarCompiler strict(tokenizer(), 0, limits);
+  GrammarCompiler strict(nano_tokenizer(), 0, limits);
   std::vector<uint32_t> words(strict.mask_words());
   GrammarSession session(strict.compile({Grammar::Kind::kRegex, "[a-z]+"}), false);
   try {
@@ -731,7 +724,7 @@ TEST(Grammar, MasksThatTakeTooLongEndTheAnswer) {
   }
   // A slow one among many quick ones is none: the average counts, and only behind the first two
   // seconds.
-  GrammarSession usual(compiler().compile({Grammar::Kind::kRegex, "[a-z]+"}), false);
+  GrammarSession usual(nano_compiler().compile({Grammar::Kind::kRegex, "[a-z]+"}), false);
   for (int i = 0; i < 100; ++i) EXPECT_TRUE(usual.mask(words));
 }
 

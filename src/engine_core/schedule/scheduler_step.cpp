@@ -1,12 +1,12 @@
 // The scheduler's step: plan, run, hand out what came of it.
 #include <algorithm>
-#include <ctime>
 #include <exception>
 #include <optional>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "base/math.h"
+#include "base/thread_time.h"
 #include "engine_core/schedule/scheduler.h"
 #include "engine_core/schedule/scheduler_state.h"
 
@@ -16,11 +16,7 @@ namespace {
 using Seconds = std::chrono::duration<double>;
 
 /// Of this thread.
-double processor_seconds() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
+double processor_seconds() { return Seconds(thread_time()).count(); }
 
 }  // namespace
 
