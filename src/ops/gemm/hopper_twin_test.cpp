@@ -10,7 +10,6 @@
 
 #include "base/cpu.h"
 #include "ops/gemm/sm90_layout.h"
-#include "ops/gemm/sm90_pack.h"
 #include "testing/product_data.h"
 
 namespace hadal::ops {
@@ -174,30 +173,6 @@ TEST(FoldFp4, IsExactUpToASpreadOf14) {
   }
   scales[2] = 112;
   EXPECT_FALSE(fold_fp4(packed.data(), scales.data(), 128, codes.data(), &slab_scale));
-}
-
-TEST(Sm90Pack, PieceAndTileLieWhereTheKernelsRead) {
-  // A K-major operand: every byte is found at operand_offset.
-  const auto rows = testing::random_codes(13 * 160, Data::kWide, 1);
-  const auto operand = sm90::pack_operand(rows.data(), 13, 160, 2);
-  ASSERT_EQ(operand.size(), 2u * 2 * 1024);
-  size_t nonzero = 0;
-  for (int64_t r = 0; r < 13; ++r) {
-    for (int64_t k = 0; k < 160; ++k) {
-      EXPECT_EQ(operand[static_cast<size_t>(sm90::operand_offset(r, k, 2))],
-                rows[static_cast<size_t>(r * 160 + k)]);
-    }
-  }
-  for (const uint8_t byte : operand) nonzero += byte != 0;
-  size_t expected = 0;
-  for (const uint8_t byte : rows) expected += byte != 0;
-  EXPECT_EQ(nonzero, expected);
-  // FP4 rows whose scales spread too far are counted.
-  std::vector<uint8_t> packed(2 * 64, 0x21), scales(2 * 4, 127);
-  std::vector<uint8_t> tiles(static_cast<size_t>(sm90::fp4_bytes(2, 128)));
-  EXPECT_EQ(sm90::pack_fp4(packed.data(), scales.data(), 2, 128, tiles.data()), 0);
-  scales[5] = 127 + 15;
-  EXPECT_EQ(sm90::pack_fp4(packed.data(), scales.data(), 2, 128, tiles.data()), 1);
 }
 
 }  // namespace
