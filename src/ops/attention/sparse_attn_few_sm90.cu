@@ -328,20 +328,8 @@ void sparse_attn_few(const SparseAttnSm90Params& p, int64_t items, Stream stream
   const int64_t segments = sparse_attn_segments(p);
   float* exchange =
       p.scratch + (segments == 1 ? 0 : p.tokens * p.heads * segments * (kLatentDim + 2));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks_for(items * kBlocks, 1));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kBlocks, 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  cudaLaunchKernelEx(&config, sparse_attn_few_kernel, p, static_cast<int>(segments), exchange);
-  check_launch("sparse_attn_sm90");
+  launch_early(sparse_attn_few_kernel, {blocks_for(items * kBlocks, 1), kThreads, kBytes, kBlocks},
+               stream, "sparse_attn_sm90", p, static_cast<int>(segments), exchange);
 }
 
 }  // namespace hadal::ops::cuda

@@ -331,33 +331,14 @@ void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
   constexpr int kBytes = sizeof(Memory);
   static_assert(kBytes <= 227 * 1024);
   cudaFuncSetAttribute(sparse_attn_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(items < 132 ? items : 132));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, sparse_attn_kernel, p, static_cast<int>(items),
-                     static_cast<int>(sparse_attn_segments(p)));
-  check_launch("sparse_attn_sm90");
+  const dim3 grid(static_cast<unsigned>(items < 132 ? items : 132));
+  launch_early(sparse_attn_kernel, {grid, kThreads, kBytes}, stream, "sparse_attn_sm90", p,
+               static_cast<int>(items), static_cast<int>(sparse_attn_segments(p)));
 }
 
 void launch_join(const SparseAttnSm90Params& p, int64_t segments, Stream stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks_for(p.tokens * p.heads, 1));
-  config.blockDim = 128;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, join_segments_kernel, p, segments);
-  check_launch("sparse_attn_sm90");
+  launch_early(join_segments_kernel, {blocks_for(p.tokens * p.heads, 1), 128}, stream,
+               "sparse_attn_sm90", p, segments);
 }
 
 }  // namespace

@@ -22,6 +22,36 @@ inline unsigned blocks_for(int64_t count, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;  ///< blocks that run together and see each other's shared memory
+};
+
+/// Launches a kernel that may begin beside the one before it (sm90.cuh, wait_for_previous).
+template <typename... Params, typename... Args>
+void launch_early(void (*kernel)(Params...),
+                  const LaunchShape& shape,
+                  Stream stream,
+                  const char* name,
+                  const Args&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = as_stream(stream);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {shape.cluster, 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = shape.cluster > 1 ? 2 : 1;
+  cudaLaunchKernelEx(&config, kernel, args...);
+  check_launch(name);
+}
+
 /// out[c] = sum over p in order of parts[p][c]: the second stage of a deterministic reduction.
 static __global__ void sum_parts_kernel(const float* __restrict__ parts,
                                         float* __restrict__ out,

@@ -13,31 +13,4 @@ __device__ __forceinline__ float sum_of_lanes(float x) {
   return x;
 }
 
-/// Launches a kernel that may begin beside the one before it (sm90.cuh, wait_for_previous), in
-/// clusters of `cluster` blocks.
-template <typename Params>
-void launch_early(void (*kernel)(Params),
-                  const Params& p,
-                  dim3 grid,
-                  unsigned threads,
-                  size_t shared_bytes,
-                  Stream stream,
-                  const char* name,
-                  unsigned cluster = 1) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch(name);
-}
-
 }  // namespace hadal::ops::cuda

@@ -225,18 +225,8 @@ void launch(const ExpertsFp4Sm90Params& p, Stream stream) {
   auto* kernel = experts_fp4_kernel<S>;
   constexpr int kBytes = S::stages * S::stage_bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.outputs / 64), static_cast<unsigned>(p.max_runs));
-  config.blockDim = S::threads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("experts_fp4_sm90");
+  const dim3 grid(static_cast<unsigned>(p.outputs / 64), static_cast<unsigned>(p.max_runs));
+  launch_early(kernel, {grid, S::threads, kBytes}, stream, "experts_fp4_sm90", p);
 }
 
 }  // namespace

@@ -342,21 +342,10 @@ void launch(const LinearSm90Params& p, Stream stream, int split) {
     throw_kernel_error("linear_sm90", "this split of K does not fit into shared memory");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks_for(a_rows, S::rows_a) * static_cast<unsigned>(split),
-                        blocks_for(b_rows, S::rows_b));
-  config.blockDim = S::threads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(split), 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = kSplit ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, p, split);
-  check_launch("linear_sm90");
+  const dim3 grid(blocks_for(a_rows, S::rows_a) * static_cast<unsigned>(split),
+                  blocks_for(b_rows, S::rows_b));
+  launch_early(kernel, {grid, S::threads, bytes, static_cast<unsigned>(split)}, stream,
+               "linear_sm90", p, split);
 }
 
 template <bool kFp8, int kN, int kStages, int kBatch>

@@ -84,17 +84,7 @@ template <typename Params>
 void launch_units(
     void (*kernel)(Params), const Params& p, int64_t units, Stream stream, const char* name) {
   if (units == 0) return;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks_for(units, 4);
-  config.blockDim = 128;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch(name);
+  launch_early(kernel, {blocks_for(units, 4), 128}, stream, name, p);
 }
 
 }  // namespace

@@ -269,19 +269,9 @@ void launch(const IndexScoresSm90Params& p, Stream stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   // Some blocks for each of the card's 132 processors, shared by the tokens.
   const int64_t blocks = (132 * 4 + p.tokens - 1) / p.tokens;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < p.max_pages ? blocks : p.max_pages),
-                        static_cast<unsigned>(p.tokens));
-  config.blockDim = kWarpgroup + 32;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("index_scores_sm90");
+  const dim3 grid(static_cast<unsigned>(blocks < p.max_pages ? blocks : p.max_pages),
+                  static_cast<unsigned>(p.tokens));
+  launch_early(kernel, {grid, kWarpgroup + 32, kBytes}, stream, "index_scores_sm90", p);
 }
 
 }  // namespace

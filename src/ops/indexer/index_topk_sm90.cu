@@ -220,20 +220,8 @@ template <int kBlocks>
 void launch(const IndexTopkSm90Params& p, Stream stream) {
   auto* kernel = index_topk_kernel<kBlocks>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks_for(p.tokens * kBlocks, 1);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = sizeof(Memory);
-  config.stream = as_stream(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kBlocks, 1, 1};
-  config.attrs = attributes;
-  config.numAttrs = kBlocks > 1 ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, p);
-  check_launch("index_topk_sm90");
+  launch_early(kernel, {blocks_for(p.tokens * kBlocks, 1), kThreads, sizeof(Memory), kBlocks},
+               stream, "index_topk_sm90", p);
 }
 
 }  // namespace

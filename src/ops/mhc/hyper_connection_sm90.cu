@@ -267,8 +267,9 @@ void launch(const HcPreSm90Params& p, Stream stream) {
   constexpr int kBlocks = kHead ? 4 : 8;
   auto* kernel = hc_pre_kernel<S, kHead, kBlocks>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory<S>));
-  launch_early(kernel, p, blocks_for((p.tokens + S::tokens - 1) / S::tokens * kBlocks, 1),
-               kThreads + 32, sizeof(Memory<S>), stream, "hc_pre_sm90", kBlocks);
+  const unsigned blocks = blocks_for((p.tokens + S::tokens - 1) / S::tokens * kBlocks, 1);
+  launch_early(kernel, {blocks, kThreads + 32, sizeof(Memory<S>), kBlocks}, stream, "hc_pre_sm90",
+               p);
 }
 
 template <bool kHead>
@@ -316,7 +317,7 @@ void hc_pre_sm90(const HcPreSm90Params& p, Stream stream) {
 void hc_post_sm90(const HcPostSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
   const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
-  cuda::launch_early(cuda::hc_post_kernel, p, grid, 128, 0, stream, "hc_post_sm90");
+  cuda::launch_early(cuda::hc_post_kernel, {grid, 128}, stream, "hc_post_sm90", p);
 }
 
 }  // namespace hadal::ops

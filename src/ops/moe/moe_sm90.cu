@@ -95,13 +95,13 @@ void route_sm90(const RouteSm90Params& p, Stream stream) {
   if (p.num_experts > cuda::kThreads) throw_kernel_error("route_sm90", "more than 1,024 experts");
   if (p.rows < max_routed_rows(p.tokens, p.topk, p.num_experts))
     throw_kernel_error("route_sm90", "too few rows for any choice of experts");
-  cuda::launch_early(cuda::route_kernel, p, 1, cuda::kThreads, 0, stream, "route_sm90");
+  cuda::launch_early(cuda::route_kernel, {1, cuda::kThreads}, stream, "route_sm90", p);
 }
 
 void combine_sm90(const CombineSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
   const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
-  cuda::launch_early(cuda::combine_kernel, p, grid, 128, 0, stream, "combine_sm90");
+  cuda::launch_early(cuda::combine_kernel, {grid, 128}, stream, "combine_sm90", p);
 }
 
 }  // namespace hadal::ops

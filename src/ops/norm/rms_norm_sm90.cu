@@ -61,8 +61,9 @@ void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream) {
     throw_kernel_error("rms_norm_sm90", "rows of a multiple of 8 values, 16,384 at most");
   const auto bytes = static_cast<size_t>(p.dim * 4);
   cudaFuncSetAttribute(cuda::rms_norm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
-  cuda::launch_early(cuda::rms_norm_kernel, p, cuda::blocks_for(p.rows, 1), cuda::kThreads, bytes,
-                     stream, "rms_norm_sm90");
+  cuda::launch_early(cuda::rms_norm_kernel,
+                     {cuda::blocks_for(p.rows, 1), cuda::kThreads, static_cast<size_t>(bytes)},
+                     stream, "rms_norm_sm90", p);
 }
 
 }  // namespace hadal::ops
