@@ -320,7 +320,7 @@ void Scheduler::preempt(Sequence& sequence, bool keep_prefix) {
   if (keep_prefix) cache_.publish(sequence.cache, sequence.tokens, StateKind::kEnd);
   cache_.close(sequence.cache);
   std::erase(running_, &sequence);
-  sequence.leader = nullptr;
+  follow(sequence, nullptr);
   leave_followers(sequence);
   sequence.chunk = 0;
   enqueue(sequence, true);
@@ -331,7 +331,7 @@ void Scheduler::release(Sequence& sequence) {
   if (sequence.phase == Sequence::Phase::kRunning) {
     cache_.close(sequence.cache);
     std::erase(running_, &sequence);
-    sequence.leader = nullptr;
+    follow(sequence, nullptr);
     leave_followers(sequence);
   } else if (sequence.phase == Sequence::Phase::kWaiting) {
     queue_.remove(sequence.arrival);
@@ -448,7 +448,7 @@ EngineStats Scheduler::stats() const {
 
 void Scheduler::check_integrity() const {
   std::vector<const CachedSequence*> open;
-  int64_t running = 0, waiting = 0;
+  int64_t running = 0, waiting = 0, following = 0;
   for (const auto& [id, request] : requests_) {
     int64_t num_open = 0;
     for (const std::unique_ptr<Sequence>& sequence : request->sequences) {
@@ -456,12 +456,15 @@ void Scheduler::check_integrity() const {
       HADAL_CHECK(runs == (sequence->cache.slot >= 0), "scheduler: a slot without a run");
       if (runs) open.push_back(&sequence->cache);
       running += runs ? 1 : 0;
+      following += sequence->leader != nullptr ? 1 : 0;
       waiting += sequence->phase == Sequence::Phase::kWaiting ? 1 : 0;
       num_open += sequence->phase == Sequence::Phase::kEnded ? 0 : 1;
     }
     HADAL_CHECK(num_open == request->num_open && num_open > 0, "scheduler: request ", id, " has ",
                 num_open, " open choices, counted ", request->num_open);
   }
+  HADAL_CHECK(following == num_following_, "scheduler: ", following, " sequences follow, counted ",
+              num_following_);
   HADAL_CHECK(running == static_cast<int64_t>(running_.size()) &&
                   waiting == static_cast<int64_t>(waiting_.size()) &&
                   waiting_.size() == queue_.size(),

@@ -127,6 +127,7 @@ class Scheduler {
   // Prompts that begin alike (scheduler_shared.cpp).
   int64_t shared_tokens(const Sequence& leader, const Sequence& sequence) const;
   void seek_leader(Sequence& sequence);
+  void follow(Sequence& sequence, const Sequence* leader);
   int64_t until_taken(const Sequence& sequence) const;
   void serve_followers(Sequence& leader);
   void take_over(const Sequence& leader, Sequence& sequence);
@@ -187,8 +188,9 @@ class Scheduler {
     double processor = 0;  ///< seconds of the engine's thread
   };
   class Stopwatch;
-  Spent model_, sampling_;  ///< in the step being made
-  uint64_t load_turn_ = 0;  ///< whose load comes first
+  Spent model_, sampling_;     ///< in the step being made
+  uint64_t load_turn_ = 0;     ///< whose load comes first
+  int64_t num_following_ = 0;  ///< sequences with a leader
   int64_t num_waiting_requests_ = 0;
   int64_t max_tokens_ = 0;      ///< of a sequence: context and memory
   int64_t blocked_spare_ = 0;   ///< spare pages when the front did not fit

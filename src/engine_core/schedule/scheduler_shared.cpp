@@ -28,10 +28,15 @@ int64_t Scheduler::shared_tokens(const Sequence& leader, const Sequence& sequenc
   return shared > leader.pos() ? shared : 0;
 }
 
+void Scheduler::follow(Sequence& sequence, const Sequence* leader) {
+  num_following_ += (leader != nullptr ? 1 : 0) - (sequence.leader != nullptr ? 1 : 0);
+  sequence.leader = leader;
+}
+
 // Whom the sequence waits for, of those that come before it: whoever computes most of its prompt.
 void Scheduler::seek_leader(Sequence& sequence) {
   sequence.seeks_leader = false;
-  sequence.leader = nullptr;
+  follow(sequence, nullptr);
   int64_t most = sequence.pos() + options_.least_shared - 1;
   if (sequence.num_tokens() <= most || sequence.suspect_until > sequence.pos()) return;
   for (Sequence* other : running_) {
@@ -39,7 +44,7 @@ void Scheduler::seek_leader(Sequence& sequence) {
     const int64_t shared = shared_tokens(*other, sequence);
     if (shared <= most) continue;
     most = shared;
-    sequence.leader = other;
+    follow(sequence, other);
     sequence.shared = shared;
   }
 }
@@ -54,9 +59,10 @@ int64_t Scheduler::until_taken(const Sequence& sequence) const {
 
 // It got somewhere: those that waited for this go on from here.
 void Scheduler::serve_followers(Sequence& leader) {
+  if (num_following_ == 0) return;  // as with every token of an answer
   for (Sequence* other : running_) {
     if (other->leader != &leader || other->shared > leader.pos()) continue;
-    other->leader = nullptr;
+    follow(*other, nullptr);
     other->seeks_leader = true;
     if (other->shared == leader.pos()) take_over(leader, *other);
   }
@@ -87,9 +93,10 @@ void Scheduler::take_over(const Sequence& leader, Sequence& sequence) {
 
 // It stops: those that waited for it look for somebody else.
 void Scheduler::leave_followers(const Sequence& leader) {
+  if (num_following_ == 0) return;
   for (Sequence* other : running_) {
     if (other->leader != &leader) continue;
-    other->leader = nullptr;
+    follow(*other, nullptr);
     other->seeks_leader = true;
   }
 }
