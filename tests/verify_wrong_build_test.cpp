@@ -96,9 +96,9 @@ class Forgetful : public model::ContiguousKv {
       // The four rows of the block before the one that this token belongs to.
       const int64_t first = length(0) / 4 * 4;
       view.rows = view.rows.clone();
-      for (const int64_t row : view.first_row)
+      for (int64_t seq = 0; seq < view.slots.size(0); ++seq)
         for (int64_t pos = first - 4; pos < first; ++pos)
-          view.rows[row + pos % view.ring].fill_(-INFINITY);
+          view.rows[view.table().row(seq, pos)].fill_(-INFINITY);
     }
     return view;
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <set>
 
 #include <ATen/ATen.h>
 
@@ -18,13 +19,6 @@ using ops::Numerics;
 using ops::RowFormat;
 using ops::RowKind;
 
-/// 0, 1, ... count - 1.
-std::vector<int64_t> first_numbers(int64_t count) {
-  std::vector<int64_t> numbers(static_cast<size_t>(count));
-  std::iota(numbers.begin(), numbers.end(), int64_t{0});
-  return numbers;
-}
-
 }  // namespace
 
 int64_t page_tokens_of(const ModelConfig& config) {
@@ -36,7 +30,10 @@ int64_t page_tokens_of(const ModelConfig& config) {
 }
 
 KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
-    : config_(config), options_(options), page_tokens_(page_tokens_of(config)) {
+    : config_(config),
+      options_(options),
+      page_tokens_(page_tokens_of(config)),
+      tables_(options.device) {
   HADAL_CHECK(options.num_pages >= 1 && options.num_slots >= 1 && options.slack >= 0,
               "kv_cache: ", options.num_pages, " pages, ", options.num_slots, " slots, slack ",
               options.slack);
@@ -83,6 +80,13 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
     add_inputs(block, RingKind::kIndexScore, config.index_head_dim);
     add_blocks(block, BlockKind::kIndexKeys, key);
   }
+  std::set<int64_t> ratios, sizes;
+  for (const auto& [id, rows] : blocks_) ratios.insert(rows.ratio);
+  for (const auto& [id, ring] : rings_) sizes.insert(ring.size);
+  ratios_.assign(ratios.begin(), ratios.end());
+  ring_sizes_.assign(sizes.begin(), sizes.end());
+  // No sequence is longer than the cache.
+  pages_ = ops::PageTable(slots, options.num_pages, options.num_pages, options.device);
 }
 
 int64_t KvCache::page_bytes() const {
@@ -229,8 +233,14 @@ void KvCache::rebuild(int64_t slot,
 }
 
 ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
-  active_.clear();
+  step_.reset();
   std::vector<int64_t> lengths, starts;
+  ops::StepPlaces places{.slots = {},
+                         .pages = &pages_,
+                         .page_tokens = page_tokens_,
+                         .memory = &tables_,
+                         .ratios = ratios_,
+                         .ring_sizes = ring_sizes_};
   std::vector<bool> used(static_cast<size_t>(num_slots()), false);
   for (const SequenceStep& step : steps) {
     const auto length = static_cast<int64_t>(step.tokens.size());
@@ -238,70 +248,47 @@ ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
                 "kv_cache: slot ", step.slot, " of ", num_slots(), " is unknown or used twice");
     used[static_cast<size_t>(step.slot)] = true;
     const auto needed = ceil_div(step.start + length, page_tokens_);
-    HADAL_CHECK(length >= 1 && step.start >= 0 && static_cast<int64_t>(step.pages.size()) >= needed,
+    HADAL_CHECK(length >= 1 && step.start >= 0 && std::ssize(step.pages) >= needed,
                 "kv_cache: ", length, " tokens from position ", step.start, " in ",
                 step.pages.size(), " pages");
-    for (const int64_t page : step.pages) {
-      HADAL_CHECK(page >= 0 && page < num_pages(), "kv_cache: page ", page, " of ", num_pages());
-    }
-    active_.push_back({.slot = step.slot,
-                       .start = step.start,
-                       .length = length,
-                       .pages = {step.pages.begin(), step.pages.begin() + needed}});
+    pages_.update(step.slot, step.pages.first(static_cast<size_t>(needed)));
+    places.slots.push_back(step.slot);
     lengths.push_back(length);
     starts.push_back(step.start);
   }
-  return ops::Batch(lengths, starts, options_.device);
+  pages_.upload();
+  return step_.emplace(std::move(lengths), std::move(starts), options_.device, places);
 }
 
 ops::RingView KvCache::ring(int64_t block, RingKind kind) {
   const Ring& ring = rings_.at({block, kind});
-  ops::RingView view{.rows = ring.memory.rows(),
-                     .first_row = {},
-                     .ring = ring.size,
-                     .format = ring.memory.format()};
-  for (const Active& sequence : active_) view.first_row.push_back(sequence.slot * ring.size);
-  return view;
+  return {.rows = ring.memory.rows(),
+          .slots = step_.value().slots(),
+          .ring = ring.size,
+          .format = ring.memory.format()};
 }
 
 ops::BlockView KvCache::append_blocks(int64_t block, BlockKind kind, const at::Tensor& rows) {
   Rows& store = blocks_.at({block, kind});
-  ops::BlockView view{.rows = store.memory.rows(),
-                      .page_start = {},
-                      .page_blocks = store.page_blocks,
-                      .format = store.memory.format()};
-  for (const Active& sequence : active_) {
-    auto& starts = view.page_start.emplace_back();
-    for (const int64_t page : sequence.pages) starts.push_back(page * store.page_blocks);
+  // As in most decode steps nothing comes; or what comes stems from windows that are not right yet.
+  if (rows.size(0) > 0 && !pages_are_given_) {
+    const at::Tensor& to = step_.value().blocks(store.ratio).cache_rows;
+    HADAL_CHECK(to.size(0) == rows.size(0), "kv_cache: ", rows.size(0), " rows for ", to.size(0),
+                " blocks");
+    store.memory.store(rows, at::Tensor(), to);
   }
-  // As in most decode steps; or what is computed here stems from windows that are not right yet.
-  if (rows.size(0) == 0 || pages_are_given_) return view;
-  std::vector<int64_t> to;
-  for (size_t seq = 0; seq < active_.size(); ++seq) {
-    const Active& sequence = active_[seq];
-    const int64_t end = (sequence.start + sequence.length) / store.ratio;
-    for (int64_t number = sequence.start / store.ratio; number < end; ++number)
-      to.push_back(view.row(static_cast<int64_t>(seq), number));
-  }
-  const std::vector<int64_t> from = first_numbers(std::ssize(to));
-  HADAL_CHECK(std::ssize(to) == rows.size(0), "kv_cache: ", rows.size(0), " rows for ", to.size(),
-              " blocks");
-  store.memory.store(rows, from, to);
-  return view;
+  return {.rows = store.memory.rows(),
+          .slots = step_.value().slots(),
+          .pages = pages_.table(),
+          .page_blocks = store.page_blocks,
+          .page_rows = store.page_blocks,
+          .format = store.memory.format()};
 }
 
 void KvCache::commit(int64_t block, RingKind kind, const at::Tensor& rows) {
   Ring& ring = rings_.at({block, kind});
-  std::vector<int64_t> from, to;
-  int64_t token = 0;
-  for (const Active& sequence : active_) {
-    for (int64_t t = std::max<int64_t>(0, sequence.length - ring.size); t < sequence.length; ++t) {
-      from.push_back(token + t);
-      to.push_back(sequence.slot * ring.size + (sequence.start + t) % ring.size);
-    }
-    token += sequence.length;
-  }
-  ring.memory.store(rows, from, to);
+  const ops::RingWrites& writes = step_.value().ring_writes(ring.size);
+  ring.memory.store(rows, writes.from, writes.to);
 }
 
 }  // namespace hadal::engine

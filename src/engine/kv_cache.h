@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@
 #include "engine_core/runner.h"
 #include "model/config.h"
 #include "model/kv_access.h"
+#include "ops/cache/batch.h"
 #include "ops/op.h"
 
 namespace hadal::engine {
@@ -120,10 +122,6 @@ class KvCache final : public CacheMemory, public model::KvAccess {
     int64_t page_bytes() const { return page_blocks * memory.row_bytes(); }
     std::vector<int64_t> of_page(int64_t page) const;
   };
-  struct Active {
-    int64_t slot, start, length;
-    std::vector<int64_t> pages;
-  };
   /// Window rows that a snapshot at `pos` holds.
   int64_t window_rows(int64_t pos) const;
   int64_t kept_bytes(int64_t pos, int64_t window) const;
@@ -140,7 +138,10 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   int64_t page_tokens_;
   std::map<std::pair<int64_t, model::RingKind>, Ring> rings_;
   std::map<std::pair<int64_t, model::BlockKind>, Rows> blocks_;
-  std::vector<Active> active_;
+  std::vector<int64_t> ratios_, ring_sizes_;  // of all layers, each once
+  ops::PageTable pages_;                      // of all slots
+  ops::TableMemory tables_;
+  std::optional<ops::Batch> step_;
   Rerun rerun_;
   bool pages_are_given_ = false;
 };

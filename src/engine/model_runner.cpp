@@ -216,7 +216,7 @@ void ModelRunner::keep_streams(std::span<const SequenceStep> steps, const at::Te
     done.first = std::max(done.first, end - kept_streams_);
     row += count;
   }
-  streams_.store(streams.flatten(1), from, to);
+  streams_.store(streams.flatten(1), on_device(from), on_device(to));
 }
 
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {

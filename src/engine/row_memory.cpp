@@ -1,34 +1,17 @@
 #include "engine/row_memory.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "ops/cache/lazy_memory.h"
 
 namespace hadal::engine {
 namespace {
 
 at::Tensor upload(std::span<const int64_t> numbers, at::Device device) {
   return at::tensor(at::ArrayRef<int64_t>(numbers.data(), numbers.size()), at::kLong).to(device);
-}
-
-constexpr size_t kAlignment = 64;  // a cache line, as ATen's own memory
-
-/// Zeros that the system gives memory to when they are first written: a cache may be as large as
-/// the longest context and costs what is used of it.
-at::Tensor lazy_zeros(int64_t rows, int64_t columns, at::ScalarType type) {
-  const auto bytes =
-      static_cast<size_t>(rows * columns) * static_cast<size_t>(c10::elementSize(type));
-  size_t space = bytes + kAlignment;
-  void* const memory = std::calloc(space, 1);
-  HADAL_CHECK(memory != nullptr, "row_memory: no memory of ", bytes, " bytes");
-  void* first = memory;
-  std::align(kAlignment, bytes, first, space);
-  return at::from_blob(
-      first, {rows, columns}, [memory](void*) { std::free(memory); }, type);
 }
 
 }  // namespace
@@ -43,7 +26,7 @@ RowMemory::RowMemory(int64_t count,
   const at::ScalarType type = format.packed() ? at::kByte : dense;
   const int64_t columns = format.packed() ? format.bytes() : width;
   rows_ = device.is_cpu() && lazy
-              ? lazy_zeros(count, columns, type)
+              ? ops::lazy_zeros(count, columns, type)
               : at::zeros({count, columns}, at::TensorOptions(device).dtype(type));
 }
 
@@ -77,19 +60,18 @@ const std::byte* RowMemory::write(std::span<const int64_t> numbers, const std::b
   return in;
 }
 
-void RowMemory::store(const at::Tensor& source,
-                      std::span<const int64_t> from,
-                      std::span<const int64_t> to) {
-  HADAL_CHECK(from.size() == to.size() && source.device() == rows_.device(),
-              "row_memory: ", from.size(), " rows on ", source.device().str(), " for ", to.size(),
-              " on ", rows_.device().str());
+void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at::Tensor& to) {
+  const int64_t count = from.defined() ? from.numel() : source.size(0);
+  HADAL_CHECK(count == to.numel() && source.device() == rows_.device(), "row_memory: ", count,
+              " rows on ", source.device().str(), " for ", to.numel(), " on ",
+              rows_.device().str());
   if (!rows_.is_cpu()) {
     // Packing has no kernel on the GPU yet.
-    const at::Tensor found = source.index_select(0, upload(from, rows_.device()));
+    const at::Tensor found = from.defined() ? source.index_select(0, from) : source;
     const at::Tensor stored = format_.packed()
                                   ? ops::pack_rows(found.cpu(), format_).to(rows_.device())
                                   : found.to(rows_.scalar_type());
-    rows_.index_copy_(0, upload(to, rows_.device()), stored);
+    rows_.index_copy_(0, to, stored);
     return;
   }
   const at::Tensor dense =
@@ -99,15 +81,18 @@ void RowMemory::store(const at::Tensor& source,
   HADAL_CHECK(format_.packed() ? dense.scalar_type() == at::kBFloat16 : stride == row_bytes(),
               "row_memory: rows of ", dense.size(1), " ", dense.scalar_type(), " for rows of ",
               row_bytes(), " bytes");
-  for (size_t i = 0; i < from.size(); ++i) {
-    const std::byte* row = data + from[i] * stride;
+  const int64_t* sources = from.defined() ? from.const_data_ptr<int64_t>() : nullptr;
+  const int64_t* targets = to.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = sources != nullptr ? sources[i] : i;
+    const std::byte* row = data + number * stride;
     if (!format_.packed()) {
-      std::memcpy(bytes(to[i]), row, static_cast<size_t>(stride));
+      std::memcpy(bytes(targets[i]), row, static_cast<size_t>(stride));
       continue;
     }
     HADAL_CHECK(ops::pack_row(reinterpret_cast<const uint16_t*>(row), format_,
-                              reinterpret_cast<uint8_t*>(bytes(to[i]))),
-                "row_memory: row ", from[i], " did not go through its round trip");
+                              reinterpret_cast<uint8_t*>(bytes(targets[i]))),
+                "row_memory: row ", number, " did not go through its round trip");
   }
 }
 

@@ -33,18 +33,6 @@ at::Tensor quantise_index(const at::Tensor& x, Numerics numerics) {
   return numerics == Numerics::kReleased ? ops::fp4_round_trip(rotated, 32) : rotated;
 }
 
-/// Rows of a training batch as a view by block: each sequence's blocks are contiguous and start at
-/// its block 0.
-ops::BlockView blocks_of_step(const at::Tensor& rows, const ops::BlockPlan& plan) {
-  ops::BlockView view{.rows = rows, .page_start = {}};
-  for (size_t seq = 0; seq + 1 < plan.cu_blocks.size(); ++seq) {
-    HADAL_CHECK(plan.first_block[seq] == 0, "attention: sequence ", seq,
-                " continues an earlier step but no cache was given");
-    view.page_start.push_back({plan.cu_blocks[seq]});
-  }
-  return view;
-}
-
 struct CompressorRings {
   RingKind kv, score;
   BlockKind blocks;
@@ -82,7 +70,7 @@ ops::BlockView compress_step(const Compressor& compressor,
                ? quantise_index(rows, context.numerics)
                : quantise_latent(rows, config.rope_head_dim, context.numerics);
   }
-  if (context.kv == nullptr) return blocks_of_step(rows, plan);
+  if (context.kv == nullptr) return ops::step_blocks(rows, batch, ratio);
   const ops::BlockView view = context.kv->append_blocks(block, rings.blocks, rows);
   context.kv->commit(block, rings.kv, kv);
   context.kv->commit(block, rings.score, result.score);

@@ -10,22 +10,20 @@
 namespace hadal::model {
 namespace {
 
-at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
-  return at::tensor(values, at::kLong).to(device);
-}
-
 /// Row from[i] of x becomes row to[i] of y; both on the CPU, contiguous and of one type.
 void copy_rows(const at::Tensor& x,
-               const std::vector<int64_t>& from,
+               const at::Tensor& from,
                const at::Tensor& y,
-               const std::vector<int64_t>& to) {
+               const at::Tensor& to) {
   HADAL_CHECK(x.size(1) == y.size(1), "contiguous_kv: rows of ", x.size(1), " channels for ",
               y.size(1));
   const int64_t bytes = x.size(1) * x.element_size();
   const auto* source = static_cast<const char*>(x.const_data_ptr());
   auto* target = static_cast<char*>(y.mutable_data_ptr());
-  for (size_t i = 0; i < from.size(); ++i) {
-    std::memcpy(target + to[i] * bytes, source + from[i] * bytes, static_cast<size_t>(bytes));
+  const int64_t *sources = from.const_data_ptr<int64_t>(), *targets = to.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < from.numel(); ++i) {
+    std::memcpy(target + targets[i] * bytes, source + sources[i] * bytes,
+                static_cast<size_t>(bytes));
   }
 }
 
@@ -43,7 +41,8 @@ ContiguousKv::ContiguousKv(const ModelConfig& config,
       slack_(slack),
       device_(device),
       lengths_(static_cast<size_t>(slots), 0),
-      furthest_(static_cast<size_t>(slots), 0) {
+      furthest_(static_cast<size_t>(slots), 0),
+      lines_(at::arange(slots, at::TensorOptions(at::kInt).device(device)).unsqueeze(1)) {
   HADAL_CHECK(slots >= 1 && max_tokens >= 1 && slack >= 0, "contiguous_kv: ", slots, " slots of ",
               max_tokens, " tokens, slack ", slack);
   const at::ScalarType state = dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -102,7 +101,7 @@ ops::Batch ContiguousKv::begin(const std::vector<int64_t>& slots,
   }
   active_ = slots;
   active_lengths_ = lengths;
-  return ops::Batch(lengths, starts, device_);
+  return step_.emplace(lengths, starts, device_, ops::StepPlaces{.slots = slots});
 }
 
 void ContiguousKv::advance() {
@@ -115,9 +114,7 @@ void ContiguousKv::advance() {
 
 ops::RingView ContiguousKv::ring(int64_t block, RingKind kind) {
   const Ring& ring = rings_.at({block, kind});
-  ops::RingView view{.rows = ring.rows, .first_row = {}, .ring = ring.size};
-  for (const int64_t slot : active_) view.first_row.push_back(slot * ring.size);
-  return view;
+  return {.rows = ring.rows, .slots = step_.value().slots(), .ring = ring.size};
 }
 
 void ContiguousKv::grow(Rows& store, int64_t needed) {
@@ -137,7 +134,6 @@ ops::BlockView ContiguousKv::append_blocks(int64_t block, BlockKind kind, const 
     needed = std::max(needed, (length(active_[i]) + active_lengths_[i]) / ratio);
   }
   grow(store, needed);
-  ops::BlockView view{.rows = store.rows.flatten(0, 1), .page_start = {}};
   int64_t next = 0;
   for (size_t i = 0; i < active_.size(); ++i) {
     const int64_t slot = active_[i], first = length(slot) / ratio;
@@ -145,30 +141,23 @@ ops::BlockView ContiguousKv::append_blocks(int64_t block, BlockKind kind, const 
     if (count > 0) {
       store.rows[slot].narrow(0, first, count).copy_(rows.narrow(0, next, count));
     }
-    view.page_start.push_back({slot * store.capacity});
     next += count;
   }
   HADAL_CHECK(next == rows.size(0), "contiguous_kv: ", rows.size(0), " rows for ", next, " blocks");
-  return view;
+  return {.rows = store.rows.flatten(0, 1),
+          .slots = step_.value().slots(),
+          .pages = lines_,
+          .page_rows = store.capacity};
 }
 
 void ContiguousKv::commit(int64_t block, RingKind kind, const at::Tensor& rows) {
   Ring& ring = rings_.at({block, kind});
-  std::vector<int64_t> from, to;
-  int64_t token = 0;
-  for (size_t i = 0; i < active_.size(); ++i) {
-    const int64_t start = length(active_[i]), count = active_lengths_[i];
-    for (int64_t t = std::max<int64_t>(0, count - ring.size); t < count; ++t) {
-      from.push_back(token + t);
-      to.push_back(active_[i] * ring.size + (start + t) % ring.size);
-    }
-    token += count;
-  }
+  const auto& [from, to] = step_.value().ring_writes(ring.size);
   if (device_.is_cpu() && rows.scalar_type() == ring.rows.scalar_type()) {
     copy_rows(rows.contiguous(), from, ring.rows, to);
     return;
   }
-  ring.rows.index_copy_(0, upload(to, device_), rows.index_select(0, upload(from, device_)));
+  ring.rows.index_copy_(0, to, rows.index_select(0, from));
 }
 
 }  // namespace hadal::model

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 
 #include "model/config.h"
 #include "model/kv_access.h"
+#include "ops/cache/batch.h"
 
 namespace hadal::model {
 
@@ -69,6 +71,8 @@ class ContiguousKv : public KvAccess {
   std::map<std::pair<int64_t, RingKind>, Ring> rings_;
   std::map<std::pair<int64_t, BlockKind>, Rows> blocks_;
   std::vector<int64_t> active_, active_lengths_;
+  at::Tensor lines_;  // [slots, 1] I32: each slot's number, which is its one page
+  std::optional<ops::Batch> step_;
 };
 
 }  // namespace hadal::model

@@ -82,9 +82,7 @@ TEST_F(Gradient, Compress) {
 
 TEST_F(Gradient, IndexScores) {
   const Batch batch({11, 6}, {0, 0}, at::kCPU);
-  const auto view = [](const at::Tensor& rows) {
-    return BlockView{.rows = rows, .page_start = {{0}, {2}}};
-  };
+  const auto view = [](const at::Tensor& rows) { return BlockView::consecutive(rows, {0, 2}); };
   check_gradients(
       "index_scores",
       [&](const TensorList& in) {
@@ -100,7 +98,7 @@ TEST_F(Gradient, IndexScores) {
 TEST_F(Gradient, IndexKl) {
   const Batch batch({19, 6}, {0, 0}, at::kCPU);
   const at::Tensor q = random({25, 2, 4}), rows = random({5, 4}), lse = random({25, 2}) + 3.0;
-  const BlockView blocks{.rows = rows, .page_start = {{0}, {4}}};
+  const BlockView blocks = BlockView::consecutive(rows, {0, 4});
   const at::Tensor limit = (batch.pos() + 1).div(4, "floor").unsqueeze(1);
   const at::Tensor scores =
       random({25, 4}).masked_fill(at::arange(4, at::kLong).unsqueeze(0) >= limit, -INFINITY);
@@ -123,7 +121,7 @@ TEST_F(Gradient, IndexKlMovesScoresAlone) {
                    rows = random({2, 4}).requires_grad_(true),
                    lse = random({9, 2}).requires_grad_(true);
   const IndexKl kl = index_kl(random({9, 2}).requires_grad_(true), {}, q,
-                              {.rows = rows, .page_start = {{0}}}, lse, batch, 4, 0.5);
+                              BlockView::consecutive(rows, {0}), lse, batch, 4, 0.5);
   for (const at::Tensor& grad : torch::autograd::grad({kl.sum}, {q, rows, lse}, {},
                                                       /*retain_graph=*/std::nullopt,
                                                       /*create_graph=*/false,
@@ -149,14 +147,14 @@ TEST_F(Gradient, SparseAttn) {
                   count = first + (setup.ratio > 0 ? 9 / setup.ratio : 0);
     at::Tensor selection;
     if (setup.topk > 0) {
-      const BlockView keys{.rows = random({count, 4}), .page_start = {{0}, {first}}};
+      const BlockView keys = BlockView::consecutive(random({count, 4}), {0, first});
       selection = index_topk(random({79, 2, 4}), random({79, 2}), keys, batch, setup.ratio,
                              setup.topk, Numerics::kIdeal);
     }
     check_gradients(setup.name,
                     [&](const TensorList& in) {
-                      const BlockView blocks{.rows = in.size() > 3 ? in[3] : at::Tensor(),
-                                             .page_start = {{0}, {first}}};
+                      const BlockView blocks =
+                          in.size() > 3 ? BlockView::consecutive(in[3], {0, first}) : BlockView{};
                       const AttentionResult r =
                           sparse_attn(in[0], in[1], {}, blocks, selection, in[2], batch, params);
                       return TensorList{r.out, r.lse};

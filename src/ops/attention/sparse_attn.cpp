@@ -64,13 +64,8 @@ at::Tensor window_rows(const at::Tensor& kv,
   if (std::max<int64_t>(from, 0) < start) {
     HADAL_CHECK(history.rows.defined(), "sparse_attn: sequence ", seq, " starts at ", start,
                 " without a history");
-    std::vector<int64_t> rows;
-    for (int64_t pos = std::max<int64_t>(from, 0); pos < std::min(start, to); ++pos) {
-      rows.push_back(history.first_row[static_cast<size_t>(seq)] + pos % history.ring);
-    }
-    const at::Tensor past =
-        history.rows.index_select(0, at::tensor(rows, at::kLong).to(kv.device()));
-    parts.push_back(dense_rows(past, history.format).to(type));
+    const int64_t first = std::max<int64_t>(from, 0);
+    parts.push_back(history.gather(seq, first, std::min(start, to)).to(type));
   }
   const int64_t end = start + batch.length(seq);
   if (std::min(to, end) > std::max(from, start)) {
@@ -146,8 +141,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 /// The CUDA kernels behind autograd. Everything but the differentiable tensors travels by value.
-struct CudaInputs {
-  const Batch* batch;  // outlives the backward pass: the step owns it
+struct CudaInputs : torch::CustomClassHolder {
+  CudaInputs(Batch step, const AttentionParams& p, at::Tensor chosen)
+      : batch(std::move(step)), params(p), selection(std::move(chosen)) {}
+  Batch batch;
   AttentionParams params;
   at::Tensor selection;
 };
@@ -172,7 +169,7 @@ SparseAttnParams kernel_params(const at::Tensor& q,
           .tiles = reinterpret_cast<const TokenTile*>(tiles.const_data_ptr<int32_t>()),
           .cu_seqlens = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
           .cu_blocks = params.ratio > 0
-                           ? batch.blocks(params.ratio).device_cu_blocks.const_data_ptr<int32_t>()
+                           ? batch.blocks(params.ratio).first_rows.const_data_ptr<int32_t>()
                            : nullptr,
           .out = out.mutable_data_ptr(),
           .lse = lse.mutable_data_ptr<float>(),
@@ -191,17 +188,15 @@ struct SparseAttnCuda : torch::autograd::Function<SparseAttnCuda> {
                                const at::Tensor& kv,
                                const at::Tensor& blocks,
                                const at::Tensor& sink,
-                               const CudaInputs& inputs) {
+                               const c10::intrusive_ptr<CudaInputs>& shared) {
+    const CudaInputs& inputs = *shared;
     const at::Tensor out = at::empty_like(q);
     const at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-    sparse_attn_cuda(kernel_params(q, kv, blocks, sink, inputs.selection, out, lse, *inputs.batch,
-                                   inputs.params),
-                     current_stream(q));
+    sparse_attn_cuda(
+        kernel_params(q, kv, blocks, sink, inputs.selection, out, lse, inputs.batch, inputs.params),
+        current_stream(q));
     context->save_for_backward({q, kv, blocks, sink, inputs.selection, out, lse});
-    context->saved_data["batch"] = reinterpret_cast<int64_t>(inputs.batch);
-    context->saved_data["window"] = inputs.params.window;
-    context->saved_data["scale"] = inputs.params.scale;
-    context->saved_data["ratio"] = inputs.params.ratio;
+    context->saved_data["inputs"] = c10::IValue::make_capsule(shared);
     context->mark_non_differentiable({lse});
     return {out, lse};
   }
@@ -210,10 +205,10 @@ struct SparseAttnCuda : torch::autograd::Function<SparseAttnCuda> {
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &kv = saved[1], &blocks = saved[2], &sink = saved[3],
                      &selection = saved[4], &out = saved[5], &lse = saved[6];
-    const Batch& batch = *reinterpret_cast<const Batch*>(context->saved_data["batch"].toInt());
-    const AttentionParams params{.window = context->saved_data["window"].toInt(),
-                                 .scale = context->saved_data["scale"].toDouble(),
-                                 .ratio = context->saved_data["ratio"].toInt()};
+    const auto inputs =
+        c10::static_intrusive_pointer_cast<CudaInputs>(context->saved_data["inputs"].toCapsule());
+    const Batch& batch = inputs->batch;
+    const AttentionParams& params = inputs->params;
     const at::Tensor grad_out = grad_outputs[0].contiguous();
     const at::Tensor delta = at::empty_like(lse);
     const at::Tensor grad_q = at::empty_like(q), grad_kv = at::empty_like(kv);
@@ -357,13 +352,19 @@ struct CpuStep {
   const AttentionParams& params;
 };
 
+/// Rows before the step: their bytes and which is whose.
+struct CachedRows {
+  RowTable history, compressed;
+  RingRows ring;
+  BlockRows blocks;
+};
+
 void list_keys(KeyList& keys,
                const CpuStep& step,
                int64_t token,
                int64_t seq,
                const RowTable& kv,
-               const RowTable& history,
-               const RowTable& compressed) {
+               const CachedRows& cached) {
   const int64_t start = step.batch.start(seq), begin = step.batch.begin(seq);
   const int64_t pos = start + token - begin, ratio = step.params.ratio;
   keys.clear();
@@ -372,9 +373,7 @@ void list_keys(KeyList& keys,
     if (p >= start) {
       keys.add(kv.row(begin + p - start), false);
     } else {
-      keys.add(
-          history.row(step.history.first_row[static_cast<size_t>(seq)] + p % step.history.ring),
-          step.history.format.packed());
+      keys.add(cached.history.row(cached.ring.row(seq, p)), step.history.format.packed());
     }
   }
   keys.end_chunk();
@@ -384,12 +383,13 @@ void list_keys(KeyList& keys,
     const int32_t* chosen = step.selection.const_data_ptr<int32_t>() + token * k;
     for (int64_t rank = 0; rank < k && chosen[rank] >= 0; ++rank) {
       if (rank % kFoldChunk == 0) keys.end_chunk();
-      keys.add(compressed.row(step.blocks.row(seq, chosen[rank])), step.blocks.format.packed());
+      keys.add(cached.compressed.row(cached.blocks.row(seq, chosen[rank])),
+               step.blocks.format.packed());
     }
   } else {
     for (int64_t block = 0; block < visible; ++block) {
       if (block % kFoldChunk == 0) keys.end_chunk();
-      keys.add(compressed.row(step.blocks.row(seq, block)), step.blocks.format.packed());
+      keys.add(cached.compressed.row(cached.blocks.row(seq, block)), step.blocks.format.packed());
     }
   }
   keys.end_chunk();
@@ -415,7 +415,11 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
   HADAL_CHECK(!step.blocks.format.packed() || step.blocks.format == format,
               "sparse_attn: window and blocks are packed differently");
   at::Tensor out = at::empty_like(q), lse = at::empty({q.size(0), heads}, sink.options());
-  const RowTable table_q(q), table_kv(kv), table_past(past), table_blocks(compressed);
+  const RowTable table_q(q), table_kv(kv);
+  const CachedRows cached{.history = RowTable(past),
+                          .compressed = RowTable(compressed),
+                          .ring = past.defined() ? step.history.table() : RingRows{},
+                          .blocks = step.params.ratio > 0 ? step.blocks.table() : BlockRows{}};
   char* out_rows = static_cast<char*>(out.mutable_data_ptr());
   parallel_for(step.batch.num_tokens(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(attention_scratch_floats(heads, dim)));
@@ -425,7 +429,7 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
       while (step.batch.end(seq) <= token) ++seq;
       HADAL_CHECK(step.batch.start(seq) == 0 || past.defined(), "sparse_attn: sequence ", seq,
                   " continues without a history");
-      list_keys(keys, step, token, seq, table_kv, table_past, table_blocks);
+      list_keys(keys, step, token, seq, table_kv, cached);
       attention_cpu({.q = table_q.row(token),
                      .sink = sink.const_data_ptr<float>(),
                      .out = out_rows + token * table_q.bytes,
@@ -462,8 +466,9 @@ AttentionResult sparse_attn(const at::Tensor& q,
     // Window layers have no blocks; autograd wants a tensor in their place.
     const at::Tensor rows =
         params.ratio > 0 ? blocks.rows.contiguous() : at::empty({0, q.size(2)}, q.options());
-    const variable_list results = SparseAttnCuda::apply(q.contiguous(), kv.contiguous(), rows, sink,
-                                                        CudaInputs{&batch, params, selection});
+    const variable_list results =
+        SparseAttnCuda::apply(q.contiguous(), kv.contiguous(), rows, sink,
+                              c10::make_intrusive<CudaInputs>(batch, params, selection));
     return {.out = results[0], .lse = results[1]};
   }
   if (use_cpu_kernel(q)) {
@@ -472,11 +477,11 @@ AttentionResult sparse_attn(const at::Tensor& q,
         [&](const auto& in) {
           return run_cpu(in, {history, blocks, chosen, batch, params});
         },
-        [history, blocks, chosen, step = &batch, params](const auto& in) {
+        [history, blocks, chosen, batch, params](const auto& in) {
           BlockView view = blocks;
           view.rows = in[2];
           const AttentionResult r =
-              reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], *step, params);
+              reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], batch, params);
           return std::vector{r.out, r.lse};
         },
         {q, kv, blocks.rows, sink});

@@ -27,13 +27,7 @@ void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 class SparseAttnGpu : public ::testing::TestWithParam<Case> {};
 
 BlockView block_view(const Case& c, const Batch& batch, const at::Tensor& rows) {
-  BlockView blocks;
-  if (c.ratio == 0) return blocks;
-  blocks.rows = rows;
-  for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
-    blocks.page_start.push_back({batch.blocks(c.ratio).cu_blocks[static_cast<size_t>(seq)]});
-  }
-  return blocks;
+  return c.ratio == 0 ? BlockView{} : step_blocks(rows, batch, c.ratio);
 }
 
 AttentionParams attention_params(const Case& c) {

@@ -54,8 +54,8 @@ class SparseAttn : public ::testing::TestWithParam<Case> {
   AttentionResult run(at::ScalarType type, Numerics numerics = Numerics::kIdeal) const {
     AttentionParams params = params_;
     params.numerics = numerics;
-    const BlockView blocks{.rows = rows_.defined() ? rows_.to(type) : rows_,
-                           .page_start = {{0}, {first_}}};
+    const BlockView blocks =
+        rows_.defined() ? BlockView::consecutive(rows_.to(type), {0, first_}) : BlockView{};
     return sparse_attn(q_.to(type), kv_.to(type), {}, blocks, selection_, sink_, *batch_, params);
   }
 
@@ -215,7 +215,7 @@ TEST(SparseAttnLists, MinusOneIsSkipped) {
   at::Tensor rows = at::randn({3, 8});
   const AttentionParams params{.window = 4, .scale = 0.4, .ratio = 4};
   const auto run = [&](const at::Tensor& selection, at::ScalarType type) {
-    return sparse_attn(q.to(type), kv.to(type), {}, {.rows = rows.to(type), .page_start = {{0}}},
+    return sparse_attn(q.to(type), kv.to(type), {}, BlockView::consecutive(rows.to(type), {0}),
                        selection, sink, batch, params)
         .out;
   };
@@ -239,20 +239,20 @@ TEST(SparseAttnLists, RingAndPagesGiveTheBitsOfOneShot) {
   const AttentionParams params{.window = window, .scale = 0.25, .ratio = ratio};
   const Batch whole({total}, {0}, at::kCPU);
   const at::Tensor expected =
-      sparse_attn(q, kv, {}, {.rows = rows, .page_start = {{0}}}, {}, sink, whole, params).out;
+      sparse_attn(q, kv, {}, BlockView::consecutive(rows, {0}), {}, sink, whole, params).out;
   // Pages of 8 blocks in reverse order.
   at::Tensor paged = at::full({24, dim}, NAN);
   for (int64_t c = 0; c < rows.size(0); ++c) paged[(2 - c / 8) * 8 + c % 8].copy_(rows[c]);
-  const BlockView pages{.rows = paged, .page_start = {{16, 8, 0}}, .page_blocks = 8};
+  const BlockView pages = BlockView::paged(paged, {{2, 1, 0}}, 8);
   for (const int64_t start : {1, 63, 64, 77}) {
-    at::Tensor past = at::full({ring + 3, dim}, NAN);
+    at::Tensor past = at::full({2 * ring, dim}, NAN);
     for (int64_t p = std::max<int64_t>(0, start - ring); p < start; ++p) {
-      past[3 + p % ring].copy_(kv[p]);
+      past[ring + p % ring].copy_(kv[p]);
     }
     const Batch rest({total - start}, {start}, at::kCPU);
     const AttentionResult found =
         sparse_attn(q.narrow(0, start, total - start), kv.narrow(0, start, total - start),
-                    {.rows = past, .first_row = {3}, .ring = ring}, pages, {}, sink, rest, params);
+                    RingView::of_slots(past, {1}, ring), pages, {}, sink, rest, params);
     EXPECT_TRUE(testing::same_bits(found.out, expected.narrow(0, start, total - start))) << start;
   }
 }

@@ -1,6 +1,7 @@
 #include "ops/cache/batch.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include <ATen/ATen.h>
 
@@ -9,78 +10,140 @@
 namespace hadal::ops {
 namespace {
 
-at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
-  at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
-  std::copy(values.begin(), values.end(), host.data_ptr<int64_t>());
-  return host.to(device);
+/// A table on the device: in the memory that was given for it, or in its own.
+at::Tensor make_table(const TableMemory::Name& name,
+                      std::span<const int64_t> values,
+                      at::ScalarType type,
+                      at::Device device,
+                      TableMemory* memory) {
+  return memory != nullptr ? memory->place(name, values, type)
+                           : TableMemory::make(values, type, device);
 }
 
 }  // namespace
 
-Batch::Batch(std::vector<int64_t> lengths, std::vector<int64_t> starts, at::Device device)
-    : starts_(std::move(starts)) {
-  HADAL_CHECK(!lengths.empty() && lengths.size() == starts_.size(), "batch: ", lengths.size(),
-              " lengths for ", starts_.size(), " starts");
-  cu_seqlens_.push_back(0);
+Batch::Batch(std::vector<int64_t> lengths,
+             std::vector<int64_t> starts,
+             at::Device device,
+             const StepPlaces& places)
+    : plan_(std::make_shared<Plan>()) {
+  HADAL_CHECK(!lengths.empty() && lengths.size() == starts.size(), "batch: ", lengths.size(),
+              " lengths for ", starts.size(), " starts");
+  HADAL_CHECK(places.slots.empty() || places.slots.size() == lengths.size(),
+              "batch: ", places.slots.size(), " slots for ", lengths.size(), " sequences");
+  Plan& plan = *plan_;
+  plan.starts = std::move(starts);
+  plan.device = device;
+  plan.pages = places.pages;
+  plan.page_tokens = places.page_tokens;
+  plan.host_slots = places.slots;
+  if (plan.host_slots.empty()) {
+    plan.host_slots.resize(lengths.size());
+    std::iota(plan.host_slots.begin(), plan.host_slots.end(), int64_t{0});
+  }
+  plan.cu_seqlens.push_back(0);
   std::vector<int64_t> seq;
   for (size_t s = 0; s < lengths.size(); ++s) {
-    HADAL_CHECK(lengths[s] >= 1 && starts_[s] >= 0, "batch: sequence ", s, " has length ",
-                lengths[s], " from position ", starts_[s]);
-    cu_seqlens_.push_back(cu_seqlens_.back() + lengths[s]);
-    max_end_pos_ = std::max(max_end_pos_, starts_[s] + lengths[s]);
+    const int64_t start = plan.starts[s];
+    HADAL_CHECK(lengths[s] >= 1 && start >= 0, "batch: sequence ", s, " has length ", lengths[s],
+                " from position ", start);
+    plan.cu_seqlens.push_back(plan.cu_seqlens.back() + lengths[s]);
+    plan.max_end_pos = std::max(plan.max_end_pos, start + lengths[s]);
     for (int64_t t = 0; t < lengths[s]; ++t) {
-      host_pos_.push_back(starts_[s] + t);
+      plan.host_pos.push_back(start + t);
       seq.push_back(static_cast<int64_t>(s));
     }
   }
-  pos_ = upload(host_pos_, device);
-  seq_ = upload(seq, device);
+  TableMemory* const memory = places.memory;
+  if (memory != nullptr) memory->begin();
+  plan.pos = make_table({"pos", 0}, plan.host_pos, at::kLong, device, memory);
+  plan.seq = make_table({"seq", 0}, seq, at::kLong, device, memory);
+  plan.slots = make_table({"slots", 0}, plan.host_slots, at::kInt, device, memory);
+  for (const int64_t ratio : places.ratios) plan_blocks(ratio, memory);
+  for (const int64_t size : places.ring_sizes) plan_ring_writes(size, memory);
+  if (memory != nullptr) memory->upload();
 }
 
-const BlockPlan& Batch::blocks(int64_t ratio) const {
+const BlockPlan& Batch::blocks(int64_t ratio) const { return plan_blocks(ratio, nullptr); }
+
+const BlockPlan& Batch::plan_blocks(int64_t ratio, TableMemory* memory) const {
   HADAL_CHECK(ratio > 0, "batch: blocks of ratio ", ratio);
-  auto found = plans_.find(ratio);
-  if (found != plans_.end()) return found->second;
+  const auto found = plan_->blocks.find(ratio);
+  if (found != plan_->blocks.end()) return found->second;
+  const bool paged = plan_->pages != nullptr;
+  HADAL_CHECK(!paged || plan_->page_tokens % ratio == 0, "batch: pages of ", plan_->page_tokens,
+              " tokens for blocks of ", ratio);
   BlockPlan plan;
   plan.ratio = ratio;
   plan.cu_blocks.push_back(0);
-  std::vector<int64_t> block_pos, previous;
-  bool inside = true;
+  std::vector<int64_t> block_pos, seqs, previous, rows, cache_rows;
   for (int64_t s = 0; s < num_seqs(); ++s) {
     const int64_t first = start(s) / ratio, last = (start(s) + length(s)) / ratio;
     plan.first_block.push_back(first);
     plan.cu_blocks.push_back(plan.cu_blocks.back() + last - first);
     for (int64_t block = first; block < last; ++block) {
-      previous.push_back(block == first ? s
-                                        : num_seqs() + static_cast<int64_t>(block_pos.size()) - 1);
+      previous.push_back(block == first ? s : num_seqs() + std::ssize(block_pos) - 1);
       block_pos.push_back(block * ratio);
+      seqs.push_back(s);
       for (int64_t pos = block * ratio; pos < (block + 1) * ratio; ++pos) {
-        plan.rows.push_back(pos >= start(s) ? begin(s) + pos - start(s) : -1 - pos);
-        inside &= pos >= start(s);
+        rows.push_back(pos >= start(s) ? begin(s) + pos - start(s) : -1 - pos);
+        plan.inside &= pos >= start(s);
       }
+      if (!paged) continue;
+      const int64_t page_blocks = plan_->page_tokens / ratio;
+      const int64_t page =
+          plan_->pages->page(plan_->host_slots[static_cast<size_t>(s)], block / page_blocks);
+      cache_rows.push_back(page * page_blocks + block % page_blocks);
     }
     if (last > first) plan.max_pos = std::max(plan.max_pos, (last - 1) * ratio);
   }
-  plan.pos = upload(block_pos, pos_.device());
-  plan.previous = upload(previous, pos_.device());
-  plan.device_cu_blocks = upload(plan.cu_blocks, pos_.device()).to(at::kInt);
-  if (inside) plan.device_rows = upload(plan.rows, pos_.device());
-  return plans_.emplace(ratio, std::move(plan)).first->second;
+  const auto table = [&](const char* name, const std::vector<int64_t>& values,
+                         at::ScalarType type) {
+    return make_table({name, ratio}, values, type, plan_->device, memory);
+  };
+  plan.pos = table("block_pos", block_pos, at::kLong);
+  plan.seq = table("block_seq", seqs, at::kLong);
+  plan.rows = table("block_rows", rows, at::kLong);
+  plan.previous = table("previous", previous, at::kLong);
+  plan.first_rows = table("cu_blocks", plan.cu_blocks, at::kInt);
+  if (paged) plan.cache_rows = table("cache_rows", cache_rows, at::kLong);
+  return plan_->blocks.emplace(ratio, std::move(plan)).first->second;
+}
+
+const RingWrites& Batch::ring_writes(int64_t size) const { return plan_ring_writes(size, nullptr); }
+
+const RingWrites& Batch::plan_ring_writes(int64_t size, TableMemory* memory) const {
+  HADAL_CHECK(size > 0, "batch: rings of ", size, " positions");
+  const auto found = plan_->ring_writes.find(size);
+  if (found != plan_->ring_writes.end()) return found->second;
+  std::vector<int64_t> from, to;
+  for (int64_t s = 0; s < num_seqs(); ++s) {
+    const int64_t first = plan_->host_slots[static_cast<size_t>(s)] * size;
+    for (int64_t t = std::max<int64_t>(0, length(s) - size); t < length(s); ++t) {
+      from.push_back(begin(s) + t);
+      to.push_back(first + (start(s) + t) % size);
+    }
+  }
+  RingWrites writes{.from = make_table({"ring_from", size}, from, at::kLong, plan_->device, memory),
+                    .to = make_table({"ring_to", size}, to, at::kLong, plan_->device, memory)};
+  return plan_->ring_writes.emplace(size, std::move(writes)).first->second;
 }
 
 bool Batch::whole() const {
-  return std::all_of(starts_.begin(), starts_.end(), [](int64_t start) { return start == 0; });
+  return std::all_of(plan_->starts.begin(), plan_->starts.end(),
+                     [](int64_t start) { return start == 0; });
 }
 
 const at::Tensor& Batch::device_cu_seqlens() const {
-  if (!device_cu_seqlens_.defined()) {
-    device_cu_seqlens_ = upload(cu_seqlens_, pos_.device()).to(at::kInt);
+  if (!plan_->device_cu_seqlens.defined()) {
+    plan_->device_cu_seqlens =
+        make_table({"cu_seqlens", 0}, plan_->cu_seqlens, at::kInt, plan_->device, nullptr);
   }
-  return device_cu_seqlens_;
+  return plan_->device_cu_seqlens;
 }
 
 const at::Tensor& Batch::token_tiles(int64_t size) const {
-  at::Tensor& tiles = token_tiles_[size];
+  at::Tensor& tiles = plan_->token_tiles[size];
   if (!tiles.defined()) {
     std::vector<int64_t> flat;
     for (int64_t seq = 0; seq < num_seqs(); ++seq) {
@@ -89,13 +152,13 @@ const at::Tensor& Batch::token_tiles(int64_t size) const {
                                  start(seq) + token, seq});
       }
     }
-    tiles = upload(flat, pos_.device()).to(at::kInt).reshape({-1, 4});
+    tiles = make_table({"tiles", 0}, flat, at::kInt, plan_->device, nullptr).reshape({-1, 4});
   }
   return tiles;
 }
 
 const at::Tensor& Batch::key_tiles(int64_t size, int64_t ratio) const {
-  at::Tensor& tiles = key_tiles_[{size, ratio}];
+  at::Tensor& tiles = plan_->key_tiles[{size, ratio}];
   if (!tiles.defined()) {
     std::vector<int64_t> flat;
     if (ratio > 0) {
@@ -115,17 +178,18 @@ const at::Tensor& Batch::key_tiles(int64_t size, int64_t ratio) const {
         flat.insert(flat.end(), {0, token, begin(seq) + token, seq});
       }
     }
-    tiles = upload(flat, pos_.device()).to(at::kInt).reshape({-1, 4});
+    tiles = make_table({"tiles", 0}, flat, at::kInt, plan_->device, nullptr).reshape({-1, 4});
   }
   return tiles;
 }
 
-at::Tensor BlockView::gather(int64_t seq, int64_t from, int64_t to) const {
-  if (from / page_blocks == (to - 1) / page_blocks)
-    return dense_rows(rows.narrow(0, row(seq, from), to - from), format);
-  std::vector<int64_t> numbers;
-  for (int64_t block = from; block < to; ++block) numbers.push_back(row(seq, block));
-  return dense_rows(rows.index_select(0, upload(numbers, rows.device())), format);
+BlockView step_blocks(const at::Tensor& rows, const Batch& batch, int64_t ratio) {
+  HADAL_CHECK(batch.whole(),
+              "batch: a sequence continues an earlier step, whose blocks are not here");
+  return {.rows = rows,
+          .slots = batch.slots(),
+          .pages = batch.blocks(ratio).first_rows.unsqueeze(1),
+          .of_step = true};
 }
 
 }  // namespace hadal::ops

@@ -2,19 +2,23 @@
 // positions.
 //
 // Training passes whole samples (start 0); a service passes any run at any position (model.md 15).
-// The compressed blocks that a step completes follow from it alone, so they are planned here once
-// for every layer.
+// All that follows from it alone (which compressed blocks the step completes, which rows of the
+// caches it writes) is planned once for every layer and lives as tables on the device: at fixed
+// addresses where the caller keeps their memory. Copies of a batch share its plan.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
-#include "ops/cache/kv_rows.h"
+#include "ops/cache/cache_views.h"
+#include "ops/cache/page_table.h"
+#include "ops/cache/table_memory.h"
 
 namespace hadal::ops {
 
@@ -24,43 +28,69 @@ struct BlockPlan {
   int64_t ratio = 0;
   std::vector<int64_t> cu_blocks;    ///< [num_seqs + 1] running count of new blocks
   std::vector<int64_t> first_block;  ///< [num_seqs] number of each sequence's first new block
+  int64_t max_pos = 0;               ///< largest entry of pos, 0 when there is none
+  bool inside = true;                ///< every token of every block lies in the step
+
   at::Tensor pos;  ///< [num_blocks] I64, position m * c of each block's first token
-  /// [num_blocks * ratio]: row in the packed step of each position of each block; for a position
-  /// from before the step -1 - position.
-  std::vector<int64_t> rows;
-  at::Tensor
-      device_rows;  ///< the same on the batch's device; undefined unless every row lies in the step
+  at::Tensor seq;  ///< [num_blocks] I64
+  /// [num_blocks * ratio] I64: row in the packed step of each position of each block; for a
+  /// position from before the step -1 - position.
+  at::Tensor rows;
   /// [num_blocks] I64: num_seqs + the number of the preceding new block of the same sequence, or
   /// for a sequence's first new block the number of the sequence.
   at::Tensor previous;
-  at::Tensor device_cu_blocks;  ///< [num_seqs + 1] I32
-  int64_t max_pos = 0;          ///< largest entry of pos, 0 when there is none
+  at::Tensor first_rows;  ///< [num_seqs + 1] I32: cu_blocks
+  /// [num_blocks] I64: the cache's row of each block; undefined without pages.
+  at::Tensor cache_rows;
   int64_t num_blocks() const { return cu_blocks.back(); }
+};
+
+/// What a step leaves in a ring: its row from[i] becomes the ring's row to[i]; I64 [rows] each.
+/// Positions that the step itself overwrites are left out.
+struct RingWrites {
+  at::Tensor from, to;
+};
+
+/// Where the sequences of a step have their places in the caches.
+struct StepPlaces {
+  std::vector<int64_t> slots = {};       ///< [num_seqs]; empty: 0, 1, ...
+  const PageTable* pages = nullptr;      ///< of all slots; null: no blocks are kept in pages
+  int64_t page_tokens = 0;               ///< positions of a page, a multiple of every ratio
+  TableMemory* memory = nullptr;         ///< of the tables, for one step at a time; null: new ones
+  std::span<const int64_t> ratios = {};  ///< planned at once; others when they are asked for
+  std::span<const int64_t> ring_sizes = {};  ///< likewise
 };
 
 class Batch {
  public:
-  /// `lengths[s]` >= 1 tokens of sequence s, the first at position `starts[s]` >= 0. Index tensors
-  /// go to `device`.
-  Batch(std::vector<int64_t> lengths, std::vector<int64_t> starts, at::Device device);
+  /// `lengths[s]` >= 1 tokens of sequence s, the first at position `starts[s]` >= 0. Tables go to
+  /// `device`. Errors: Error for runs that cannot be.
+  Batch(std::vector<int64_t> lengths,
+        std::vector<int64_t> starts,
+        at::Device device,
+        const StepPlaces& places = {});
 
-  int64_t num_seqs() const { return static_cast<int64_t>(starts_.size()); }
-  int64_t num_tokens() const { return cu_seqlens_.back(); }
-  int64_t begin(int64_t seq) const { return cu_seqlens_[static_cast<size_t>(seq)]; }
-  int64_t end(int64_t seq) const { return cu_seqlens_[static_cast<size_t>(seq) + 1]; }
+  int64_t num_seqs() const { return std::ssize(plan_->starts); }
+  int64_t num_tokens() const { return plan_->cu_seqlens.back(); }
+  int64_t begin(int64_t seq) const { return plan_->cu_seqlens[static_cast<size_t>(seq)]; }
+  int64_t end(int64_t seq) const { return plan_->cu_seqlens[static_cast<size_t>(seq) + 1]; }
   int64_t length(int64_t seq) const { return end(seq) - begin(seq); }
-  int64_t start(int64_t seq) const { return starts_[static_cast<size_t>(seq)]; }
+  int64_t start(int64_t seq) const { return plan_->starts[static_cast<size_t>(seq)]; }
   /// Largest position + 1 over all sequences.
-  int64_t max_end_pos() const { return max_end_pos_; }
-  const std::vector<int64_t>& cu_seqlens() const { return cu_seqlens_; }
-  const std::vector<int64_t>& starts() const { return starts_; }
-  const std::vector<int64_t>& host_pos() const { return host_pos_; }
+  int64_t max_end_pos() const { return plan_->max_end_pos; }
+  const std::vector<int64_t>& cu_seqlens() const { return plan_->cu_seqlens; }
+  const std::vector<int64_t>& starts() const { return plan_->starts; }
+  const std::vector<int64_t>& host_pos() const { return plan_->host_pos; }
 
   /// [num_tokens] I64: absolute position and sequence of every token.
-  const at::Tensor& pos() const { return pos_; }
-  const at::Tensor& seq() const { return seq_; }
+  const at::Tensor& pos() const { return plan_->pos; }
+  const at::Tensor& seq() const { return plan_->seq; }
+  /// [num_seqs] I32: the slot of every sequence.
+  const at::Tensor& slots() const { return plan_->slots; }
 
   const BlockPlan& blocks(int64_t ratio) const;
+  /// For rings of `size` positions.
+  const RingWrites& ring_writes(int64_t size) const;
 
   /// True when every sequence starts at position 0 (training, one-shot prefill).
   bool whole() const;
@@ -74,40 +104,28 @@ class Batch {
   const at::Tensor& key_tiles(int64_t size, int64_t ratio) const;
 
  private:
-  std::vector<int64_t> cu_seqlens_, starts_, host_pos_;
-  int64_t max_end_pos_ = 0;
-  at::Tensor pos_, seq_;
-  // Plans are made on first use and shared by all layers.
-  mutable std::map<int64_t, BlockPlan> plans_;
-  mutable at::Tensor device_cu_seqlens_;
-  mutable std::map<int64_t, at::Tensor> token_tiles_;
-  mutable std::map<std::pair<int64_t, int64_t>, at::Tensor> key_tiles_;
+  struct Plan {
+    std::vector<int64_t> cu_seqlens, starts, host_pos, host_slots;
+    int64_t max_end_pos = 0;
+    at::Device device = at::kCPU;
+    const PageTable* pages = nullptr;
+    int64_t page_tokens = 0;
+    at::Tensor pos, seq, slots;
+    // Made on first use and shared by all layers.
+    std::map<int64_t, BlockPlan> blocks;
+    std::map<int64_t, RingWrites> ring_writes;
+    at::Tensor device_cu_seqlens;
+    std::map<int64_t, at::Tensor> token_tiles;
+    std::map<std::pair<int64_t, int64_t>, at::Tensor> key_tiles;
+  };
+  const BlockPlan& plan_blocks(int64_t ratio, TableMemory* memory) const;
+  const RingWrites& plan_ring_writes(int64_t size, TableMemory* memory) const;
+
+  std::shared_ptr<Plan> plan_;
 };
 
-/// Rows that belong to positions before this step, addressed by position: row(seq, pos) =
-/// first_row[seq] + pos mod ring. An undefined tensor means no history (every start is 0).
-struct RingView {
-  at::Tensor rows;                 ///< [num_rows, width], or packed bytes
-  std::vector<int64_t> first_row;  ///< [num_seqs]
-  int64_t ring = 1;
-  RowFormat format = {};
-};
-
-/// Compressed rows addressed by block number: row(seq, c) = page_start[seq][c / page_blocks] + c
-/// mod page_blocks. Contiguous storage is the case of one page a sequence.
-struct BlockView {
-  at::Tensor rows;  ///< [num_rows, width], or packed bytes
-  std::vector<std::vector<int64_t>> page_start;
-  int64_t page_blocks = INT64_MAX;
-  RowFormat format = {};
-  int64_t width() const { return format.packed() ? format.width : rows.size(1); }
-  int64_t row(int64_t seq, int64_t block) const {
-    return page_start[static_cast<size_t>(seq)][static_cast<size_t>(block / page_blocks)] +
-           block % page_blocks;
-  }
-  /// Rows of the blocks [from, to) of a sequence, [to - from, width], unpacked;
-  /// differentiable where they are dense.
-  at::Tensor gather(int64_t seq, int64_t from, int64_t to) const;
-};
+/// Rows of a step that nothing came before, in the order of its plan, as a view. Errors: Error
+/// where a sequence continues an earlier step.
+BlockView step_blocks(const at::Tensor& rows, const Batch& batch, int64_t ratio);
 
 }  // namespace hadal::ops

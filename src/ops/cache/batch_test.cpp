@@ -51,7 +51,7 @@ TEST(BlockPlan, EveryCutCompletesEveryBlockOnce) {
         const Batch batch(lengths, starts, at::kCPU);
         const BlockPlan& plan = batch.blocks(ratio);
         const std::vector<int64_t> first_pos = values(plan.pos);
-        const std::vector<int64_t> previous = values(plan.previous);
+        const std::vector<int64_t> previous = values(plan.previous), rows = values(plan.rows);
         for (int64_t seq = 0; seq < 2; ++seq) {
           const auto s = static_cast<size_t>(seq);
           EXPECT_EQ(plan.first_block[s], next_block[s]);
@@ -61,7 +61,7 @@ TEST(BlockPlan, EveryCutCompletesEveryBlockOnce) {
             EXPECT_EQ(previous[static_cast<size_t>(b)], first ? seq : 2 + b - 1);
             for (int64_t j = 0; j < ratio; ++j) {
               const int64_t pos = next_block[s] * ratio + j;
-              const int64_t row = plan.rows[static_cast<size_t>(b * ratio + j)];
+              const int64_t row = rows[static_cast<size_t>(b * ratio + j)];
               EXPECT_EQ(row, pos < starts[s] ? -1 - pos : batch.begin(seq) + pos - starts[s]);
             }
           }
@@ -90,10 +90,10 @@ TEST(Batch, TilesCoverTokensAndBlocks) {
 
 TEST(BlockView, FindsRowsThroughPages) {
   const at::Tensor rows = at::arange(24, at::kFloat).reshape({12, 2});
-  const BlockView view{.rows = rows, .page_start = {{8, 0, 4}}, .page_blocks = 4};
-  EXPECT_EQ(view.row(0, 0), 8);
-  EXPECT_EQ(view.row(0, 5), 1);
-  EXPECT_EQ(view.row(0, 11), 7);
+  const BlockView view = BlockView::paged(rows, {{2, 0, 1}}, 4);
+  EXPECT_EQ(view.table().row(0, 0), 8);
+  EXPECT_EQ(view.table().row(0, 5), 1);
+  EXPECT_EQ(view.table().row(0, 11), 7);
   EXPECT_TRUE(at::equal(view.gather(0, 3, 6), rows.index_select(0, at::tensor({11, 0, 1}))));
 }
 

@@ -63,9 +63,9 @@ TEST(KvRows, KernelsReadThemToTheSameBits) {
   const Batch batch({5, 1}, {140, 77}, at::kCPU);
   const at::Tensor q = at::randn({6, 3, kLatent.width}).to(at::kBFloat16), sink = at::randn({3});
   const at::Tensor kv = latents(6), past = latents(64), rows = latents(80);
-  const std::vector<std::vector<int64_t>> pages = {{8, 0, 24}, {40, 56}};
-  RingView ring{.rows = past, .first_row = {0, 32}, .ring = 32};
-  BlockView blocks{.rows = rows, .page_start = pages, .page_blocks = 16};
+  const std::vector<std::vector<int64_t>> pages = {{1, 0, 3}, {4, 2}};
+  RingView ring = RingView::of_slots(past, {0, 1}, 32);
+  BlockView blocks = BlockView::paged(rows, pages, 16);
   const AttentionParams params{
       .window = 24, .scale = 0.1, .ratio = 4, .numerics = Numerics::kReleased};
   const at::Tensor dense = sparse_attn(q, kv, ring, blocks, {}, sink, batch, params).out;
@@ -75,8 +75,8 @@ TEST(KvRows, KernelsReadThemToTheSameBits) {
   for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
     if (isa > detect_isa()) continue;
     force_isa(isa);
-    const RingView dense_ring{.rows = past, .first_row = {0, 32}, .ring = 32};
-    const BlockView dense_blocks{.rows = rows, .page_start = pages, .page_blocks = 16};
+    const RingView dense_ring = RingView::of_slots(past, {0, 1}, 32);
+    const BlockView dense_blocks = BlockView::paged(rows, pages, 16);
     EXPECT_TRUE(
         same_bits(sparse_attn(q, kv, ring, blocks, {}, sink, batch, params).out,
                   sparse_attn(q, kv, dense_ring, dense_blocks, {}, sink, batch, params).out));
@@ -89,7 +89,7 @@ TEST(KvRows, KernelsReadThemToTheSameBits) {
   }
   const at::Tensor index_q = keys(12).reshape({6, 2, kKey.width}), key_rows = keys(80);
   const at::Tensor w = at::randn({6, 2}).to(at::kBFloat16);
-  BlockView index{.rows = key_rows, .page_start = pages, .page_blocks = 16};
+  BlockView index = BlockView::paged(key_rows, pages, 16);
   const at::Tensor scores = index_scores(index_q, w, index, batch, 4, Numerics::kReleased);
   index.rows = pack_rows(key_rows, kKey);
   index.format = kKey;

@@ -21,19 +21,12 @@ at::Tensor block_rows(const at::Tensor& x,
                       int64_t ratio) {
   const BlockPlan& plan = batch.blocks(ratio);
   const std::vector<int64_t> shape = {plan.num_blocks(), ratio, x.size(1)};
-  if (plan.device_rows.defined()) return gather_distinct_rows(x, plan.device_rows).reshape(shape);
+  if (plan.inside) return gather_distinct_rows(x, plan.rows).reshape(shape);
   HADAL_CHECK(history.rows.defined(), "compress: a sequence continues without a history");
-  const int64_t offset = history.rows.size(0);
-  std::vector<int64_t> rows;
-  for (size_t seq = 0; seq + 1 < plan.cu_blocks.size(); ++seq) {
-    for (int64_t i = plan.cu_blocks[seq] * ratio; i < plan.cu_blocks[seq + 1] * ratio; ++i) {
-      const int64_t row = plan.rows[static_cast<size_t>(i)];
-      rows.push_back(row >= 0 ? offset + row : history.first_row[seq] + (-1 - row) % history.ring);
-    }
-  }
-  return at::cat({history.rows, x})
-      .index_select(0, at::tensor(rows, at::kLong).to(x.device()))
-      .reshape(shape);
+  const at::Tensor seq = plan.seq.repeat_interleave(ratio);
+  const at::Tensor past = history.numbers(seq, plan.rows.add(1).neg().clamp_min(0));
+  const at::Tensor rows = at::where(plan.rows >= 0, plan.rows + history.rows.size(0), past);
+  return at::cat({history.rows, x}).index_select(0, rows).reshape(shape);
 }
 
 /// The first half of the block before each sequence's first new one, [num_seqs, ratio, d]; `absent`
@@ -52,12 +45,7 @@ at::Tensor leading_rows(const at::Tensor& x,
         plan.cu_blocks[static_cast<size_t>(seq) + 1] > plan.cu_blocks[static_cast<size_t>(seq)];
     if (first == 0 || !any) continue;
     HADAL_CHECK(history.rows.defined(), "compress: sequence ", seq, " continues without a history");
-    std::vector<int64_t> rows;
-    for (int64_t pos = (first - 1) * ratio; pos < first * ratio; ++pos) {
-      rows.push_back(history.first_row[static_cast<size_t>(seq)] + pos % history.ring);
-    }
-    result[seq].copy_(
-        history.rows.index_select(0, at::tensor(rows, at::kLong).to(x.device())).narrow(1, 0, d));
+    result[seq].copy_(history.gather(seq, (first - 1) * ratio, first * ratio).narrow(1, 0, d));
   }
   return result;
 }
@@ -109,8 +97,7 @@ const float* find_row(
   if (pos >= start) return x.const_data_ptr<float>() + (batch.begin(seq) + pos - start) * width;
   HADAL_CHECK(history.rows.defined(), "compress: sequence ", seq, " starts at ", start,
               " without a history");
-  return history.rows.const_data_ptr<float>() +
-         (history.first_row[static_cast<size_t>(seq)] + pos % history.ring) * width;
+  return history.rows.const_data_ptr<float>() + history.table().row(seq, pos) * width;
 }
 
 std::vector<at::Tensor> run_cpu(const at::Tensor& kv_in,
@@ -180,9 +167,9 @@ Compressed compress(const at::Tensor& kv,
         [&](const auto& in) {
           return run_cpu(in[0], in[1], in[2], kv_history, score_history, batch, ratio);
         },
-        [kv_history, score_history, step = &batch, ratio](const auto& in) {
+        [kv_history, score_history, batch, ratio](const auto& in) {
           const Compressed r =
-              reference::compress(in[0], in[1], in[2], kv_history, score_history, *step, ratio);
+              reference::compress(in[0], in[1], in[2], kv_history, score_history, batch, ratio);
           return std::vector{r.pooled, r.score};
         },
         {kv, gate, ape});

@@ -33,8 +33,7 @@ at::Tensor one_shot(const Sequence& s) {
 
 /// The same sequence in chunks, with rings of `ring` rows kept by position as a cache keeps them.
 at::Tensor in_chunks(const Sequence& s, const std::vector<int64_t>& lengths, int64_t ring) {
-  RingView kv{
-      .rows = at::full({ring, s.kv.size(1)}, NAN, s.kv.options()), .first_row = {0}, .ring = ring};
+  RingView kv = RingView::of_slots(at::full({ring, s.kv.size(1)}, NAN, s.kv.options()), {0}, ring);
   RingView score = kv;
   score.rows = kv.rows.clone();
   std::vector<at::Tensor> pooled;

@@ -20,7 +20,7 @@ struct Attended {
   at::Tensor q, rows, lse, scores;
   double scale;
   int64_t ratio;
-  BlockView blocks() const { return {.rows = rows, .page_start = {{0}}}; }
+  BlockView blocks() const { return BlockView::consecutive(rows, {0}); }
 };
 
 Attended attend(int64_t heads, const at::Tensor& sink, int64_t tokens = 22) {
@@ -38,8 +38,8 @@ Attended attend(int64_t heads, const at::Tensor& sink, int64_t tokens = 22) {
               .lse;
   a.scores =
       index_scores(at::randn({tokens, 2, 4}, at::kDouble), at::randn({tokens, 2}, at::kDouble),
-                   {.rows = at::randn({tokens / 4, 4}, at::kDouble), .page_start = {{0}}}, a.batch,
-                   4, Numerics::kIdeal);
+                   BlockView::consecutive(at::randn({tokens / 4, 4}, at::kDouble), {0}), a.batch, 4,
+                   Numerics::kIdeal);
   return a;
 }
 

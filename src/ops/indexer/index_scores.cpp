@@ -78,6 +78,7 @@ void score_tokens(const std::vector<at::Tensor>& in,
   const auto* w_data = static_cast<const char*>(w.const_data_ptr());
   const auto* row_data = static_cast<const char*>(rows.const_data_ptr());
   const int64_t most = max_visible(batch, ratio);
+  const BlockRows table = keys.table();
   parallel_for(batch.num_tokens(), 1, [&](int64_t begin, int64_t end) {
     std::vector<const void*> key_rows(static_cast<size_t>(most));
     std::vector<float> scores(static_cast<size_t>(kScoreTokens * most)),
@@ -94,7 +95,7 @@ void score_tokens(const std::vector<at::Tensor>& in,
         num_keys[t] = (batch.host_pos()[static_cast<size_t>(token + t)] + 1) / ratio;
       }
       for (; known < num_keys[count - 1]; ++known) {
-        key_rows[static_cast<size_t>(known)] = row_data + keys.row(seq, known) * row_bytes;
+        key_rows[static_cast<size_t>(known)] = row_data + table.row(seq, known) * row_bytes;
       }
       index_scores_cpu({.q = q_data + token * heads * dim * bytes,
                         .w = w_data + token * heads * bytes,
@@ -128,22 +129,27 @@ at::Tensor hidden_blocks(const Batch& batch, int64_t seq, int64_t ratio, int64_t
   return at::arange(visible, limit.options()).unsqueeze(0) >= limit;
 }
 
+/// A batch that autograd keeps until the backward pass.
+struct SharedBatch : torch::CustomClassHolder {
+  explicit SharedBatch(Batch b) : batch(std::move(b)) {}
+  Batch batch;
+};
+
 /// Until the indexer has kernels of its own, BF16 training on CUDA scores with library products:
 /// the dot products of one sequence at a time, rounded to BF16, recomputed by the backward pass.
 struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
-  /// key_rows [num_rows, dim]: block c of sequence s is row first_row[s] + c. The batch has to live
-  /// until the backward pass, as it does for every op of a training step.
+  /// key_rows [num_blocks, dim]: the step's own blocks, in the order of its plan.
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& q,
                             const at::Tensor& w,
                             const at::Tensor& key_rows,
-                            const std::vector<int64_t>& first_row,
-                            const Batch* batch,
+                            const c10::intrusive_ptr<SharedBatch>& shared,
                             int64_t ratio,
                             bool released) {
+    const Batch* batch = &shared->batch;
+    const std::vector<int64_t>& first_row = batch->blocks(ratio).cu_blocks;
     context->save_for_backward({q, w, key_rows});
-    context->saved_data["first_row"] = first_row;
-    context->saved_data["batch"] = reinterpret_cast<int64_t>(batch);
+    context->saved_data["batch"] = c10::IValue::make_capsule(shared);
     context->saved_data["ratio"] = ratio;
     at::Tensor scores = at::full({q.size(0), max_visible(*batch, ratio)}, kMinusInfinity,
                                  q.options().dtype(at::kFloat));
@@ -165,9 +171,11 @@ struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &w = saved[1], &key_rows = saved[2];
-    const std::vector<int64_t> first_row = context->saved_data["first_row"].toIntVector();
-    const auto* batch = reinterpret_cast<const Batch*>(context->saved_data["batch"].toInt());
+    const auto shared =
+        c10::static_intrusive_pointer_cast<SharedBatch>(context->saved_data["batch"].toCapsule());
+    const Batch* batch = &shared->batch;
     const int64_t ratio = context->saved_data["ratio"].toInt(), heads = q.size(1), dim = q.size(2);
+    const std::vector<int64_t>& first_row = batch->blocks(ratio).cu_blocks;
     at::Tensor grad_q = at::zeros_like(q), grad_w = at::zeros_like(w),
                grad_keys = at::zeros_like(key_rows);
     for (int64_t seq = 0; seq < batch->num_seqs(); ++seq) {
@@ -189,7 +197,7 @@ struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
       grad_q.narrow(0, begin, length).copy_(at::mm(grad_dots, keys).reshape({length, heads, dim}));
       grad_keys.narrow(0, row, visible).copy_(at::mm(grad_dots.t(), queries));
     }
-    return {grad_q, grad_w, grad_keys, {}, {}, {}, {}};
+    return {grad_q, grad_w, grad_keys, {}, {}, {}};
   }
 
  private:
@@ -207,9 +215,6 @@ struct LibraryIndexScores : torch::autograd::Function<LibraryIndexScores> {
     return at::mm(queries, keys.t()).relu_().reshape({length, heads, visible});
   }
 };
-
-/// Whether every sequence's blocks are consecutive rows, as in training.
-bool consecutive(const BlockView& keys) { return keys.page_blocks == INT64_MAX; }
 
 }  // namespace
 
@@ -233,20 +238,18 @@ at::Tensor index_scores(const at::Tensor& q,
                        });
           return std::vector{scores};
         },
-        [keys, step = &batch, ratio, numerics](const auto& in) {
+        [keys, batch, ratio, numerics](const auto& in) {
           BlockView view = keys;
           view.rows = in[2];
-          return std::vector{reference::index_scores(in[0], in[1], view, *step, ratio, numerics)};
+          return std::vector{reference::index_scores(in[0], in[1], view, batch, ratio, numerics)};
         },
         {q, w, keys.rows})[0];
   }
   const bool all_bf16 = q.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16 &&
                         keys.rows.scalar_type() == at::kBFloat16;
-  if (q.is_cuda() && !reference_forced() && all_bf16 && consecutive(keys)) {
-    std::vector<int64_t> first_row;
-    for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) first_row.push_back(keys.row(seq, 0));
-    return LibraryIndexScores::apply(q, w, keys.rows, first_row, &batch, ratio,
-                                     numerics == Numerics::kReleased);
+  if (q.is_cuda() && !reference_forced() && all_bf16 && keys.of_step) {
+    return LibraryIndexScores::apply(q, w, keys.rows, c10::make_intrusive<SharedBatch>(batch),
+                                     ratio, numerics == Numerics::kReleased);
   }
   return reference::index_scores(q, w, keys, batch, ratio, numerics);
 }

@@ -26,10 +26,7 @@ TEST(IndexScoresGpu, MatchesReference) {
     testing::check_gpu_case(
         std::string("index_scores ") + numerics_name(numerics),
         [&](const std::vector<at::Tensor>& in) {
-          BlockView keys{.rows = in[2], .page_start = {}};
-          for (int64_t seq = 0; seq < batch.num_seqs(); ++seq) {
-            keys.page_start.push_back({plan.cu_blocks[static_cast<size_t>(seq)]});
-          }
+          const BlockView keys = step_blocks(in[2], batch, kRatio);
           const at::Tensor scores = index_scores(in[0], in[1], keys, batch, kRatio, numerics);
           return std::vector{scores.masked_fill(scores.isneginf(), 0.0)};
         },

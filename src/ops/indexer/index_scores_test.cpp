@@ -13,7 +13,7 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-BlockView all_of(const at::Tensor& rows) { return {.rows = rows, .page_start = {{0}}}; }
+BlockView all_of(const at::Tensor& rows) { return BlockView::consecutive(rows, {0}); }
 
 TEST(IndexScores, VisibleWhenTheLastTokenOfABlockIsReached) {
   const Batch batch({13}, {0}, at::kCPU);
@@ -45,7 +45,7 @@ TEST(IndexScores, KernelKeepsTheContract) {
   at::manual_seed(3);
   // A run of a longer sequence: each token sees 9 or 10 blocks, scattered over pages of 4.
   const at::Tensor keys = at::randn({16, 33}), q = at::randn({6, 5, 33}), w = at::randn({6, 5});
-  const BlockView pages{.rows = keys, .page_start = {{12, 0, 4}}, .page_blocks = 4};
+  const BlockView pages = BlockView::paged(keys, {{3, 0, 1}}, 4);
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
     const auto call = [&](const Tensors& in) {
       const Batch batch({6}, {36}, at::kCPU);

@@ -80,7 +80,7 @@ TEST(IndexTopk, IsSelectionOfTheScores) {
   const at::Tensor q = at::randn({71, 2, 16}).to(at::kBFloat16),
                    w = at::randn({71, 2}).to(at::kBFloat16),
                    keys = at::randn({17, 16}).to(at::kBFloat16);
-  const BlockView view{.rows = keys, .page_start = {{0}, {12}}};
+  const BlockView view = BlockView::consecutive(keys, {0, 12});
   for (const Numerics numerics : {Numerics::kBf16, Numerics::kReleased}) {
     const auto call = [&](const Tensors& in) {
       return Tensors{index_topk(in[0], in[1], view, batch, 4, 4, numerics)};
