@@ -1,16 +1,10 @@
 #include "apps/chat_session.h"
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
-#include <deque>
-#include <mutex>
 #include <optional>
 #include <utility>
 
-#include "apps/interrupt.h"
 #include "base/check.h"
-#include "engine/local_engine.h"
 #include "text/utf8.h"
 
 namespace hadal::apps {
@@ -18,69 +12,14 @@ namespace {
 
 using text::PyJson;
 
-/// The engine's updates, handed to the session's thread.
-class Inbox final : public engine::Sink {
- public:
-  void on_update(engine::Update update) override {
-    {
-      const std::lock_guard lock(mutex_);
-      updates_.push_back(std::move(update));
-    }
-    news_.notify_one();
-  }
-  /// Nothing when none comes in time.
-  std::optional<engine::Update> next(std::chrono::milliseconds time) {
-    std::unique_lock lock(mutex_);
-    if (!news_.wait_for(lock, time, [this] { return !updates_.empty(); })) return std::nullopt;
-    engine::Update update = std::move(updates_.front());
-    updates_.pop_front();
-    return update;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable news_;
-  std::deque<engine::Update> updates_;
-};
-
-engine::LocalEngineOptions engine_options(const LoadedModel& loaded) {
-  engine::LocalEngineOptions options;
-  options.numerics = loaded.numerics;
-  options.max_running = 1;
-  // Memory that nobody has written to costs nothing, so the longest conversation has its room.
-  options.cache_tokens = loaded.config().max_position_embeddings;
-  options.max_drafts = 1;
-  options.lazy_memory = true;
-  return options;
-}
-
-Finish finish_of(engine::FinishReason reason) {
-  switch (reason) {
-    case engine::FinishReason::kStop:
-    case engine::FinishReason::kStopString:
-      return Finish::kStop;
-    case engine::FinishReason::kLength:
-      return Finish::kLength;
-    default:
-      return Finish::kInterrupted;
-  }
-}
-
-constexpr std::chrono::milliseconds kPatience(20);  // between two looks at `stop`
-
 PyJson call_id(int64_t number) { return PyJson::string(concat("call_", number)); }
 
 }  // namespace
 
 ChatSession::ChatSession(const LoadedModel& loaded, ChatSettings settings)
-    : loaded_(loaded), settings_(std::move(settings)) {
-  const InterruptMask mask;
-  engine_ = std::make_unique<engine::LocalEngine>(loaded.model, loaded.tokenizer, "",
-                                                  engine_options(loaded));
+    : loaded_(loaded), settings_(std::move(settings)), engine_(loaded, {.max_drafts = 1}) {
   reset();
 }
-
-ChatSession::~ChatSession() = default;
 
 void ChatSession::reset() {
   messages_ = PyJson::array();
@@ -189,28 +128,15 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   request.use_prefix_cache = !settings_.recompute;
   request.structured = true;
   request.thinking = settings_.encoding.thinking_mode == text::ThinkingMode::kThinking;
-  const auto inbox = std::make_shared<Inbox>();  // the engine's as well, until the answer's end
-  uint64_t id = 0;
-  const auto submitted = engine_->engine().submit(std::move(request), inbox, &id);
-  HADAL_CHECK(submitted == engine::Submitted::kAccepted, "chat: the engine takes no requests");
-  bool cancelled = false;
-  const auto cancel = [&] {
-    if (!std::exchange(cancelled, true)) engine_->engine().cancel(id);
-  };
-  for (std::optional<engine::FinishReason> end; !end;) {
-    const std::optional<engine::Update> update = inbox->next(kPatience);
-    if (stop && stop()) cancel();
-    if (!update) continue;
-    for (const engine::OutputToken& token : update->tokens) {
-      ++result.tokens;
-      report(parser.push_token(loaded_.tokenizer, static_cast<int32_t>(token.token)));
-    }
-    result.reused_tokens = update->cache.cached_tokens;
-    end = update->finish;
-    if (!end) continue;
-    HADAL_CHECK(*end != engine::FinishReason::kError, "chat: ", update->error);
-    result.finish = finish_of(*end);
-  }
+  const Answered answered = engine_.answer(
+      std::move(request),
+      [&](const engine::OutputToken& token) {
+        report(parser.push_token(loaded_.tokenizer, static_cast<int32_t>(token.token)));
+      },
+      stop);
+  result.tokens = std::ssize(answered.tokens);
+  result.reused_tokens = answered.cache.cached_tokens;
+  result.finish = answered.finish_of_command();
   std::vector<text::CompletionEvent> held_back;
   result.completion = parser.finish(held_back);
   report(held_back);

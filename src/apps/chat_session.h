@@ -8,18 +8,14 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 
+#include "apps/answer_engine.h"
 #include "apps/decode_loop.h"
 #include "text/chat_format.h"
 #include "text/completion_parser.h"
-
-namespace hadal::engine {
-class LocalEngine;
-}
 
 namespace hadal::apps {
 
@@ -44,7 +40,6 @@ class ChatSession {
  public:
   /// `loaded` must outlive the session.
   ChatSession(const LoadedModel& loaded, ChatSettings settings);
-  ~ChatSession();
 
   /// What later answers go by.
   ChatSettings& settings() { return settings_; }
@@ -74,7 +69,7 @@ class ChatSession {
  private:
   const LoadedModel& loaded_;
   ChatSettings settings_;
-  std::unique_ptr<engine::LocalEngine> engine_;
+  AnswerEngine engine_;
   text::PyJson messages_;
   std::optional<text::PyJson> taken_;  ///< by take_answer()
   size_t answered_ = 0;                ///< messages that an interrupted answer leaves

@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "data/text_source.h"
+#include "ops/sampling/sample.h"
 #include "text/python_json.h"
 #include "text/utf8.h"
 

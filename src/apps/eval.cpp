@@ -18,6 +18,7 @@
 #include "apps/tool_call_eval.h"
 #include "base/check.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/progress.h"
 #include "data/text_source.h"
 #include "model/init.h"
@@ -224,6 +225,7 @@ struct ToolCallFlags {
 };
 
 int run_tool_calls(const ToolCallFlags& flags) {
+  log::set_level(log::Level::kWarn);  // the terminal is for the result
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   std::optional<Progress> bar;  // once it is known that there is something to do
   const ToolCallScore score =

@@ -10,6 +10,7 @@
 #include "apps/flags.h"
 #include "apps/generate_eval.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/progress.h"
 
 namespace hadal::apps {
@@ -74,6 +75,7 @@ struct GenerateFlags {
 };
 
 int run_generate(GenerateFlags flags) {
+  log::set_level(log::Level::kWarn);  // the terminal is for the result
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   flags.options.bos = !flags.no_bos;
   int64_t answers = 0, exact = 0, same = 0;

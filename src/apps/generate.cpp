@@ -1,4 +1,5 @@
 // hadal generate: a prompt continued, streamed, with its speed.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <memory>
@@ -7,6 +8,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "apps/answer_engine.h"
 #include "apps/command.h"
 #include "apps/decode_loop.h"
 #include "apps/flags.h"
@@ -14,6 +16,7 @@
 #include "apps/perplexity.h"
 #include "apps/text_io.h"
 #include "base/check.h"
+#include "base/log.h"
 
 namespace hadal::apps {
 namespace {
@@ -28,6 +31,10 @@ struct Flags {
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double rate(int64_t count, double seconds) {
+  return count > 0 && seconds > 0 ? static_cast<double>(count) / seconds : 0;
 }
 
 /// The text to continue: of the flag, of a file, or of standard input. The newline at the end of a
@@ -51,44 +58,34 @@ int run(Flags flags) {
   std::vector<int64_t> ids = {loaded.config().bos_token_id};
   for (const int32_t id : loaded.tokenizer.encode(flags.prompt, text::SpecialTokens::kAsText))
     ids.push_back(id);
-  const ops::SamplingParams sampling =
-      sampling_params(flags.sampling.over(loaded.defaults.sampling));
-  Sequence sequence(loaded);
+  log::set_level(log::Level::kWarn);  // the terminal is for the text
+  AnswerEngine engine(loaded);
+  engine::Request request;
+  request.prompt = ids;
+  request.max_tokens = std::min(flags.max_tokens, engine.room_behind(std::ssize(ids), "generate"));
+  request.sampling = flags.sampling.over(loaded.defaults.sampling);
   const InterruptFlag interrupt;
-  const StopFunction stop = [&] { return interrupt.raised(); };
 
   const auto start = std::chrono::steady_clock::now();
   if (!flags.json) write_output(flags.prompt);
-  const bool complete = sequence.append(ids, stop);
-  const double prompt_seconds = seconds_since(start);
-  text::DecodeStream decoder(loaded.tokenizer);
-  std::string generated;
-  std::vector<int64_t> tokens;
-  const auto emit = [&](const std::string& piece) {
-    generated += piece;
-    if (!flags.json) write_output(piece);  // nobody waits for an answer that cannot be written
-  };
-  const auto decode_start = std::chrono::steady_clock::now();
-  Finish finish = Finish::kInterrupted;
-  if (complete) {
-    finish = decode(
-        loaded, sequence, sampling, flags.max_tokens,
-        [&](int64_t token) {
-          tokens.push_back(token);
-          if (token != loaded.config().eos_token_id) {
-            emit(decoder.push(static_cast<int32_t>(token)));
-          }
-          return true;
-        },
-        stop);
-  }
-  emit(decoder.flush());
-  const double decode_seconds = seconds_since(decode_start);
-  const double prompt_rate = static_cast<double>(ids.size()) / prompt_seconds;
-  const double decode_rate = static_cast<double>(tokens.size()) / decode_seconds;
+  double prompt_seconds = 0;
+  const Answered answered = engine.answer(
+      std::move(request),
+      [&](const engine::OutputToken& token) {
+        if (prompt_seconds == 0) prompt_seconds = seconds_since(start);
+        // Nobody waits for an answer that cannot be written.
+        if (!flags.json) write_output(token.text);
+      },
+      [&] { return interrupt.raised(); });
+  const Finish finish = answered.finish_of_command();
+  const std::vector<int64_t>& tokens = answered.tokens;
+  // The first token is the prompt's; the others take a step each.
+  const double decode_seconds = seconds_since(start) - prompt_seconds;
+  const double prompt_rate = rate(std::ssize(ids), prompt_seconds);
+  const double decode_rate = rate(std::ssize(tokens) - 1, decode_seconds);
   if (flags.json) {
     const nlohmann::ordered_json result = {{"prompt", flags.prompt},
-                                           {"text", generated},
+                                           {"text", answered.text},
                                            {"tokens", tokens},
                                            {"finish_reason", finish_name(finish)},
                                            {"prompt_tokens", ids.size()},

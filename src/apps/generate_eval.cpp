@@ -1,15 +1,10 @@
 #include "apps/generate_eval.h"
 
 #include <algorithm>
-#include <condition_variable>
-#include <deque>
-#include <memory>
-#include <mutex>
 
-#include "apps/interrupt.h"
+#include "apps/answer_engine.h"
 #include "base/check.h"
 #include "data/text_source.h"
-#include "engine/local_engine.h"
 #include "text/chat_format.h"
 #include "text/chat_tokens.h"
 
@@ -23,35 +18,6 @@ constexpr int64_t kAtOnce = 16;  // requests in the engine
 struct Line {
   std::string origin, context, answer;
   std::vector<std::string> stops;
-};
-
-/// What becomes of one.
-class Pending final : public engine::Sink {
- public:
-  explicit Pending(std::string answer) { result_.answer = std::move(answer); }
-  void on_update(engine::Update update) override {
-    const std::lock_guard lock(mutex_);
-    for (const engine::OutputToken& token : update.tokens) result_.text += token.text;
-    result_.tokens = update.completion_tokens;
-    if (!update.finish) return;
-    finish_ = update.finish;
-    error_ = update.error;
-    end_.notify_one();
-  }
-  GeneratedAnswer wait() {
-    std::unique_lock lock(mutex_);
-    end_.wait(lock, [this] { return finish_.has_value(); });
-    HADAL_CHECK(*finish_ != engine::FinishReason::kError, "eval: ", error_);
-    result_.finish = *finish_ == engine::FinishReason::kLength ? "length" : "stop";
-    return result_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable end_;
-  GeneratedAnswer result_;
-  std::optional<engine::FinishReason> finish_;
-  std::string error_;
 };
 
 std::string member(const PyJson& record, const char* key, const std::string& origin) {
@@ -140,40 +106,24 @@ void generate_answers(const LoadedModel& loaded,
                      stops_of(record, options, origin)});
   });
   HADAL_INPUT_CHECK(!lines.empty(), path, ": holds no question");
-  engine::LocalEngineOptions settings;
-  settings.numerics = loaded.numerics;
-  settings.max_running = kAtOnce;
-  // Memory that nobody has written to costs nothing.
-  settings.cache_tokens = loaded.config().max_position_embeddings;
-  settings.lazy_memory = true;
-  const InterruptMask mask;
-  engine::LocalEngine local(loaded.model, loaded.tokenizer, "", settings);
-  std::deque<std::pair<std::shared_ptr<Pending>, const Line*>> waiting;
-  const auto collect = [&](size_t most) {
-    for (; waiting.size() > most; waiting.pop_front()) {
-      GeneratedAnswer answer = waiting.front().first->wait();
-      if (options.chat) take_content(options, waiting.front().second->stops, answer);
-      on_answer(answer);
-    }
-  };
+  AnswerEngine engine(loaded, {.at_once = kAtOnce});
   for (const Line& line : lines) {
     engine::Request request = make_request(loaded, line.context, options);
-    const int64_t room = local.engine().info().max_context - std::ssize(request.prompt);
-    HADAL_INPUT_CHECK(!request.prompt.empty() && room > 0, line.origin, ": a prompt of ",
-                      request.prompt.size(), " tokens, expected 1 to ",
-                      local.engine().info().max_context - 1);
-    request.max_tokens = std::min(request.max_tokens, room);
+    request.max_tokens =
+        std::min(request.max_tokens, engine.room_behind(std::ssize(request.prompt), line.origin));
     // In a chat they are for what the reader sees.
     if (!options.chat) request.stop = line.stops;
-    auto pending = std::make_shared<Pending>(line.answer);
-    uint64_t id = 0;
-    HADAL_CHECK(
-        local.engine().submit(std::move(request), pending, &id) == engine::Submitted::kAccepted,
-        "eval: the engine refused a request");
-    waiting.emplace_back(std::move(pending), &line);
-    collect(kAtOnce - 1);
+    engine.submit(std::move(request), [&](Answered answered) {
+      const bool length = answered.finish_of_command() == Finish::kLength;
+      GeneratedAnswer answer{.text = std::move(answered.text),
+                             .answer = line.answer,
+                             .finish = length ? "length" : "stop",
+                             .tokens = std::ssize(answered.tokens)};
+      if (options.chat) take_content(options, line.stops, answer);
+      on_answer(answer);
+    });
   }
-  collect(0);
+  engine.finish();
 }
 
 }  // namespace hadal::apps

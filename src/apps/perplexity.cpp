@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "ops/sampling/sample.h"
 #include "text/utf8.h"
 
 namespace hadal::apps {

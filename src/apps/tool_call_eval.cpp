@@ -1,8 +1,10 @@
 #include "apps/tool_call_eval.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "apps/answer_engine.h"
 #include "base/check.h"
 #include "data/text_source.h"
 #include "text/chat_format.h"
@@ -12,6 +14,8 @@ namespace hadal::apps {
 namespace {
 
 using text::PyJson;
+
+constexpr int64_t kAtOnce = 16;  // requests in the engine
 
 bool has_calls(const PyJson& message) {
   const PyJson* calls = message.find_set("tool_calls");
@@ -62,27 +66,26 @@ struct Dialogue {
   }
 };
 
-text::Completion answer(const LoadedModel& loaded,
-                        Sequence& sequence,
-                        const Dialogue& dialogue,
-                        size_t turn,
-                        int64_t max_tokens) {
-  PyJson request = PyJson::object(
+engine::Request request_for(const LoadedModel& loaded, const Dialogue& dialogue, size_t turn) {
+  PyJson messages = PyJson::object(
       {{"messages", PyJson::array({dialogue.messages.begin(),
                                    dialogue.messages.begin() + static_cast<int64_t>(turn)})}});
-  if (dialogue.tools.truthy()) request.set("tools", dialogue.tools);
+  if (dialogue.tools.truthy()) messages.set("tools", dialogue.tools);
   const text::ChatPrompt prompt =
-      text::render_chat(text::messages_of_request(std::move(request)), dialogue.encoding);
-  std::vector<int64_t> ids;
-  for (const int32_t id : loaded.tokenizer.encode(prompt.text, prompt.foreign)) ids.push_back(id);
-  sequence.set_tokens(ids);
+      text::render_chat(text::messages_of_request(std::move(messages)), dialogue.encoding);
+  engine::Request request;
+  for (const int32_t id : loaded.tokenizer.encode(prompt.text, prompt.foreign))
+    request.prompt.push_back(id);
+  request.sampling.temperature = 0;
+  return request;
+}
+
+text::Completion completion_of(const LoadedModel& loaded,
+                               const Dialogue& dialogue,
+                               const Answered& answered) {
   text::CompletionParser parser(dialogue.encoding.thinking_mode);
-  decode(loaded, sequence, {.temperature = 0.0}, max_tokens,
-         [&](int64_t token) {
-           parser.push_token(loaded.tokenizer, static_cast<int32_t>(token));
-           return true;
-         },
-         {});
+  for (const int64_t token : answered.tokens)
+    parser.push_token(loaded.tokenizer, static_cast<int32_t>(token));
   std::vector<text::CompletionEvent> rest;
   return parser.finish(rest);
 }
@@ -125,17 +128,24 @@ ToolCallScore score_tool_calls(const LoadedModel& loaded,
                                const ToolCallOptions& options,
                                const std::function<void(const ToolCallScore&)>& progress) {
   ToolCallScore score;
-  Sequence sequence(loaded);
-  size_t number = 0;
+  AnswerEngine engine(loaded, {.at_once = kAtOnce});
+  int64_t number = 0;
   data::for_each_line(path, [&](const std::string& line, int64_t line_number) {
-    if (score.turns >= options.turns) return;
-    const Dialogue dialogue(line, concat(path, ": line ", line_number));
-    const std::vector<size_t> turns = dialogue.turns_with_calls();
+    if (number >= options.turns) return;
+    const std::string origin = concat(path, ": line ", line_number);
+    auto dialogue = std::make_shared<const Dialogue>(line, origin);
+    const std::vector<size_t> turns = dialogue->turns_with_calls();
     if (turns.empty()) return;
-    const size_t turn = turns[number++ % turns.size()];
-    count(dialogue, turn, answer(loaded, sequence, dialogue, turn, options.max_tokens), score);
-    progress(score);
+    const size_t turn = turns[static_cast<size_t>(number++) % turns.size()];
+    engine::Request request = request_for(loaded, *dialogue, turn);
+    request.max_tokens =
+        std::min(options.max_tokens, engine.room_behind(std::ssize(request.prompt), origin));
+    engine.submit(std::move(request), [&, dialogue, turn](const Answered& answered) {
+      count(*dialogue, turn, completion_of(loaded, *dialogue, answered), score);
+      progress(score);
+    });
   });
+  engine.finish();
   HADAL_INPUT_CHECK(score.turns > 0, path, ": no turn of an assistant with tool calls");
   return score;
 }

@@ -1,0 +1,145 @@
+#include "apps/answer_engine.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+
+#include "apps/interrupt.h"
+#include "base/check.h"
+#include "engine/local_engine.h"
+
+namespace hadal::apps {
+namespace {
+
+constexpr std::chrono::milliseconds kPatience(20);  // between two looks at `stop`
+
+engine::LocalEngineOptions engine_options(const LoadedModel& loaded,
+                                          const AnswerEngineOptions& options) {
+  engine::LocalEngineOptions result;
+  result.numerics = loaded.numerics;
+  result.max_running = options.at_once;
+  result.cache_tokens = loaded.config().max_position_embeddings;
+  result.max_drafts = options.max_drafts;
+  result.lazy_memory = true;
+  return result;
+}
+
+}  // namespace
+
+/// The engine's updates, handed to the command's thread.
+class AnswerEngine::Inbox final : public engine::Sink {
+ public:
+  void on_update(engine::Update update) override {
+    {
+      const std::lock_guard lock(mutex_);
+      updates_.push_back(std::move(update));
+    }
+    news_.notify_one();
+  }
+
+  /// Takes what comes in time into `answered`; true once that was the last.
+  bool take(std::chrono::milliseconds time,
+            Answered& answered,
+            const std::function<void(const engine::OutputToken&)>& on_token) {
+    std::optional<engine::Update> update = next(time);
+    if (!update) return false;
+    for (const engine::OutputToken& token : update->tokens) {
+      answered.tokens.push_back(token.token);
+      answered.text += token.text;
+      if (on_token) on_token(token);
+    }
+    answered.cache = update->cache;
+    if (update->prompt_scores) answered.prompt_scores = update->prompt_scores;
+    if (!update->finish) return false;
+    HADAL_CHECK(*update->finish != engine::FinishReason::kError, "engine: ", update->error);
+    answered.finish = *update->finish;
+    return true;
+  }
+
+ private:
+  /// Nothing when none comes in time.
+  std::optional<engine::Update> next(std::chrono::milliseconds time) {
+    std::unique_lock lock(mutex_);
+    if (!news_.wait_for(lock, time, [this] { return !updates_.empty(); })) return std::nullopt;
+    engine::Update update = std::move(updates_.front());
+    updates_.pop_front();
+    return update;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable news_;
+  std::deque<engine::Update> updates_;
+};
+
+Finish Answered::finish_of_command() const {
+  switch (finish) {
+    case engine::FinishReason::kStop:
+    case engine::FinishReason::kStopString:
+      return Finish::kStop;
+    case engine::FinishReason::kLength:
+      return Finish::kLength;
+    default:
+      return Finish::kInterrupted;
+  }
+}
+
+AnswerEngine::AnswerEngine(const LoadedModel& loaded, const AnswerEngineOptions& options)
+    : options_(options) {
+  const InterruptMask mask;
+  engine_ = std::make_unique<engine::LocalEngine>(loaded.model, loaded.tokenizer, "",
+                                                  engine_options(loaded, options));
+}
+
+AnswerEngine::~AnswerEngine() = default;
+
+int64_t AnswerEngine::room_behind(int64_t prompt_tokens, const std::string& origin) const {
+  const int64_t context = engine_->engine().info().max_context;
+  HADAL_INPUT_CHECK(prompt_tokens > 0 && prompt_tokens < context, origin, ": a prompt of ",
+                    prompt_tokens, " tokens, expected 1 to ", context - 1);
+  return context - prompt_tokens;
+}
+
+std::pair<std::shared_ptr<AnswerEngine::Inbox>, uint64_t> AnswerEngine::hand_in(
+    engine::Request request) {
+  auto inbox = std::make_shared<Inbox>();  // the engine's as well, until the answer's end
+  uint64_t id = 0;
+  const auto submitted = engine_->engine().submit(std::move(request), inbox, &id);
+  HADAL_CHECK(submitted == engine::Submitted::kAccepted, "engine: takes no requests");
+  return {std::move(inbox), id};
+}
+
+Answered AnswerEngine::answer(engine::Request request,
+                              const std::function<void(const engine::OutputToken&)>& on_token,
+                              const StopFunction& stop) {
+  const auto [inbox, id] = hand_in(std::move(request));
+  Answered answered;
+  bool cancelled = false;
+  while (!inbox->take(kPatience, answered, on_token)) {
+    if (stop && !cancelled && stop()) {
+      engine_->engine().cancel(id);
+      cancelled = true;
+    }
+  }
+  return answered;
+}
+
+void AnswerEngine::hand_over_first() {
+  const auto [inbox, on_answer] = std::move(waiting_.front());
+  waiting_.pop_front();
+  Answered answered;
+  while (!inbox->take(std::chrono::hours(1), answered, {})) {
+  }
+  on_answer(std::move(answered));
+}
+
+void AnswerEngine::submit(engine::Request request, OnAnswer on_answer) {
+  while (std::ssize(waiting_) >= options_.at_once) hand_over_first();
+  waiting_.emplace_back(hand_in(std::move(request)).first, std::move(on_answer));
+}
+
+void AnswerEngine::finish() {
+  while (!waiting_.empty()) hand_over_first();
+}
+
+}  // namespace hadal::apps
