@@ -8,6 +8,10 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include <gtest/gtest.h>
 
@@ -111,6 +115,58 @@ TEST_P(EngineOnGpu, PagesSlotsAndSnapshotsGiveTheLogitsOfTheCpu) {
   cache.load_snapshot(2, 344, state);
   const auto resumed = run(gpu, 2, tokens, 344, {0, 5}, 86);
   EXPECT_EQ(resumed.back(), found.back());  // the same step of the same bytes
+}
+
+// A recorded graph refuses whatever makes the host wait; replayed it computes the step of whatever
+// tokens and rows lie at its addresses then.
+TEST_P(EngineOnGpu, LayersCopyNothingToTheHost) {
+  if (GetParam().numerics == Numerics::kIdeal)
+    GTEST_SKIP() << "in ideal experts run the reference, which asks for their borders";
+  std::mt19937 random(5);
+  std::vector<int64_t> tokens(300);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+  const model::Transformer model = make(at::kCUDA);
+  KvCache cache(model.config(), sizes(at::kCUDA));
+  ModelRunner runner(model, cache);
+  const std::vector<int64_t> pages = {4, 2};
+  const c10::InferenceMode inference;
+  for (const int64_t count : {1, 37}) {
+    const int64_t start = 220;
+    run(runner, 1, std::span(tokens).first(static_cast<size_t>(start)), 0, pages, 86);
+    const auto part =
+        std::span(tokens).subspan(static_cast<size_t>(start), static_cast<size_t>(count));
+    const SequenceStep step{.slot = 1, .start = start, .tokens = part, .pages = pages};
+    const at::Tensor ids =
+        at::tensor(std::vector<int64_t>(part.begin(), part.end()), at::kLong).to(at::kCUDA);
+    const auto forward = [&](const ops::Batch& batch) {
+      model::ForwardContext context;
+      context.batch = &batch;
+      context.numerics = GetParam().numerics;
+      context.kv = &cache;
+      return model.forward(ids, context);
+    };
+    const at::Tensor eager = forward(cache.begin({&step, 1}));
+    const at::Tensor again = forward(cache.begin({&step, 1}));  // everything settled
+    EXPECT_TRUE(at::equal(eager, again));
+    const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
+    const c10::cuda::CUDAStreamGuard guard(stream);
+    const ops::Batch batch = cache.begin({&step, 1});
+    stream.synchronize();
+    at::cuda::CUDAGraph graph;
+    graph.capture_begin();
+    const at::Tensor recorded = forward(batch);
+    graph.capture_end();
+    graph.replay();
+    stream.synchronize();
+    EXPECT_TRUE(at::equal(recorded, eager)) << count;
+    // Another token where the first one lay.
+    ids[0].fill_((tokens[static_cast<size_t>(start)] + 1) % 256);
+    graph.replay();
+    stream.synchronize();
+    EXPECT_FALSE(at::equal(recorded, eager));
+    const at::Tensor other = recorded.clone();
+    EXPECT_TRUE(at::equal(forward(cache.begin({&step, 1})), other));
+  }
 }
 
 // A model with random weights in quantised numerics turns another order of sums into other choices

@@ -66,12 +66,9 @@ void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at
               " rows on ", source.device().str(), " for ", to.numel(), " on ",
               rows_.device().str());
   if (!rows_.is_cpu()) {
-    // Packing has no kernel on the GPU yet.
     const at::Tensor found = from.defined() ? source.index_select(0, from) : source;
-    const at::Tensor stored = format_.packed()
-                                  ? ops::pack_rows(found.cpu(), format_).to(rows_.device())
-                                  : found.to(rows_.scalar_type());
-    rows_.index_copy_(0, to, stored);
+    rows_.index_copy_(
+        0, to, format_.packed() ? ops::pack_rows(found, format_) : found.to(rows_.scalar_type()));
     return;
   }
   const at::Tensor dense =

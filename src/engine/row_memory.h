@@ -32,8 +32,8 @@ class RowMemory {
   /// The inverse; returns the end of what it took.
   const std::byte* write(std::span<const int64_t> numbers, const std::byte* in);
   /// Rows `from` of `source` [n, width], packed on the way where the format says so, become rows
-  /// `to`; both [m] I64 on the rows' device; `from` undefined: all rows in order. Errors: Error for
-  /// values that did not go through the format's round trip.
+  /// `to`; both [m] I64 on the rows' device; `from` undefined: all rows in order. Errors: on the
+  /// CPU Error for values that did not go through the format's round trip.
   void store(const at::Tensor& source, const at::Tensor& from, const at::Tensor& to);
   /// Rows [from, from + count) become rows [to, to + count).
   void copy(int64_t from, int64_t to, int64_t count);

@@ -87,7 +87,7 @@ RopeTable::RopeTable(int64_t rope_dim, double base, const YarnParams* yarn) {
 }
 
 at::Tensor RopeTable::compute(const at::Tensor& pos) const {
-  const at::Tensor host_pos = pos.to(at::kCPU).contiguous();
+  const at::Tensor host_pos = pos.contiguous();
   constexpr int64_t kGrain = 16;  // rows of some 50 us
   const int64_t count = host_pos.size(0), half = static_cast<int64_t>(frequencies_.size());
   at::Tensor table = at::empty({count, half, 2}, at::kFloat);
@@ -109,11 +109,10 @@ at::Tensor RopeTable::compute(const at::Tensor& pos) const {
 at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
   check_shape(pos, {-1}, "rope: pos");
   // Tables of the first positions are kept. On the CPU of few: rows cost a thousandth of what a
-  // model does with them, and tables of a long context would take as much memory as its cache.
-  const int64_t most_kept = pos.is_cpu() ? 2048 : 65536;
-  if (max_pos >= most_kept || (pos.is_cpu() && pos.size(0) <= 16)) {
-    return compute(pos).to(pos.device());
-  }
+  // model does with them, and tables of a long context would take as much memory as its cache. On
+  // another device of all: positions are not fetched from there (256 MB for a million of them).
+  constexpr int64_t kMostKept = 2048;
+  if (pos.is_cpu() && (max_pos >= kMostKept || pos.size(0) <= 16)) return compute(pos);
   at::Tensor table;
   {
     std::lock_guard<std::mutex> lock(cache_->mutex);

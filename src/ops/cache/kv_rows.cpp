@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include <ATen/ATen.h>
 
@@ -98,17 +99,63 @@ at::Tensor unpack_keys(const at::Tensor& bytes, const RowFormat& format) {
   const at::Tensor pairs = bytes.narrow(1, 0, format.width / 2);
   const at::Tensor codes =
       at::stack({pairs.bitwise_and(15), pairs.div(16, "floor")}, -1).reshape({n, format.width});
-  std::vector<float> table(kE2m1, kE2m1 + 8);
-  for (const float value : kE2m1) table.push_back(-value);
-  const at::Tensor values =
-      at::tensor(table, at::kFloat).to(bytes.device()).index({codes.to(at::kLong)});
+  // 0, 0.5, 1, 1.5, 2, 3, 4, 6: no table, which another device would have to be sent.
+  const at::Tensor code = codes.bitwise_and(7), x = code.to(at::kFloat);
+  const at::Tensor magnitude =
+      at::where(code < 4, x * 0.5, at::where(code < 6, x - 2.0, x * 2.0 - 8.0));
+  const at::Tensor values = at::where(codes < 8, magnitude, -magnitude);
   return (values.reshape({n, -1, 32}) *
           factors(bytes.narrow(1, format.width / 2, format.width / 32)))
       .reshape({n, format.width})
       .to(at::kBFloat16);
 }
 
+/// Groups of `size` channels as pack_groups() scales them: [n, groups, size] FP32, and the bytes of
+/// their scales [n, groups].
+std::pair<at::Tensor, at::Tensor> scale_groups(const at::Tensor& rows,
+                                               int64_t size,
+                                               double significand,
+                                               int64_t shift) {
+  const at::Tensor values = rows.to(at::kFloat).reshape({rows.size(0), -1, size});
+  const at::Tensor amax = values.abs().amax(-1);
+  const auto [fraction, exponent_of] = at::frexp(amax);  // amax = fraction * 2^exponent_of
+  const at::Tensor exponent =
+      (exponent_of - 1 - shift + (fraction * 2.0 > significand).to(at::kInt))
+          .masked_fill(amax == 0, 0);
+  // Two steps, since 2^127 has no normal inverse.
+  const at::Tensor half = exponent.neg().div(2, "trunc"), rest = exponent.neg() - half;
+  const auto power = [](const at::Tensor& k) { return at::exp2(k.to(at::kFloat)).unsqueeze(-1); };
+  return {values * power(half) * power(rest), (exponent + 127).to(at::kByte)};
+}
+
+at::Tensor pack_latents(const at::Tensor& rows, const RowFormat& format) {
+  const int64_t n = rows.size(0), rounded = format.width - format.rotary;
+  const auto [values, scales] = scale_groups(rows.narrow(1, 0, rounded), 64, 1.75, 8);
+  const at::Tensor codes = values.to(at::kFloat8_e4m3fn).reshape({n, rounded}).view(at::kByte);
+  const at::Tensor rotary = rows.narrow(1, rounded, format.rotary).contiguous().view(at::kByte);
+  const int64_t used = rounded + 2 * format.rotary + rounded / 64;
+  return at::cat({codes, rotary, scales, at::zeros({n, format.bytes() - used}, codes.options())},
+                 1);
+}
+
+at::Tensor pack_keys(const at::Tensor& rows, const RowFormat& format) {
+  const auto [values, scales] = scale_groups(rows, 32, 1.5, 2);
+  const at::Tensor flat = values.reshape({rows.size(0), format.width}), x = flat.abs();
+  const at::Tensor code = at::where(x < 2, x * 2.0, at::where(x < 4, x + 2.0, x * 0.5 + 4.0));
+  const at::Tensor nibbles =
+      (code + at::signbit(flat).to(at::kFloat) * 8.0).to(at::kByte).reshape({rows.size(0), -1, 2});
+  return at::cat({nibbles.select(2, 0) + nibbles.select(2, 1) * 16, scales}, 1);
+}
+
 }  // namespace
+
+namespace reference {
+
+at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format) {
+  return format.kind == RowKind::kLatent ? pack_latents(rows, format) : pack_keys(rows, format);
+}
+
+}  // namespace reference
 
 bool pack_row(const uint16_t* row, const RowFormat& format, uint8_t* out) {
   std::memset(out, 0, static_cast<size_t>(format.bytes()));
@@ -129,9 +176,9 @@ bool pack_row(const uint16_t* row, const RowFormat& format, uint8_t* out) {
 
 at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format) {
   check_shape(rows, {-1, format.width}, "pack_rows: rows");
-  HADAL_CHECK(format.packed() && rows.is_cpu() && rows.scalar_type() == at::kBFloat16,
-              "pack_rows: rows are ", rows.scalar_type(), " on ", rows.device().str(),
-              ", expected BF16 on the CPU");
+  HADAL_CHECK(format.packed() && rows.scalar_type() == at::kBFloat16, "pack_rows: rows are ",
+              rows.scalar_type(), ", expected BF16");
+  if (!rows.is_cpu() || reference_forced()) return reference::pack_rows(rows, format);
   const at::Tensor source = rows.contiguous();
   at::Tensor bytes = at::empty({rows.size(0), format.bytes()}, at::kByte);
   const auto* in = static_cast<const uint16_t*>(source.const_data_ptr());

@@ -33,9 +33,13 @@ struct RowFormat {
   friend bool operator==(const RowFormat&, const RowFormat&) = default;
 };
 
-/// Packs BF16 rows [n, width] into bytes [n, format.bytes()], on the CPU. Error for a row that no
-/// round trip gave, with its number.
+/// Packs BF16 rows [n, width] that went through their round trip into bytes [n, format.bytes()], on
+/// their device. On the CPU: Error for a row that no round trip gave, with its number; elsewhere
+/// nobody looks, since the host would have to wait for the answer.
 at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format);
+namespace reference {
+at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format);
+}  // namespace reference
 
 /// Bytes [n, format.bytes()] -> BF16 rows [n, width]; plain ATen, any device: the definition.
 at::Tensor unpack_rows(const at::Tensor& bytes, const RowFormat& format);
