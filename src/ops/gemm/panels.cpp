@@ -208,12 +208,17 @@ float fp8_value(uint32_t code) {
 }
 
 /// Element i of 8 of a packed lane.
-float packed_value(WeightFormat format, const uint8_t* lane, int64_t i) {
+uint32_t packed_code(WeightFormat format, const uint8_t* lane, int64_t i) {
   const int64_t pair = i / 2, odd = i % 2;
-  if (format == WeightFormat::kFp8) return fp8_value(lane[pair / 2 * 64 + odd * 2 + pair % 2]);
+  if (format == WeightFormat::kFp8) return lane[pair / 2 * 64 + odd * 2 + pair % 2];
   uint32_t word = 0;
   std::memcpy(&word, lane, 4);
-  return fp4_value(word >> (odd * 16 + pair * 4) & 15u);
+  return word >> (odd * 16 + pair * 4) & 15u;
+}
+
+float packed_value(WeightFormat format, const uint8_t* lane, int64_t i) {
+  const uint32_t code = packed_code(format, lane, i);
+  return format == WeightFormat::kFp8 ? fp8_value(code) : fp4_value(code);
 }
 
 template <typename T>
@@ -230,20 +235,24 @@ void unpack_dense_block(const Panels& panels, uint8_t* matrix, int64_t block, T*
                 });
 }
 
+/// The scale byte of input k of a row of FP8 or FP4 panels.
+uint8_t scale_of(const Panels& panels, const uint8_t* scales, int64_t row, int64_t k) {
+  const int64_t block = row / kBlockWidth;
+  if (panels.format == WeightFormat::kFp8)
+    return scales[block * ceil_div(panels.in, 128) + k / 128];
+  const int64_t width =
+      std::min(kBlockPanels, ceil_div(panels.out, kPanelWidth) - block * kBlockPanels);
+  return scales[block * kBlockPanels * (panels.in / 32) * kPanelWidth +
+                k / 32 * width * kPanelWidth + row - block * kBlockWidth];
+}
+
 void unpack_packed_block(const Panels& panels, int64_t matrix, int64_t block, c10::BFloat16* out) {
-  const int64_t num_panels = ceil_div(panels.out, kPanelWidth), columns = ceil_div(panels.in, 128);
-  const int64_t width = std::min(kBlockPanels, num_panels - block * kBlockPanels);
   const uint8_t* scales = matrix_bytes(panels.scales, matrix);
-  const auto scale_of = [&](int64_t row, int64_t k) -> uint8_t {
-    if (panels.format == WeightFormat::kFp8) return scales[block * columns + k / 128];
-    return scales[block * kBlockPanels * (panels.in / 32) * kPanelWidth +
-                  k / 32 * width * kPanelWidth + row - block * kBlockWidth];
-  };
   for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
                 [&](int64_t row, int64_t group, const uint8_t* lane) {
                   const int64_t first = group * kGroupInputs,
                                 count = std::min(kGroupInputs, panels.in - first);
-                  const int exponent = scale_of(row, first) - 127;
+                  const int exponent = scale_of(panels, scales, row, first) - 127;
                   for (int64_t i = 0; i < count; ++i)
                     out[row * panels.in + first + i] =
                         std::ldexp(packed_value(panels.format, lane, i), exponent);
@@ -310,6 +319,43 @@ at::Tensor unpack_panels(const Panels& panels) {
     }
   });
   return out;
+}
+
+StoredCodes panel_codes(const Panels& panels, int64_t matrix) {
+  const bool fp4 = panels.format == WeightFormat::kFp4;
+  HADAL_CHECK(fp4 || panels.format == WeightFormat::kFp8, "panel_codes: panels without codes");
+  const int64_t out = panels.out, in = panels.in;
+  const int64_t row_bytes = fp4 ? in / 2 : in, slabs = fp4 ? in / 32 : ceil_div(in, 128);
+  const at::Tensor data = at::zeros({out, row_bytes}, at::kByte);
+  const at::Tensor scale = at::empty({fp4 ? out : ceil_div(out, 128), slabs}, at::kByte);
+  auto* codes = data.mutable_data_ptr<uint8_t>();
+  auto* bytes = scale.mutable_data_ptr<uint8_t>();
+  const uint8_t* scales = matrix_bytes(panels.scales, matrix);
+  for (int64_t block = 0; block < panels.blocks(); ++block) {
+    for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
+                  [&](int64_t row, int64_t group, const uint8_t* lane) {
+                    const int64_t first = group * kGroupInputs;
+                    for (int64_t i = 0; i < std::min(kGroupInputs, in - first); ++i) {
+                      const uint32_t code = packed_code(panels.format, lane, i);
+                      if (fp4) {
+                        uint8_t& pair = codes[row * row_bytes + (first + i) / 2];
+                        pair = static_cast<uint8_t>(pair | code << (i % 2 * 4));
+                      } else {
+                        codes[row * row_bytes + first + i] = static_cast<uint8_t>(code);
+                      }
+                    }
+                  });
+  }
+  for (int64_t row = 0; row < scale.size(0); ++row) {
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      uint8_t& byte = bytes[row * slabs + slab];
+      byte = scale_of(panels, scales, fp4 ? row : row * 128, slab * (fp4 ? 32 : 128));
+      // A block of 64 zeros has the scale of one; the other half of the 128 rows may have another.
+      if (!fp4 && byte == kScaleOfOne && row * 128 + kBlockWidth < out)
+        byte = scale_of(panels, scales, row * 128 + kBlockWidth, slab * 128);
+    }
+  }
+  return {.data = fp4 ? data : data.view(at::kFloat8_e4m3fn), .scale = scale};
 }
 
 }  // namespace hadal::ops

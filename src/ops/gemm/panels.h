@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "ops/gemm/linear_cpu.h"
+#include "ops/quant/official_storage.h"
 
 namespace hadal::ops {
 
@@ -39,5 +40,8 @@ std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
 
 /// The values, [matrices, out, in]: FP32 for FP32 panels, else BF16.
 at::Tensor unpack_panels(const Panels& panels);
+/// The codes of one matrix of FP8 or FP4 panels, as an official checkpoint stores them. Scales of
+/// zeros are those that the panels hold.
+StoredCodes panel_codes(const Panels& panels, int64_t matrix);
 
 }  // namespace hadal::ops

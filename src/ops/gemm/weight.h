@@ -1,0 +1,113 @@
+// A matrix of the model, or a stack of them, in one of the forms in which products read it.
+//
+//   dense   FP64, FP32 or BF16 values, [out, in] or [matrices, out, in]: training, references, and
+//           what a device's library multiplies
+//   panels  FP32, BF16, FP8 or FP4 for the CPU's matrix kernel (panels.h)
+//   sm90    FP8 or FP4 with scales as the Hopper kernels read them (sm90_matrices.h)
+//
+// All forms hold values exactly, and a product's bits do not depend on the form on the CPU. Panels
+// and sm90 are constants. Weights are cheap to copy: copies share memory.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <variant>
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/gemm/linear.h"
+#include "ops/gemm/panels.h"
+#include "ops/gemm/sm90_matrices.h"
+
+namespace hadal::ops {
+
+enum class WeightForm { kNone, kDense, kPanels, kSm90 };
+
+/// The panels of dense values that many products read: made at the first call, and again once the
+/// values are another tensor or were written to since (a write through a data pointer is not
+/// noticed). From any thread.
+class PanelCache {
+ public:
+  PanelCache();
+  /// Of values [.., in], FP32 or BF16 on the CPU, as `matrices` matrices stacked along the first
+  /// dimension.
+  std::shared_ptr<const Panels> of(const at::Tensor& values, int64_t matrices);
+  /// Bytes of the panels that it holds now.
+  int64_t num_bytes() const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Panels> panels_;
+  c10::weak_intrusive_ptr<c10::TensorImpl> source_;  ///< does not keep replaced values alive
+  uint32_t version_ = 0;
+};
+
+class Weight {
+ public:
+  Weight() = default;
+  /// Dense values, [out, in] or [matrices, out, in].
+  explicit Weight(at::Tensor values);
+  /// Dense constants whose panels are kept: values [.., in] seen as matrices along the first
+  /// dimension.
+  Weight(const at::Tensor& values, int64_t matrices, std::shared_ptr<PanelCache> cache);
+  explicit Weight(Panels panels);
+  explicit Weight(Sm90Matrices matrices);
+
+  WeightForm form() const { return static_cast<WeightForm>(storage_.index()); }
+  bool defined() const { return form() != WeightForm::kNone; }
+  int64_t matrices() const;
+  int64_t out() const;
+  int64_t in() const;
+  at::Device device() const;
+  /// Of the form; kept panels of dense values are their cache's.
+  int64_t num_bytes() const;
+
+  /// Error unless it has this form.
+  const at::Tensor& dense() const;  ///< [out, in] or [matrices, out, in]
+  const Panels& panels() const;
+  const Sm90Matrices& sm90() const;
+  /// Panels for the CPU kernel: its own, or the kept ones of dense constants; else null.
+  std::shared_ptr<const Panels> kernel_panels() const;
+
+  /// The values of one matrix, [out, in], on the weight's device, and of all, [matrices, out, in]:
+  /// dense ones as they are, those of panels FP32 or BF16, those of sm90 BF16.
+  at::Tensor values(int64_t matrix) const;
+  at::Tensor values() const;
+
+  /// The same values in another form, exactly.
+  Weight to_dense() const;
+  /// Error unless the values are FP32 or BF16 on the CPU; sm90 becomes BF16 panels.
+  Weight to_panels() const;
+  /// Of FP8 and FP4 panels, whatever `storage` says; of dense values on the CPU that lie on the
+  /// grid of `storage`, kFp8 or kFp4. nullopt where the values have no exact form.
+  std::optional<Weight> to_sm90(OfficialStorage storage) const;
+  /// On another device. Panels are for the CPU alone: elsewhere FP8 and FP4 become sm90 without
+  /// being made dense, and BF16 and FP32 dense (FP8 and FP4 that sm90 has no exact form for, too;
+  /// a warning says so).
+  Weight to(at::Device device) const;
+
+ private:
+  struct Dense {
+    at::Tensor values;                  ///< [out, in] or [matrices, out, in]
+    at::Tensor source;                  ///< what the cache goes by
+    std::shared_ptr<PanelCache> cache;  ///< or null
+  };
+  std::variant<std::monostate,
+               Dense,
+               std::shared_ptr<const Panels>,
+               std::shared_ptr<const Sm90Matrices>>
+      storage_;  ///< in the order of WeightForm
+};
+
+/// The products of linear.h. Where no kernel of the device reads a weight's form, its matrices are
+/// made dense one by one for the call; a warning says so once. x and w lie on one device.
+at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role);
+at::Tensor grouped_linear(const at::Tensor& x,
+                          const Weight& w,
+                          const at::Tensor& offsets,
+                          GemmRole role);
+at::Tensor group_linear(const at::Tensor& x, const Weight& w);
+
+}  // namespace hadal::ops

@@ -1,0 +1,34 @@
+// Weights on a GPU: moved without being made dense, and read back there.
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "ops/gemm/weight.h"
+#include "testing/kernel_checks.h"
+#include "testing/stored_weights.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::same_bits;
+using testing::Stored;
+
+TEST(WeightGpu, CodesStayCodes) {
+  Stored a = testing::make_fp4(200, 384, 1);
+  a.scale = a.scale.remainder(14).add(113).to(at::kByte);
+  const Stored b = testing::make_fp8(200, 320, 2);
+  for (const Panels& panels : {testing::fp4(a), testing::fp8(b)}) {
+    const Weight on_cpu(panels), on_gpu = on_cpu.to(at::kCUDA);
+    EXPECT_EQ(on_gpu.form(), WeightForm::kSm90);
+    EXPECT_TRUE(on_gpu.device().is_cuda());
+    EXPECT_TRUE(same_bits(on_gpu.values(0).cpu(), on_cpu.values(0)));
+    const at::Tensor x = at::randn({5, panels.in}).to(at::kBFloat16).to(at::kCUDA);
+    const GemmRole role = panels.format == WeightFormat::kFp4 ? GemmRole::kFp4 : GemmRole::kFp8;
+    EXPECT_TRUE(same_bits(linear(x, on_gpu, role).cpu(),
+                          linear(x, on_cpu.values(0).to(at::kCUDA), role).cpu()));
+  }
+  EXPECT_EQ(Weight(pack_panels(at::randn({16, 32}))).to(at::kCUDA).form(), WeightForm::kDense);
+}
+
+}  // namespace
+}  // namespace hadal::ops

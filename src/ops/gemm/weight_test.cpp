@@ -1,0 +1,213 @@
+#include "ops/gemm/weight.h"
+
+#include <thread>
+#include <tuple>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+#include "testing/kernel_checks.h"
+#include "testing/stored_weights.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::fp4;
+using testing::fp8;
+using testing::make_fp4;
+using testing::make_fp8;
+using testing::same_bits;
+using testing::Stored;
+
+/// FP4 codes whose scales lie within 2^14 of each other in a row, as sm90 wants them; a group of
+/// zeros with a scale far off, and negative zeros.
+Stored near_fp4(int64_t out, int64_t in, unsigned seed) {
+  Stored s = make_fp4(out, in, seed);
+  s.scale = s.scale.remainder(14).add(113).to(at::kByte);
+  s.data[1].narrow(0, 0, 16).fill_(0x08);
+  s.scale[1][0] = 3;
+  const Panels panels = fp4(s);  // their values were compared with scalar code in panels_test
+  s.values = unpack_panels(panels)[0];
+  return s;
+}
+
+at::Tensor rows_of(int64_t rows, int64_t in) {
+  return quantise_input(at::randn({rows, (in + 127) / 128 * 128}), GemmRole::kFp8,
+                        Numerics::kReleased)
+      .narrow(1, 0, in)
+      .to(at::kBFloat16)
+      .contiguous();
+}
+
+TEST(Weight, Sm90HoldsTheValuesOfItsCodes) {
+  for (const auto& [out, in] : {std::tuple{70, 160}, {64, 128}, {200, 96}, {129, 512}}) {
+    const Stored a = near_fp4(out, in, 8), b = make_fp8(out, in + 5, 9);
+    const auto four = pack_sm90_fp4({a.data, a.data}, {a.scale, a.scale});
+    const auto eight = pack_sm90_fp8({b.data}, {b.scale});
+    ASSERT_TRUE(four && eight) << out << " " << in;
+    EXPECT_TRUE(same_bits(unpack_sm90(*four, 1), a.values)) << out << " " << in;
+    EXPECT_TRUE(same_bits(unpack_sm90(*eight, 0), b.values)) << out << " " << in;
+  }
+}
+
+TEST(Weight, Sm90HoldsFourAndEightBitsAWeight) {
+  const int64_t weights = 256 * 512;
+  const auto four = pack_sm90_fp4({near_fp4(256, 512, 1).data}, {near_fp4(256, 512, 1).scale});
+  // Tiles of 64 x 128: half a byte a weight, and four bytes for a row's four scales.
+  EXPECT_EQ(four->num_bytes(), weights / 2 + weights / 128 * 4);
+  const Stored b = make_fp8(256, 512, 1);
+  EXPECT_EQ(pack_sm90_fp8({b.data}, {b.scale})->num_bytes(), weights + 2 * 4 * 4);
+}
+
+TEST(Weight, Sm90RefusesWhatItCannotHold) {
+  Stored s = near_fp4(40, 128, 1);
+  s.scale[3][1] = static_cast<uint8_t>(s.scale[3][0].item<int>() + 15);
+  EXPECT_FALSE(pack_sm90_fp4({s.data}, {s.scale}).has_value());  // too far apart
+  s.scale[3][1] = 20;
+  EXPECT_FALSE(pack_sm90_fp4({s.data}, {s.scale}).has_value());  // too small
+  s.data[3].narrow(0, 16, 16).fill_(0x80);                       // zeros need no scale
+  EXPECT_TRUE(pack_sm90_fp4({s.data}, {s.scale}).has_value());
+  Stored nan = make_fp8(40, 200, 1);
+  nan.data.view(at::kByte)[7][9] = 0xff;
+  EXPECT_FALSE(pack_sm90_fp8({nan.data}, {nan.scale}).has_value());
+  Stored wide = make_fp8(40, 200, 1);
+  wide.scale[0][1] = 255;
+  EXPECT_FALSE(pack_sm90_fp8({wide.data}, {wide.scale}).has_value());
+}
+
+TEST(Weight, PanelsGiveTheirCodesBack) {
+  const Stored a = near_fp4(70, 96, 2), b = make_fp8(200, 77, 3);
+  const StoredCodes four = panel_codes(fp4(a), 0), eight = panel_codes(fp8(b), 0);
+  EXPECT_TRUE(at::equal(four.data, a.data));
+  at::Tensor scale = a.scale.clone();
+  scale[1][0] = 127;  // of the zeros
+  EXPECT_TRUE(at::equal(four.scale, scale));
+  EXPECT_TRUE(at::equal(eight.data.view(at::kByte), b.data.view(at::kByte)));
+  EXPECT_TRUE(at::equal(eight.scale, b.scale));
+}
+
+TEST(Weight, AHalfOfZerosLeavesTheOtherHalfItsScale) {
+  for (const int64_t first : {0, 64}) {
+    Stored b = make_fp8(128, 128, 3);
+    b.data.view(at::kByte).narrow(0, first, 64).zero_();
+    b.scale.fill_(119);
+    const StoredCodes codes = panel_codes(fp8(b), 0);
+    EXPECT_TRUE(at::equal(codes.scale, b.scale)) << first;
+    EXPECT_TRUE(same_bits(Weight(fp8(b)).to_sm90(OfficialStorage::kFp8)->values(0),
+                          unpack_panels(fp8(b))[0]));
+  }
+}
+
+TEST(Weight, FormsHoldTheSameValues) {
+  const Stored a = near_fp4(70, 160, 4), b = make_fp8(140, 130, 5);
+  for (const auto& [panels, values, storage] : {std::tuple{fp4(a), a.values, OfficialStorage::kFp4},
+                                                {fp8(b), b.values, OfficialStorage::kFp8}}) {
+    const Weight packed(panels), dense(values);
+    EXPECT_TRUE(same_bits(packed.to_dense().values(0), values));
+    EXPECT_TRUE(same_bits(dense.to_panels().to_dense().values(0), values));
+    const std::optional<Weight> from_panels = packed.to_sm90(storage),
+                                from_dense = dense.to_sm90(storage);
+    ASSERT_TRUE(from_panels && from_dense);
+    for (const Weight& w : {*from_panels, *from_dense}) {
+      EXPECT_EQ(w.form(), WeightForm::kSm90);
+      EXPECT_TRUE(same_bits(w.values(0), values));
+      EXPECT_TRUE(same_bits(w.to_dense().values(0), values));
+      EXPECT_TRUE(same_bits(w.to_panels().values(0), values));
+      EXPECT_TRUE(same_bits(w.to_sm90(storage)->values(0), values));
+    }
+    // Values off the grid have no codes.
+    EXPECT_FALSE(Weight(values.to(at::kFloat) + 1e-3).to_sm90(storage).has_value());
+    EXPECT_FALSE(dense.to_sm90(OfficialStorage::kBf16).has_value());
+  }
+  const at::Tensor wide = at::randn({3, 70, 33});
+  EXPECT_TRUE(same_bits(Weight(wide).to_panels().values(), wide));
+  EXPECT_FALSE(Weight(wide).to_panels().to_sm90(OfficialStorage::kFp8).has_value());
+}
+
+TEST(Weight, ProductsDoNotDependOnTheForm) {
+  at::manual_seed(3);
+  const int64_t in = 256, out = 96, experts = 3;
+  std::vector<at::Tensor> data, scale, values;
+  std::vector<at::Tensor> data8, scale8, values8;
+  for (unsigned i = 0; i < experts; ++i) {
+    const Stored a = near_fp4(out, in, 10 + i), b = make_fp8(out, in, 20 + i);
+    data.push_back(a.data), scale.push_back(a.scale), values.push_back(a.values);
+    data8.push_back(b.data), scale8.push_back(b.scale), values8.push_back(b.values);
+  }
+  const at::Tensor x = rows_of(11, in);
+  const at::Tensor offsets = at::tensor({0, 4, 4, 11}, at::kLong);
+  const Weight four[] = {Weight(at::stack(values)), Weight(*pack_fp4(data, scale)),
+                         Weight(*pack_sm90_fp4(data, scale))};
+  const Weight eight[] = {Weight(at::stack(values8)), Weight(*pack_fp8(data8, scale8)),
+                          Weight(*pack_sm90_fp8(data8, scale8))};
+  const at::Tensor grouped = at::stack({x, x, x}, 1);
+  for (const Weight& w : four) {
+    EXPECT_TRUE(same_bits(grouped_linear(x, w, offsets, GemmRole::kFp4),
+                          grouped_linear(x, four[0].dense(), offsets, GemmRole::kFp4)));
+    EXPECT_EQ(
+        grouped_linear(x.narrow(0, 0, 0), w, at::zeros({4}, at::kLong), GemmRole::kFp4).sizes(),
+        (std::vector<int64_t>{0, out}));
+  }
+  for (const Weight& w : eight) {
+    EXPECT_TRUE(same_bits(group_linear(grouped, w), group_linear(grouped, eight[0].dense())));
+    EXPECT_THROW(linear(x, w, GemmRole::kFp8), Error);  // three matrices
+  }
+  const Weight one[] = {Weight(values8[0]), Weight(*pack_fp8({data8[0]}, {scale8[0]})),
+                        Weight(*pack_sm90_fp8({data8[0]}, {scale8[0]}))};
+  for (const Weight& w : one) {
+    for (const GemmRole role : {GemmRole::kFp8, GemmRole::kFp32, GemmRole::kBf16})
+      EXPECT_TRUE(same_bits(linear(x, w, role), linear(x, values8[0], role)));
+    at::Tensor leaf = x.to(at::kFloat).requires_grad_(true);
+    linear(leaf, w, GemmRole::kBf16).sum().backward();
+    EXPECT_TRUE(at::allclose(leaf.grad()[0], values8[0].to(at::kFloat).sum(0), 1e-4, 1e-4));
+  }
+}
+
+TEST(Weight, SaysOnceThatAFormIsMadeDense) {
+  const Stored b = make_fp8(64, 128, 1);
+  const Weight w(*pack_sm90_fp8({b.data}, {b.scale}));
+  ::testing::internal::CaptureStderr();
+  for (int i = 0; i < 3; ++i) linear(rows_of(2, 128), w, GemmRole::kFp8);
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  const size_t first = log.find("makes them dense");
+  if (first != std::string::npos) {
+    EXPECT_EQ(log.find("makes them dense", first + 1), std::string::npos) << log;
+  }
+}
+
+TEST(Weight, KeptPanelsFollowTheirValues) {
+  const auto cache = std::make_shared<PanelCache>();
+  at::Tensor values = at::randn({32, 64});
+  const at::Tensor x = at::randn({3, 64});
+  const auto product = [&](const at::Tensor& of) {
+    return linear(x, Weight(of, 1, cache), GemmRole::kBf16);
+  };
+  const at::Tensor before = product(values);
+  EXPECT_TRUE(same_bits(before, linear(x, values, GemmRole::kBf16)));
+  const auto kept = cache->of(values, 1);
+  EXPECT_EQ(cache->of(values, 1), kept);
+  EXPECT_EQ(cache->num_bytes(), 32 * 64 * 4);
+  values.view({64, 32}).mul_(2.0);  // through a view, as an optimizer writes
+  EXPECT_TRUE(same_bits(product(values), before * 2.0));
+  values = values.clone();
+  EXPECT_NE(cache->of(values, 1), kept);
+  EXPECT_EQ(cache->of(values, 2)->matrices, 2);
+  values = at::zeros({32, 64});  // replaced: nothing of the old one is left
+  EXPECT_TRUE(same_bits(product(values), at::zeros({3, 32})));
+}
+
+TEST(Weight, KeptPanelsAreMadeOnceByManyThreads) {
+  const auto cache = std::make_shared<PanelCache>();
+  const at::Tensor values = at::randn({64, 64});
+  std::vector<std::shared_ptr<const Panels>> seen(8);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < seen.size(); ++i)
+    threads.emplace_back([&, i] { seen[i] = cache->of(values, 1); });
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& panels : seen) EXPECT_EQ(panels, seen[0]);
+}
+
+}  // namespace
+}  // namespace hadal::ops
