@@ -161,11 +161,12 @@ TEST_P(Recorded, PackedWeightsGiveTheBitsOfDenseOnes) {
   const ops::Numerics numerics = default_numerics(source);
   const at::NoGradGuard no_grad;
   at::Tensor logits[2];
-  for (const Held held : {Held::kPacked, Held::kDense}) {
-    const model::Transformer model = load_model(source, numerics, held);
+  for (const Held held : {Held::kPanels, Held::kDense}) {
+    const model::Transformer model = load_model(source, numerics, {.held = held});
     int64_t packed = 0;
-    model.visit([&](const model::Parameter& p) { packed += p.packed && !p.value.defined(); });
-    EXPECT_EQ(packed > 0, held == Held::kPacked);
+    model.visit(
+        [&](const model::Parameter& p) { packed += p.weight.defined() && !p.value.defined(); });
+    EXPECT_EQ(packed > 0, held == Held::kPanels);
     const ops::Batch batch({40}, {0}, at::kCPU);
     model::ForwardContext context;
     context.batch = &batch;

@@ -7,7 +7,9 @@
 #include "base/memory.h"
 
 namespace hadal::apps {
-LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::string& numerics_flag) {
+LoadedModel load_with_tokenizer(const std::string& folder_flag,
+                                const std::string& numerics_flag,
+                                at::Device device) {
   // The work is in hadal's own kernels, which have their own threads; LibTorch's would only wait
   // busily for the few operations between them, at the expense of everything else on the machine.
   at::set_num_threads(1);
@@ -19,12 +21,13 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::strin
   HADAL_INPUT_CHECK(tokenizer.vocab_size() <= source.config().vocab_size, folder,
                     ": the tokenizer knows ", tokenizer.vocab_size(),
                     " ids, the model's vocabulary is ", source.config().vocab_size);
-  LoadedModel loaded{.folder = folder,
-                     .numerics = numerics,
-                     .model = checkpoint::load_model(source, numerics),
-                     .tokenizer = std::move(tokenizer),
-                     .defaults = engine::load_generation_defaults(folder),
-                     .effort = choose_effort_levels(folder, source.config(), "")};
+  LoadedModel loaded{
+      .folder = folder,
+      .numerics = numerics,
+      .model = checkpoint::load_model(source, numerics, checkpoint::serving_target(device)),
+      .tokenizer = std::move(tokenizer),
+      .defaults = engine::load_generation_defaults(folder),
+      .effort = choose_effort_levels(folder, source.config(), "")};
   drop_file_pages();  // what the start needed once, the files of packed weights among it
   return loaded;
 }

@@ -26,7 +26,9 @@ struct LoadedModel {
 /// `folder_flag`: --model, or empty for the default one (model_folder.h). `numerics_flag`:
 /// --numerics, or empty for what the checkpoint's scales say. InputError when the tokenizer knows
 /// ids that the model does not.
-LoadedModel load_with_tokenizer(const std::string& folder_flag, const std::string& numerics_flag);
+LoadedModel load_with_tokenizer(const std::string& folder_flag,
+                                const std::string& numerics_flag,
+                                at::Device device = at::kCPU);
 
 using StopFunction = std::function<bool()>;
 

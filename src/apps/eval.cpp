@@ -21,7 +21,6 @@
 #include "base/log.h"
 #include "base/progress.h"
 #include "data/text_source.h"
-#include "model/init.h"
 #include "text/utf8.h"
 #include "train/objective.h"
 
@@ -91,15 +90,14 @@ std::string score_line(const TextScore& score) {
 
 int run(const Flags& flags) {
   const std::vector<Document> documents = read_documents(flags);
-  LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
+  const bool cuda = flags.device == "cuda";
+  HADAL_INPUT_CHECK(!cuda || at::globalContext().hasCUDA(),
+                    "--device cuda: this build or machine has no CUDA device");
+  const LoadedModel loaded =
+      load_with_tokenizer(flags.model, flags.numerics, cuda ? at::kCUDA : at::kCPU);
   const PerplexityOptions options{.context = context_of(flags, loaded.config()),
                                   .step_tokens = flags.step_tokens,
-                                  .cuda = flags.device == "cuda"};
-  if (options.cuda) {
-    HADAL_INPUT_CHECK(at::globalContext().hasCUDA(),
-                      "--device cuda: this build or machine has no CUDA device");
-    model::move_to(loaded.model, at::kCUDA);
-  }
+                                  .cuda = cuda};
   const bool many = holds_documents(flags);
   int64_t total_bytes = 0;
   for (const Document& document : documents) total_bytes += std::ssize(document.text);

@@ -19,7 +19,6 @@
 #include "base/memory.h"
 #include "checkpoint/digest.h"
 #include "engine/local_engine.h"
-#include "model/init.h"
 #include "server/page.h"
 #include "server/server.h"
 #include "server/url.h"
@@ -108,13 +107,12 @@ int wait_for_signal(const sigset_t& signals, const server::Server& server, engin
 int run(Flags flags) {
   std::signal(SIGPIPE, SIG_IGN);
   const sigset_t signals = block_signals();
-  LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   if (flags.device == "cuda") {
     HADAL_INPUT_CHECK(at::globalContext().hasCUDA(),
                       "--device cuda: this build or machine has no CUDA device");
     flags.engine.device = at::kCUDA;
-    model::move_to(loaded.model, at::kCUDA);
   }
+  LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics, flags.engine.device);
   if (!flags.effort_levels.empty())
     loaded.effort = choose_effort_levels(loaded.folder, loaded.config(), flags.effort_levels);
   flags.server.effort_levels = loaded.effort.levels;

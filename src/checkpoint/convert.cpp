@@ -125,7 +125,7 @@ class OfficialOutput {
       writer_.add({.name = spec.name, .tensor = plain_value(spec, stored, notes)});
       return;
     }
-    QuantisedTensor codes{stored.data, stored.scale};
+    ops::StoredCodes codes{stored.data, stored.scale};
     if (!is_codes(stored.data)) codes = quantise(spec, stored, notes);
     if (codes.data.scalar_type() == at::kByte) codes.data = codes.data.view(at::kChar);
     writer_.add({.name = spec.name, .tensor = codes.data});
@@ -135,7 +135,7 @@ class OfficialOutput {
   }
 
  private:
-  QuantisedTensor quantise(const TensorSpec& spec, const CheckpointTensor& stored, Notes& notes) {
+  ops::StoredCodes quantise(const TensorSpec& spec, const CheckpointTensor& stored, Notes& notes) {
     if (stored.scale.defined()) {
       if (auto codes = requantise(stored.data, stored.scale)) {
         ++notes.report().kept_scales;

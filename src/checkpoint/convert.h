@@ -3,7 +3,7 @@
 // official  FP4 or FP8 experts and FP8 matrices with scales; with the scales that a conversion to
 //           BF16 kept, and weights that still lie on them, the very bytes they came from; without,
 //           the smallest power-of-two scales under which no value changes; and where there are none
-//           (weights trained or made otherwise) the rounding of model::official_rounding
+//           (weights trained or made otherwise) the rounding of ops::official_rounding
 // bf16      every matrix BF16 under the official names, the original scales beside them
 // f32       the same with every float F32 and no scales: what transformers saved in F32, unrounded
 // hf-bf16   every tensor under the name transformers gives it, experts stacked, no scales; with the

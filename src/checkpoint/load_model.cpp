@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "checkpoint/dequantise.h"
 #include "checkpoint/weight_checks.h"
 
@@ -12,71 +13,13 @@ namespace {
 using model::Parameter;
 using model::ParamKind;
 
-/// The stored matrices of a parameter: one for each expert, else one.
-std::vector<CheckpointTensor> stored(const OfficialCheckpoint& checkpoint,
-                                     const Parameter& parameter) {
-  const size_t star = parameter.name.find('*');
-  if (star == std::string::npos) return {checkpoint.get(parameter.name)};
-  std::vector<CheckpointTensor> experts;
-  for (int64_t expert = 0; expert < parameter.shape[0]; ++expert) {
-    std::string name = parameter.name;
-    name.replace(star, 1, std::to_string(expert));
-    experts.push_back(checkpoint.get(name));
-  }
-  return experts;
-}
-
 bool is_fp8(const CheckpointTensor& tensor) {
   return tensor.data.scalar_type() == at::kFloat8_e4m3fn;
 }
 bool is_fp4(const CheckpointTensor& tensor) {
   return tensor.data.scalar_type() == at::kByte || tensor.data.scalar_type() == at::kChar;
 }
-
-at::Tensor dense_values(const CheckpointTensor& tensor) {
-  if (is_fp8(tensor)) return dequantise_fp8(tensor.data, tensor.scale);
-  if (is_fp4(tensor)) return dequantise_fp4(tensor.data, tensor.scale);
-  return tensor.data;
-}
-
-/// FP8 and FP4 values have an exact BF16 form, which is half of their FP32 one; what is stored in
-/// a float type stays in it.
-at::Tensor dense_values(const std::vector<CheckpointTensor>& tensors, const Parameter& parameter) {
-  if (parameter.kind != ParamKind::kExperts) return dense_values(tensors[0]);
-  std::vector<at::Tensor> experts;
-  bool all_bf16 = true;
-  for (const CheckpointTensor& tensor : tensors) {
-    const at::Tensor value = dense_values(tensor);
-    const bool codes = is_fp8(tensor) || is_fp4(tensor);
-    experts.push_back(codes ? value.to(at::kBFloat16) : value);
-    all_bf16 = all_bf16 && experts.back().scalar_type() == at::kBFloat16;
-  }
-  if (!all_bf16)
-    for (at::Tensor& expert : experts) expert = expert.to(at::kFloat);
-  return at::stack(experts);
-}
-
-/// FP8 and FP4 as they are stored; nullopt for other storage and for what has no packed form.
-std::optional<ops::Panels> packed_values(const std::vector<CheckpointTensor>& tensors,
-                                         const Parameter& parameter) {
-  std::vector<at::Tensor> data, scale;
-  for (const CheckpointTensor& tensor : tensors) {
-    if (!is_fp8(tensor) && !is_fp4(tensor)) return std::nullopt;
-    if (parameter.kind != ParamKind::kGroups) {
-      data.push_back(tensor.data);
-      scale.push_back(tensor.scale);
-      continue;
-    }
-    // The matrices of wo_a share one grid of scales, which must not cut through a group.
-    const int64_t out = parameter.shape[0] / parameter.units;
-    if (!is_fp8(tensor) || out % 128 != 0) return std::nullopt;
-    for (int64_t group = 0; group < parameter.units; ++group) {
-      data.push_back(tensor.data.narrow(0, group * out, out));
-      scale.push_back(tensor.scale.narrow(0, group * out / 128, out / 128));
-    }
-  }
-  return is_fp8(tensors[0]) ? ops::pack_fp8(data, scale) : ops::pack_fp4(data, scale);
-}
+bool is_coded(const CheckpointTensor& tensor) { return is_fp8(tensor) || is_fp4(tensor); }
 
 bool serves_packed(const Parameter& parameter) {
   return parameter.is_matrix() || parameter.kind == ParamKind::kHead;
@@ -87,10 +30,148 @@ bool serves_packed(const Parameter& parameter) {
 /// embedding are activations.
 bool in_bf16(const Parameter& parameter, const CheckpointTensor& stored) {
   if (parameter.kind == ParamKind::kEmbedding) return true;
-  const bool matrix = parameter.is_matrix() || parameter.kind == ParamKind::kHead;
-  return matrix && stored.data.scalar_type() != at::kFloat &&
+  return serves_packed(parameter) && stored.data.scalar_type() != at::kFloat &&
          stored.data.scalar_type() != at::kHalf;
 }
+
+at::Tensor dense_values(const CheckpointTensor& tensor) {
+  if (is_fp8(tensor)) return dequantise_fp8(tensor.data, tensor.scale);
+  if (is_fp4(tensor)) return dequantise_fp4(tensor.data, tensor.scale);
+  return tensor.data;
+}
+
+/// Codes as the packing functions of ops take them.
+struct Codes {
+  std::vector<at::Tensor> data, scale;
+};
+
+/// Reads parameters of one checkpoint for one numerics and target.
+class Loader {
+ public:
+  Loader(const OfficialCheckpoint& checkpoint, ops::Numerics numerics, LoadTarget target)
+      : checkpoint_(checkpoint), numerics_(numerics), target_(target) {
+    HADAL_CHECK(target.held != Held::kPanels || target.device.is_cpu(),
+                "load_model: panels are for the CPU");
+  }
+
+  void load(Parameter& parameter) {
+    const std::vector<CheckpointTensor> tensors = stored(parameter);
+    parameter.as_stored = false;
+    const bool ideal = numerics_ == ops::Numerics::kIdeal;
+    const bool packs = target_.held != Held::kDense && serves_packed(parameter);
+    if (packs && !ideal && is_coded(tensors[0])) {
+      if (ops::Weight weight = coded_weight(tensors, parameter); weight.defined()) {
+        parameter.hold(std::move(weight));
+        return;
+      }
+    }
+    at::Tensor value = dense_shard(tensors, parameter);
+    if (value.is_floating_point()) {
+      const bool low =
+          !ideal && in_bf16(parameter, tensors[0]) &&
+          (parameter.kind != ParamKind::kExperts || value.scalar_type() == at::kBFloat16);
+      value = value.to(low ? at::kBFloat16 : at::kFloat).contiguous();
+      parameter.as_stored = !ideal;
+    }
+    parameter.hold(value.to(target_.device));
+    if (!packs || target_.held != Held::kPanels) return;
+    const bool groups = parameter.kind == ParamKind::kGroups;
+    parameter.hold(ops::Weight(ops::pack_panels(
+        groups ? value.reshape({parameter.local_units(), -1, value.size(-1)}) : value)));
+  }
+
+  int64_t num_without_form() const { return without_form_; }
+
+ private:
+  /// The stored matrices of a parameter: one for each expert of its shard, else one.
+  std::vector<CheckpointTensor> stored(const Parameter& parameter) const {
+    const size_t star = parameter.name.find('*');
+    if (star == std::string::npos) return {checkpoint_.get(parameter.name)};
+    std::vector<CheckpointTensor> experts;
+    const int64_t first = by_expert(parameter) ? parameter.shard.offset : 0;
+    const int64_t count = by_expert(parameter) ? parameter.shard.length : parameter.shape[0];
+    for (int64_t expert = first; expert < first + count; ++expert) {
+      std::string name = parameter.name;
+      name.replace(star, 1, std::to_string(expert));
+      experts.push_back(checkpoint_.get(name));
+    }
+    return experts;
+  }
+
+  static bool by_expert(const Parameter& parameter) {
+    return parameter.kind == ParamKind::kExperts && !parameter.shard.whole() &&
+           parameter.shard.axis == 0;
+  }
+
+  /// FP8 and FP4 as they are stored; undefined for what the target has no form for.
+  ops::Weight coded_weight(const std::vector<CheckpointTensor>& tensors,
+                           const Parameter& parameter) {
+    const std::optional<Codes> codes = codes_of(tensors, parameter);
+    const bool fp8 = is_fp8(tensors[0]);
+    if (codes && target_.held == Held::kPanels) {
+      auto panels =
+          fp8 ? ops::pack_fp8(codes->data, codes->scale) : ops::pack_fp4(codes->data, codes->scale);
+      if (panels) return ops::Weight(std::move(*panels));
+    }
+    if (codes && target_.held == Held::kAccelerator) {
+      auto matrices = fp8 ? ops::pack_sm90_fp8(codes->data, codes->scale)
+                          : ops::pack_sm90_fp4(codes->data, codes->scale);
+      if (matrices) return ops::Weight(matrices->to(target_.device));
+    }
+    ++without_form_;
+    return {};
+  }
+
+  /// nullopt where matrices are stored in several ways, or where the grid of FP8 scales cuts
+  /// through one: the groups of wo_a share a grid, and rows of a shard are a part of it. Only
+  /// products of experts take FP4.
+  static std::optional<Codes> codes_of(const std::vector<CheckpointTensor>& tensors,
+                                       const Parameter& parameter) {
+    const model::Shard& shard = parameter.shard;
+    const bool cut = !shard.whole() && !by_expert(parameter);
+    if (cut && (shard.axis != 0 || parameter.kind == ParamKind::kExperts)) return std::nullopt;
+    const int64_t groups = parameter.kind == ParamKind::kGroups ? parameter.local_units() : 1;
+    Codes codes;
+    for (const CheckpointTensor& tensor : tensors) {
+      if (is_fp8(tensor) != is_fp8(tensors[0]) || !is_coded(tensor)) return std::nullopt;
+      if (is_fp4(tensor) && parameter.kind != ParamKind::kExperts) return std::nullopt;
+      const int64_t first = cut ? shard.offset : 0;
+      const int64_t rows = cut ? shard.length : tensor.data.size(0);
+      const int64_t out = rows / groups;
+      const int64_t grid = is_fp8(tensor) ? 128 : 1;
+      for (int64_t row = first; row < first + rows; row += out) {
+        const bool at_end = row + out == tensor.data.size(0);
+        if (row % grid != 0 || (out % grid != 0 && !at_end)) return std::nullopt;
+        codes.data.push_back(tensor.data.narrow(0, row, out));
+        codes.scale.push_back(tensor.scale.narrow(0, row / grid, (out + grid - 1) / grid));
+      }
+    }
+    return codes;
+  }
+
+  /// FP8 and FP4 values have an exact BF16 form, which is half of their FP32 one; what is stored in
+  /// a float type stays in it.
+  static at::Tensor dense_shard(const std::vector<CheckpointTensor>& tensors,
+                                const Parameter& parameter) {
+    if (parameter.kind != ParamKind::kExperts) return parameter.shard.of(dense_values(tensors[0]));
+    std::vector<at::Tensor> experts;
+    bool all_bf16 = true;
+    for (const CheckpointTensor& tensor : tensors) {
+      const at::Tensor value = dense_values(tensor);
+      experts.push_back(is_coded(tensor) ? value.to(at::kBFloat16) : value);
+      all_bf16 = all_bf16 && experts.back().scalar_type() == at::kBFloat16;
+    }
+    if (!all_bf16)
+      for (at::Tensor& expert : experts) expert = expert.to(at::kFloat);
+    const at::Tensor all = at::stack(experts);
+    return by_expert(parameter) ? all : parameter.shard.of(all);
+  }
+
+  const OfficialCheckpoint& checkpoint_;
+  ops::Numerics numerics_;
+  LoadTarget target_;
+  int64_t without_form_ = 0;
+};
 
 }  // namespace
 
@@ -98,44 +179,38 @@ ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint) {
   return checkpoint.storage() == Storage::kBf16 ? ops::Numerics::kIdeal : ops::Numerics::kReleased;
 }
 
+LoadTarget serving_target(at::Device device) {
+  return {.held = device.is_cpu() ? Held::kPanels : Held::kDense, .device = device};
+}
+
 model::Transformer load_model(const OfficialCheckpoint& checkpoint,
                               ops::Numerics numerics,
-                              Held held) {
+                              LoadTarget target) {
+  model::Transformer model(checkpoint.config());
+  load_weights(model, checkpoint, numerics, target);
+  return model;
+}
+
+void load_weights(model::Transformer& model,
+                  const OfficialCheckpoint& checkpoint,
+                  ops::Numerics numerics,
+                  LoadTarget target) {
+  HADAL_CHECK(model.config() == checkpoint.config(),
+              "load_weights: a model of another config than ", checkpoint.reader().path());
   if (numerics == ops::Numerics::kReleased) checkpoint.config().check_released();
   HADAL_INPUT_CHECK(checkpoint.storage() != Storage::kFp8F32Scales, checkpoint.reader().path(),
                     ": FP8 with F32 scales (a -Base checkpoint) cannot be run as it is: its values "
                     "have no exact BF16 "
                     "form");
   check_weights(checkpoint);
-  model::Transformer model(checkpoint.config());
-  model.visit([&](Parameter& parameter) {
-    const std::vector<CheckpointTensor> tensors = stored(checkpoint, parameter);
-    const bool packs = held == Held::kPacked && serves_packed(parameter);
-    if (packs && numerics != ops::Numerics::kIdeal) {
-      if (auto panels = packed_values(tensors, parameter)) {
-        parameter.hold_packed(std::move(*panels));
-        return;
-      }
-    }
-    at::Tensor value = dense_values(tensors, parameter);
-    HADAL_CHECK(value.sizes() == at::IntArrayRef(parameter.shape), "load_model: ", parameter.name,
-                " is ", value.sizes(), ", expected ", at::IntArrayRef(parameter.shape));
-    if (value.is_floating_point()) {
-      const bool low =
-          numerics != ops::Numerics::kIdeal && in_bf16(parameter, tensors[0]) &&
-          (parameter.kind != ParamKind::kExperts || value.scalar_type() == at::kBFloat16);
-      value = value.to(low ? at::kBFloat16 : at::kFloat).contiguous();
-      parameter.as_stored = numerics != ops::Numerics::kIdeal;
-    }
-    if (!packs) {
-      parameter.value = value;
-      return;
-    }
-    const bool groups = parameter.kind == ParamKind::kGroups;
-    parameter.hold_packed(ops::pack_panels(
-        groups ? value.reshape({parameter.units, -1, parameter.shape.back()}) : value));
-  });
-  return model;
+  Loader loader(checkpoint, numerics, target);
+  model.visit([&](Parameter& parameter) { loader.load(parameter); });
+  if (target.held == Held::kAccelerator && loader.num_without_form() > 0) {
+    log::warn(
+        "checkpoint", loader.num_without_form(),
+        " parameters in FP8 or FP4 have no exact form in the accelerator's layout and are held "
+        "in BF16");
+  }
 }
 
 }  // namespace hadal::checkpoint

@@ -13,19 +13,39 @@ ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint);
 
 /// How the matrices of a loaded model are held.
 enum class Held {
-  kPacked,  ///< for the CPU's matrix kernel: FP4, FP8 and BF16 as stored; what serves requests
-  kDense,   ///< as tensors: for training and other devices
+  kPanels,       ///< for the CPU's matrix kernel: FP4, FP8 and BF16 as stored; serves requests
+  kDense,        ///< as tensors: for training, and for what a device's library multiplies
+  kAccelerator,  ///< FP4 and FP8 as stored, with scales as an accelerator reads them (ops::Weight's
+                 ///< sm90); the rest dense
 };
+
+struct LoadTarget {
+  Held held = Held::kPanels;
+  at::Device device = at::kCPU;  ///< kPanels: the CPU
+};
+
+/// Where what serves requests on a device is loaded to. Off the CPU that is dense as long as no
+/// kernel that the products call reads the accelerator's storage: made dense for every call, it
+/// would be smaller but many times slower.
+LoadTarget serving_target(at::Device device);
 
 /// Fills a model with the checkpoint's values, none of them rounded: FP32 in `ideal`; otherwise
 /// matrices and head as BF16 values (exact for FP8 and FP4 with power-of-two scales), or FP32 where
 /// they are stored in F32 or F16, and everything else in FP32. Only the embedding is BF16 in every
-/// numerics but `ideal`: its rows are activations. The values, and the results, do not depend on
-/// how they are held. InputError when the widths do not allow the numerics, where values would have
-/// to be rounded (F32 scales that are no powers of two), and for values that cannot be right
-/// (weight_checks.h).
+/// numerics but `ideal`: its rows are activations. The values, and the results on the CPU, do not
+/// depend on how they are held. In `ideal` nothing is held in codes. Matrices in codes for which
+/// the target has no exact form are held in BF16; for an accelerator a warning counts them.
+/// InputError when the widths do not allow the numerics, where values would have to be rounded (F32
+/// scales that are no powers of two), and for values that cannot be right (weight_checks.h).
 model::Transformer load_model(const OfficialCheckpoint& checkpoint,
                               ops::Numerics numerics,
-                              Held held = Held::kPacked);
+                              LoadTarget target = {});
+
+/// The same for a model that was declared from the checkpoint's config: of each parameter its shard
+/// is loaded.
+void load_weights(model::Transformer& model,
+                  const OfficialCheckpoint& checkpoint,
+                  ops::Numerics numerics,
+                  LoadTarget target = {});
 
 }  // namespace hadal::checkpoint

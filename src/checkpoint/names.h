@@ -1,6 +1,6 @@
-// The table of a checkpoint's tensors (model.md 14.6), generated from a ModelConfig: the only place
-// that knows names, shapes and storage types. Inspection, validation, loading and conversion all
-// walk it.
+// The table of a checkpoint's tensors (model.md 14.6): the parameters that model/describe.h
+// declares, one by one as files hold them, with storage types. Inspection, validation, loading and
+// conversion all walk it.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/tensor_file.h"
-#include "model/config.h"
+#include "model/describe.h"
 
 namespace hadal::checkpoint {
 
@@ -17,20 +17,8 @@ namespace hadal::checkpoint {
 enum class TensorRole { kMatrix, kExpert, kBf16, kF32, kI64 };
 
 /// What a tensor belongs to, for the census.
-enum class Part {
-  kEmbedding,
-  kHead,
-  kAttention,
-  kCompressor,
-  kIndexer,
-  kNorm,
-  kHyper,
-  kRouter,
-  kShared,
-  kExperts,
-  kMtpProjection
-};
-inline constexpr int kNumParts = 11;
+using model::kNumParts;
+using model::Part;
 const char* part_name(Part part);
 
 struct TensorSpec {

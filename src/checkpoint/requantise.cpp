@@ -64,12 +64,12 @@ at::Tensor dense_values(const at::Tensor& data, const at::Tensor& scale) {
   return data;
 }
 
-std::optional<QuantisedTensor> requantise(const at::Tensor& w, const at::Tensor& scale) {
+std::optional<ops::StoredCodes> requantise(const at::Tensor& w, const at::Tensor& scale) {
   const int64_t out = w.size(0), in = w.size(1);
   const at::Tensor values = w.to(at::kFloat).contiguous();
   const bool blocks = scale.sizes() == at::IntArrayRef({ceil_div(out, 128), ceil_div(in, 128)});
   const bool groups = in % 32 == 0 && scale.sizes() == at::IntArrayRef({out, in / 32});
-  QuantisedTensor result{.data = {}, .scale = scale};
+  ops::StoredCodes result{.data = {}, .scale = scale};
   if (blocks && scale.scalar_type() == at::kFloat) {
     result.data = (values / spread_blocks(scale, out, in)).to(at::kFloat8_e4m3fn);
   } else if (blocks && scale.scalar_type() == at::kByte) {
@@ -83,12 +83,12 @@ std::optional<QuantisedTensor> requantise(const at::Tensor& w, const at::Tensor&
   return result;
 }
 
-std::optional<QuantisedTensor> requantise(const at::Tensor& w,
-                                          Storage storage,
-                                          const std::string& name) {
+std::optional<ops::StoredCodes> requantise(const at::Tensor& w,
+                                           Storage storage,
+                                           const std::string& name) {
   const bool fp4 = storage == Storage::kFp4;
   HADAL_CHECK(fp4 || storage == Storage::kFp8, "requantise: no such storage for ", name);
-  QuantisedTensor result = fp4 ? quantise_fp4(w, name) : quantise_fp8(w, name);
+  ops::StoredCodes result = fp4 ? quantise_fp4(w, name) : quantise_fp8(w, name);
   if (same_values(dense_values(result.data, result.scale), w)) return result;
   const at::Tensor values = w.to(at::kFloat).contiguous();
   const int64_t out = values.size(0), in = values.size(1);

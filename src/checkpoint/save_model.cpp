@@ -18,6 +18,8 @@ std::map<std::string, at::Tensor> values_by_name(const model::Transformer& model
   std::map<std::string, at::Tensor> values;
   model.visit([&](const model::Parameter& parameter) {
     HADAL_CHECK(parameter.value.defined(), "save_model: ", parameter.name, " has no dense values");
+    HADAL_CHECK(parameter.shard.whole(), "save_model: of ", parameter.name,
+                " there is a part only");
     const at::Tensor value = parameter.value.detach();
     const size_t star = parameter.name.find('*');
     if (star == std::string::npos) {
@@ -41,8 +43,8 @@ void add_tensor(ShardWriter& writer,
   HADAL_CHECK(value.sizes() == at::IntArrayRef(spec.shape), "save_model: ", spec.name, " is ",
               value.sizes(), ", expected ", at::IntArrayRef(spec.shape));
   if (stored.dtype == Dtype::kF8E4M3 || stored.dtype == Dtype::kI8) {
-    const QuantisedTensor quantised = stored.dtype == Dtype::kI8 ? quantise_fp4(value, spec.name)
-                                                                 : quantise_fp8(value, spec.name);
+    const ops::StoredCodes quantised = stored.dtype == Dtype::kI8 ? quantise_fp4(value, spec.name)
+                                                                  : quantise_fp8(value, spec.name);
     writer.add({.name = spec.name, .tensor = quantised.data});
     writer.add({.name = scale_name(spec.name), .tensor = quantised.scale, .e8m0 = true});
     return;

@@ -24,7 +24,7 @@ struct SaveOptions {
 
 /// Writes config.json and the weights (of the model: a drafter of its config is no part of it) into
 /// a folder that must not exist yet; it appears whole or not at all. Values are rounded as
-/// model::official_rounding does, so a model trained in `released` computes the same after loading.
+/// ops::official_rounding does, so a model trained in `released` computes the same after loading.
 /// A value that is not finite is an InputError that names the tensor.
 void save_model(const model::Transformer& model,
                 const std::string& folder,

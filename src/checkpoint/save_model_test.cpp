@@ -45,12 +45,12 @@ std::vector<at::Tensor> hard_matrices() {
 
 TEST(Quantise, CodesStandForTheOfficialRounding) {
   for (const at::Tensor& w : hard_matrices()) {
-    const QuantisedTensor fp8 = quantise_fp8(w, "w");
+    const ops::StoredCodes fp8 = quantise_fp8(w, "w");
     EXPECT_TRUE(same_bits(dequantise_fp8(fp8.data, fp8.scale).to(at::kBFloat16),
-                          model::official_rounding(w, model::Storage::kFp8)));
-    const QuantisedTensor fp4 = quantise_fp4(w, "w");
+                          ops::official_rounding(w, ops::OfficialStorage::kFp8)));
+    const ops::StoredCodes fp4 = quantise_fp4(w, "w");
     EXPECT_TRUE(same_bits(dequantise_fp4(fp4.data, fp4.scale).to(at::kBFloat16),
-                          model::official_rounding(w, model::Storage::kFp4)));
+                          ops::official_rounding(w, ops::OfficialStorage::kFp4)));
   }
 }
 
@@ -89,14 +89,15 @@ TEST(SaveModel, LoadsBackAsTheRoundedModel) {
   const auto official = OfficialCheckpoint::open(base + "/official");
   EXPECT_EQ(official.storage(), Storage::kFp4);
   EXPECT_EQ(OfficialCheckpoint::open(base + "/bf16").storage(), Storage::kBf16);
-  const model::Transformer loaded = load_model(official, ops::Numerics::kReleased, Held::kDense);
+  const model::Transformer loaded =
+      load_model(official, ops::Numerics::kReleased, {.held = Held::kDense});
   std::vector<std::string> names;
   std::vector<at::Tensor> expected, found;
   model.visit([&](const model::Parameter& p) {
     names.push_back(p.name);
     expected.push_back(p.storage == model::Storage::kF32 || p.storage == model::Storage::kI64
                            ? p.value
-                           : model::official_rounding(p.value, p.storage));
+                           : ops::official_rounding(p.value, p.storage));
   });
   loaded.visit([&](const model::Parameter& p) { found.push_back(p.value); });
   ASSERT_EQ(expected.size(), found.size());

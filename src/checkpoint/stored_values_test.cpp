@@ -63,10 +63,10 @@ TEST_P(StoredValues, AreTheModels) {
   std::map<std::string, at::Tensor> wanted;
   source_->visit([&](const model::Parameter& p) { wanted[p.name] = p.value; });
   for (const Numerics numerics : {Numerics::kIdeal, Numerics::kBf16, Numerics::kReleased}) {
-    at::Tensor by_holding[2];
-    for (const Held held : {Held::kDense, Held::kPacked}) {
-      model::Transformer model = load_model(checkpoint, numerics, held);
-      by_holding[held == Held::kPacked] = logits(model, numerics);
+    at::Tensor by_holding[3];
+    for (const Held held : {Held::kDense, Held::kPanels, Held::kAccelerator}) {
+      model::Transformer model = load_model(checkpoint, numerics, {.held = held});
+      by_holding[static_cast<int>(held)] = logits(model, numerics);
       model.visit([&](model::Parameter& p) {
         p.hold_dense();
         // Rows of the embedding are activations.
@@ -76,6 +76,7 @@ TEST_P(StoredValues, AreTheModels) {
       });
     }
     EXPECT_TRUE(at::equal(by_holding[0], by_holding[1])) << ops::numerics_name(numerics);
+    EXPECT_TRUE(at::equal(by_holding[0], by_holding[2])) << ops::numerics_name(numerics);
   }
   EXPECT_TRUE(at::equal(logits(*source_, Numerics::kIdeal),
                         logits(load_model(checkpoint, Numerics::kIdeal), Numerics::kIdeal)));

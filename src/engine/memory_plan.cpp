@@ -55,10 +55,7 @@ int64_t pages_for_context(const model::ModelConfig& config,
 
 int64_t weights_bytes(const model::Transformer& model) {
   int64_t bytes = 0;
-  model.visit([&](const model::Parameter& parameter) {
-    if (parameter.value.defined()) bytes += static_cast<int64_t>(parameter.value.nbytes());
-    if (parameter.packed) bytes += parameter.packed->num_bytes();
-  });
+  model.visit([&](const model::Parameter& parameter) { bytes += parameter.num_bytes(); });
   return bytes;
 }
 

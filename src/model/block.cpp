@@ -49,41 +49,4 @@ at::Tensor collapse(const at::Tensor& streams,
       norm.value, config.norm_eps);
 }
 
-void visit_hc(HyperConnection& hc, const std::function<void(Parameter&)>& visitor) {
-  visitor(hc.fn);
-  visitor(hc.base);
-  visitor(hc.scale);
-}
-
-namespace {
-
-void visit_compressor(Compressor& c, const std::function<void(Parameter&)>& visitor) {
-  for (Parameter* p : {&c.ape, &c.wkv, &c.wgate, &c.norm}) visitor(*p);
-}
-
-}  // namespace
-
-void visit_block(Block& block, const std::function<void(Parameter&)>& visitor) {
-  visitor(block.attn_norm);
-  visitor(block.ffn_norm);
-  visit_hc(block.hc_attn, visitor);
-  visit_hc(block.hc_ffn, visitor);
-  Attention& a = block.attn;
-  for (Parameter* p :
-       {&a.attn_sink, &a.wq_a, &a.q_norm, &a.wq_b, &a.wkv, &a.kv_norm, &a.wo_a, &a.wo_b}) {
-    visitor(*p);
-  }
-  if (a.compressor) visit_compressor(*a.compressor, visitor);
-  if (a.indexer) {
-    visitor(a.indexer->wq_b);
-    visitor(a.indexer->weights_proj);
-    visit_compressor(a.indexer->compressor, visitor);
-  }
-  Moe& m = block.moe;
-  visitor(m.gate);
-  if (m.gate_bias) visitor(*m.gate_bias);
-  if (m.tid2eid) visitor(*m.tid2eid);
-  for (Parameter* p : {&m.w1, &m.w2, &m.w3, &m.shared_w1, &m.shared_w2, &m.shared_w3}) visitor(*p);
-}
-
 }  // namespace hadal::model

@@ -2,8 +2,6 @@
 // blocks of a model have in common.
 #pragma once
 
-#include <functional>
-
 #include <ATen/core/Tensor.h>
 
 #include "model/attention.h"
@@ -43,9 +41,5 @@ at::Tensor collapse(const at::Tensor& streams,
                     const HyperConnection& head,
                     const Parameter& norm,
                     const ModelConfig& config);
-
-/// Parameters in checkpoint order.
-void visit_block(Block& block, const std::function<void(Parameter&)>& visitor);
-void visit_hc(HyperConnection& hc, const std::function<void(Parameter&)>& visitor);
 
 }  // namespace hadal::model

@@ -79,11 +79,10 @@ struct ModelConfig {
   /// Layers and MTP blocks together; index n_layers is the MTP block.
   int64_t n_blocks() const { return n_layers + n_mtp_layers; }
   int64_t ratio(int64_t block) const { return compress_ratios.at(static_cast<size_t>(block)); }
-  LayerKind kind(int64_t block) const {
-    return ratio(block) == 0   ? LayerKind::kWindow
-           : ratio(block) == 4 ? LayerKind::kCsa
-                               : LayerKind::kHca;
+  static LayerKind kind_of(int64_t ratio) {
+    return ratio == 0 ? LayerKind::kWindow : ratio == 4 ? LayerKind::kCsa : LayerKind::kHca;
   }
+  LayerKind kind(int64_t block) const { return kind_of(ratio(block)); }
   /// Blocks that a pooled entry draws from: CSA overlaps with the previous block.
   static int64_t overlap(int64_t ratio) { return ratio == 4 ? 2 : 1; }
   bool is_hashed(int64_t block) const { return block < n_hash_layers; }

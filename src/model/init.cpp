@@ -97,38 +97,44 @@ at::Tensor balanced_hash_table(int64_t vocab,
   return table;
 }
 
+namespace {
+
+at::Tensor initial_value(const Parameter& parameter,
+                         const ModelConfig& config,
+                         const InitParams& params,
+                         at::ScalarType dtype) {
+  switch (parameter.kind) {
+    case ParamKind::kHashTable:
+      return balanced_hash_table(config.vocab_size, config.n_routed_experts,
+                                 config.n_activated_experts, params.seed ^ fnv1a64(parameter.name),
+                                 params.token_counts);
+    case ParamKind::kNorm:
+      return at::ones(parameter.shape, dtype);
+    case ParamKind::kSink:
+    case ParamKind::kApe:
+    case ParamKind::kGateBias:
+      return at::zeros(parameter.shape, dtype);
+    case ParamKind::kHcScale:
+      return at::full(parameter.shape, 0.01, dtype);
+    case ParamKind::kHcBase:
+      return hc_base(parameter.shape[0], config.hc_mult).to(dtype);
+    case ParamKind::kMatrix:
+    case ParamKind::kGroups:
+    case ParamKind::kExperts:
+    case ParamKind::kEmbedding:
+    case ParamKind::kHead:
+    case ParamKind::kHcFn:
+      break;
+  }
+  return normal(parameter, params).to(dtype);
+}
+
+}  // namespace
+
 void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype) {
-  const ModelConfig& config = model.config();
   model.visit([&](Parameter& parameter) {
-    switch (parameter.kind) {
-      case ParamKind::kHashTable:
-        parameter.value = balanced_hash_table(
-            config.vocab_size, config.n_routed_experts, config.n_activated_experts,
-            params.seed ^ fnv1a64(parameter.name), params.token_counts);
-        return;
-      case ParamKind::kNorm:
-        parameter.value = at::ones(parameter.shape, dtype);
-        return;
-      case ParamKind::kSink:
-      case ParamKind::kApe:
-      case ParamKind::kGateBias:
-        parameter.value = at::zeros(parameter.shape, dtype);
-        return;
-      case ParamKind::kHcScale:
-        parameter.value = at::full(parameter.shape, 0.01, dtype);
-        return;
-      case ParamKind::kHcBase:
-        parameter.value = hc_base(parameter.shape[0], config.hc_mult).to(dtype);
-        return;
-      case ParamKind::kMatrix:
-      case ParamKind::kGroups:
-      case ParamKind::kExperts:
-      case ParamKind::kEmbedding:
-      case ParamKind::kHead:
-      case ParamKind::kHcFn:
-        parameter.value = normal(parameter, params).to(dtype);
-        return;
-    }
+    const at::Tensor whole = initial_value(parameter, model.config(), params, dtype);
+    parameter.hold(parameter.shard.whole() ? whole : parameter.shard.of(whole).clone());
   });
 }
 
@@ -141,9 +147,18 @@ void require_gradients(Transformer& model) {
 
 void move_to(Transformer& model, at::Device device) {
   model.visit([&](Parameter& parameter) {
-    parameter.hold_dense();
+    if (parameter.weight.defined()) return parameter.hold(parameter.weight.to(device));
     const bool requires_grad = parameter.value.requires_grad();
     parameter.value = parameter.value.detach().to(device).requires_grad_(requires_grad);
+  });
+}
+
+void shard_experts(Transformer& model, int64_t part, int64_t parts) {
+  model.visit([&](Parameter& parameter) {
+    if (parameter.kind != ParamKind::kExperts) return;
+    HADAL_CHECK(!parameter.value.defined() && !parameter.weight.defined(),
+                "shard_experts: ", parameter.name, " has values already");
+    parameter.shard = Shard::even(0, parameter.shape[0], part, parts);
   });
 }
 

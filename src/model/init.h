@@ -20,14 +20,18 @@ struct InitParams {
 
 /// Fills every parameter: matrices normal, norms 1, sinks, ape and biases 0, mHC near a plain
 /// residual, balanced hash tables. Values are FP32 (`dtype` may be FP64) on the CPU and depend on
-/// seed and name alone.
+/// seed and name alone; a shard has its part of the whole.
 void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype);
 
 /// Makes every floating parameter but the router bias a leaf that requires a gradient.
 void require_gradients(Transformer& model);
 
-/// Copies all parameters to a device, keeping requires_grad.
+/// Moves all parameters to a device, keeping requires_grad. FP4 and FP8 stay packed
+/// (ops::Weight::to).
 void move_to(Transformer& model, at::Device device);
+
+/// Declares the routed experts of every layer as part `part` of `parts`. Before there are values.
+void shard_experts(Transformer& model, int64_t part, int64_t parts);
 
 /// Hash routing: a row of topk distinct experts per token id, so that the load weighted by the
 /// counts is even. [vocab, topk] I64.

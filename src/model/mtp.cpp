@@ -4,32 +4,12 @@
 
 #include <ATen/ATen.h>
 
-#include "model/declare.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/rows/embedding.h"
 
 namespace hadal::model {
 
 using ops::GemmRole;
-
-Mtp declare_mtp(const ModelConfig& config) {
-  const Declare d(config, "mtp.0.");
-  const int64_t dim = config.dim;
-  return {.e_proj = d.fp8("e_proj.weight", dim, dim),
-          .h_proj = d.fp8("h_proj.weight", dim, dim),
-          .enorm = d.norm("enorm.weight", dim),
-          .hnorm = d.norm("hnorm.weight", dim),
-          .norm = d.norm("norm.weight", dim),
-          .hc_head = d.hyper_connection("hc_head", config.hc_mult, 1),
-          .block = d.block(config.n_layers)};
-}
-
-void visit_mtp(Mtp& mtp, const std::function<void(Parameter&)>& visitor) {
-  for (Parameter* p : {&mtp.e_proj, &mtp.h_proj, &mtp.enorm, &mtp.hnorm}) visitor(*p);
-  visit_block(mtp.block, visitor);
-  visitor(mtp.norm);
-  visit_hc(mtp.hc_head, visitor);
-}
 
 at::Tensor mtp_forward(const Mtp& mtp,
                        const ModelConfig& config,

@@ -1,8 +1,6 @@
 // Multi-token prediction (model.md 13): one more block that predicts the token after the next.
 #pragma once
 
-#include <functional>
-
 #include <ATen/core/Tensor.h>
 
 #include "model/block.h"
@@ -14,11 +12,6 @@ struct Mtp {
   HyperConnection hc_head;
   Block block;
 };
-
-/// The block of a model, declared without values.
-Mtp declare_mtp(const ModelConfig& config);
-/// Parameters in checkpoint order.
-void visit_mtp(Mtp& mtp, const std::function<void(Parameter&)>& visitor);
 
 /// Streams of the last main block at p and the ids of the tokens at p + 1 -> head input [tokens,
 /// dim].

@@ -1,9 +1,10 @@
 // A named weight of the model and the arithmetic that its role asks for.
 //
 // The same Parameter serves an official checkpoint, training (FP32 master, a leaf of autograd) and
-// tests (FP64). A matrix that only serves requests on the CPU holds its values packed and no dense
-// ones: FP4 and FP8 stay four and eight bits a weight in memory. Names are the official ones; the
-// stacked matrices of a layer's routed experts carry `*` for the expert number.
+// tests (FP64). A matrix that only serves requests holds a Weight and no master: panels of the CPU,
+// or FP8 and FP4 with scales as an accelerator reads them, four and eight bits a weight in memory.
+// Names are the official ones; the stacked matrices of a layer's routed experts carry `*` for the
+// expert number.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "ops/gemm/linear.h"
+#include "model/shard.h"
+#include "ops/gemm/weight.h"
+#include "ops/quant/official_storage.h"
 
 namespace hadal::model {
 
@@ -34,25 +37,28 @@ enum class ParamKind {
 };
 
 /// How the official checkpoint stores a parameter.
-enum class Storage { kFp8, kFp4, kBf16, kF32, kI64 };
+using Storage = ops::OfficialStorage;
 
 struct Parameter {
   std::string name;  ///< official name, ".weight" included where the checkpoint has it
   ParamKind kind = ParamKind::kMatrix;
   ops::GemmRole role = ops::GemmRole::kBf16;  ///< of matrices; unused for the rest
   Storage storage = Storage::kBf16;
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape;  ///< of the whole parameter
   /// Logically independent matrices stacked along the first dimension: groups of wo_a, the two
   /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (model.md 17.1).
   int64_t units = 1;
-  at::Tensor value;  ///< dense values; undefined until initialised or loaded, or while packed
+  Shard shard;  ///< what of it this process holds
+
+  /// The master: dense values of the shard, which training moves and which all but matrices compute
+  /// with. Undefined until initialised or loaded, and while `weight` holds the values instead.
+  at::Tensor value;
   /// FP32 values are a checkpoint's own and no master: no numerics rounds them.
   bool as_stored = false;
-
-  /// Held instead of `value`, or made of it by panels(): [units, out, in] for wo_a, else as
-  /// `shape`.
-  mutable std::shared_ptr<const ops::Panels> packed;
-  mutable at::Tensor packed_value;  ///< the value that `packed` was made of; undefined: none
+  /// Of matrices and the head that only serve requests: panels or sm90, [units, out, in] for wo_a.
+  ops::Weight weight;
+  /// Panels of a master that is constant.
+  std::shared_ptr<ops::PanelCache> kept_panels = std::make_shared<ops::PanelCache>();
 
   bool is_matrix() const {
     return kind == ParamKind::kMatrix || kind == ParamKind::kGroups || kind == ParamKind::kExperts;
@@ -60,21 +66,27 @@ struct Parameter {
   /// Moved by gradients of a language or indexer loss.
   bool trainable() const { return kind != ParamKind::kGateBias && kind != ParamKind::kHashTable; }
 
-  /// Replaces the dense values by packed ones.
-  void hold_packed(ops::Panels panels);
-  /// Makes packed values dense again and drops the packed ones: before training, or before moving
-  /// to another device.
+  /// Shape and units of the shard. Error where it cuts through a unit of several rows.
+  std::vector<int64_t> local_shape() const { return shard.of(shape); }
+  int64_t local_units() const;
+  /// Matrices that one product multiplies: experts, groups of wo_a, else 1.
+  int64_t local_matrices() const;
+
+  /// Gives it values of the shard's shape: dense, or a weight, whichever the other then is dropped.
+  void hold(at::Tensor values);
+  void hold(ops::Weight packed);
+  /// Makes a weight's values the master and drops the weight: before training.
   void hold_dense();
+  /// Bytes in memory, kept panels included.
+  int64_t num_bytes() const;
 
-  /// What the matrix products use: the values themselves in `ideal`; BF16 in `bf16`; in `released`
-  /// the values that the official storage would hold, with a straight-through gradient, when the
-  /// values are FP32 masters. Packed values are made dense for the call.
+  /// The dense operand: the values themselves in `ideal`; BF16 in `bf16`; in `released` the values
+  /// that the official storage would hold, with a straight-through gradient, when the values are
+  /// FP32 masters. A weight's values are made dense for the call.
   at::Tensor operand(ops::Numerics numerics) const;
-
-  /// The operand packed for the CPU kernel; of dense values it is made once. Null where x needs
-  /// another kernel, for masters under training, which change every step, and for masters that are
-  /// rounded on the way.
-  const ops::Panels* panels(const at::Tensor& x, ops::Numerics numerics) const;
+  /// The same values as a product reads them: the weight that it holds, or its operand, for whose
+  /// panels the CPU's kernel keeps a place where the operand is the constant master itself.
+  ops::Weight product_operand(ops::Numerics numerics) const;
 };
 
 /// y = x w^T with the parameter's role; x already through ops::quantise_input.
@@ -86,9 +98,5 @@ at::Tensor apply_experts(const Parameter& w,
                          ops::Numerics numerics);
 /// wo_a: x [tokens, groups, in], group g times matrix g (ops::group_linear).
 at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
-
-/// The values that official FP8 (128x128 blocks) or FP4 (1x32 blocks) storage would hold, in BF16.
-///   w  [..., out, in]
-at::Tensor official_rounding(const at::Tensor& w, Storage storage);
 
 }  // namespace hadal::model

@@ -3,13 +3,10 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "model/declare.h"
 #include "ops/rows/embedding.h"
 
 namespace hadal::model {
 namespace {
-
-using ops::GemmRole;
 
 ops::YarnParams yarn_params(const ModelConfig& config) {
   return {.factor = config.rope_factor,
@@ -22,30 +19,21 @@ ops::YarnParams yarn_params(const ModelConfig& config) {
 
 Transformer::Transformer(ModelConfig config)
     : config_(std::move(config)),
+      parameters_(declare(config_)),
       rope_window_(config_.rope_head_dim, config_.rope_theta, nullptr),
       rope_compressed_([this] {
         const ops::YarnParams yarn = yarn_params(config_);
         return ops::RopeTable(config_.rope_head_dim, config_.compress_rope_theta, &yarn);
-      }()) {
-  const Declare top(config_, "");
-  const int64_t vocab = config_.vocab_size, dim = config_.dim;
-  embed_ = top.make("embed.weight", ParamKind::kEmbedding, Storage::kBf16, {vocab, dim});
-  head_ = top.make("head.weight", ParamKind::kHead, Storage::kBf16, {vocab, dim}, GemmRole::kFp32);
-  norm_ = top.norm("norm.weight", dim);
-  hc_head_ = top.hyper_connection("hc_head", config_.hc_mult, 1);
-  for (int64_t i = 0; i < config_.n_layers; ++i) {
-    blocks_.push_back(Declare(config_, concat("layers.", i, ".")).block(i));
-  }
-  if (config_.n_mtp_layers > 0) mtp_ = declare_mtp(config_);
-}
+      }()) {}
 
 void Transformer::visit(const std::function<void(Parameter&)>& visitor) {
-  visitor(embed_);
-  for (Block& block : blocks_) visit_block(block, visitor);
-  visitor(norm_);
-  visit_hc(hc_head_, visitor);
-  visitor(head_);
-  if (mtp_) visit_mtp(*mtp_, visitor);
+  struct Visit : FieldVisitor {
+    explicit Visit(const std::function<void(Parameter&)>& f) : function(f) {}
+    void field(Parameter& parameter, const Field&) override { function(parameter); }
+    const std::function<void(Parameter&)>& function;
+  };
+  Visit visit(visitor);
+  describe(config_, parameters_, visit);
 }
 
 void Transformer::visit(const std::function<void(const Parameter&)>& visitor) const {
@@ -61,7 +49,7 @@ void Transformer::fill_rope(ForwardContext& context) const {
 }
 
 at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) const {
-  const at::Tensor embedded = ops::embedding(ids, embed_.operand(numerics));
+  const at::Tensor embedded = ops::embedding(ids, parameters_.embed.operand(numerics));
   return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
 }
 
@@ -71,8 +59,8 @@ at::Tensor Transformer::run_layer(int64_t layer,
                                   ForwardContext& context) const {
   ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
   fill_rope(context);
-  return block_forward(blocks_.at(static_cast<size_t>(layer)), config_, layer, std::move(streams),
-                       ids, rope_compressed_, context);
+  return block_forward(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer,
+                       std::move(streams), ids, rope_compressed_, context);
 }
 
 at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
@@ -80,26 +68,27 @@ at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) 
   fill_rope(context);
   at::Tensor streams = embed(ids, context.numerics);
   for (int64_t i = 0; i < config_.n_layers; ++i) {
-    streams = block_forward(blocks_[static_cast<size_t>(i)], config_, i, std::move(streams), ids,
-                            rope_compressed_, context);
+    streams = block_forward(parameters_.blocks[static_cast<size_t>(i)], config_, i,
+                            std::move(streams), ids, rope_compressed_, context);
   }
   return streams;
 }
 
 at::Tensor Transformer::head_input(const at::Tensor& streams, ops::Numerics) const {
-  return collapse(streams, hc_head_, norm_, config_);
+  return collapse(streams, parameters_.hc_head, parameters_.norm, config_);
 }
 
 at::Tensor Transformer::logits(const at::Tensor& head_input, ops::Numerics numerics) const {
-  return apply_linear(head_, head_input, numerics);
+  return apply_linear(parameters_.head, head_input, numerics);
 }
 
 at::Tensor Transformer::mtp_head_input(const at::Tensor& streams,
                                        const at::Tensor& next_ids,
                                        ForwardContext& context) const {
-  HADAL_CHECK(mtp_.has_value(), "transformer: this model has no MTP block");
+  HADAL_CHECK(parameters_.mtp.has_value(), "transformer: this model has no MTP block");
   if (!context.rope_window.defined()) fill_rope(context);
-  return mtp_forward(*mtp_, config_, embed_, streams, next_ids, rope_compressed_, context);
+  return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
+                     rope_compressed_, context);
 }
 
 }  // namespace hadal::model

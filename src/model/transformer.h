@@ -6,16 +6,13 @@
 #pragma once
 
 #include <functional>
-#include <memory>
-#include <optional>
-#include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "model/block.h"
 #include "model/config.h"
 #include "model/context.h"
-#include "model/mtp.h"
+#include "model/describe.h"
 #include "model/parameter.h"
 #include "ops/attention/rope.h"
 
@@ -42,7 +39,9 @@ class Transformer {
   /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
   at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
   /// The head's matrix [vocab, dim] as the numerics uses it, for losses that never hold all logits.
-  at::Tensor head_operand(ops::Numerics numerics) const { return head_.operand(numerics); }
+  at::Tensor head_operand(ops::Numerics numerics) const {
+    return parameters_.head.operand(numerics);
+  }
   /// [tokens, dim] -> [tokens, vocab] FP32.
   at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
 
@@ -53,7 +52,7 @@ class Transformer {
                             const at::Tensor& next_ids,
                             ForwardContext& context) const;
 
-  /// Every parameter, in checkpoint order.
+  /// Every parameter, in the order of model/describe.h.
   void visit(const std::function<void(Parameter&)>& visitor);
   void visit(const std::function<void(const Parameter&)>& visitor) const;
 
@@ -61,10 +60,7 @@ class Transformer {
   void fill_rope(ForwardContext& context) const;
 
   ModelConfig config_;
-  Parameter embed_, head_, norm_;
-  HyperConnection hc_head_;
-  std::vector<Block> blocks_;
-  std::optional<Mtp> mtp_;
+  ModelParameters parameters_;
   ops::RopeTable rope_window_, rope_compressed_;
 };
 

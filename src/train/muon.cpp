@@ -15,7 +15,7 @@ namespace {
 
 /// The parameter or its gradient as [units, rows, cols] of independent matrices.
 at::Tensor logical_view(const at::Tensor& tensor, const model::Parameter& parameter) {
-  return tensor.reshape({parameter.units, -1, tensor.size(-1)});
+  return tensor.reshape({parameter.local_units(), -1, tensor.size(-1)});
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ model::Transformer build_model(const RunConfig& config,
   if (!config.init_checkpoint.empty()) {
     model::Transformer model =
         checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
-                               ops::Numerics::kIdeal, checkpoint::Held::kDense);
+                               ops::Numerics::kIdeal, {.held = checkpoint::Held::kDense});
     // A checkpoint from transformers has no MTP block although its config names one.
     const auto main_ratios = [](const model::ModelConfig& c) {
       return std::vector<int64_t>(c.compress_ratios.begin(),

@@ -1,0 +1,206 @@
+// Where a model is loaded to: panels, dense values, and storage of an accelerator, which is tested
+// on the CPU (the bytes are the same on every device).
+#include <filesystem>
+#include <map>
+#include <unistd.h>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+#include "checkpoint/load_model.h"
+#include "checkpoint/save_model.h"
+#include "model/context.h"
+#include "model/init.h"
+#include "testing/tiny_model.h"
+
+namespace hadal::checkpoint {
+namespace {
+
+using model::Parameter;
+using model::ParamKind;
+using ops::Numerics;
+using ops::WeightForm;
+
+at::Tensor logits(const model::Transformer& model, Numerics numerics) {
+  const at::NoGradGuard no_grad;
+  const ops::Batch batch({40, 9}, {0, 0}, at::kCPU);
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics;
+  const at::Tensor streams = model.forward(at::arange(49), context);
+  return model.logits(model.head_input(streams, numerics), numerics);
+}
+
+/// An official checkpoint, FP4 experts and FP8 matrices, of a random model.
+class LoadTargets : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = ::testing::TempDir() + "hadal-targets-" + std::to_string(getpid());
+    std::filesystem::remove_all(folder_);
+    model::ModelConfig config = testing::small_config();
+    config.quantized = true;
+    config.expert_dtype = model::ExpertDtype::kFp4;
+    save_model(testing::random_model(config, 11, at::kFloat), folder_, {});
+    checkpoint_.emplace(OfficialCheckpoint::open(folder_));
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  model::Transformer load(Numerics numerics, Held held) const {
+    return load_model(*checkpoint_, numerics, {.held = held});
+  }
+
+  std::string folder_;
+  std::optional<OfficialCheckpoint> checkpoint_;
+};
+
+TEST_F(LoadTargets, AnAcceleratorHoldsFourAndEightBitsAWeight) {
+  const model::Transformer model = load(Numerics::kReleased, Held::kAccelerator);
+  int64_t experts = 0, matrices = 0;
+  model.visit([&](const Parameter& p) {
+    const bool fp4 = p.kind == ParamKind::kExperts;
+    EXPECT_EQ(p.weight.form(),
+              p.storage == model::Storage::kFp8 || fp4 ? WeightForm::kSm90 : WeightForm::kNone)
+        << p.name;
+    EXPECT_NE(p.value.defined(), p.weight.defined()) << p.name;
+    if (!p.weight.defined()) return;
+    int64_t weights = 1;
+    for (const int64_t size : p.shape) weights *= size;
+    // FP4: half a byte, and four bytes for the four scales of 128 inputs: 4.25 bits. FP8: a byte,
+    // and four for the scale of each 128 x 128.
+    const int64_t out = p.weight.out(), in = p.weight.in(), count = p.weight.matrices();
+    const int64_t blocks = (out + 127) / 128 * ((in + 127) / 128);
+    EXPECT_EQ(p.weight.num_bytes(), fp4 ? weights * 17 / 32 : weights + count * blocks * 4)
+        << p.name;
+    EXPECT_EQ(p.num_bytes(), p.weight.num_bytes());
+    ++(fp4 ? experts : matrices);
+  });
+  EXPECT_EQ(experts, 6 * 3);
+  EXPECT_GT(matrices, 6 * 7);
+}
+
+TEST_F(LoadTargets, ValuesAndResultsDoNotDependOnTheTarget) {
+  for (const Numerics numerics : {Numerics::kReleased, Numerics::kBf16, Numerics::kIdeal}) {
+    model::Transformer dense = load(numerics, Held::kDense);
+    model::Transformer panels = load(numerics, Held::kPanels);
+    model::Transformer accelerator = load(numerics, Held::kAccelerator);
+    const at::Tensor expected = logits(dense, numerics);
+    EXPECT_TRUE(at::equal(logits(panels, numerics), expected)) << ops::numerics_name(numerics);
+    EXPECT_TRUE(at::equal(logits(accelerator, numerics), expected)) << ops::numerics_name(numerics);
+    std::map<std::string, at::Tensor> values;
+    dense.visit([&](Parameter& p) { values[p.name] = p.value; });
+    for (model::Transformer* packed : {&panels, &accelerator}) {
+      packed->visit([&](Parameter& p) {
+        p.hold_dense();
+        EXPECT_EQ(p.value.scalar_type(), values[p.name].scalar_type()) << p.name;
+        EXPECT_TRUE(at::equal(p.value, values[p.name])) << p.name;
+      });
+    }
+  }
+}
+
+TEST_F(LoadTargets, MovingPanelsToADeviceKeepsTheirBits) {
+  const model::Transformer loaded = load(Numerics::kReleased, Held::kAccelerator);
+  std::map<std::string, ops::Weight> expected;
+  loaded.visit([&](const Parameter& p) { expected[p.name] = p.weight; });
+  load(Numerics::kReleased, Held::kPanels).visit([&](const Parameter& p) {
+    if (p.weight.form() != WeightForm::kPanels) return;
+    // What Weight::to does on its way to a device, as far as there is none.
+    const std::optional<ops::Weight> moved = p.weight.to_sm90(p.storage);
+    ASSERT_EQ(moved.has_value(), expected[p.name].defined()) << p.name;
+    if (!moved) return;
+    EXPECT_TRUE(at::equal(moved->sm90().data, expected[p.name].sm90().data)) << p.name;
+    if (moved->sm90().scales.defined()) {
+      EXPECT_TRUE(at::equal(moved->sm90().scales, expected[p.name].sm90().scales)) << p.name;
+    }
+  });
+  // A device can be the CPU, too: nothing changes.
+  model::Transformer stays = load(Numerics::kReleased, Held::kAccelerator);
+  model::move_to(stays, at::kCPU);
+  EXPECT_TRUE(at::equal(logits(stays, Numerics::kReleased), logits(loaded, Numerics::kReleased)));
+}
+
+TEST_F(LoadTargets, AnExpertRangeLoadsExactlyThoseExperts) {
+  for (const Held held : {Held::kPanels, Held::kDense, Held::kAccelerator}) {
+    model::Transformer whole = load(Numerics::kReleased, held);
+    std::map<std::string, at::Tensor> values;
+    whole.visit([&](Parameter& p) {
+      p.hold_dense();
+      values[p.name] = p.value;
+    });
+    model::Transformer part(checkpoint_->config());
+    model::shard_experts(part, 1, 4);
+    load_weights(part, *checkpoint_, Numerics::kReleased, {.held = held});
+    int64_t sharded = 0;
+    part.visit([&](Parameter& p) {
+      const bool coded = p.weight.defined();
+      EXPECT_EQ(coded, held != Held::kDense && (p.is_matrix() || p.kind == ParamKind::kHead) &&
+                           (held == Held::kPanels || p.storage == model::Storage::kFp8 ||
+                            p.kind == ParamKind::kExperts))
+          << p.name;
+      p.hold_dense();
+      if (p.kind != ParamKind::kExperts) {
+        EXPECT_TRUE(p.shard.whole());
+        EXPECT_TRUE(at::equal(p.value, values[p.name])) << p.name;
+        return;
+      }
+      ++sharded;
+      EXPECT_EQ(p.local_shape()[0], 2);
+      EXPECT_EQ(p.local_units(), 2);
+      EXPECT_TRUE(at::equal(p.value, values[p.name].narrow(0, 2, 2))) << p.name;
+    });
+    EXPECT_EQ(sharded, 6 * 3);
+  }
+}
+
+TEST_F(LoadTargets, ShardsOfRowsAndInputs) {
+  struct Case {
+    int64_t axis, part, parts;
+    WeightForm form;  ///< of FP8 matrices held for an accelerator
+  };
+  // 128 rows of a matrix of 256 keep their codes; 64 cut through the grid of scales, as inputs do.
+  for (const Case& c : {Case{0, 1, 2, WeightForm::kSm90},
+                        {0, 1, 4, WeightForm::kNone},
+                        {1, 0, 2, WeightForm::kNone}}) {
+    model::Transformer whole = load(Numerics::kReleased, Held::kDense);
+    model::Transformer part(checkpoint_->config());
+    const auto cut = [&](const Parameter& p) {
+      return p.kind == ParamKind::kMatrix && p.storage == model::Storage::kFp8 &&
+             p.shape == std::vector<int64_t>{256, 128};
+    };
+    part.visit([&](Parameter& p) {
+      if (cut(p))
+        p.shard = model::Shard::even(c.axis, p.shape[static_cast<size_t>(c.axis)], c.part, c.parts);
+    });
+    load_weights(part, *checkpoint_, Numerics::kReleased, {.held = Held::kAccelerator});
+    std::map<std::string, at::Tensor> values;
+    whole.visit([&](const Parameter& p) { values[p.name] = p.value; });
+    int64_t found = 0;
+    part.visit([&](Parameter& p) {
+      if (!cut(p)) return;
+      ++found;
+      EXPECT_EQ(p.weight.form(), c.form) << p.name;
+      p.hold_dense();
+      EXPECT_TRUE(at::equal(p.value, p.shard.of(values[p.name]))) << p.name;
+    });
+    EXPECT_GT(found, 0);
+  }
+}
+
+TEST_F(LoadTargets, AShardIsNoWholeModel) {
+  model::Transformer part(checkpoint_->config());
+  model::shard_experts(part, 0, 2);
+  load_weights(part, *checkpoint_, Numerics::kReleased, {.held = Held::kDense});
+  EXPECT_THROW(save_model(part, folder_ + "-part", {}), Error);
+  EXPECT_THROW(model::shard_experts(part, 0, 2), Error);  // has values already
+  EXPECT_THROW(logits(part, Numerics::kReleased), Error);
+  part.visit([](Parameter& p) {
+    if (p.kind != ParamKind::kExperts) return;
+    EXPECT_THROW(p.hold(at::zeros(p.shape)), Error);  // of the whole's shape
+    EXPECT_THROW(p.hold(ops::Weight(at::zeros(p.shape))), Error);
+  });
+}
+
+}  // namespace
+}  // namespace hadal::checkpoint

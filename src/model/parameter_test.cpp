@@ -1,0 +1,66 @@
+#include "model/parameter.h"
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "base/check.h"
+
+namespace hadal::model {
+namespace {
+
+using ops::Numerics;
+
+Parameter matrix(at::Tensor values) {
+  Parameter p;
+  p.name = "layers.0.attn.wq_a.weight";
+  p.storage = Storage::kFp8;
+  p.role = ops::GemmRole::kFp8;
+  p.shape = values.sizes().vec();
+  p.hold(std::move(values));
+  return p;
+}
+
+TEST(Parameter, ProductsFollowAMasterThatIsWrittenTo) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = at::randn({5, 64});
+  Parameter p = matrix(at::randn({48, 64}));
+  for (int step = 0; step < 3; ++step) {
+    EXPECT_TRUE(at::equal(apply_linear(p, x, Numerics::kIdeal), ops::linear(x, p.value, p.role)));
+    EXPECT_EQ(p.num_bytes(), 2 * 48 * 64 * 4);  // the master and its panels
+    p.value.view({24, 128}).add_(0.5);          // as an optimizer writes: in place, through a view
+  }
+  const at::Tensor replaced = at::randn({48, 64});
+  p.hold(replaced);
+  EXPECT_TRUE(at::equal(apply_linear(p, x, Numerics::kIdeal), ops::linear(x, replaced, p.role)));
+}
+
+TEST(Parameter, MastersUnderTrainingKeepNoPanels) {
+  const at::Tensor x = at::randn({5, 128}).to(at::kBFloat16);
+  Parameter p = matrix(at::randn({128, 128}));
+  const at::Tensor rounded = ops::official_rounding(p.value, Storage::kFp8);
+  EXPECT_TRUE(at::equal(apply_linear(p, x, Numerics::kReleased), ops::linear(x, rounded, p.role)));
+  EXPECT_EQ(p.kept_panels->num_bytes(), 0);
+  p.value.requires_grad_(true);
+  apply_linear(p, at::randn({5, 128}), Numerics::kIdeal).sum().backward();
+  EXPECT_TRUE(p.value.grad().defined());
+  EXPECT_EQ(p.kept_panels->num_bytes(), 0);
+}
+
+TEST(Parameter, HoldsAMasterOrAWeight) {
+  const at::Tensor values = at::randn({64, 128}).to(at::kBFloat16);
+  Parameter p = matrix(values);
+  p.hold(ops::Weight(ops::pack_panels(values)));
+  EXPECT_FALSE(p.value.defined());
+  EXPECT_EQ(p.num_bytes(), 64 * 128 * 2);
+  EXPECT_TRUE(at::equal(p.operand(Numerics::kReleased), values));
+  p.hold_dense();
+  EXPECT_FALSE(p.weight.defined());
+  EXPECT_TRUE(at::equal(p.value, values));
+  EXPECT_THROW(p.hold(at::zeros({64, 64})), Error);
+  EXPECT_THROW(p.hold(ops::Weight(ops::pack_panels(at::zeros({128, 64})))), Error);
+  EXPECT_THROW(p.hold(ops::Weight(ops::pack_panels(at::zeros({2, 64, 128})))), Error);
+}
+
+}  // namespace
+}  // namespace hadal::model
