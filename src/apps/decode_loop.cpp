@@ -7,6 +7,7 @@
 #include "base/memory.h"
 
 namespace hadal::apps {
+
 LoadedModel load_with_tokenizer(const std::string& folder_flag,
                                 const std::string& numerics_flag,
                                 at::Device device) {
