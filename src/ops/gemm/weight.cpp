@@ -284,7 +284,7 @@ at::Tensor grouped_linear(const at::Tensor& x,
   check_shape(x, {-1, w.in()}, "grouped_linear: x");
   check_shape(offsets, {w.matrices() + 1}, "grouped_linear: offsets");
   const at::Tensor bounds = offsets.to(at::kCPU);
-  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  const auto* bound = bounds.const_data_ptr<int64_t>();
   std::vector<at::Tensor> parts;
   for (int64_t expert = 0; expert < w.matrices(); ++expert) {
     const int64_t rows = bound[expert + 1] - bound[expert];

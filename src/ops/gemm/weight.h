@@ -102,7 +102,8 @@ class Weight {
 };
 
 /// The products of linear.h. Where no kernel of the device reads a weight's form, its matrices are
-/// made dense one by one for the call; a warning says so once. x and w lie on one device.
+/// made dense one by one for the call (those of experts without rows are not, for which the offsets
+/// are read on the host); a warning says so once. x and w lie on one device.
 at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role);
 at::Tensor grouped_linear(const at::Tensor& x,
                           const Weight& w,
