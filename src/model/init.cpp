@@ -43,8 +43,8 @@ at::Tensor normal(const Parameter& parameter, const InitParams& params) {
 at::Tensor hc_base(int64_t rows, int64_t streams) {
   constexpr double kDiagonal = 4.0;  // softmax([4, 0, 0, 0]) keeps 95 % of a stream in place
   at::Tensor base = at::zeros({rows}, at::kDouble);
-  double* value = base.data_ptr<double>();
-  const double n = static_cast<double>(streams);
+  auto* value = base.data_ptr<double>();
+  const auto n = static_cast<double>(streams);
   for (int64_t j = 0; j < streams; ++j) value[j] = -std::log(n - 1.0 > 0.0 ? n - 1.0 : 1.0);
   if (rows == streams) return base;  // the collapse before the head has nothing else
   for (int64_t j = 0; j < streams; ++j) value[2 * streams + j * streams + j] = kDiagonal;
@@ -73,7 +73,7 @@ at::Tensor balanced_hash_table(int64_t vocab,
   const Philox random(seed, fnv1a64("hash table"));
   std::vector<int64_t> load(static_cast<size_t>(experts), 0);
   at::Tensor table = at::empty({vocab, topk}, at::kLong);
-  int64_t* out = table.data_ptr<int64_t>();
+  auto* out = table.data_ptr<int64_t>();
   std::vector<std::pair<int64_t, uint32_t>> key(static_cast<size_t>(experts));
   std::vector<int64_t> candidates(static_cast<size_t>(experts));
   for (const int64_t id : order) {
