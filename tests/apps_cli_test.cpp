@@ -338,7 +338,7 @@ double bits_per_byte(const std::string& folder, const std::string& text, int64_t
     model::ForwardContext forward;
     forward.batch = &batch;
     forward.numerics = ops::Numerics::kReleased;
-    const at::Tensor streams = model.forward(at::tensor(part, at::kLong), forward);
+    const at::Tensor streams = model.forward(at::tensor(part, at::kLong), forward).streams;
     const at::Tensor last = streams.narrow(0, streams.size(0) - 1, 1);
     const at::Tensor logits =
         model.logits(model.head_input(last, forward.numerics), forward.numerics).to(at::kDouble);

@@ -64,13 +64,13 @@ void expect_logits(const std::string& name, const std::string& folder, Numerics 
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = numerics;
-  const at::Tensor streams = model.forward(ids, context);
+  const at::Tensor streams = model.forward(ids, context).streams;
   const at::Tensor logits =
       model.logits(model.head_input(streams, numerics), numerics).to(at::kFloat).contiguous();
   expect_recorded(name, bytes_of(logits));
   if (model.config().n_mtp_layers == 0) return;
   const at::Tensor drafts =
-      model.logits(model.mtp_head_input(streams, ids.roll(-1), context), numerics)
+      model.logits(model.mtp(streams, ids.roll(-1), context).head_input, numerics)
           .to(at::kFloat)
           .contiguous();
   expect_recorded(name + "-mtp", bytes_of(drafts));

@@ -70,7 +70,7 @@ class Paths : public ::testing::TestWithParam<PathCase> {
     model::ForwardContext context;
     context.batch = &batch;
     context.numerics = GetParam().numerics;
-    const at::Tensor all = logits_of(model_->forward(at::tensor(ids, at::kLong), context));
+    const at::Tensor all = logits_of(model_->forward(at::tensor(ids, at::kLong), context).streams);
     std::vector<at::Tensor> result(sequences_.size());
     for (size_t i = 0; i < order.size(); ++i) {
       result[order[i]] = all.narrow(0, batch.begin(static_cast<int64_t>(i)), lengths[i]);
@@ -126,7 +126,8 @@ class Paths : public ::testing::TestWithParam<PathCase> {
       context.batch = &batch;
       context.numerics = GetParam().numerics;
       context.kv = &kv;
-      const at::Tensor all = logits_of(model_->forward(at::tensor(ids, at::kLong), context));
+      const at::Tensor all =
+          logits_of(model_->forward(at::tensor(ids, at::kLong), context).streams);
       for (int64_t i = 0; i < batch.num_seqs(); ++i) {
         for (int64_t t = batch.begin(i); t < batch.end(i); ++t) {
           rows[static_cast<size_t>(shuffled_slots[static_cast<size_t>(i)])].push_back(all[t]);

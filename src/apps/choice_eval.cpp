@@ -118,7 +118,7 @@ void score_items(const LoadedModel& loaded, std::span<const Item> items) {
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = loaded.numerics;
-  const at::Tensor streams = loaded.model.forward(at::tensor(step, at::kLong), context);
+  const at::Tensor streams = loaded.model.forward(at::tensor(step, at::kLong), context).streams;
   // Ids beyond the tokenizer's have no text and no probability, as in answers.
   const auto known = static_cast<size_t>(loaded.tokenizer.vocab_size());
   for (int64_t begin = 0; begin < std::ssize(rows); begin += kLogitRows) {

@@ -49,7 +49,7 @@ int run(const Flags& flags) {
     context.batch = &batch;
     context.numerics = numerics;
     context.kv = &kv;
-    const at::Tensor streams = model.forward(ids.narrow(1, pos, count).flatten(), context);
+    const at::Tensor streams = model.forward(ids.narrow(1, pos, count).flatten(), context).streams;
     logits.narrow(1, pos, count)
         .copy_(model.logits(model.head_input(streams, numerics), numerics)
                    .reshape({batch_size, count, -1}));

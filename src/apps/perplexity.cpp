@@ -69,7 +69,8 @@ double score_windows(const LoadedModel& loaded,
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = loaded.numerics;
-  const at::Tensor streams = loaded.model.forward(at::tensor(step, at::kLong).to(device), context);
+  const at::Tensor streams =
+      loaded.model.forward(at::tensor(step, at::kLong).to(device), context).streams;
   return sum_nats(loaded, streams, rows, targets);
 }
 

@@ -123,7 +123,7 @@ TEST_P(RecordedDrafter, IsOpenedAndTheMainModelRuns) {
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = numerics;
-  const at::Tensor streams = model.forward(ids.narrow(0, 0, prompt), context);
+  const at::Tensor streams = model.forward(ids.narrow(0, 0, prompt), context).streams;
   const at::Tensor logits = model.logits(model.head_input(streams, numerics), numerics)[-1];
   const double error = (logits - wanted).abs().max().item<double>();
   EXPECT_LT(error, numerics == ops::Numerics::kIdeal ? 2e-5 : 0.3);

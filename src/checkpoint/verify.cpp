@@ -10,6 +10,7 @@
 #include "checkpoint/safetensors.h"
 #include "model/contiguous_kv.h"
 #include "model/init.h"
+#include "ops/indexer/index_topk.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -91,7 +92,8 @@ class Verifier {
     model::ForwardContext context;
     context.batch = &batch;
     context.numerics = numerics_;
-    const at::Tensor streams = model_.forward(ids_.narrow(1, 0, prompt_).flatten(), context);
+    const at::Tensor streams =
+        model_.forward(ids_.narrow(1, 0, prompt_).flatten(), context).streams;
     const at::Tensor log_p =
         at::log_softmax(by_row(logits_of(streams), prompt_).narrow(1, 0, prompt_ - 1), -1);
     const at::Tensor loss = -log_p.gather(2, ids_.narrow(1, 1, prompt_ - 1).unsqueeze(-1)).mean();
@@ -211,15 +213,22 @@ class Verifier {
       return positions_.defined() ? by_row(x, prompt_).index_select(1, positions_)
                                   : by_row(x, prompt_);
     };
-    context.on_block = [&](int64_t block, const at::Tensor& streams) {
+    context.request = {.selection = true, .index_scores = true};
+    const at::Tensor ids = ids_.narrow(1, 0, prompt_).flatten();
+    at::Tensor streams = model_.embed(ids, numerics_);
+    for (int64_t block = 0; block < config_.n_layers; ++block) {
+      model::BlockOutput output = model_.run_layer(block, std::move(streams), ids, context);
+      streams = std::move(output.streams);
       outputs[block] = recorded(streams);
-    };
-    context.on_selection = [&](int64_t block, const at::Tensor& selection,
-                               const at::Tensor& score) {
-      selections[block] = recorded(selection);
-      scores[block] = recorded(score);
-    };
-    const at::Tensor streams = model_.forward(ids_.narrow(1, 0, prompt_).flatten(), context);
+      const model::AttentionAux& attn = output.aux.attn;
+      if (!attn.index_scores.defined()) continue;
+      // Where every visible block is taken, the model does not ask which.
+      selections[block] = recorded(
+          attn.selection.defined() ? attn.selection
+                                   : ops::select_topk(attn.index_scores, batch,
+                                                      config_.ratio(block), config_.index_topk));
+      scores[block] = recorded(attn.index_scores);
+    }
     kv.advance();
     const bool released = numerics_ != Numerics::kIdeal;
     const at::Tensor logits = by_row(logits_of(streams), prompt_);
@@ -327,8 +336,8 @@ class Verifier {
       const ops::Batch batch =
           kv.begin(all_slots(), std::vector<int64_t>(static_cast<size_t>(batch_), 1));
       model::ForwardContext context = context_for(batch, &kv);
-      rows.push_back(
-          logits_of(model_.forward(ids_.select(1, pos).contiguous(), context)).unsqueeze(1));
+      rows.push_back(logits_of(model_.forward(ids_.select(1, pos).contiguous(), context).streams)
+                         .unsqueeze(1));
       kv.advance();
     }
     const bool released = numerics_ != Numerics::kIdeal;
@@ -341,9 +350,9 @@ class Verifier {
     const ops::Batch batch(std::vector<int64_t>(static_cast<size_t>(batch_), length),
                            std::vector<int64_t>(static_cast<size_t>(batch_), 0), at::kCPU);
     model::ForwardContext context = context_for(batch, nullptr);
-    const at::Tensor streams = model_.forward(ids_.narrow(1, 0, length).flatten(), context);
+    const at::Tensor streams = model_.forward(ids_.narrow(1, 0, length).flatten(), context).streams;
     const at::Tensor hidden =
-        model_.mtp_head_input(streams, ids_.narrow(1, 1, length).flatten(), context);
+        model_.mtp(streams, ids_.narrow(1, 1, length).flatten(), context).head_input;
     const at::Tensor logits = by_row(model_.logits(hidden, numerics_), length);
     const bool released = numerics_ != Numerics::kIdeal;
     const at::Tensor inside =

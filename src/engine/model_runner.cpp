@@ -61,11 +61,15 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   context.batch = &batch;
   context.numerics = numerics_;
   context.kv = &cache_;
+  context.request.selection = true;
+  model::ForwardOutput output = model_.forward(on_device(ids), context);
+  const at::Tensor streams = std::move(output.streams);
   auto selections = std::make_shared<std::map<int64_t, at::Tensor>>();
-  context.on_choice = [&](int64_t block, const at::Tensor& selection) {
-    (*selections)[block] = selection;
-  };
-  const at::Tensor streams = model_.forward(on_device(ids), context);
+  for (size_t layer = 0; layer < output.aux.size(); ++layer) {
+    const at::Tensor& selection = output.aux[layer].attn.selection;
+    if (selection.defined()) (*selections)[static_cast<int64_t>(layer)] = selection;
+  }
+  output.aux.clear();  // what is narrowed below is not held in full here
   // Of a prompt's many rows the last is all that anybody asks for, and each slot keeps its own.
   std::vector<int64_t> last;
   for (size_t i = 0; i < steps.size(); ++i)
@@ -119,7 +123,7 @@ void ModelRunner::rerun(SequenceStep step, int64_t pos) {
     context.batch = &batch;
     context.numerics = numerics_;
     context.kv = &cache_;
-    streams = model_.run_layer(layer, streams, ids, context);
+    streams = model_.run_layer(layer, streams, ids, context).streams;
   }
   if (drafts_ && narrow(model_.config().n_layers)) keep_streams({&step, 1}, streams);
 }
@@ -249,7 +253,7 @@ at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
   const at::Tensor streams = streams_.rows()
                                  .index_select(0, on_device(rows))
                                  .reshape({std::ssize(rows), model_.config().hc_mult, -1});
-  at::Tensor head = model_.mtp_head_input(streams, on_device(ids), context);
+  at::Tensor head = model_.mtp(streams, on_device(ids), context).head_input;
   if (last.size() < ids.size()) head = head.index_select(0, on_device(last));
   return model_.logits(head, numerics_).cpu().contiguous();
 }

@@ -59,7 +59,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
     context.batch = &batch;
     context.numerics = numerics_;
     context.kv = &kv;
-    const at::Tensor streams = model_->forward(at::tensor(ids, at::kLong), context);
+    const at::Tensor streams = model_->forward(at::tensor(ids, at::kLong), context).streams;
     return model_->logits(model_->head_input(streams, numerics_), numerics_);
   }
 
@@ -75,9 +75,9 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
     context.numerics = numerics_;
     context.kv = &kv;
     const at::Tensor all = at::tensor(ids, at::kLong);
-    const at::Tensor streams = model_->forward(all, context);
+    const at::Tensor streams = model_->forward(all, context).streams;
     const at::Tensor next = at::cat({all.narrow(0, 1, length - 1), all.narrow(0, 0, 1)});
-    const at::Tensor head = model_->mtp_head_input(streams, next, context);
+    const at::Tensor head = model_->mtp(streams, next, context).head_input;
     return model_->logits(head, numerics_).narrow(0, 0, length - 1);
   }
 

@@ -1,6 +1,7 @@
 #include "model/attention.h"
 
 #include <cmath>
+#include <utility>
 
 #include <ATen/ATen.h>
 
@@ -48,7 +49,7 @@ ops::BlockView compress_step(const Compressor& compressor,
                              int64_t block,
                              const at::Tensor& x,
                              const ops::RopeTable& rope_table,
-                             ForwardContext& context) {
+                             const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t ratio = config.ratio(block);
   const at::Tensor kv = apply_linear(compressor.wkv, x, context.numerics);
@@ -91,14 +92,15 @@ IndexerStep run_indexer(const Indexer& indexer,
                         const at::Tensor& x,
                         const at::Tensor& q_rank_rounded,
                         const ops::RopeTable& rope_table,
-                        ForwardContext& context) {
+                        const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
   const ops::BlockView keys =
       compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
-  const bool selects = context.mode == AttentionMode::kSparse &&
-                       (batch.max_end_pos() / ratio > config.index_topk || context.on_selection);
-  if (!selects && !context.on_index_loss) return {};
+  const bool selects =
+      context.mode == AttentionMode::kSparse && batch.max_end_pos() / ratio > config.index_topk;
+  const bool scores = context.request.index_loss || context.request.index_scores;
+  if (!selects && !scores) return {};
   at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
                      .reshape({tokens, config.index_n_heads, config.index_head_dim});
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
@@ -107,7 +109,7 @@ IndexerStep run_indexer(const Indexer& indexer,
   const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
   IndexerStep step;
-  if (context.on_index_loss || context.on_selection) {
+  if (scores) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
     if (selects) {
       step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
@@ -116,19 +118,17 @@ IndexerStep run_indexer(const Indexer& indexer,
     step.selection =
         ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
   }
-  if (context.on_choice && selects) context.on_choice(block, step.selection);
-  if (context.on_selection && selects) context.on_selection(block, step.selection, step.scores);
   return step;
 }
 
 }  // namespace
 
-at::Tensor attention_forward(const Attention& attn,
-                             const ModelConfig& config,
-                             int64_t block,
-                             const at::Tensor& x,
-                             const ops::RopeTable& compressed_rope,
-                             ForwardContext& context) {
+AttentionOutput attention_forward(const Attention& attn,
+                                  const ModelConfig& config,
+                                  int64_t block,
+                                  const at::Tensor& x,
+                                  const ops::RopeTable& compressed_rope,
+                                  const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const Numerics numerics = context.numerics;
   const int64_t tokens = batch.num_tokens();
@@ -164,20 +164,26 @@ at::Tensor attention_forward(const Attention& attn,
   const ops::AttentionResult result = ops::sparse_attn(
       q, kv, history, blocks, indexed.selection, attn.attn_sink.value, batch,
       {.window = config.window_size, .scale = scale, .ratio = ratio, .numerics = numerics});
-  if (context.on_index_loss && indexed.scores.defined()) {
-    const ops::IndexKl kl = ops::index_kl(indexed.scores, indexed.selection, q.detach(), blocks,
-                                          result.lse.detach(), batch, ratio, scale);
-    context.on_index_loss(block, kl.sum, kl.num_queries);
+  AttentionAux aux;
+  if (context.request.selection) aux.selection = indexed.selection;
+  if (context.request.index_scores && indexed.scores.defined())
+    aux.index_scores = indexed.scores.detach();
+  if (context.request.index_loss && indexed.scores.defined()) {
+    aux.index_loss = ops::index_kl(indexed.scores, indexed.selection, q.detach(), blocks,
+                                   result.lse.detach(), batch, ratio, scale);
   }
-  if (context.on_attention) context.on_attention(block, q, blocks, result.lse, indexed.selection);
+  if (context.request.attention)
+    aux.seen = {.q = q.detach(), .blocks = blocks, .lse = result.lse.detach()};
   if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
   const int64_t group_width = config.heads_per_group() * config.head_dim;
   const at::Tensor grouped =
       apply_groups(attn.wo_a, out.reshape({tokens, config.o_groups, group_width}), numerics);
-  return apply_linear(attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics),
-                      numerics);
+  return {
+      .out = apply_linear(
+          attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics), numerics),
+      .aux = std::move(aux)};
 }
 
 }  // namespace hadal::model

@@ -14,30 +14,30 @@ ops::HcParams hc_params(const ModelConfig& config) {
           .hc_eps = config.hc_eps};
 }
 
-at::Tensor block_forward(const Block& block,
-                         const ModelConfig& config,
-                         int64_t index,
-                         at::Tensor streams,
-                         const at::Tensor& ids,
-                         const ops::RopeTable& compressed_rope,
-                         ForwardContext& context) {
+BlockOutput block_forward(const Block& block,
+                          const ModelConfig& config,
+                          int64_t index,
+                          at::Tensor streams,
+                          const at::Tensor& ids,
+                          const ops::RopeTable& compressed_rope,
+                          const ForwardContext& context) {
   const ops::HcParams params = hc_params(config);
   const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
                                           block.hc_attn.scale.value, params);
-  const at::Tensor attn_out =
+  AttentionOutput attn =
       attention_forward(block.attn, config, index,
                         ops::rms_norm(attn_mix.mixed, block.attn_norm.value, config.norm_eps),
                         compressed_rope, context);
-  streams = ops::hc_post(attn_out, streams, attn_mix.post, attn_mix.comb);
+  streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 
   const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
                                          block.hc_ffn.scale.value, params);
-  const at::Tensor ffn_out = moe_forward(
-      block.moe, config, index, ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config.norm_eps),
-      ids, context);
-  streams = ops::hc_post(ffn_out, streams, ffn_mix.post, ffn_mix.comb);
-  if (context.on_block) context.on_block(index, streams);
-  return streams;
+  MoeOutput ffn = moe_forward(block.moe, config,
+                              ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config.norm_eps),
+                              ids, context);
+  streams = ops::hc_post(ffn.out, streams, ffn_mix.post, ffn_mix.comb);
+  return {.streams = std::move(streams),
+          .aux = {.attn = std::move(attn.aux), .moe = std::move(ffn.aux)}};
 }
 
 at::Tensor collapse(const at::Tensor& streams,

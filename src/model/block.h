@@ -25,15 +25,20 @@ struct Block {
   Moe moe;
 };
 
+struct BlockOutput {
+  at::Tensor streams;  ///< [tokens, hc_mult, dim]
+  BlockAux aux;        ///< what the context's request names
+};
+
 /// streams [tokens, hc_mult, dim] through block `index` (n_layers: the MTP block); ids [tokens] of
 /// the tokens whose states they are.
-at::Tensor block_forward(const Block& block,
-                         const ModelConfig& config,
-                         int64_t index,
-                         at::Tensor streams,
-                         const at::Tensor& ids,
-                         const ops::RopeTable& compressed_rope,
-                         ForwardContext& context);
+BlockOutput block_forward(const Block& block,
+                          const ModelConfig& config,
+                          int64_t index,
+                          at::Tensor streams,
+                          const at::Tensor& ids,
+                          const ops::RopeTable& compressed_rope,
+                          const ForwardContext& context);
 
 ops::HcParams hc_params(const ModelConfig& config);
 /// The collapse of the streams and the norm behind it: [tokens, dim].

@@ -1,5 +1,7 @@
 #include "model/moe.h"
 
+#include <utility>
+
 #include <ATen/ATen.h>
 
 #include "ops/moe/permute.h"
@@ -10,12 +12,11 @@ namespace hadal::model {
 
 using ops::GemmRole;
 
-at::Tensor moe_forward(const Moe& moe,
-                       const ModelConfig& config,
-                       int64_t block,
-                       const at::Tensor& x,
-                       const at::Tensor& token_ids,
-                       ForwardContext& context) {
+MoeOutput moe_forward(const Moe& moe,
+                      const ModelConfig& config,
+                      const at::Tensor& x,
+                      const at::Tensor& token_ids,
+                      const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const at::Tensor logits = apply_linear(moe.gate, x, numerics);  // [tokens, experts]
   const ops::Routing routing =
@@ -23,7 +24,12 @@ at::Tensor moe_forward(const Moe& moe,
           ? ops::gate_fixed(logits, moe.tid2eid->value.index_select(0, token_ids),
                             config.route_scale)
           : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
-  if (context.on_routing) context.on_routing(block, routing);
+  MoeAux aux;
+  if (context.request.experts || context.request.routing) aux.routing.experts = routing.experts;
+  if (context.request.routing) {
+    aux.routing.weights = routing.weights.detach();
+    aux.routing.affinity = routing.affinity;
+  }
 
   const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp4, numerics);
   const ops::Permutation order = ops::permute_by_expert(routing.experts, config.n_routed_experts);
@@ -34,7 +40,7 @@ at::Tensor moe_forward(const Moe& moe,
     return apply_experts(w, input, order.offsets, numerics);
   };
   const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
-    if (context.on_swiglu) context.on_swiglu(block, gate, up);
+    if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
     return ops::swiglu(gate, up, weight, config.swiglu_limit);
   };
   const at::Tensor hidden =
@@ -47,7 +53,7 @@ at::Tensor moe_forward(const Moe& moe,
              apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor());
   const at::Tensor shared = apply_linear(
       moe.shared_w2, ops::quantise_input(shared_hidden, GemmRole::kFp8, numerics), numerics);
-  return ops::combine(routed, order, shared);
+  return {.out = ops::combine(routed, order, shared), .aux = std::move(aux)};
 }
 
 }  // namespace hadal::model

@@ -20,13 +20,17 @@ struct Moe {
   Parameter shared_w1, shared_w3, shared_w2;
 };
 
+struct MoeOutput {
+  at::Tensor out;  ///< [tokens, dim]
+  MoeAux aux;
+};
+
 /// x [tokens, dim] after ffn_norm, token_ids [tokens] I64 of the tokens whose states are routed ->
 /// [tokens, dim].
-at::Tensor moe_forward(const Moe& moe,
-                       const ModelConfig& config,
-                       int64_t block,
-                       const at::Tensor& x,
-                       const at::Tensor& token_ids,
-                       ForwardContext& context);
+MoeOutput moe_forward(const Moe& moe,
+                      const ModelConfig& config,
+                      const at::Tensor& x,
+                      const at::Tensor& token_ids,
+                      const ForwardContext& context);
 
 }  // namespace hadal::model

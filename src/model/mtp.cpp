@@ -11,13 +11,13 @@ namespace hadal::model {
 
 using ops::GemmRole;
 
-at::Tensor mtp_forward(const Mtp& mtp,
-                       const ModelConfig& config,
-                       const Parameter& embed,
-                       const at::Tensor& streams,
-                       const at::Tensor& next_ids,
-                       const ops::RopeTable& compressed_rope,
-                       ForwardContext& context) {
+MtpOutput mtp_forward(const Mtp& mtp,
+                      const ModelConfig& config,
+                      const Parameter& embed,
+                      const at::Tensor& streams,
+                      const at::Tensor& next_ids,
+                      const ops::RopeTable& compressed_rope,
+                      const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const int64_t tokens = streams.size(0), n = config.hc_mult, dim = config.dim;
   const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed.operand(numerics)),
@@ -29,9 +29,10 @@ at::Tensor mtp_forward(const Mtp& mtp,
   const at::Tensor projected_h =
       apply_linear(mtp.h_proj, ops::quantise_input(h, GemmRole::kFp8, numerics), numerics);
   at::Tensor z = projected_e.unsqueeze(1) + projected_h.reshape({tokens, n, dim});
-  z = block_forward(mtp.block, config, config.n_layers, std::move(z), next_ids, compressed_rope,
-                    context);
-  return collapse(z, mtp.hc_head, mtp.norm, config);
+  BlockOutput block = block_forward(mtp.block, config, config.n_layers, std::move(z), next_ids,
+                                    compressed_rope, context);
+  return {.head_input = collapse(block.streams, mtp.hc_head, mtp.norm, config),
+          .aux = std::move(block.aux)};
 }
 
 }  // namespace hadal::model

@@ -13,15 +13,20 @@ struct Mtp {
   Block block;
 };
 
+struct MtpOutput {
+  at::Tensor head_input;  ///< [tokens, dim]
+  BlockAux aux;           ///< of the MTP block
+};
+
 /// Streams of the last main block at p and the ids of the tokens at p + 1 -> head input [tokens,
 /// dim].
 ///   embed  the main model's table
-at::Tensor mtp_forward(const Mtp& mtp,
-                       const ModelConfig& config,
-                       const Parameter& embed,
-                       const at::Tensor& streams,
-                       const at::Tensor& next_ids,
-                       const ops::RopeTable& compressed_rope,
-                       ForwardContext& context);
+MtpOutput mtp_forward(const Mtp& mtp,
+                      const ModelConfig& config,
+                      const Parameter& embed,
+                      const at::Tensor& streams,
+                      const at::Tensor& next_ids,
+                      const ops::RopeTable& compressed_rope,
+                      const ForwardContext& context);
 
 }  // namespace hadal::model

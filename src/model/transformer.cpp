@@ -48,30 +48,37 @@ void Transformer::fill_rope(ForwardContext& context) const {
   context.rope_compressed = rope_compressed_.cos_sin(batch.pos(), max_pos);
 }
 
+void Transformer::ensure_rope(ForwardContext& context) const {
+  if (!context.rope_window.defined()) fill_rope(context);
+  ops::check_shape(context.rope_window, {context.batch->num_tokens(), -1, -1},
+                   "transformer: rope_window of the context");
+}
+
 at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) const {
   const at::Tensor embedded = ops::embedding(ids, parameters_.embed.operand(numerics));
   return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
 }
 
-at::Tensor Transformer::run_layer(int64_t layer,
-                                  at::Tensor streams,
-                                  const at::Tensor& ids,
-                                  ForwardContext& context) const {
+BlockOutput Transformer::run_layer(int64_t layer,
+                                   at::Tensor streams,
+                                   const at::Tensor& ids,
+                                   ForwardContext& context) const {
   ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
-  fill_rope(context);
+  ensure_rope(context);
   return block_forward(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer,
                        std::move(streams), ids, rope_compressed_, context);
 }
 
-at::Tensor Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
-  ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
+ForwardOutput Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
   fill_rope(context);
-  at::Tensor streams = embed(ids, context.numerics);
-  for (int64_t i = 0; i < config_.n_layers; ++i) {
-    streams = block_forward(parameters_.blocks[static_cast<size_t>(i)], config_, i,
-                            std::move(streams), ids, rope_compressed_, context);
+  ForwardOutput output{.streams = embed(ids, context.numerics), .aux = {}};
+  output.aux.reserve(parameters_.blocks.size());
+  for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
+    BlockOutput block = run_layer(layer, std::move(output.streams), ids, context);
+    output.streams = std::move(block.streams);
+    output.aux.push_back(std::move(block.aux));
   }
-  return streams;
+  return output;
 }
 
 at::Tensor Transformer::head_input(const at::Tensor& streams, ops::Numerics) const {
@@ -82,11 +89,11 @@ at::Tensor Transformer::logits(const at::Tensor& head_input, ops::Numerics numer
   return apply_linear(parameters_.head, head_input, numerics);
 }
 
-at::Tensor Transformer::mtp_head_input(const at::Tensor& streams,
-                                       const at::Tensor& next_ids,
-                                       ForwardContext& context) const {
+MtpOutput Transformer::mtp(const at::Tensor& streams,
+                           const at::Tensor& next_ids,
+                           ForwardContext& context) const {
   HADAL_CHECK(parameters_.mtp.has_value(), "transformer: this model has no MTP block");
-  if (!context.rope_window.defined()) fill_rope(context);
+  ensure_rope(context);
   return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
                      rope_compressed_, context);
 }

@@ -18,6 +18,11 @@
 
 namespace hadal::model {
 
+struct ForwardOutput {
+  at::Tensor streams;         ///< [tokens, hc_mult, dim] behind the last main block
+  std::vector<BlockAux> aux;  ///< [n_layers] what the context's request names
+};
+
 class Transformer {
  public:
   /// Every parameter with name, role and shape but no value: fill them from a checkpoint or with
@@ -26,16 +31,16 @@ class Transformer {
 
   const ModelConfig& config() const { return config_; }
 
-  /// Fills context.rope_* and runs embedding and main blocks: ids [tokens] I64 -> streams [tokens,
-  /// hc_mult, dim].
-  at::Tensor forward(const at::Tensor& ids, ForwardContext& context) const;
-  /// Its parts, for who gives layers different tokens (the batch of the context): ids -> streams in
-  /// front of layer 0, and streams through one main block. run_layer() fills context.rope_*, too.
+  /// Fills context.rope_* and runs embedding and main blocks on ids [tokens] I64.
+  ForwardOutput forward(const at::Tensor& ids, ForwardContext& context) const;
+  /// Its parts, for who looks at every block in turn or gives layers different tokens (a context
+  /// each): ids -> streams in front of layer 0, and streams through one main block. run_layer()
+  /// fills context.rope_* where a context has none yet.
   at::Tensor embed(const at::Tensor& ids, ops::Numerics numerics) const;
-  at::Tensor run_layer(int64_t layer,
-                       at::Tensor streams,
-                       const at::Tensor& ids,
-                       ForwardContext& context) const;
+  BlockOutput run_layer(int64_t layer,
+                        at::Tensor streams,
+                        const at::Tensor& ids,
+                        ForwardContext& context) const;
   /// Collapse, final norm: streams -> [tokens, dim], the input of the head.
   at::Tensor head_input(const at::Tensor& streams, ops::Numerics numerics) const;
   /// The head's matrix [vocab, dim] as the numerics uses it, for losses that never hold all logits.
@@ -46,11 +51,11 @@ class Transformer {
   at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
 
   /// The MTP block: streams of the last main block at p and the ids of the tokens at p + 1 -> its
-  /// head input [tokens, dim], which predicts the token at p + 2. `context` is the one forward()
-  /// was given, or a new one with a batch of its own, whose rope_* it fills.
-  at::Tensor mtp_head_input(const at::Tensor& streams,
-                            const at::Tensor& next_ids,
-                            ForwardContext& context) const;
+  /// head input, which predicts the token at p + 2. `context` is the one forward() was given, or a
+  /// new one with a batch of its own, whose rope_* it fills.
+  MtpOutput mtp(const at::Tensor& streams,
+                const at::Tensor& next_ids,
+                ForwardContext& context) const;
 
   /// Every parameter, in the order of model/describe.h.
   void visit(const std::function<void(Parameter&)>& visitor);
@@ -58,6 +63,8 @@ class Transformer {
 
  private:
   void fill_rope(ForwardContext& context) const;
+  /// The same where the context has none; one of another batch is an error.
+  void ensure_rope(ForwardContext& context) const;
 
   ModelConfig config_;
   ModelParameters parameters_;

@@ -94,17 +94,18 @@ struct Whole {
     context.numerics = params.numerics;
     context.mode = params.mode;
     const double limit = model.config().swiglu_limit;
-    context.on_routing = [&](int64_t, const ops::Routing& r) { result.push_back(r.experts); };
-    context.on_selection = [&](int64_t, const at::Tensor& selection, const at::Tensor&) {
-      result.push_back(selection);
-    };
-    context.on_swiglu = [&](int64_t, const at::Tensor& gate, const at::Tensor& up) {
-      result.push_back(gate > limit);
-      result.push_back(up > limit);
-      result.push_back(up < -limit);
-    };
-    const at::Tensor streams = model.forward(micro.ids, context);
-    model.mtp_head_input(streams, micro.next_ids, context);
+    context.request = {.experts = true, .swiglu = true, .selection = true};
+    model::ForwardOutput output = model.forward(micro.ids, context);
+    output.aux.push_back(model.mtp(output.streams, micro.next_ids, context).aux);
+    for (const model::BlockAux& aux : output.aux) {
+      result.push_back(aux.moe.routing.experts);
+      if (aux.attn.selection.defined()) result.push_back(aux.attn.selection);
+      for (const model::SwigluInput& input : aux.moe.swiglu) {
+        result.push_back(input.gate > limit);
+        result.push_back(input.up > limit);
+        result.push_back(input.up < -limit);
+      }
+    }
     return result;
   }
 

@@ -1,6 +1,7 @@
 #include "train/objective.h"
 
 #include <cmath>
+#include <utility>
 
 #include <ATen/ATen.h>
 
@@ -33,11 +34,37 @@ at::Tensor balance_loss(const ops::Routing& routing, int64_t rows, int64_t topk)
   return (f * share.mean(1)).sum(1).mean();
 }
 
-at::Tensor count_clamped(const at::Tensor& gate, const at::Tensor& up, double limit) {
-  const at::NoGradGuard no_grad;
-  return at::stack({(gate > limit).sum(), (up > limit).sum(), (up < -limit).sum(),
-                    at::full({}, gate.numel(), gate.options().dtype(at::kLong))});
+at::Tensor count_clamped(const model::SwigluInput& input, double limit) {
+  return at::stack({(input.gate > limit).sum(), (input.up > limit).sum(), (input.up < -limit).sum(),
+                    at::full({}, input.gate.numel(), input.gate.options().dtype(at::kLong))});
 }
+
+/// Sums of the auxiliary terms over the blocks of a pass, with their gradients; undefined where no
+/// block has one.
+struct AuxiliaryTerms {
+  at::Tensor balance, index;
+
+  void add(int64_t block,
+           const model::BlockAux& aux,
+           const model::ModelConfig& config,
+           int64_t rows,
+           const StepCounts& counts,
+           StepMeasures& measures) {
+    if (!config.is_hashed(block)) {
+      const ops::Routing& routing = aux.moe.routing;
+      const at::Tensor all = at::arange(config.n_routed_experts, routing.experts.options());
+      add_to(measures.expert_load[static_cast<size_t>(block)],
+             (routing.experts.flatten().unsqueeze(1) == all).sum(0));
+      add_to(balance, balance_loss(routing, rows, config.n_activated_experts));
+    }
+    if (aux.attn.index_loss.sum.defined()) {
+      const int64_t queries = counts.index_queries[static_cast<size_t>(block)];
+      if (queries > 0) add_to(index, aux.attn.index_loss.sum / static_cast<double>(queries));
+    }
+    for (const model::SwigluInput& input : aux.moe.swiglu)
+      add_to(measures.clamped, count_clamped(input, config.swiglu_limit));
+  }
+};
 
 }  // namespace
 
@@ -115,32 +142,20 @@ void accumulate(const model::Transformer& model,
   const model::ModelConfig& config = model.config();
   const double row_share = static_cast<double>(micro.rows) / static_cast<double>(counts.rows);
   measures.expert_load.resize(static_cast<size_t>(config.n_blocks()));
-  at::Tensor balance, index;
   model::ForwardContext context;
   context.batch = &micro.batch;
   context.numerics = params.numerics;
   context.mode = params.mode;
-  context.on_routing = [&](int64_t block, const ops::Routing& routing) {
-    if (config.is_hashed(block)) return;
-    const at::Tensor all = at::arange(config.n_routed_experts, routing.experts.options());
-    add_to(measures.expert_load[static_cast<size_t>(block)],
-           (routing.experts.flatten().unsqueeze(1) == all).sum(0));
-    add_to(balance, balance_loss(routing, micro.rows, config.n_activated_experts));
-  };
-  if (params.index_loss()) {
-    context.on_index_loss = [&](int64_t block, const at::Tensor& kl_sum, int64_t) {
-      const int64_t queries = counts.index_queries[static_cast<size_t>(block)];
-      if (queries > 0) add_to(index, kl_sum / static_cast<double>(queries));
-    };
+  context.request = {
+      .routing = true, .swiglu = params.count_clamps, .index_loss = params.index_loss()};
+  // Block by block, so that no more than one block's SwiGLU inputs are held for the counts.
+  AuxiliaryTerms terms;
+  at::Tensor streams = model.embed(micro.ids, params.numerics);
+  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+    model::BlockOutput block = model.run_layer(layer, std::move(streams), micro.ids, context);
+    terms.add(layer, block.aux, config, micro.rows, counts, measures);
+    streams = std::move(block.streams);
   }
-
-  if (params.count_clamps) {
-    context.on_swiglu = [&](int64_t, const at::Tensor& gate, const at::Tensor& up) {
-      add_to(measures.clamped, count_clamped(gate, up, config.swiglu_limit));
-    };
-  }
-
-  const at::Tensor streams = model.forward(micro.ids, context);
   const at::Tensor head = model.head_operand(params.numerics);
   const at::Tensor main_loss =
       ops::linear_cross_entropy(model.head_input(streams, params.numerics), head, micro.targets) /
@@ -148,20 +163,21 @@ void accumulate(const model::Transformer& model,
   at::Tensor total = main_loss;
   add_to(measures.main_loss, main_loss.detach());
   if (config.n_mtp_layers > 0 && params.mtp_weight != 0.0) {
-    const at::Tensor mtp_input = model.mtp_head_input(streams, micro.next_ids, context);
-    const at::Tensor mtp_loss = ops::linear_cross_entropy(mtp_input, head, micro.mtp_targets) /
+    const model::MtpOutput mtp = model.mtp(streams, micro.next_ids, context);
+    terms.add(config.n_layers, mtp.aux, config, micro.rows, counts, measures);
+    const at::Tensor mtp_loss = ops::linear_cross_entropy(mtp.head_input, head, micro.mtp_targets) /
                                 static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
     total = total + mtp_loss * params.mtp_weight;
     add_to(measures.mtp_loss, mtp_loss.detach());
   }
-  if (balance.defined() && params.balance_weight != 0.0) {
-    total = total + balance * (params.balance_weight * row_share);
-    add_to(measures.balance_loss, balance.detach() * row_share);
+  if (terms.balance.defined() && params.balance_weight != 0.0) {
+    total = total + terms.balance * (params.balance_weight * row_share);
+    add_to(measures.balance_loss, terms.balance.detach() * row_share);
   }
   if (!params.language_loss()) total = total.detach();
-  if (index.defined()) {
-    total = total + index * params.index_weight;
-    add_to(measures.index_loss, index.detach());
+  if (terms.index.defined()) {
+    total = total + terms.index * params.index_weight;
+    add_to(measures.index_loss, terms.index.detach());
   }
   if (total.requires_grad()) total.backward();
 }
@@ -179,16 +195,19 @@ void evaluate(const model::Transformer& model,
   context.batch = &micro.batch;
   context.numerics = numerics;
   context.mode = mode;
-  context.on_attention = [&](int64_t block, const at::Tensor& q, const ops::BlockView& blocks,
-                             const at::Tensor& lse, const at::Tensor& selection) {
-    if (!selection.defined()) return;
-    const ops::KeptMass kept =
-        ops::selected_mass(selection, q, blocks, lse, micro.batch, config.ratio(block), scale);
+  context.request = {.selection = true, .attention = true};
+  at::Tensor streams = model.embed(micro.ids, numerics);
+  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+    model::BlockOutput block = model.run_layer(layer, std::move(streams), micro.ids, context);
+    streams = std::move(block.streams);
+    const auto& [q, blocks, lse] = block.aux.attn.seen;
+    if (!block.aux.attn.selection.defined()) continue;
+    const ops::KeptMass kept = ops::selected_mass(block.aux.attn.selection, q, blocks, lse,
+                                                  micro.batch, config.ratio(layer), scale);
     add_to(mass, kept.sum);
     add_to(best, kept.best);
     result.mass_queries += kept.num_queries;
-  };
-  const at::Tensor streams = model.forward(micro.ids, context);
+  }
   result.loss_sum += ops::linear_cross_entropy(model.head_input(streams, numerics),
                                                model.head_operand(numerics), micro.targets)
                          .item<double>();
