@@ -97,10 +97,11 @@ IndexerStep run_indexer(const Indexer& indexer,
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
   const ops::BlockView keys =
       compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
-  const bool selects =
-      context.mode == AttentionMode::kSparse && batch.max_end_pos() / ratio > config.index_topk;
+  IndexerStep step{.scores = {}, .selection = context.forced_of(block).selection};
+  const bool selects = !step.selection.defined() && context.mode == AttentionMode::kSparse &&
+                       batch.max_end_pos() / ratio > config.index_topk;
   const bool scores = context.request.index_loss || context.request.index_scores;
-  if (!selects && !scores) return {};
+  if (!selects && !scores) return step;
   at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
                      .reshape({tokens, config.index_n_heads, config.index_head_dim});
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
@@ -108,7 +109,6 @@ IndexerStep run_indexer(const Indexer& indexer,
                         std::pow(static_cast<double>(config.index_n_heads), -0.5);
   const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
-  IndexerStep step;
   if (scores) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
     if (selects) {

@@ -32,7 +32,7 @@ BlockOutput block_forward(const Block& block,
 
   const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
                                          block.hc_ffn.scale.value, params);
-  MoeOutput ffn = moe_forward(block.moe, config,
+  MoeOutput ffn = moe_forward(block.moe, config, index,
                               ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config.norm_eps),
                               ids, context);
   streams = ops::hc_post(ffn.out, streams, ffn_mix.post, ffn_mix.comb);

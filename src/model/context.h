@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "model/aux.h"
+#include "model/choices.h"
 #include "model/kv_access.h"
 #include "ops/cache/batch.h"
 #include "ops/op.h"
@@ -23,9 +25,18 @@ struct ForwardContext {
   AttentionMode mode = AttentionMode::kSparse;
   KvAccess* kv = nullptr;  ///< null: training or a one-shot pass, every sequence from position 0
   AuxRequest request;      ///< what every block returns beside its streams
+  /// By block: what it is made to choose. Undefined parts and blocks beyond the end are free.
+  std::vector<BlockChoices> forced;
+  /// The backward pass computes blocks again instead of keeping their graphs (run_block()).
+  bool recompute = false;
 
   /// cos and sin of every token: window layers and compressed layers. Filled by the model.
   at::Tensor rope_window, rope_compressed;
+
+  BlockChoices forced_of(int64_t block) const {
+    const auto index = static_cast<size_t>(block);
+    return index < forced.size() ? forced[index] : BlockChoices{};
+  }
 };
 
 }  // namespace hadal::model

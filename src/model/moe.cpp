@@ -14,15 +14,17 @@ using ops::GemmRole;
 
 MoeOutput moe_forward(const Moe& moe,
                       const ModelConfig& config,
+                      int64_t block,
                       const at::Tensor& x,
                       const at::Tensor& token_ids,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const at::Tensor logits = apply_linear(moe.gate, x, numerics);  // [tokens, experts]
+  at::Tensor fixed = context.forced_of(block).experts;
+  if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
   const ops::Routing routing =
-      moe.tid2eid
-          ? ops::gate_fixed(logits, moe.tid2eid->value.index_select(0, token_ids),
-                            config.route_scale)
+      fixed.defined()
+          ? ops::gate_fixed(logits, fixed, config.route_scale)
           : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
   MoeAux aux;
   if (context.request.experts || context.request.routing) aux.routing.experts = routing.experts;

@@ -25,10 +25,12 @@ struct MoeOutput {
   MoeAux aux;
 };
 
+/// The experts are the forced ones of the context, else hashed or learned.
 /// x [tokens, dim] after ffn_norm, token_ids [tokens] I64 of the tokens whose states are routed ->
 /// [tokens, dim].
 MoeOutput moe_forward(const Moe& moe,
                       const ModelConfig& config,
+                      int64_t block,
                       const at::Tensor& x,
                       const at::Tensor& token_ids,
                       const ForwardContext& context);

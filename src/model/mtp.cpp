@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "model/recompute.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/rows/embedding.h"
 
@@ -29,8 +30,8 @@ MtpOutput mtp_forward(const Mtp& mtp,
   const at::Tensor projected_h =
       apply_linear(mtp.h_proj, ops::quantise_input(h, GemmRole::kFp8, numerics), numerics);
   at::Tensor z = projected_e.unsqueeze(1) + projected_h.reshape({tokens, n, dim});
-  BlockOutput block = block_forward(mtp.block, config, config.n_layers, std::move(z), next_ids,
-                                    compressed_rope, context);
+  BlockOutput block = run_block(mtp.block, config, config.n_layers, std::move(z), next_ids,
+                                compressed_rope, context);
   return {.head_input = collapse(block.streams, mtp.hc_head, mtp.norm, config),
           .aux = std::move(block.aux)};
 }

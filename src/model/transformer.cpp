@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "model/recompute.h"
 #include "ops/rows/embedding.h"
 
 namespace hadal::model {
@@ -59,22 +60,39 @@ at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) con
   return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
 }
 
+void Transformer::check_forced(int64_t block, const ForwardContext& context) const {
+  HADAL_CHECK(std::ssize(context.forced) <= config_.n_blocks(), "transformer: forced choices of ",
+              context.forced.size(), " blocks, the model has ", config_.n_blocks());
+  check_choices(context.forced_of(block), config_, block, *context.batch,
+                context.mode == AttentionMode::kSparse);
+}
+
+BlockOutput Transformer::run_checked(int64_t layer,
+                                     at::Tensor streams,
+                                     const at::Tensor& ids,
+                                     const ForwardContext& context) const {
+  return run_block(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer, std::move(streams), ids,
+                   rope_compressed_, context);
+}
+
 BlockOutput Transformer::run_layer(int64_t layer,
                                    at::Tensor streams,
                                    const at::Tensor& ids,
                                    ForwardContext& context) const {
   ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
+  check_forced(layer, context);
   ensure_rope(context);
-  return block_forward(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer,
-                       std::move(streams), ids, rope_compressed_, context);
+  return run_checked(layer, std::move(streams), ids, context);
 }
 
 ForwardOutput Transformer::forward(const at::Tensor& ids, ForwardContext& context) const {
+  ops::check_shape(ids, {context.batch->num_tokens()}, "transformer: ids");
+  for (int64_t layer = 0; layer < config_.n_layers; ++layer) check_forced(layer, context);
   fill_rope(context);
   ForwardOutput output{.streams = embed(ids, context.numerics), .aux = {}};
   output.aux.reserve(parameters_.blocks.size());
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
-    BlockOutput block = run_layer(layer, std::move(output.streams), ids, context);
+    BlockOutput block = run_checked(layer, std::move(output.streams), ids, context);
     output.streams = std::move(block.streams);
     output.aux.push_back(std::move(block.aux));
   }
@@ -93,6 +111,7 @@ MtpOutput Transformer::mtp(const at::Tensor& streams,
                            const at::Tensor& next_ids,
                            ForwardContext& context) const {
   HADAL_CHECK(parameters_.mtp.has_value(), "transformer: this model has no MTP block");
+  check_forced(config_.n_layers, context);
   ensure_rope(context);
   return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
                      rope_compressed_, context);

@@ -31,7 +31,9 @@ class Transformer {
 
   const ModelConfig& config() const { return config_; }
 
-  /// Fills context.rope_* and runs embedding and main blocks on ids [tokens] I64.
+  /// Fills context.rope_* and runs embedding and main blocks on ids [tokens] I64. Throws Error for
+  /// forced choices that no pass can make (check_choices()), as all parts do, before any block
+  /// runs.
   ForwardOutput forward(const at::Tensor& ids, ForwardContext& context) const;
   /// Its parts, for who looks at every block in turn or gives layers different tokens (a context
   /// each): ids -> streams in front of layer 0, and streams through one main block. run_layer()
@@ -65,6 +67,11 @@ class Transformer {
   void fill_rope(ForwardContext& context) const;
   /// The same where the context has none; one of another batch is an error.
   void ensure_rope(ForwardContext& context) const;
+  void check_forced(int64_t block, const ForwardContext& context) const;
+  BlockOutput run_checked(int64_t layer,
+                          at::Tensor streams,
+                          const at::Tensor& ids,
+                          const ForwardContext& context) const;
 
   ModelConfig config_;
   ModelParameters parameters_;

@@ -17,7 +17,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct StraightThrough : torch::autograd::Function<StraightThrough> {
-  static at::Tensor forward(AutogradContext*, const at::Tensor& value, const at::Tensor&) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, const at::Tensor&) {
+    context->set_materialize_grads(false);  // no gradient stays none
     return value.view_as(value);
   }
   static variable_list backward(AutogradContext*, variable_list grad_outputs) {

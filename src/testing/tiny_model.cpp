@@ -52,6 +52,27 @@ model::ModelConfig small_config() {
   return config;
 }
 
+model::ModelConfig mini_config() {
+  model::ModelConfig config = tiny_config();
+  config.vocab_size = 128;
+  config.dim = 128;
+  config.n_layers = 4;
+  config.hc_mult = 2;
+  config.n_heads = 2;
+  config.head_dim = 128;
+  config.rope_head_dim = 64;
+  config.q_lora_rank = 128;
+  config.o_lora_rank = 64;
+  config.window_size = 12;
+  config.compress_ratios = {0, 4, 16, 4, 0};
+  config.index_n_heads = 2;
+  config.index_head_dim = 64;
+  config.index_topk = 4;
+  config.n_routed_experts = 4;
+  config.moe_inter_dim = 128;
+  return config;
+}
+
 model::ModelConfig nano_config() {
   model::ModelConfig config = small_config();
   config.vocab_size = 8192;

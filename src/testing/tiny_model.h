@@ -15,6 +15,10 @@ model::ModelConfig tiny_config();
 /// Small, but with widths that the released formats and the CUDA kernels take.
 model::ModelConfig small_config();
 
+/// The smallest model that the released formats take: a window layer with hashed experts, CSA, HCA,
+/// CSA, and the MTP block.
+model::ModelConfig mini_config();
+
 /// The reference architecture of the shipped model.
 model::ModelConfig nano_config();
 

@@ -146,6 +146,7 @@ void accumulate(const model::Transformer& model,
   context.batch = &micro.batch;
   context.numerics = params.numerics;
   context.mode = params.mode;
+  context.recompute = params.recompute;
   context.request = {
       .routing = true, .swiglu = params.count_clamps, .index_loss = params.index_loss()};
   // Block by block, so that no more than one block's SwiGLU inputs are held for the counts.

@@ -47,6 +47,8 @@ struct ObjectiveParams {
   model::AttentionMode mode = model::AttentionMode::kDense;
   ops::Numerics numerics = ops::Numerics::kBf16;
   bool count_clamps = false;  ///< fill StepMeasures::clamped
+  /// Blocks are computed again by the backward pass: the same bits in less memory.
+  bool recompute = false;
   /// Indexer warm-up trains nothing but the indexer: the language losses are measured, not
   /// differentiated.
   bool language_loss() const { return mode != model::AttentionMode::kIndexerWarmup; }

@@ -39,9 +39,11 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
     context->save_for_backward({rows});
     context->saved_data["num_rows"] = x.size(0);
+    context->set_materialize_grads(false);  // no gradient stays none, not zeros that are decayed
     return x.index_select(0, rows);
   }
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return {at::Tensor(), at::Tensor()};
     const at::Tensor rows = context->get_saved_variables()[0];
     return {scatter_sum(grad_outputs[0], rows, context->saved_data["num_rows"].toInt()),
             at::Tensor()};
