@@ -23,7 +23,7 @@ struct ChatSettings {
   text::ChatOptions encoding;
   std::string system;
   text::PyJson tools;  ///< a list in OpenAI form, or null
-  engine::Sampling sampling;
+  Sampling sampling;
   int64_t max_tokens = 1024;
   bool recompute = false;  ///< never use cached state
 };

@@ -104,7 +104,7 @@ void SamplingFlags::define(CLI::App& app) {
   app.add_option("--seed", seed, "same seed, same text");
 }
 
-engine::Sampling SamplingFlags::over(engine::Sampling model) const {
+Sampling SamplingFlags::over(Sampling model) const {
   model.temperature = temperature.value_or(model.temperature);
   // 0 means the most likely token alone, which the smallest share gives.
   model.top_p = std::max(top_p.value_or(model.top_p), 1e-9);

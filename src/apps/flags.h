@@ -29,7 +29,7 @@ struct SamplingFlags {
   uint64_t seed = 0;
 
   void define(CLI::App& app);
-  engine::Sampling over(engine::Sampling model) const;
+  Sampling over(Sampling model) const;
 };
 
 }  // namespace hadal::apps

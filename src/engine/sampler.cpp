@@ -21,20 +21,6 @@ void avoid(std::span<float> logits, std::span<const int64_t> tokens) {
   for (size_t i = tokens.size(); i-- > 0;) logits[static_cast<size_t>(tokens[i])] = before[i];
 }
 
-ops::SamplingParams params_of(const SampleInput& input) {
-  const Sampling& s = input.sampling;
-  return {.temperature = s.temperature,
-          .top_p = s.top_p,
-          .seed = s.seed,
-          .choice = static_cast<uint32_t>(input.choice),
-          .top_k = s.top_k,
-          .min_p = s.min_p,
-          .repetition_penalty = s.repetition_penalty,
-          .presence_penalty = s.presence_penalty,
-          .frequency_penalty = s.frequency_penalty,
-          .logit_bias = s.logit_bias};
-}
-
 /// The tokens of a choice, counted once.
 struct Counted final : SamplerMemory {
   ops::TokenHistory history;
@@ -76,23 +62,23 @@ TokenScore ModelSampler::score(std::span<const float> logits, int64_t token, int
 
 Sampled ModelSampler::sample(const SampleInput& input) {
   const std::span<const float> row = with_text(input.logits);
-  const ops::SamplingParams params = params_of(input);
+  const Sampling& sampling = input.sampling;
   Sampled result;
-  if (input.mask.empty() && input.avoided.empty() && !ops::adjusts_logits(params)) {
-    result.token = ops::sample_token(row, params, input.pos);
+  if (input.mask.empty() && input.avoided.empty() && !ops::adjusts_logits(sampling)) {
+    result.token = ops::sample_token(row, sampling, input.pos, input.choice);
   } else {
     std::unique_ptr<SamplerMemory> none;
-    const bool penalises = params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 ||
-                           params.frequency_penalty != 0.0;
+    const bool penalises = sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 ||
+                           sampling.frequency_penalty != 0.0;
     const ops::TokenHistory empty;
     const ops::TokenHistory& history =
         penalises ? history_of(input, input.memory != nullptr ? *input.memory : none) : empty;
     std::vector<float> adjusted(row.begin(), row.end());
     const std::span<const uint32_t> mask(reinterpret_cast<const uint32_t*>(input.mask.data()),
                                          input.mask.size());
-    ops::adjust_logits(adjusted, params, history, mask);
+    ops::adjust_logits(adjusted, sampling, history, mask);
     avoid(adjusted, input.avoided);
-    result.token = ops::sample_token(adjusted, params, input.pos);
+    result.token = ops::sample_token(adjusted, sampling, input.pos, input.choice);
   }
   if (input.top_logprobs >= 0) {
     result.logprob = ops::log_probability(row, result.token);

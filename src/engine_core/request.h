@@ -8,24 +8,11 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
-namespace hadal::engine {
+#include "base/sampling.h"
 
-/// How the next token is drawn. Randomness is keyed by (seed, choice, position) alone, so that a
-/// request with a seed gives the same tokens alone, in a batch, after preemption and on resume.
-struct Sampling {
-  double temperature = 1.0;         ///< 0: the largest logit
-  double top_p = 1.0;               ///< (0, 1]
-  double min_p = 0.0;               ///< [0, 1): of the most likely token's probability
-  int64_t top_k = 0;                ///< 0: no limit
-  double repetition_penalty = 1.0;  ///< > 0; on every token of the prompt and the answer
-  double presence_penalty = 0.0;    ///< [-2, 2]; on tokens of the answer
-  double frequency_penalty = 0.0;   ///< [-2, 2]
-  std::vector<std::pair<int64_t, double>> logit_bias;  ///< token, added to its logit
-  uint64_t seed = 0;
-};
+namespace hadal::engine {
 
 /// What the text of an answer must be (after `</think>` in thinking mode).
 struct Grammar {
@@ -95,12 +82,6 @@ enum class FinishReason : uint8_t {
   kCancelled,
   kDeadline,
   kError,
-};
-
-struct TokenLogprob {
-  int64_t token = 0;
-  double logprob = 0;
-  friend bool operator==(const TokenLogprob&, const TokenLogprob&) = default;
 };
 
 /// What the model gave a token of the prompt, after those before it.

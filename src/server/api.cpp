@@ -98,7 +98,7 @@ HttpResponse json_response(const Json& json) {
 
 /// What a request gets that says nothing, so that a page can show it.
 Json defaults_json(const ServerOptions& options) {
-  const engine::Sampling& sampling = options.default_sampling;
+  const Sampling& sampling = options.default_sampling;
   const int64_t tokens = options.default_max_tokens;
   return Json::object({{"thinking", js(options.default_thinking)},
                        {"temperature", js(sampling.temperature)},

@@ -239,8 +239,8 @@ std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& c
 }
 
 void read_sampling(const Context& context, const Fields& body, engine::Request& request) {
-  const engine::Sampling& model = context.options.default_sampling;
-  engine::Sampling& sampling = request.sampling;
+  const Sampling& model = context.options.default_sampling;
+  Sampling& sampling = request.sampling;
   sampling.temperature = body.number_or("temperature", model.temperature, 0.0, 2.0);
   // 0 means the most likely token alone, which the smallest share gives.
   sampling.top_p = std::max(body.number_or("top_p", model.top_p, 0.0, 1.0), 1e-9);

@@ -45,7 +45,7 @@ void TextLogprobs::add_entry(int64_t token, Json value, Json top, bool in_text) 
 /// The most likely and the token itself, as OpenAI gives them.
 Json TextLogprobs::top_of(int64_t token,
                           double logprob,
-                          const std::vector<engine::TokenLogprob>& top) const {
+                          const std::vector<TokenLogprob>& top) const {
   Json object = Json::object();
   const auto add = [&](int64_t other, double value) {
     const std::string key = name(other);
@@ -111,7 +111,7 @@ Json prompt_logprobs_json(const text::Tokenizer& tokenizer,
     const int64_t token = prompt.tokens[i];
     object.set(concat(token), entry(token, scores[i].logprob, scores[i].rank));
     int64_t rank = 0;
-    for (const engine::TokenLogprob& other : scores[i].top) {
+    for (const TokenLogprob& other : scores[i].top) {
       if (++rank > options.prompt_logprobs) break;
       if (other.token != token)
         object.set(concat(other.token), entry(other.token, other.logprob, rank));

@@ -206,7 +206,7 @@ Json logprob_list(const text::Tokenizer& tokenizer,
   for (size_t i = from; i < tokens.size(); ++i) {
     Json entry = token_logprob(tokenizer, tokens[i].token, tokens[i].logprob, ids_as_tokens);
     Json top = Json::array();
-    for (const engine::TokenLogprob& other : tokens[i].top)
+    for (const TokenLogprob& other : tokens[i].top)
       top.items().push_back(token_logprob(tokenizer, other.token, other.logprob, ids_as_tokens));
     entry.set("top_logprobs", std::move(top));
     list.items().push_back(std::move(entry));

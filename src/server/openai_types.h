@@ -74,7 +74,7 @@ class TextLogprobs {
  private:
   std::string name(int64_t token) const;
   void add_entry(int64_t token, Json value, Json top, bool in_text);
-  Json top_of(int64_t token, double logprob, const std::vector<engine::TokenLogprob>& top) const;
+  Json top_of(int64_t token, double logprob, const std::vector<TokenLogprob>& top) const;
 
   const text::Tokenizer* tokenizer_;
   const OpenAiFormatOptions* options_;

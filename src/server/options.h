@@ -73,8 +73,8 @@ struct ServerOptions {
   text::EffortLevels effort_levels = text::EffortLevels::kPreview;
   // What a request gets that says nothing: the model's own
   // (engine_core/answer/generation_defaults.h).
-  bool default_thinking = true;       ///< of OpenAI-style chats
-  engine::Sampling default_sampling;  ///< its seed is not used
+  bool default_thinking = true;  ///< of OpenAI-style chats
+  Sampling default_sampling;     ///< its seed is not used
 };
 
 }  // namespace hadal::server

@@ -68,14 +68,18 @@ bool beats(const Candidate& a, const Candidate& b) {
 /// The keys of one row.
 class Keys {
  public:
-  Keys(std::span<const float> logits, int64_t best, const SamplingParams& params, int64_t position)
+  Keys(std::span<const float> logits,
+       int64_t best,
+       const Sampling& sampling,
+       int64_t position,
+       int64_t choice)
       : logits_(logits),
         best_(best),
         highest_(logits[static_cast<size_t>(best)]),
-        temperature_(params.temperature),
-        inverse_(static_cast<float>(1.0 / params.temperature)),
-        choice_(params.choice),
-        seed_(params.seed),
+        temperature_(sampling.temperature),
+        inverse_(static_cast<float>(1.0 / sampling.temperature)),
+        choice_(static_cast<uint32_t>(choice)),
+        seed_(sampling.seed),
         stream_(fnv1a64("sample") ^ static_cast<uint64_t>(position)),
         random_(seed_, stream_) {}
 
@@ -160,11 +164,11 @@ double log_total(std::span<const float> logits, double highest) {
   return std::log(total);
 }
 
-float penalised(float logit, const SamplingParams& params, int64_t in_answer) {
+float penalised(float logit, const Sampling& sampling, int64_t in_answer) {
   double x = logit;
-  x = x > 0.0 ? x / params.repetition_penalty : x * params.repetition_penalty;
+  x = x > 0.0 ? x / sampling.repetition_penalty : x * sampling.repetition_penalty;
   if (in_answer > 0) {
-    x -= params.frequency_penalty * static_cast<double>(in_answer) + params.presence_penalty;
+    x -= sampling.frequency_penalty * static_cast<double>(in_answer) + sampling.presence_penalty;
   }
   return static_cast<float>(x);
 }
@@ -193,57 +197,58 @@ void TokenHistory::remove(int64_t token) {
   --found->second.in_answer;
 }
 
-bool adjusts_logits(const SamplingParams& params) {
-  return !params.logit_bias.empty() || params.repetition_penalty != 1.0 ||
-         params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+bool adjusts_logits(const Sampling& sampling) {
+  return !sampling.logit_bias.empty() || sampling.repetition_penalty != 1.0 ||
+         sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
 }
 
 void adjust_logits(std::span<float> logits,
-                   const SamplingParams& params,
+                   const Sampling& sampling,
                    const TokenHistory& history,
                    std::span<const uint32_t> mask) {
   const auto size = static_cast<int64_t>(logits.size());
-  HADAL_CHECK(params.repetition_penalty > 0.0, "sample: repetition penalty ",
-              params.repetition_penalty, ", expected > 0");
-  for (const auto& [token, bias] : params.logit_bias) {
+  HADAL_CHECK(sampling.repetition_penalty > 0.0, "sample: repetition penalty ",
+              sampling.repetition_penalty, ", expected > 0");
+  for (const auto& [token, bias] : sampling.logit_bias) {
     HADAL_CHECK(token >= 0 && token < size, "sample: logit bias of token ", token, " of ", size);
     float& logit = logits[static_cast<size_t>(token)];
     logit = static_cast<float>(logit + bias);
   }
-  const bool any_penalty = params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 ||
-                           params.frequency_penalty != 0.0;
+  const bool any_penalty = sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 ||
+                           sampling.frequency_penalty != 0.0;
   if (any_penalty) {
     // Each token on its own, so the order does not matter.
     for (const auto& [token, count] : history.counts_) {
       HADAL_CHECK(token >= 0 && token < size, "sample: token ", token, " of ", size);
       if (!count.in_prompt && count.in_answer == 0) continue;
       float& logit = logits[static_cast<size_t>(token)];
-      logit = penalised(logit, params, count.in_answer);
+      logit = penalised(logit, sampling, count.in_answer);
     }
   }
   if (!mask.empty()) apply_mask(logits, mask);
 }
 
 int64_t sample_token(std::span<const float> logits,
-                     const SamplingParams& params,
-                     int64_t position) {
+                     const Sampling& sampling,
+                     int64_t position,
+                     int64_t choice) {
   const int64_t best = find_largest(logits);
   HADAL_CHECK(best >= 0, "sample: no usable logit among ", logits.size());
-  if (params.temperature <= 0.0) return best;
+  if (sampling.temperature <= 0.0) return best;
   std::vector<float> top;
-  if (params.top_k > 0 && params.top_k < static_cast<int64_t>(logits.size())) {
-    top = keep_top(logits, params.top_k);
+  if (sampling.top_k > 0 && sampling.top_k < static_cast<int64_t>(logits.size())) {
+    top = keep_top(logits, sampling.top_k);
     logits = top;
   }
-  const Keys keys(logits, best, params, position);
+  const Keys keys(logits, best, sampling, position, choice);
   // The likeliest token's scaled logit is 0.
-  const double least = params.min_p > 0.0 ? std::log(std::min(params.min_p, 1.0)) : -INFINITY;
+  const double least = sampling.min_p > 0.0 ? std::log(std::min(sampling.min_p, 1.0)) : -INFINITY;
   // Whom top-p or min-p excludes, they exclude with everybody who is less likely, so the next best
   // is looked for among the likelier ones. The most likely token is never excluded.
   Candidate chosen = keys.largest({});
   while (chosen.token != best &&
          (keys.scaled(chosen.token) < least ||
-          (params.top_p < 1.0 && !keys.within(chosen.token, params.top_p)))) {
+          (sampling.top_p < 1.0 && !keys.within(chosen.token, sampling.top_p)))) {
     chosen = keys.largest(chosen.token);
   }
   return chosen.token;

@@ -12,24 +12,11 @@
 #include <cstdint>
 #include <span>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
-namespace hadal::ops {
+#include "base/sampling.h"
 
-struct SamplingParams {
-  double temperature = 1.0;  ///< 0: the largest logit, ties to the lower id
-  double top_p = 1.0;        ///< smallest set of most likely tokens with at least this mass
-  uint64_t seed = 0;
-  uint32_t choice = 0;              ///< of several answers to one prompt
-  int64_t top_k = 0;                ///< only the k most likely, ties to the lower id; 0: all
-  double min_p = 0.0;               ///< only tokens with this share of the likeliest's probability
-  double repetition_penalty = 1.0;  ///< > 0: logits of tokens in prompt and answer are divided by
-                                    ///< it where positive, multiplied where negative
-  double presence_penalty = 0.0;    ///< taken off the logits of tokens in the answer
-  double frequency_penalty = 0.0;   ///< taken off them as often as they stand there
-  std::vector<std::pair<int64_t, double>> logit_bias = {};  ///< token, added to its logit
-};
+namespace hadal::ops {
 
 /// How often each token stands in the prompt and in the answer so far.
 class TokenHistory {
@@ -42,7 +29,7 @@ class TokenHistory {
 
  private:
   friend void adjust_logits(std::span<float>,
-                            const SamplingParams&,
+                            const Sampling&,
                             const TokenHistory&,
                             std::span<const uint32_t>);
   struct Count {
@@ -53,27 +40,25 @@ class TokenHistory {
 };
 
 /// Whether adjust_logits would change anything without a mask.
-bool adjusts_logits(const SamplingParams& params);
+bool adjusts_logits(const Sampling& sampling);
 
 /// Applies bias and penalties in place, then sets the logits of forbidden tokens to -infinity.
 /// `mask` has a bit for each token, set where it is allowed (token t: bit t % 32 of word t / 32);
 /// tokens behind its end are forbidden; an empty mask allows all. Errors: Error for a biased token
 /// outside the row.
 void adjust_logits(std::span<float> logits,
-                   const SamplingParams& params,
+                   const Sampling& sampling,
                    const TokenHistory& history,
                    std::span<const uint32_t> mask);
 
 /// Samples exactly from softmax(logits / temperature) restricted to the top-k, top-p and min-p
 /// sets, by Gumbel's trick (as the official demo's exponential noise does). `position` is that of
-/// the token being chosen. Logits that are NaN or -infinity are never chosen; an Error when all are
-/// or the row is empty.
-int64_t sample_token(std::span<const float> logits, const SamplingParams& params, int64_t position);
-
-struct TokenLogprob {
-  int64_t token = 0;
-  double logprob = 0.0;
-};
+/// the token being chosen, `choice` the number of the answer among several to one prompt. Logits
+/// that are NaN or -infinity are never chosen; an Error when all are or the row is empty.
+int64_t sample_token(std::span<const float> logits,
+                     const Sampling& sampling,
+                     int64_t position,
+                     int64_t choice = 0);
 
 /// log softmax(logits)[token] in double precision; NaN logits have no mass.
 double log_probability(std::span<const float> logits, int64_t token);

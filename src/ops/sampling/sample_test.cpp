@@ -82,7 +82,7 @@ TEST(Sample, ChoosesAsEver) {
       {0.5, {981, 599, 640, 521, 600, 858, 228, 596}}};
   for (const auto& [top_p, tokens] : cases) {
     for (size_t i = 0; i < tokens.size(); ++i) {
-      const SamplingParams params{.temperature = 0.7, .top_p = top_p, .seed = 42};
+      const Sampling params{.temperature = 0.7, .top_p = top_p, .seed = 42};
       EXPECT_EQ(sample_token(logits, params, static_cast<int64_t>(1000 * i)), tokens[i]) << top_p;
     }
   }
@@ -91,8 +91,9 @@ TEST(Sample, ChoosesAsEver) {
 /// What sample_token() chooses, by the definition: of the tokens that top-k, min-p and top-p leave,
 /// the largest log p + Gumbel noise. `near`: top-p's border is so near that rounding decides it.
 int64_t choose_by_definition(std::span<const float> logits,
-                             const SamplingParams& params,
+                             const Sampling& params,
                              int64_t position,
+                             int64_t choice,
                              bool* near) {
   std::vector<size_t> order;
   for (size_t i = 0; i < logits.size(); ++i) {
@@ -113,7 +114,7 @@ int64_t choose_by_definition(std::span<const float> logits,
     if (i != order[0] && params.top_p < 1 && std::abs(share - params.top_p) < 1e-5) *near = true;
     if (i != order[0] && (std::exp(scaled(i)) < params.min_p || share >= params.top_p)) break;
     before += std::exp(scaled(i));
-    const double uniform = random.uniform((uint64_t{params.choice} << 32) | i);
+    const double uniform = random.uniform((static_cast<uint64_t>(choice) << 32) | i);
     const double exponential = std::max(-std::log1p(-uniform), 1e-300);
     const double key = scaled(i) - std::log(exponential);
     if (!(key > best_key) && (key != best_key || i > best)) continue;
@@ -135,24 +136,23 @@ TEST(Sample, EveryInstructionSetChoosesByTheDefinition) {
       if (random() % 50 == 0) x = random() % 2 == 0 ? -INFINITY : NAN;
     }
     logits[random() % logits.size()] = spread;
-    SamplingParams params{.temperature = std::array{1.0, 0.3, 2.5}[random() % 3],
-                          .seed = random(),
-                          .choice = static_cast<uint32_t>(random() % 4)};
+    Sampling params{.temperature = std::array{1.0, 0.3, 2.5}[random() % 3], .seed = random()};
+    const auto choice = static_cast<int64_t>(random() % 4);
     if (round / 4 % 2 == 1) params.top_p = std::array{0.5, 0.9, 0.999}[random() % 3];
     if (round / 8 % 3 == 1) params.top_k = 1 + static_cast<int64_t>(random() % 60);
     if (round / 8 % 3 == 2) params.min_p = 0.05;
     const auto position = static_cast<int64_t>(random());
     bool near = false;
-    const int64_t expected = choose_by_definition(logits, params, position, &near);
+    const int64_t expected = choose_by_definition(logits, params, position, choice, &near);
     force_isa(Isa::kPortable);
-    const int64_t portable = sample_token(logits, params, position);
+    const int64_t portable = sample_token(logits, params, position, choice);
     if (!near) {
       EXPECT_EQ(portable, expected) << round;
       ++compared;
     }
     for (int isa = 1; isa <= static_cast<int>(detect_isa()); ++isa) {
       force_isa(static_cast<Isa>(isa));
-      EXPECT_EQ(sample_token(logits, params, position), portable)
+      EXPECT_EQ(sample_token(logits, params, position, choice), portable)
           << round << " " << isa_name(current_isa());
     }
     force_isa(before);
@@ -163,13 +163,14 @@ TEST(Sample, EveryInstructionSetChoosesByTheDefinition) {
 /// Draws at positions 0 to 39,999 against weights (not normalised; 0: never): the chi-square of
 /// tokens that may come, and none of the others.
 void expect_distribution(const std::vector<float>& logits,
-                         const SamplingParams& params,
+                         const Sampling& params,
                          const std::vector<double>& weights,
-                         double bound) {
+                         double bound,
+                         int64_t choice = 0) {
   constexpr int kDraws = 40000;
   std::vector<int> counts(logits.size(), 0);
   for (int i = 0; i < kDraws; ++i) {
-    ++counts[static_cast<size_t>(sample_token(logits, params, i))];
+    ++counts[static_cast<size_t>(sample_token(logits, params, i, choice))];
   }
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   double chi_square = 0.0;
@@ -220,11 +221,10 @@ TEST(Sample, RestrictionsKeepTheLowestOfEqual) {
 TEST(Sample, ChoicesDifferAndEachFollowsTheDistribution) {
   const std::vector<double> p = {0.5, 0.3, 0.2};
   const std::vector<float> logits = logs(p);
-  expect_distribution(logits, {.seed = 9, .choice = 1}, p, 13.82);
+  expect_distribution(logits, {.seed = 9}, p, 13.82, 1);
   int equal = 0;
   for (int64_t i = 0; i < 10000; ++i) {
-    equal += sample_token(logits, {.seed = 9, .choice = 1}, i) ==
-             sample_token(logits, {.seed = 9, .choice = 2}, i);
+    equal += sample_token(logits, {.seed = 9}, i, 1) == sample_token(logits, {.seed = 9}, i, 2);
   }
   // 0.38 of them, five standard deviations allowed.
   EXPECT_NEAR(equal, 3800, 243);
@@ -237,10 +237,10 @@ TEST(Sample, BiasThenPenalties) {
   for (const int64_t token : {1, 2, 2, 3}) history.add(token);
   history.remove(3);
   const std::vector<float> row = {2.0f, -2.0f, 1.0f, 4.0f, NAN, 0.0f};
-  const SamplingParams params{.repetition_penalty = 2.0,
-                              .presence_penalty = 0.25,
-                              .frequency_penalty = 0.5,
-                              .logit_bias = {{0, 2.0}, {5, -100.0}, {0, 1.0}}};
+  const Sampling params{.repetition_penalty = 2.0,
+                        .presence_penalty = 0.25,
+                        .frequency_penalty = 0.5,
+                        .logit_bias = {{0, 2.0}, {5, -100.0}, {0, 1.0}}};
   EXPECT_TRUE(adjusts_logits(params));
   std::vector<float> logits = row;
   adjust_logits(logits, params, history, {});
