@@ -97,8 +97,12 @@ class Expected {
 /// Draws the answer that the test wants: by seed and place.
 class ScriptedSampler final : public engine::Sampler {
  public:
-  engine::Sampled sample(const engine::SampleInput& input) override {
-    return {.token = answers.at(input.sampling.seed).at(input.answer.size()), .top = {}};
+  void sample(std::span<const engine::DrawInput> inputs,
+              std::span<engine::Sampled> sampled) override {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const engine::Draw& draw = inputs[i].draw;
+      sampled[i].token = answers.at(draw.sampling->seed).at(draw.answer.size());
+    }
   }
   engine::TokenScore score(std::span<const float>, int64_t, int64_t) const override { return {}; }
   std::map<uint64_t, Tokens> answers;

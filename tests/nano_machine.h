@@ -84,8 +84,9 @@ class NanoMachine {
                 .num_slots = options.max_running,
                 .slack = 1,
                 .with_mtp = options.drafts}),
-        runner_(Nano::get().model, cache_),
         sampler_(Nano::get().tokenizer.vocab_size()),
+        runner_(
+            Nano::get().model, cache_, options.sampler != nullptr ? *options.sampler : sampler_),
         filters_(Nano::get().tokenizer) {
     if (options.drafts) drafter_ = std::make_unique<engine::MtpDrafter>(runner_, sampler_);
     const model::ModelConfig& config = Nano::get().model.config();
@@ -99,14 +100,13 @@ class NanoMachine {
     scheduling.max_waiting = 4096;
     scheduling.max_drafts = options.drafts ? 1 : 0;
     scheduling.always_draft = options.drafts;
-    scheduler_ = std::make_unique<engine::Scheduler>(
-        info, scheduling,
-        engine::SchedulerParts{.runner = runner_,
-                               .memory = cache_,
-                               .sampler = options.sampler != nullptr ? *options.sampler : sampler_,
-                               .filters = filters_,
-                               .drafter = drafter_.get(),
-                               .store = options.store});
+    scheduler_ =
+        std::make_unique<engine::Scheduler>(info, scheduling,
+                                            engine::SchedulerParts{.runner = runner_,
+                                                                   .memory = cache_,
+                                                                   .filters = filters_,
+                                                                   .drafter = drafter_.get(),
+                                                                   .store = options.store});
   }
 
   std::shared_ptr<NanoAnswer> add(engine::Request request) {
@@ -131,8 +131,8 @@ class NanoMachine {
 
  private:
   engine::KvCache cache_;
-  engine::ModelRunner runner_;
   engine::ModelSampler sampler_;
+  engine::ModelRunner runner_;
   engine::TextFilters filters_;
   std::unique_ptr<engine::MtpDrafter> drafter_;
   std::unique_ptr<engine::Scheduler> scheduler_;

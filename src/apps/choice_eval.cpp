@@ -133,10 +133,9 @@ void score_items(const LoadedModel& loaded, std::span<const Item> items) {
     std::vector<double> own(static_cast<size_t>(end - begin)), best(own.size());
     parallel_for(end - begin, 8, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
-        const std::span<const float> row(values + i * vocab, known);
-        own[static_cast<size_t>(i)] =
-            ops::log_probability(row, targets[static_cast<size_t>(begin + i)]);
-        best[static_cast<size_t>(i)] = ops::top_log_probabilities(row, 1).front().logprob;
+        const ops::LogSoftmax model(std::span(values + i * vocab, known));
+        own[static_cast<size_t>(i)] = model.of(targets[static_cast<size_t>(begin + i)]);
+        best[static_cast<size_t>(i)] = model.top(1).front().logprob;
       }
     });
     for (size_t i = 0; i < own.size(); ++i) {

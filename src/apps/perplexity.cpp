@@ -39,8 +39,8 @@ double sum_nats(const LoadedModel& loaded,
     parallel_for(end - begin, 8, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
         log_p[static_cast<size_t>(row)] =
-            ops::log_probability(std::span(values + row * vocab, static_cast<size_t>(vocab)),
-                                 targets[static_cast<size_t>(begin + row)]);
+            ops::LogSoftmax(std::span(values + row * vocab, static_cast<size_t>(vocab)))
+                .of(targets[static_cast<size_t>(begin + row)]);
       }
     });
     for (const double value : log_p) sum -= value;

@@ -71,6 +71,18 @@ void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCach
   cache.close(sequence);
 }
 
+/// Bytes alone count here: every state is rebuilt at once.
+class Rebuilds final : public Runner {
+ public:
+  int64_t vocab_size() const override { return 0; }
+  int64_t slack() const override { return 0; }
+  Ticket launch(std::span<const SequenceStep>) override { return 0; }
+  StepResult collect(Ticket) override { return {}; }
+  std::span<const float> logits(int64_t, int64_t) const override { return {}; }
+  void rewind(int64_t, int64_t) override {}
+  bool can_rebuild() const override { return true; }
+};
+
 void check_policy(const model::ModelConfig& config,
                   Numerics numerics,
                   bool with_mtp,
@@ -82,7 +94,7 @@ void check_policy(const model::ModelConfig& config,
                           .slack = kSlack,
                           .with_mtp = with_mtp,
                           .whole_windows = policy == WindowPolicy::kFull});
-  memory.set_rerun([](const SequenceStep&, int64_t) {});
+  Rebuilds runner;
   const int64_t page_tokens = memory.page_tokens();
   ASSERT_EQ(page_tokens, 256);
   const int64_t layers = with_mtp ? config.n_blocks() : config.n_layers;
@@ -104,7 +116,7 @@ void check_policy(const model::ModelConfig& config,
                    .policy = policy,
                    .period = kPeriodPages * page_tokens,
                    .window_pages = memory.window_pages()});
-  SequenceCache cache(memory, {}, &store);
+  SequenceCache cache(memory, runner, {}, &store);
   SequenceCache::Opened opened;
   pass(cache, text(), opened);
   store.flush();
@@ -115,7 +127,7 @@ void check_policy(const model::ModelConfig& config,
             periodic ? kPages / kPeriodPages * snapshot : 0);
 
   // The hit of another process.
-  SequenceCache other(memory, {}, &store);
+  SequenceCache other(memory, runner, {}, &store);
   pass(other, text(), opened);
   const int64_t found = periodic ? kPages / kPeriodPages * kPeriodPages : kPages;
   EXPECT_EQ(opened.disk_tokens, found * page_tokens);

@@ -17,6 +17,7 @@
 
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
+#include "engine/sampler.h"
 #include "model/init.h"
 #include "testing/tiny_model.h"
 
@@ -69,7 +70,8 @@ class EngineOnGpu : public ::testing::TestWithParam<Case> {
           .start = at,
           .tokens = tokens.subspan(static_cast<size_t>(at), static_cast<size_t>(count)),
           .pages = pages,
-          .num_logits = 1};
+          .num_logits = 1,
+          .shows_logits = true};
       runner.run({&step, 1});
       const auto logits = runner.logits(0, 0);
       rows.emplace_back(logits.begin(), logits.end());
@@ -93,13 +95,14 @@ TEST_P(EngineOnGpu, PagesSlotsAndSnapshotsGiveTheLogitsOfTheCpu) {
 
   const model::Transformer on_cpu = make(at::kCPU);
   KvCache cpu_cache(on_cpu.config(), sizes(at::kCPU));
-  ModelRunner cpu(on_cpu, cpu_cache);
+  ModelSampler sampler(0);  // nothing is drawn
+  ModelRunner cpu(on_cpu, cpu_cache, sampler);
   const auto wanted = run(cpu, 0, tokens, 0, {0, 1}, 86);
 
   const model::Transformer on_gpu = make(at::kCUDA);
   KvCache cache(on_gpu.config(), sizes(at::kCUDA));
   EXPECT_EQ(cache.allocated_bytes(), 6 * cache.page_bytes() + 3 * cache.state_bytes());
-  ModelRunner gpu(on_gpu, cache);
+  ModelRunner gpu(on_gpu, cache, sampler);
   const auto found = run(gpu, 1, tokens, 0, {4, 2}, 86);
   ASSERT_EQ(found.size(), wanted.size());
   for (size_t i = 0; i < found.size(); ++i) expect_near(found[i], wanted[i]);

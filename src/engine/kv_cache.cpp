@@ -207,31 +207,6 @@ int64_t KvCache::rebuild_tokens(int64_t layer) const {
   return (layers - layer) * (config_.window_size - 1);
 }
 
-int64_t KvCache::rebuild_start(int64_t pos) const {
-  return std::max<int64_t>(0, pos - rebuild_tokens());
-}
-
-void KvCache::rebuild(int64_t slot,
-                      std::span<const int64_t> tokens,
-                      std::span<const int64_t> pages,
-                      int64_t start,
-                      int64_t count) {
-  HADAL_CHECK(rerun_, "kv_cache: no runner to rebuild a state with");
-  HADAL_CHECK(std::ssize(tokens) % page_tokens_ == 0,
-              "kv_cache: a state is rebuilt at page borders, not at ", tokens.size());
-  struct Given {
-    bool& flag;
-    explicit Given(bool& f) : flag(f) { flag = true; }
-    ~Given() { flag = false; }
-  } given(pages_are_given_);
-  rerun_({.slot = slot,
-          .start = start,
-          .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
-          .pages = pages,
-          .num_logits = 0},
-         std::ssize(tokens));
-}
-
 ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
   step_.reset();
   std::vector<int64_t> lengths, starts;

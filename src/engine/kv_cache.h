@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -77,23 +76,14 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   void save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const override;
   void load_window(int64_t slot, int64_t pos, std::span<const std::byte> in) override;
 
-  /// What runs tokens again for rebuild(), for a state at `pos`; set by the runner.
-  using Rerun = std::function<void(const SequenceStep& step, int64_t pos)>;
-  void set_rerun(Rerun rerun) { rerun_ = std::move(rerun); }
+  /// Whether the entries of pages are there already and are not written: while a state is rebuilt.
+  void give_pages(bool given) { pages_are_given_ = given; }
   /// Tokens before a page border whose run makes the state behind it: L (n_win - 1), L the layers
   /// that have a cache (kv_cache_disk.md): each layer's windows are right n_win - 1 positions after
   /// those of the layer below.
   int64_t rebuild_tokens() const { return rebuild_tokens(0); }
   /// Those that a layer must see: (n_win - 1) for itself and for each one above it.
   int64_t rebuild_tokens(int64_t layer) const;
-  bool can_rebuild() const override { return static_cast<bool>(rerun_); }
-  int64_t rebuild_start(int64_t pos) const override;
-  /// Compressed entries are taken from the pages and not written.
-  void rebuild(int64_t slot,
-               std::span<const int64_t> tokens,
-               std::span<const int64_t> pages,
-               int64_t start,
-               int64_t count) override;
 
   /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
   /// too few pages, numbers out of range.
@@ -142,7 +132,6 @@ class KvCache final : public CacheMemory, public model::KvAccess {
   ops::PageTable pages_;                      // of all slots
   ops::TableMemory tables_;
   std::optional<ops::Batch> step_;
-  Rerun rerun_;
   bool pages_are_given_ = false;
 };
 

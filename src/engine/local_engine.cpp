@@ -86,22 +86,25 @@ void warm_up(ModelRunner& runner, const KvCache& cache, int64_t most) {
 
 struct LocalEngine::Parts {
   KvCache cache;
-  ModelRunner runner;
   ModelSampler sampler;
+  ModelRunner runner;
   TextFilters filters;
   std::unique_ptr<MtpDrafter> drafter;
   std::unique_ptr<DiskStore> disk;
   AnswerCuts cuts;
-  std::unique_ptr<ServingLoop> loop;  // last: its thread uses the others
+  model::ModelConfig config;
+  std::shared_ptr<const model::Transformer> updated;  // null: still the first model
+  std::unique_ptr<ServingLoop> loop;                  // last: its thread uses the others
 
   Parts(const model::Transformer& model,
         const text::Tokenizer& tokenizer,
         const LocalEngineOptions& options)
       : cache(model.config(), cache_options(model.config(), options)),
-        runner(model, cache),
         sampler(tokenizer.vocab_size()),
+        runner(model, cache, sampler),
         filters(tokenizer, grammar_limits(options.cache_bytes)),
-        cuts(tokenizer, cuts_bytes(options.cache_bytes)) {}
+        cuts(tokenizer, cuts_bytes(options.cache_bytes)),
+        config(model.config()) {}
 };
 
 LocalEngine::LocalEngine(const model::Transformer& model,
@@ -161,7 +164,6 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   parts_->loop = std::make_unique<ServingLoop>(info, scheduling,
                                                SchedulerParts{.runner = parts_->runner,
                                                               .memory = cache,
-                                                              .sampler = parts_->sampler,
                                                               .filters = parts_->filters,
                                                               .drafter = parts_->drafter.get(),
                                                               .store = parts_->disk.get(),
@@ -169,6 +171,22 @@ LocalEngine::LocalEngine(const model::Transformer& model,
 }
 
 LocalEngine::~LocalEngine() = default;
+
+void LocalEngine::update_weights(std::shared_ptr<const model::Transformer> model,
+                                 const WeightsVersion& version) {
+  HADAL_INPUT_CHECK(model != nullptr && model->config() == parts_->config,
+                    "weights: of another configuration than the engine's");
+  HADAL_INPUT_CHECK(parts_->disk == nullptr || !version.digest.empty(),
+                    "weights: without a digest what is stored on disk cannot be told apart");
+  const auto swap = [&] {
+    parts_->runner.set_model(*model);
+    if (parts_->disk != nullptr)
+      parts_->disk->set_identity(identity_of(version.digest, parts_->cache));
+    parts_->updated = std::move(model);
+  };
+  parts_->loop->update_weights({.version = version, .swap = swap});
+}
+
 Engine& LocalEngine::engine() { return *parts_->loop; }
 ServingLoop& LocalEngine::loop() { return *parts_->loop; }
 const KvCache& LocalEngine::cache() const { return parts_->cache; }

@@ -39,8 +39,8 @@ struct LocalEngineOptions {
 
 class LocalEngine {
  public:
-  /// `model` and `tokenizer` must outlive it. `weights_digest` names the weights on disk. Errors:
-  /// InputError when the memory does not hold a sequence of one page.
+  /// `model` and `tokenizer` must outlive it, `model` unless it is updated. `weights_digest` names
+  /// the weights on disk. Errors: InputError when the memory does not hold a sequence of one page.
   LocalEngine(const model::Transformer& model,
               const text::Tokenizer& tokenizer,
               const std::string& weights_digest,
@@ -48,6 +48,13 @@ class LocalEngine {
   ~LocalEngine();
   LocalEngine(const LocalEngine&) = delete;
   LocalEngine& operator=(const LocalEngine&) = delete;
+
+  /// Other weights, loaded as the first ones were: Engine::update_weights() with them, after which
+  /// the engine holds `model` and needs the one before no longer. The digest as in the constructor.
+  /// Errors: InputError for another configuration, a version that is not above the last, or, with a
+  /// store on disk, no digest.
+  void update_weights(std::shared_ptr<const model::Transformer> model,
+                      const WeightsVersion& version);
 
   Engine& engine();
   ServingLoop& loop();

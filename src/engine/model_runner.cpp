@@ -1,11 +1,15 @@
 #include "engine/model_runner.h"
 
 #include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
 #include "base/check.h"
+#include "base/parallel.h"
 #include "ops/gemm/linear.h"
 
 namespace hadal::engine {
@@ -15,14 +19,14 @@ constexpr int64_t kScoredRows = 32;  ///< of logits that exist at once: 17 MB at
 
 }  // namespace
 
-ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache)
-    : model_(model),
+ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache, Sampler& sampler)
+    : model_(&model),
       cache_(cache),
+      sampler_(sampler),
       numerics_(cache.options().numerics),
       drafts_(cache.options().with_mtp),
       kept_streams_(model.config().window_size + cache.options().slack) {
   seen_.resize(static_cast<size_t>(cache.num_slots()));
-  cache.set_rerun([this](const SequenceStep& step, int64_t pos) { rerun(step, pos); });
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
@@ -35,34 +39,61 @@ at::Tensor ModelRunner::on_device(const std::vector<int64_t>& numbers) const {
   return at::tensor(numbers, at::kLong).to(cache_.options().device);
 }
 
-void ModelRunner::run(std::span<const SequenceStep> steps) {
+Runner::Ticket ModelRunner::launch(std::span<const SequenceStep> steps) {
   HADAL_CHECK(!steps.empty(), "model_runner: a step without sequences");
-  const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
-  const ops::Batch batch = cache_.begin(steps);
-  std::vector<int64_t> ids, asked;
-  first_logits_.assign(1, 0);
-  first_rows_.assign(1, 0);
-  scored_ = at::Tensor();
-  bool scored = false;
+  HADAL_CHECK(in_flight_.empty(), "model_runner: two steps at once");
   for (const SequenceStep& step : steps) {
+    const auto count = std::ssize(step.tokens);
+    HADAL_CHECK(step.num_logits >= 0 && step.num_logits <= count, "model_runner: ", step.num_logits,
+                " rows of ", count, " tokens");
+    for (const int64_t id : step.tokens)
+      HADAL_CHECK(id >= 0 && id < vocab_size(), "model_runner: token ", id, " of ", vocab_size());
+    for (const Draw& draw : step.draws)
+      HADAL_CHECK(draw.row >= 0 && draw.row < step.num_logits, "model_runner: a draw from row ",
+                  draw.row, " of ", step.num_logits);
+    const ScoredTokens& scored = step.scored;
+    HADAL_CHECK(scored.from >= 0 && scored.from + std::ssize(scored.targets) <= count,
+                "model_runner: scores of ", scored.targets.size(), " tokens behind row ",
+                scored.from, " of ", count);
+  }
+  in_flight_.assign(steps.begin(), steps.end());
+  return ++ticket_;
+}
+
+StepResult ModelRunner::collect(Ticket ticket) {
+  HADAL_CHECK(ticket == ticket_ && !in_flight_.empty(), "model_runner: no step ", ticket);
+  const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
+  latest_ = std::exchange(in_flight_, {});
+  const std::span<const SequenceStep> steps = latest_;
+  logits_ = at::Tensor();
+  const at::Tensor streams = run_model(steps);
+  StepResult result;
+  result.sequences.resize(steps.size());
+  int64_t row = 0;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    score(steps[i].scored, streams.narrow(0, row, std::ssize(steps[i].tokens)),
+          result.sequences[i]);
+    row += std::ssize(steps[i].tokens);
+  }
+  make_logits(steps, streams);
+  const auto begin = std::chrono::steady_clock::now();
+  draw_tokens(steps, result);
+  result.sampling_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return result;
+}
+
+at::Tensor ModelRunner::run_model(std::span<const SequenceStep> steps) {
+  const ops::Batch batch = cache_.begin(steps);
+  std::vector<int64_t> ids;
+  for (const SequenceStep& step : steps)
     ids.insert(ids.end(), step.tokens.begin(), step.tokens.end());
-    const auto end = static_cast<int64_t>(ids.size());
-    HADAL_CHECK(step.num_logits >= 0 && step.num_logits <= static_cast<int64_t>(step.tokens.size()),
-                "model_runner: ", step.num_logits, " logits of ", step.tokens.size(), " tokens");
-    for (int64_t row = end - step.num_logits; row < end; ++row) asked.push_back(row);
-    first_logits_.push_back(static_cast<int64_t>(asked.size()));
-    first_rows_.push_back(end);
-    scored = scored || step.scored;
-  }
-  for (const int64_t id : ids) {
-    HADAL_CHECK(id >= 0 && id < vocab_size(), "model_runner: token ", id, " of ", vocab_size());
-  }
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = numerics_;
   context.kv = &cache_;
   context.request.selection = true;
-  model::ForwardOutput output = model_.forward(on_device(ids), context);
+  model::ForwardOutput output = model_->forward(on_device(ids), context);
   const at::Tensor streams = std::move(output.streams);
   auto selections = std::make_shared<std::map<int64_t, at::Tensor>>();
   for (size_t layer = 0; layer < output.aux.size(); ++layer) {
@@ -82,28 +113,105 @@ void ModelRunner::run(std::span<const SequenceStep> steps) {
   for (const SequenceStep& step : steps) {
     if (step.num_logits == 0) continue;
     seen_[static_cast<size_t>(step.slot)] = {
-        .tokens = step.start + static_cast<int64_t>(step.tokens.size()),
-        .row = row++,
-        .selections = selections};
+        .tokens = step.start + std::ssize(step.tokens), .row = row++, .selections = selections};
   }
   if (drafts_) keep_streams(steps, streams);
-  if (scored) scored_ = streams;
-  logits_ = at::Tensor();
+  return streams;
+}
+
+void ModelRunner::make_logits(std::span<const SequenceStep> steps, const at::Tensor& streams) {
+  std::vector<int64_t> asked;
+  first_logits_.assign(1, 0);
+  int64_t end = 0;
+  for (const SequenceStep& step : steps) {
+    end += std::ssize(step.tokens);
+    for (int64_t row = end - step.num_logits; row < end; ++row) asked.push_back(row);
+    first_logits_.push_back(std::ssize(asked));
+  }
   if (asked.empty()) return;
   const at::Tensor rows =
-      asked.size() == ids.size() ? streams : streams.index_select(0, on_device(asked));
-  logits_ = model_.logits(model_.head_input(rows, numerics_), numerics_).cpu().contiguous();
+      std::ssize(asked) == end ? streams : streams.index_select(0, on_device(asked));
+  logits_ = model_->logits(model_->head_input(rows, numerics_), numerics_).cpu().contiguous();
+}
+
+void ModelRunner::draw_tokens(std::span<const SequenceStep> steps, StepResult& result) {
+  std::vector<DrawInput> inputs;
+  for (size_t i = 0; i < steps.size(); ++i)
+    for (const Draw& draw : steps[i].draws)
+      inputs.push_back({.draw = draw, .logits = row(i, draw.row)});
+  if (inputs.empty()) return;
+  std::vector<Sampled> sampled(inputs.size());
+  sampler_.sample(inputs, sampled);
+  auto next = std::make_move_iterator(sampled.begin());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto end = next + std::ssize(steps[i].draws);
+    result.sequences[i].drawn.assign(next, end);
+    next = end;
+  }
+}
+
+void ModelRunner::score(const ScoredTokens& scored,
+                        const at::Tensor& streams,
+                        SequenceResult& result) const {
+  const int64_t count = std::ssize(scored.targets);
+  result.scores.resize(scored.targets.size());
+  for (int64_t first = 0; first < count; first += kScoredRows) {
+    const int64_t piece = std::min(kScoredRows, count - first);
+    const at::Tensor head =
+        model_->head_input(streams.narrow(0, scored.from + first, piece), numerics_);
+    const at::Tensor logits = model_->logits(head, numerics_).cpu().contiguous();
+    const auto vocab = static_cast<size_t>(vocab_size());
+    const std::span rows(logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel()));
+    parallel_for(piece, 4, [&](int64_t from, int64_t to) {
+      for (auto i = static_cast<size_t>(from); i < static_cast<size_t>(to); ++i) {
+        const size_t target = static_cast<size_t>(first) + i;
+        result.scores[target] =
+            sampler_.score(rows.subspan(i * vocab, vocab), scored.targets[target], scored.top);
+      }
+    });
+  }
+}
+
+void ModelRunner::set_model(const model::Transformer& model) {
+  HADAL_CHECK(in_flight_.empty(), "model_runner: another model while a step runs");
+  HADAL_CHECK(model.config() == model_->config(), "model_runner: another configuration");
+  model_ = &model;
+  rest();
+  seen_.assign(seen_.size(), {});
+  followed_.assign(followed_.size(), {});
 }
 
 void ModelRunner::rest() {
-  logits_ = scored_ = at::Tensor();
+  logits_ = at::Tensor();
   ops::release_packed_rows();
 }
 
-void ModelRunner::rerun(SequenceStep step, int64_t pos) {
+int64_t ModelRunner::rebuild_start(int64_t pos) const {
+  return std::max<int64_t>(0, pos - cache_.rebuild_tokens());
+}
+
+void ModelRunner::rebuild(int64_t slot,
+                          std::span<const int64_t> tokens,
+                          std::span<const int64_t> pages,
+                          int64_t start,
+                          int64_t count) {
+  HADAL_CHECK(in_flight_.empty(), "model_runner: a state is rebuilt while a step runs");
+  const int64_t pos = std::ssize(tokens);
+  HADAL_CHECK(pos % cache_.page_tokens() == 0,
+              "model_runner: a state is rebuilt at page borders, not at ", pos);
+  struct Given {
+    KvCache& cache;
+    explicit Given(KvCache& c) : cache(c) { cache.give_pages(true); }
+    ~Given() { cache.give_pages(false); }
+  } given(cache_);
+  SequenceStep step{
+      .slot = slot,
+      .start = start,
+      .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
+      .pages = pages};
   const c10::InferenceMode inference;
   at::Tensor ids = on_device({step.tokens.begin(), step.tokens.end()});
-  at::Tensor streams = model_.embed(ids, numerics_);
+  at::Tensor streams = model_->embed(ids, numerics_);
   // Drops tokens before what layer `layer` must see; false if none are left.
   const auto narrow = [&](int64_t layer) {
     const int64_t dropped = std::max<int64_t>(0, pos - cache_.rebuild_tokens(layer) - step.start);
@@ -116,47 +224,34 @@ void ModelRunner::rerun(SequenceStep step, int64_t pos) {
     streams = streams.narrow(0, dropped, left);
     return true;
   };
-  for (int64_t layer = 0; layer < model_.config().n_layers; ++layer) {
+  for (int64_t layer = 0; layer < model_->config().n_layers; ++layer) {
     if (!narrow(layer)) return;
     const ops::Batch batch = cache_.begin({&step, 1});
     model::ForwardContext context;
     context.batch = &batch;
     context.numerics = numerics_;
     context.kv = &cache_;
-    streams = model_.run_layer(layer, streams, ids, context).streams;
+    streams = model_->run_layer(layer, streams, ids, context).streams;
   }
-  if (drafts_ && narrow(model_.config().n_layers)) keep_streams({&step, 1}, streams);
+  if (drafts_ && narrow(model_->config().n_layers)) keep_streams({&step, 1}, streams);
 }
 
-std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) const {
-  const int64_t row = first_logits_.at(static_cast<size_t>(sequence)) + token;
-  HADAL_CHECK(token >= 0 && row < first_logits_.at(static_cast<size_t>(sequence) + 1),
-              "model_runner: no logits ", token, " of sequence ", sequence);
+std::span<const float> ModelRunner::row(size_t sequence, int64_t token) const {
+  const int64_t row = first_logits_.at(sequence) + token;
   return {logits_.const_data_ptr<float>() + row * vocab_size(), static_cast<size_t>(vocab_size())};
 }
 
-void ModelRunner::visit_logits(int64_t sequence,
-                               int64_t from,
-                               int64_t count,
-                               const VisitLogits& visit) const {
-  const auto index = static_cast<size_t>(sequence);
-  const int64_t first = first_rows_.at(index);
-  HADAL_CHECK(scored_.defined() && from >= 0 && first + from + count <= first_rows_.at(index + 1),
-              "model_runner: no logits of tokens ", from, " to ", from + count, " of sequence ",
-              sequence);
-  const c10::InferenceMode inference;
-  for (int64_t row = from; row < from + count; row += kScoredRows) {
-    const int64_t piece = std::min(kScoredRows, from + count - row);
-    const at::Tensor head = model_.head_input(scored_.narrow(0, first + row, piece), numerics_);
-    const at::Tensor logits = model_.logits(head, numerics_).cpu().contiguous();
-    visit(row, {logits.const_data_ptr<float>(), static_cast<size_t>(logits.numel())});
-  }
+std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) const {
+  const SequenceStep& step = latest_.at(static_cast<size_t>(sequence));
+  HADAL_CHECK(step.shows_logits && logits_.defined() && token >= 0 && token < step.num_logits,
+              "model_runner: no logits ", token, " of sequence ", sequence);
+  return row(static_cast<size_t>(sequence), token);
 }
 
 std::shared_ptr<const ContextView> ModelRunner::context_view(int64_t slot) const {
   const Seen& seen = seen_.at(static_cast<size_t>(slot));
   if (seen.tokens == 0) return nullptr;
-  const model::ModelConfig& config = model_.config();
+  const model::ModelConfig& config = model_->config();
   auto view = std::make_shared<ContextView>();
   view->tokens = seen.tokens;
   view->window = config.window_size;
@@ -235,7 +330,7 @@ at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
     Followed& done = followed_[static_cast<size_t>(step.slot)];
     // A key depends on its own position alone: the last query's window is all that matters.
     const int64_t from =
-        std::max({std::min(done.next, pos - 1), done.first, pos - model_.config().window_size});
+        std::max({std::min(done.next, pos - 1), done.first, pos - model_->config().window_size});
     const auto next =
         step.tokens.subspan(static_cast<size_t>(from + 1), static_cast<size_t>(pos - from));
     for (int64_t p = from; p < pos; ++p) rows.push_back(stream_row(step.slot, p));
@@ -252,10 +347,10 @@ at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
   context.kv = &cache_;
   const at::Tensor streams = streams_.rows()
                                  .index_select(0, on_device(rows))
-                                 .reshape({std::ssize(rows), model_.config().hc_mult, -1});
-  at::Tensor head = model_.mtp(streams, on_device(ids), context).head_input;
+                                 .reshape({std::ssize(rows), model_->config().hc_mult, -1});
+  at::Tensor head = model_->mtp(streams, on_device(ids), context).head_input;
   if (last.size() < ids.size()) head = head.index_select(0, on_device(last));
-  return model_.logits(head, numerics_).cpu().contiguous();
+  return model_->logits(head, numerics_).cpu().contiguous();
 }
 
 }  // namespace hadal::engine

@@ -1,7 +1,9 @@
 // Runs steps of many sequences through the model over the paged caches, and the MTP block for
 // drafts.
 //
-// The MTP block at position p takes the main model's streams at p and the token at p + 1. run()
+// On the CPU a step is computed in collect(), so that what its caller does meanwhile is done first.
+//
+// The MTP block at position p takes the main model's streams at p and the token at p + 1. A step
 // only keeps the streams; draft() feeds it the positions since the last draft, those a window away
 // at most. So it costs nothing where nobody drafts. What it says is only ever proposed: positions
 // that it missed (after a resumption) make drafts worse and change no answer.
@@ -30,23 +32,35 @@ struct DraftStep {
 
 class ModelRunner final : public Runner {
  public:
-  /// Both must outlive the runner. Drafts when the cache has room for the MTP block.
-  ModelRunner(const model::Transformer& model, KvCache& cache);
+  /// All must outlive the runner. Drafts when the cache has room for the MTP block.
+  ModelRunner(const model::Transformer& model, KvCache& cache, Sampler& sampler);
 
-  int64_t vocab_size() const override { return model_.config().vocab_size; }
+  int64_t vocab_size() const override { return model_->config().vocab_size; }
   int64_t slack() const override { return cache_.options().slack; }
-  /// Errors: Error for an id outside the vocabulary or a step that the cache refuses.
-  void run(std::span<const SequenceStep> steps) override;
+  /// Errors: Error for an id outside the vocabulary or a draw outside its sequence's rows.
+  Ticket launch(std::span<const SequenceStep> steps) override;
+  /// Errors: Error for a step that the cache refuses.
+  StepResult collect(Ticket ticket) override;
   std::span<const float> logits(int64_t sequence, int64_t token) const override;
-  void visit_logits(int64_t sequence,
-                    int64_t from,
-                    int64_t count,
-                    const VisitLogits& visit) const override;
   /// Rings are addressed by position, so nothing moves.
   void rewind(int64_t slot, int64_t pos) override;
 
   std::shared_ptr<const ContextView> context_view(int64_t slot) const override;
   void rest() override;
+
+  bool can_rebuild() const override { return true; }
+  int64_t rebuild_start(int64_t pos) const override;
+  /// Each layer sees the tokens that its windows and the layers above it need, about half of what a
+  /// step would show them.
+  void rebuild(int64_t slot,
+               std::span<const int64_t> tokens,
+               std::span<const int64_t> pages,
+               int64_t start,
+               int64_t count) override;
+
+  /// Another model of the same configuration, which must outlive the runner: for sequences that
+  /// begin from now on. Errors: Error while a step runs, and for another configuration.
+  void set_model(const model::Transformer& model);
 
   bool drafts() const { return drafts_; }
   /// Whether the streams of the token before `pos` are there.
@@ -56,18 +70,24 @@ class ModelRunner final : public Runner {
   at::Tensor draft(std::span<const DraftStep> steps);
 
  private:
-  const model::Transformer& model_;
+  const model::Transformer* model_;
   KvCache& cache_;
+  Sampler& sampler_;
   ops::Numerics numerics_;
-  at::Tensor logits_;                  // [asked-for tokens, vocab] FP32
+  Ticket ticket_ = 0;
+  std::vector<SequenceStep> in_flight_;
+  std::vector<SequenceStep> latest_;   // of the step whose logits are there
+  at::Tensor logits_;                  // [rows, vocab] FP32
   std::vector<int64_t> first_logits_;  // [sequences + 1]
-  at::Tensor scored_;                  // [tokens, hc_mult, dim] streams of a step that is scored
-  std::vector<int64_t> first_rows_;    // [sequences + 1] of the step's tokens
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
-  /// Runs tokens again for the state at `pos`: each layer sees those that its windows and the
-  /// layers above it need, about half of what run() would show them.
-  void rerun(SequenceStep step, int64_t pos);
+  /// The streams [tokens, hc_mult, dim] behind the step.
+  at::Tensor run_model(std::span<const SequenceStep> steps);
+  void make_logits(std::span<const SequenceStep> steps, const at::Tensor& streams);
+  std::span<const float> row(size_t sequence, int64_t token) const;
+  void draw_tokens(std::span<const SequenceStep> steps, StepResult& result);
+  /// Piece by piece, so that no more than a piece's rows of logits exist at once.
+  void score(const ScoredTokens& scored, const at::Tensor& streams, SequenceResult& result) const;
   /// Keeps the streams of the step just run.
   void keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.

@@ -19,11 +19,13 @@ void MtpDrafter::draft(std::span<DraftRequest> requests) {
   if (steps.empty()) return;
   const at::Tensor logits = runner_.draft(steps);  // [steps, vocab]
   const auto vocab = static_cast<size_t>(logits.size(1));
-  for (size_t i = 0; i < asked.size(); ++i) {
-    SampleInput& next = asked[i]->next;
-    next.logits = {logits.const_data_ptr<float>() + i * vocab, vocab};
-    asked[i]->drafts.push_back(sampler_.sample(next).token);
-  }
+  const std::span rows(logits.const_data_ptr<float>(), asked.size() * vocab);
+  std::vector<DrawInput> inputs;
+  for (size_t i = 0; i < asked.size(); ++i)
+    inputs.push_back({.draw = asked[i]->next, .logits = rows.subspan(i * vocab, vocab)});
+  std::vector<Sampled> sampled(inputs.size());
+  sampler_.sample(inputs, sampled);
+  for (size_t i = 0; i < asked.size(); ++i) asked[i]->drafts.push_back(sampled[i].token);
 }
 
 }  // namespace hadal::engine

@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/model_runner.h"
+#include "engine/sampler.h"
 #include "model/contiguous_kv.h"
 #include "testing/tiny_model.h"
 
@@ -47,7 +48,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
         config_,
         KvCacheOptions{
             .numerics = numerics_, .num_pages = kPages, .num_slots = kSlots, .slack = kSlack});
-    runner_ = std::make_unique<ModelRunner>(*model_, *cache_);
+    runner_ = std::make_unique<ModelRunner>(*model_, *cache_, sampler_);
   }
 
   at::Tensor reference(const std::vector<int64_t>& ids) const {
@@ -96,7 +97,8 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
                        .start = live->pos,
                        .tokens = {ids.data() + live->pos, static_cast<size_t>(count)},
                        .pages = live->pages,
-                       .num_logits = count});
+                       .num_logits = count,
+                       .shows_logits = true});
     }
     runner_->run(steps);
     for (size_t i = 0; i < parts.size(); ++i) {
@@ -118,6 +120,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
   std::vector<std::vector<int64_t>> sequences_;
   std::vector<at::Tensor> expected_;  // [length, vocab]
   std::unique_ptr<KvCache> cache_;
+  ModelSampler sampler_{0};  // nothing is drawn
   std::unique_ptr<ModelRunner> runner_;
 };
 
@@ -200,7 +203,7 @@ TEST_P(EnginePaths, DraftsAreTheMtpBlocksAndChangeNothing) {
                                                              .num_slots = kSlots,
                                                              .slack = kSlack,
                                                              .with_mtp = true});
-  runner_ = std::make_unique<ModelRunner>(*model_, *cache_);
+  runner_ = std::make_unique<ModelRunner>(*model_, *cache_, sampler_);
   const std::vector<int64_t>& ids = sequences_[3];
   const at::Tensor wanted = mtp_reference(ids);
   Live live{.sequence = 3, .slot = 2, .pages = {5}};
@@ -234,11 +237,11 @@ TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
   Live other{.sequence = 1, .slot = 4, .pages = {1, 2}};
   step({{&other, 290}});
   const auto prefix = std::span(sequences_[0]).first(static_cast<size_t>(2 * page));
-  const int64_t first = cache_->rebuild_start(2 * page), all = 2 * page - first;
+  const int64_t first = runner_->rebuild_start(2 * page), all = 2 * page - first;
   EXPECT_EQ(all, std::min(2 * page, cache_->rebuild_tokens()));
   // In pieces.
-  cache_->rebuild(4, prefix, live.pages, first, all / 3);
-  cache_->rebuild(4, prefix, live.pages, first + all / 3, all - all / 3);
+  runner_->rebuild(4, prefix, live.pages, first, all / 3);
+  runner_->rebuild(4, prefix, live.pages, first + all / 3, all - all / 3);
   Live again{.sequence = 0, .slot = 4, .pos = 2 * page, .pages = live.pages};
   const int64_t left = static_cast<int64_t>(sequences_[0].size()) - 2 * page;
   step({{&again, 1}});
@@ -247,7 +250,7 @@ TEST_P(EnginePaths, AStateIsRebuiltFromPagesAndExactlyTheseTokens) {
   // One token fewer, and the oldest row of the last layer's window is another: here, where windows
   // are so short that the missing key bears on it.
   const auto oldest = [&](int64_t count) {
-    cache_->rebuild(4, prefix, live.pages, 2 * page - count, count);
+    runner_->rebuild(4, prefix, live.pages, 2 * page - count, count);
     const ops::RingView ring = cache_->ring(config_.n_layers - 1, model::RingKind::kWindow);
     const int64_t row = 4 * ring.ring + (2 * page - config_.window_size + 1) % ring.ring;
     return ring.rows[row].clone();

@@ -1,4 +1,4 @@
-// The scheduler's sampler over ops::sample_token.
+// Samplers of the engine over ops::draw_rows.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ class ModelSampler final : public Sampler {
  public:
   /// Ids from `vocab_size` on have no text and are never chosen.
   explicit ModelSampler(int64_t vocab_size) : vocab_size_(vocab_size) {}
-  Sampled sample(const SampleInput& input) override;
+  void sample(std::span<const DrawInput> inputs, std::span<Sampled> sampled) override;
   TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const override;
 
  private:

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "base/check.h"
 #include "engine_core/request.h"
 
 namespace hadal::engine {
@@ -42,7 +44,15 @@ struct EngineInfo {
   int64_t max_choices = 0;  ///< n
   int64_t eos_token = 0;
   int64_t weights_bytes = 0;  ///< in memory
-  std::string weights = {};   ///< a digest of them; empty: nobody made one
+  std::string weights = {};   ///< a digest of those it began with; empty: nobody made one
+};
+
+/// Other weights of the same model.
+struct WeightsUpdate {
+  WeightsVersion version;
+  /// Puts them in the place of those before, which stay if it throws. Called on the engine's thread
+  /// while nothing of a request is in memory.
+  std::function<void()> swap;
 };
 
 /// Thread-safe.
@@ -55,6 +65,14 @@ class Engine {
   /// All choices end with kCancelled within one step; unknown and finished ids are ignored.
   virtual void cancel(uint64_t id) = 0;
   virtual EngineStats stats() const = 0;
+  /// Other weights: requests that have begun are answered by the old ones to their end, all that
+  /// wait or come later by the new ones, and no prefix that the old ones computed is used again
+  /// (docs/decisions/0013-runner.md). Blocks until they are in place; not from within an update.
+  /// Errors: InputError for a version that is not above the one in use; what swap() throws; Error
+  /// when the engine stops before, or has weights that nobody can change.
+  virtual void update_weights(const WeightsUpdate& /*update*/) {
+    throw Error("engine: its weights cannot be changed");
+  }
   /// A prompt that was made of text, with the answers in it cut into tokens as they were written
   /// (answer_cuts.h).
   virtual std::vector<int64_t> as_written(std::vector<int64_t> prompt) const { return prompt; }

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace hadal::engine {
@@ -22,7 +23,7 @@ enum class WindowPolicy : uint8_t { kFull, kPeriodic, kZero };
 struct StoredPrefix {
   int64_t pos = 0;                            ///< tokens it covers, a page boundary
   std::vector<std::vector<std::byte>> pages;  ///< from `from_page` up to `pos`
-  /// At `pos`. Empty where none is kept: CacheMemory::rebuild() makes the state again where it can.
+  /// At `pos`. Empty where none is kept: Runner::rebuild() makes the state again where it can.
   std::vector<std::byte> snapshot;
   /// kFull only: what save_window() was given for the last pages before `pos`, in their order, as
   /// many as the window reaches back.
@@ -45,6 +46,9 @@ class PrefixStore {
  public:
   virtual ~PrefixStore() = default;
   virtual int64_t page_tokens() const = 0;
+  /// From now on pages of other weights, say, are stored and found: `identity` names all that must
+  /// be equal for bytes to mean the same. Not while a load is under way.
+  virtual void set_identity(const std::string& identity) = 0;
   /// The longest stored prefix of `tokens`, at most `max_pos` tokens; pages from `from_page` on.
   /// `pos` may lie before page `from_page` (then without pages): what resumes there is stored
   /// although its pages are the caller's.

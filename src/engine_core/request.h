@@ -53,8 +53,9 @@ struct Request {
   int64_t top_logprobs = -1;     ///< -1: none; k: the token's and those of the k most likely
   /// The same of the prompt's tokens. What was cached of the prompt is computed again for it.
   int64_t prompt_logprobs = -1;
-  int priority = 0;    ///< higher first
-  std::string client;  ///< the fair queue shares the machine among clients
+  bool sampled_logprobs = false;  ///< each token's in the distribution that it was drawn from
+  int priority = 0;               ///< higher first
+  std::string client;             ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
   CacheKey cache_key;
@@ -98,8 +99,11 @@ struct OutputToken {
   /// characters only. EOS has none. In a structured answer, an added token's text is what was held
   /// back before it; the token itself is known by its id.
   std::string text;
-  double logprob = 0;  ///< with top_logprobs >= 0
+  double logprob = 0;  ///< of the model; with top_logprobs >= 0
   std::vector<TokenLogprob> top;
+  /// With sampled_logprobs: behind bias, penalties, grammar, temperature, top-k, top-p and min-p.
+  /// 0 at temperature 0.
+  double sampled_logprob = 0;
 };
 
 /// Why prompt tokens had to be computed.
@@ -113,6 +117,12 @@ struct CacheReport {
   const char* miss = "";
 };
 
+/// Which weights a request is answered by, from its first token to its last (Engine).
+struct WeightsVersion {
+  int64_t number = 0;  ///< grows with every update; 0: those that the engine began with
+  std::string digest;  ///< of them; empty: nobody made one
+};
+
 /// News of one choice of one request.
 struct Update {
   int64_t choice = 0;
@@ -122,7 +132,8 @@ struct Update {
   int64_t stop_token = -1;             ///< with kStop, where one of Request::stop_tokens ended it
   std::string error;                   ///< with kError
   CacheReport cache;                   ///< from the first update on
-  int64_t completion_tokens = 0;       ///< of the choice so far
+  std::shared_ptr<const WeightsVersion> weights;  ///< null where the request never began
+  int64_t completion_tokens = 0;                  ///< of the choice so far
   int64_t accepted_drafts = 0, drafted = 0;
   std::shared_ptr<const ContextView> view;  ///< with Request::context_view, beside `finish`
   /// Of each token of the prompt, with Request::prompt_logprobs >= 0; shared by all updates.

@@ -169,6 +169,11 @@ TEST_F(ChatShapesTest, UsageIdsAndPromptLogprobs) {
   EXPECT_EQ(at(reply, "choices.0.message.content"), "\"Hell\"");
   EXPECT_EQ(at(reply, "choices.0.stop_reason"), "114");
   EXPECT_EQ(at(reply, "choices.0.token_ids"), "[75, 104, 111, 111, 114]");
+  EXPECT_EQ(at(reply, "choices.0.weights_version"), "0");
+  EXPECT_EQ(at(chat(kHi, R"("thinking": false, "return_sampled_logprobs": true,
+    "stop_token_ids": [114])"),
+               "choices.0.sampled_logprobs"),
+            "[-0.25, -0.25, -0.25, -0.25, -0.25]");
   EXPECT_EQ(at(reply, "prompt_token_ids.0"), "0");
   EXPECT_EQ(at(reply, "prompt_logprobs.0"), "null");
   EXPECT_EQ(reply.find("prompt_logprobs")->items().size(), last().prompt.size());

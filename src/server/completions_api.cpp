@@ -151,6 +151,7 @@ Job text_completion_job(const Context& context, const Json& json) {
   job.stream = body.boolean_or("stream", false);
   if (job.stream) check_streamed_echo(context, body, format);
   job.keep_token_ids = format.token_ids;
+  job.keep_sampled_logprobs = format.sampled_logprobs;
   job.id = random_id("cmpl-");
   job.format = text_completion_format(context.tokenizer, std::move(format));
   return job;

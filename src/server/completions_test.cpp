@@ -135,6 +135,22 @@ TEST_F(CompletionsTest, PromptLogprobsAndIds) {
   EXPECT_EQ(joined(events, "choices.0.token_ids"), "75, 104");
 }
 
+TEST_F(CompletionsTest, SampledLogprobsAndTheWeightsVersion) {
+  const Json reply = post(kPath, R"({"prompt": ["ab", "cd"], "max_tokens": 2,
+                                     "return_sampled_logprobs": true})");
+  for (const char* choice : {"choices.0.", "choices.1."}) {
+    EXPECT_EQ(at(reply, concat(choice, "sampled_logprobs")), "[-0.25, -0.25]");
+    EXPECT_EQ(at(reply, concat(choice, "weights_version")), "0");
+  }
+  const std::vector<Event> events = stream(
+      kPath,
+      R"({"prompt": "ab", "max_tokens": 2, "return_sampled_logprobs": true, "stream": true})");
+  EXPECT_EQ(joined(events, "choices.0.sampled_logprobs"), "-0.25, -0.25");
+  EXPECT_EQ(at(events.back().data, "choices.0.weights_version"), "0");
+  EXPECT_EQ(at(post(kPath, R"({"prompt": "ab", "max_tokens": 2})"), "choices.0.sampled_logprobs"),
+            "nothing");
+}
+
 TEST_F(CompletionsTest, StopTokens) {
   const Json reply = post(kPath, R"({"prompt": "ab", "stop_token_ids": [111], "logprobs": 0})");
   EXPECT_EQ(at(reply, "choices.0.text"), "\"He\"");

@@ -203,6 +203,7 @@ void Generation::update(size_t part, const engine::Update& update) {
     answer_.first_token_seconds = std::chrono::duration<double>(waited).count();
     metrics_.first_token.observe(waited);
   }
+  answer_.choices[index].weights = update.weights;
   if (update.prompt_scores) answer_.choices[index].prompt_scores = update.prompt_scores;
   if (!progress_[index].started) {
     progress_[index].started = true;
@@ -238,6 +239,7 @@ void Generation::take_token(size_t index, const engine::OutputToken& token) {
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   if (job_.keep_token_ids) choice.token_ids.push_back(token.token);
+  if (job_.keep_sampled_logprobs) choice.sampled_logprobs.push_back(token.sampled_logprob);
   if (progress.in_reasoning) {
     ++choice.reasoning_tokens;
     if (token.token == think_end_ || token.token == marker_) progress.in_reasoning = false;

@@ -45,7 +45,9 @@ struct Choice {
   std::vector<CallRecord> calls;        ///< complete ones
   std::optional<CallRecord> open_call;  ///< under way, or what is there of it where the answer ends
   std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
-  std::vector<int64_t> token_ids;  ///< all that were drawn, with Job::keep_token_ids
+  std::vector<int64_t> token_ids;        ///< all that were drawn, with Job::keep_token_ids
+  std::vector<double> sampled_logprobs;  ///< theirs, with Job::keep_sampled_logprobs
+  std::shared_ptr<const engine::WeightsVersion> weights;  ///< that drew them, from the first on
   std::shared_ptr<const std::vector<engine::TokenScore>> prompt_scores;  ///< where asked for
   std::optional<engine::FinishReason> finish;
   std::string matched_stop;
@@ -117,6 +119,7 @@ struct Job {
   std::shared_ptr<const text::ToolSchemas> tools;
   bool stream = false;
   bool keep_token_ids = false;  ///< the format shows them
+  bool keep_sampled_logprobs = false;
   std::string id, model;
   std::unique_ptr<Format> format;
   /// Gets the context view of the first choice, where its requests ask for one.

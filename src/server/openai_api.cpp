@@ -67,6 +67,7 @@ Job chat_completion_job(const Context& context, const Json& json) {
   if (format.token_ids || format.prompt_logprobs >= 0)
     format.prompts.push_back({"", job.requests.front().prompt});
   job.keep_token_ids = format.token_ids;
+  job.keep_sampled_logprobs = format.sampled_logprobs;
   job.stream = stream;
   job.id = random_id("chatcmpl-");
   job.model = model;

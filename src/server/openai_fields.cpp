@@ -117,11 +117,12 @@ void read_extensions(const Context& context,
     body.fail("prompt_logprobs", "not in a stream; ask for the whole answer");
   format.token_ids = body.boolean_or("return_token_ids", false);
   format.ids_as_tokens = body.boolean_or("return_tokens_as_token_ids", false);
+  format.sampled_logprobs = body.boolean_or("return_sampled_logprobs", false);
+  request.sampled_logprobs = format.sampled_logprobs;
   // Who salts the cache wants to share with nobody else.
   if (!body.string_or("cache_salt", "").empty()) request.use_prefix_cache = false;
   request.cache_key = read_cache_key(body);
   const engine::EngineInfo& info = context.engine.info();
-  if (!info.weights.empty()) format.fingerprint = js(concat("fp_", info.weights.substr(0, 16)));
   format.ends = request.stop_tokens;
   if (!request.ignore_eos) format.ends.push_back(info.eos_token);
 }

@@ -2,9 +2,11 @@
 // end. Included by them only.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
+#include "base/check.h"
 #include "server/openai_types.h"
 
 namespace hadal::server {
@@ -43,12 +45,32 @@ class OpenAiFormat : public Format {
                          {"object", js(object)},
                          {"created", js(answer.created)},
                          {"model", js(answer.model)},
-                         {"system_fingerprint", options_.fingerprint}});
+                         {"system_fingerprint", fingerprint_of(answer)}});
+  }
+  /// Of the weights, where the engine has told which.
+  static Json fingerprint_of(const Answer& answer) {
+    const auto& weights = answer.choices.front().weights;
+    if (weights == nullptr || weights->digest.empty()) return {};
+    return js(concat("fp_", weights->digest.substr(0, 16)));
   }
   /// Beyond OpenAI's: which stop string or token ended the choice.
   static void add_stop_reason(const Choice& choice, Json& entry) {
     if (!choice.matched_stop.empty()) entry.set("stop_reason", js(choice.matched_stop));
     if (choice.stop_token >= 0) entry.set("stop_reason", js(choice.stop_token));
+  }
+  /// Beyond OpenAI's, once a choice is whole: which weights it is of.
+  static void add_weights(const Choice& choice, Json& entry) {
+    if (choice.weights != nullptr) entry.set("weights_version", js(choice.weights->number));
+  }
+  /// Lists of what was drawn since the first so many.
+  void add_drawn(const Choice& choice, size_t from, Json& entry) const {
+    if (options_.token_ids) entry.set("token_ids", id_list(choice.token_ids, from));
+    if (options_.sampled_logprobs)
+      entry.set("sampled_logprobs", number_list(choice.sampled_logprobs, from));
+  }
+  /// How many have been drawn.
+  static size_t num_drawn(const Choice& choice) {
+    return std::max(choice.token_ids.size(), choice.sampled_logprobs.size());
   }
   /// Of choice `index`.
   const TextPrompt& prompt_of(size_t index) const {

@@ -53,10 +53,9 @@ class TextFormat final : public OpenAiFormat {
         entry.set("prompt_logprobs",
                   prompt_logprobs_json(tokenizer_, options_, prompt_of(i), *choice.prompt_scores));
       }
-      if (options_.token_ids) {
-        entry.set("token_ids", id_list(choice.token_ids));
-        entry.set("prompt_token_ids", id_list(prompt_of(i).tokens));
-      }
+      add_weights(choice, entry);
+      add_drawn(choice, 0, entry);
+      if (options_.token_ids) entry.set("prompt_token_ids", id_list(prompt_of(i).tokens));
       choices.items().push_back(std::move(entry));
     }
     Json body = frame(answer, kObject);
@@ -69,7 +68,7 @@ class TextFormat final : public OpenAiFormat {
   struct Sent {
     bool echoed = false;
     bool any = false;  ///< a chunk
-    size_t tokens = 0, ids = 0;
+    size_t tokens = 0, drawn = 0;
     std::optional<TextLogprobs> logprobs;
   };
 
@@ -104,11 +103,11 @@ class TextFormat final : public OpenAiFormat {
                                {"logprobs", std::move(logprobs)},
                                {"finish_reason", std::move(finish)}});
     if (choice.finish) add_stop_reason(choice, entry);
-    if (options_.token_ids) {
-      if (!sent.any) entry.set("prompt_token_ids", id_list(prompt_of(index).tokens));
-      entry.set("token_ids", id_list(choice.token_ids, sent.ids));
-      sent.ids = choice.token_ids.size();
-    }
+    if (choice.finish) add_weights(choice, entry);
+    if (options_.token_ids && !sent.any)
+      entry.set("prompt_token_ids", id_list(prompt_of(index).tokens));
+    add_drawn(choice, sent.drawn, entry);
+    sent.drawn = num_drawn(choice);
     sent.any = true;
     write_chunk(answer, kObject, Json::array({std::move(entry)}), out);
   }

@@ -101,7 +101,8 @@ class ChatFormat final : public OpenAiFormat {
                                {"logprobs", Json()},
                                {"finish_reason", js(openai_finish(choice))}});
     add_details(choice, entry);
-    add_ids(answer, index, entry);
+    add_weights(choice, entry);
+    add_new(answer, index, entry);
     write_chunk(answer, kChunk, Json::array({std::move(entry)}), out);
   }
   void end(const Answer& answer, std::string& out) override { write_end(answer, kChunk, out); }
@@ -131,7 +132,8 @@ class ChatFormat final : public OpenAiFormat {
                                  {"logprobs", std::move(logprobs)},
                                  {"finish_reason", js(openai_finish(choice))}});
       add_details(choice, entry);
-      if (options_.token_ids) entry.set("token_ids", id_list(choice.token_ids));
+      add_weights(choice, entry);
+      add_drawn(choice, 0, entry);
       choices.items().push_back(std::move(entry));
     }
     Json body = frame(answer, "chat.completion");
@@ -149,18 +151,16 @@ class ChatFormat final : public OpenAiFormat {
 
  private:
   struct Sent {
-    size_t content = 0, reasoning = 0, ids = 0;
+    size_t content = 0, reasoning = 0, drawn = 0;
   };
   Json logprobs_of(const std::vector<engine::OutputToken>& tokens) const {
     return logprob_list(tokenizer_, tokens, 0, options_.ids_as_tokens);
   }
-  /// The ids since the choice's last chunk.
-  void add_ids(const Answer& answer, size_t index, Json& entry) {
-    if (!options_.token_ids) return;
-    Sent& sent = sent_[index];
-    const std::vector<int64_t>& ids = answer.choices[index].token_ids;
-    entry.set("token_ids", id_list(ids, sent.ids));
-    sent.ids = ids.size();
+  /// What was drawn since the choice's last chunk.
+  void add_new(const Answer& answer, size_t index, Json& entry) {
+    const Choice& choice = answer.choices[index];
+    add_drawn(choice, sent_[index].drawn, entry);
+    sent_[index].drawn = num_drawn(choice);
   }
   /// Extensions: which stop string matched, and markup that did not parse.
   static void add_details(const Choice& choice, Json& entry) {
@@ -172,7 +172,7 @@ class ChatFormat final : public OpenAiFormat {
                                {"delta", std::move(content)},
                                {"logprobs", std::move(logprobs)},
                                {"finish_reason", Json()}});
-    add_ids(answer, index, entry);
+    add_new(answer, index, entry);
     write_chunk(answer, kChunk, Json::array({std::move(entry)}), out);
   }
   bool is_custom(const CallRecord& call) const { return options_.custom_tools.contains(call.name); }
@@ -217,6 +217,12 @@ Json logprob_list(const text::Tokenizer& tokenizer,
 Json id_list(const std::vector<int64_t>& ids, size_t from) {
   Json list = Json::array();
   for (size_t i = from; i < ids.size(); ++i) list.items().push_back(js(ids[i]));
+  return list;
+}
+
+Json number_list(const std::vector<double>& numbers, size_t from) {
+  Json list = Json::array();
+  for (size_t i = from; i < numbers.size(); ++i) list.items().push_back(js(numbers[i]));
   return list;
 }
 

@@ -30,6 +30,7 @@ Json logprob_list(const text::Tokenizer& tokenizer,
                   size_t from,
                   bool ids_as_tokens = false);
 Json id_list(const std::vector<int64_t>& ids, size_t from = 0);
+Json number_list(const std::vector<double>& numbers, size_t from = 0);
 
 /// A prompt as an answer shows it again.
 struct TextPrompt {
@@ -43,15 +44,15 @@ struct OpenAiFormatOptions {
   bool usage_in_chunks = false;
   bool logprobs = false;
   int64_t top_logprobs = 0;
-  int64_t prompt_logprobs = -1;  ///< vLLM's list of the prompt's, so many of each; -1: none
-  bool token_ids = false;        ///< vLLM's lists of ids
-  bool ids_as_tokens = false;    ///< logprobs name tokens "token_id:N"
-  bool hide_special = false;     ///< added tokens that the model draws are not in the text
-  bool echo = false;             ///< text completions: each prompt's text and logprobs first
+  int64_t prompt_logprobs = -1;   ///< vLLM's list of the prompt's, so many of each; -1: none
+  bool token_ids = false;         ///< vLLM's lists of ids
+  bool sampled_logprobs = false;  ///< lists of the tokens' in the distributions drawn from
+  bool ids_as_tokens = false;     ///< logprobs name tokens "token_id:N"
+  bool hide_special = false;      ///< added tokens that the model draws are not in the text
+  bool echo = false;              ///< text completions: each prompt's text and logprobs first
   std::vector<TextPrompt> prompts;
   int64_t choices_per_prompt = 1;
   std::vector<int64_t> ends;           ///< tokens that end an answer and are not in its text
-  Json fingerprint;                    ///< of the weights
   std::vector<std::string> notes;      ///< what was asked for and left out
   std::set<std::string> custom_tools;  ///< called with one text instead of JSON
 };

@@ -240,6 +240,8 @@ Job response_job(const Context& context, const Json& json) {
   read_extensions(context, body, chat.base, unused);
   if (unused.token_ids || unused.ids_as_tokens)
     body.fail("return_token_ids", "only chats and completions have them");
+  if (unused.sampled_logprobs)
+    body.fail("return_sampled_logprobs", "only chats and completions have them");
   const int64_t top = body.integer_or("top_logprobs", 0, 0, 20);
   if (shape.logprobs) chat.base.top_logprobs = top;
   shape.instructions = copy_or(body, "instructions", Json());

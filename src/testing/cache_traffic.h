@@ -45,10 +45,7 @@ inline constexpr Shape kNano{.page_bytes = 52'656,
 class Nothing final : public CacheMemory, public Runner {
  public:
   Nothing(const Shape& shape, int64_t num_pages, int64_t num_slots, int64_t vocab_size = 8)
-      : shape_(shape),
-        num_pages_(num_pages),
-        num_slots_(num_slots),
-        logits_(static_cast<size_t>(vocab_size), 0.0F) {}
+      : shape_(shape), num_pages_(num_pages), num_slots_(num_slots), vocab_size_(vocab_size) {}
 
   int64_t page_tokens() const override { return shape_.page_tokens; }
   int64_t num_pages() const override { return num_pages_; }
@@ -62,21 +59,33 @@ class Nothing final : public CacheMemory, public Runner {
   void save_snapshot(int64_t, int64_t, std::span<std::byte>) const override {}
   void load_snapshot(int64_t, int64_t, std::span<const std::byte>) override {}
 
-  int64_t vocab_size() const override { return std::ssize(logits_); }
+  int64_t vocab_size() const override { return vocab_size_; }
   int64_t slack() const override { return 0; }
-  void run(std::span<const SequenceStep> steps) override {
-    for (const SequenceStep& step : steps) computed += std::ssize(step.tokens);
+  Ticket launch(std::span<const SequenceStep> steps) override {
+    in_flight_ = steps;
+    return 0;
   }
-  std::span<const float> logits(int64_t, int64_t) const override { return logits_; }
-  void visit_logits(int64_t, int64_t, int64_t, const VisitLogits&) const override {}
+  /// Draws what `answers` says of the seed.
+  StepResult collect(Ticket) override {
+    StepResult result;
+    for (const SequenceStep& step : in_flight_) {
+      computed += std::ssize(step.tokens);
+      SequenceResult& own = result.sequences.emplace_back();
+      for (const Draw& draw : step.draws)
+        own.drawn.push_back({.token = (*answers.at(draw.sampling->seed))[draw.answer.size()]});
+    }
+    return result;
+  }
+  std::span<const float> logits(int64_t, int64_t) const override { return {}; }
   void rewind(int64_t, int64_t) override {}
 
   int64_t computed = 0;  ///< tokens
+  std::map<uint64_t, const Tokens*> answers;
 
  private:
   Shape shape_;
-  int64_t num_pages_, num_slots_;
-  std::vector<float> logits_;
+  int64_t num_pages_, num_slots_, vocab_size_;
+  std::span<const SequenceStep> in_flight_;
 };
 
 /// One turn: all tokens so far and the answer that follows.
@@ -145,11 +154,7 @@ class Served {
                     .max_choices = 1,
                     .eos_token = 0},
                    options,
-                   {.runner = nothing_,
-                    .memory = nothing_,
-                    .sampler = sampler_,
-                    .filters = filters_,
-                    .cuts = cuts}) {}
+                   {.runner = nothing_, .memory = nothing_, .filters = filters_, .cuts = cuts}) {}
 
   /// Reports of a batch, in order.
   std::vector<CacheReport> run(const std::vector<Turn>& batch) {
@@ -162,14 +167,14 @@ class Served {
       request.cache_key = turn.key;
       request.client = turn.key.client;
       request.sampling.seed = last_id_ + 1;
-      sampler_.answers[request.sampling.seed] = &turn.answer;
+      nothing_.answers[request.sampling.seed] = &turn.answer;
       readers.push_back(std::make_shared<Reader>());
       scheduler_.add(++last_id_, scheduler_.prepare(std::move(request), readers.back()));
     }
     while (scheduler_.step()) {
     }
     scheduler_.check_integrity();
-    sampler_.answers.clear();
+    nothing_.answers.clear();
     std::vector<CacheReport> reports;
     for (const auto& reader : readers) {
       EXPECT_EQ(reader->error, "");
@@ -198,17 +203,7 @@ class Served {
     CacheReport report;
     std::string error;
   };
-  class Answers final : public Sampler {
-   public:
-    Sampled sample(const SampleInput& input) override {
-      return {.token = (*answers.at(input.sampling.seed))[input.answer.size()], .top = {}};
-    }
-    TokenScore score(std::span<const float>, int64_t, int64_t) const override { return {}; }
-    std::map<uint64_t, const Tokens*> answers;
-  };
-
   Nothing nothing_;
-  Answers sampler_;
   ScriptedFilters filters_;
   Scheduler scheduler_;
   uint64_t last_id_ = 0;

@@ -47,6 +47,10 @@ class Recorder : public Sink {
     answer.stop_token = update.stop_token;
     if (update.prompt_scores) scores = *update.prompt_scores;
     cache = update.cache;
+    if (update.weights != nullptr) {
+      EXPECT_TRUE(weights < 0 || weights == update.weights->number) << "of two versions";
+      weights = update.weights->number;
+    }
     if (update.finish) ++finished;
     ++updates;
     if (throws) throw std::runtime_error("sink: gone");
@@ -54,6 +58,7 @@ class Recorder : public Sink {
   std::map<int64_t, Answer> answers;
   CacheReport cache;
   std::vector<TokenScore> scores;
+  int64_t weights = -1;
   int64_t finished = 0, updates = 0;
   bool throws = false;
 };
@@ -63,7 +68,6 @@ inline Answer expected_answer(const ScriptedModel& model,
                               const Request& request,
                               int64_t choice,
                               int64_t max_context) {
-  ScriptedSampler sampler;
   ScriptedFilters filters;
   const std::unique_ptr<AnswerFilter> filter = filters.create(request);
   Tokens tokens = request.prompt;
@@ -74,18 +78,14 @@ inline Answer expected_answer(const ScriptedModel& model,
   while (!answer.finish) {
     const bool early = std::ssize(answer.tokens) < request.min_tokens;
     const std::vector<float> logits = model.reference(tokens);
-    const int64_t token =
-        sampler
-            .sample({.logits = logits,
-                     .sampling = request.sampling,
-                     .choice = choice,
-                     .pos = static_cast<int64_t>(tokens.size()),
-                     .prompt = {},
-                     .answer = {},
-                     .mask = filter->mask(),
-                     .avoided = early ? std::span<const int64_t>(ends) : std::span<const int64_t>(),
-                     .top_logprobs = -1})
-            .token;
+    const Draw draw{.sampling = &request.sampling,
+                    .choice = choice,
+                    .pos = static_cast<int64_t>(tokens.size()),
+                    .prompt = {},
+                    .answer = {},
+                    .mask = filter->masks({}).front(),
+                    .avoided = early ? std::span<const int64_t>(ends) : std::span<const int64_t>()};
+    const int64_t token = ScriptedSampler::sample(draw, logits).token;
     tokens.push_back(token);
     answer.tokens.push_back(token);
     if (std::ranges::count(ends, token) > 0) {
@@ -149,7 +149,6 @@ class World {
                   config.scheduler,
                   {.runner = model,
                    .memory = model,
-                   .sampler = sampler,
                    .filters = filters,
                    .drafter = &drafter,
                    .store = config.store ? &store : nullptr}) {}
@@ -171,7 +170,6 @@ class World {
   }
 
   ScriptedModel model;
-  ScriptedSampler sampler;
   ScriptedFilters filters;
   ScriptedDrafter drafter;
   ScriptedStore store;

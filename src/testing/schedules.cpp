@@ -30,12 +30,15 @@ namespace {
 class RecordingSampler final : public engine::Sampler {
  public:
   explicit RecordingSampler(int64_t vocab) : sampler_(vocab) {}
-  engine::Sampled sample(const engine::SampleInput& input) override {
-    engine::Sampled sampled = sampler_.sample(input);
-    const std::string_view bytes(reinterpret_cast<const char*>(input.logits.data()),
-                                 input.logits.size_bytes());
-    drawn[{input.sampling.seed, input.choice, input.pos}] = {fnv1a64(bytes), sampled.token};
-    return sampled;
+  void sample(std::span<const engine::DrawInput> inputs,
+              std::span<engine::Sampled> sampled) override {
+    sampler_.sample(inputs, sampled);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const auto& [draw, logits] = inputs[i];
+      const std::string_view bytes(reinterpret_cast<const char*>(logits.data()),
+                                   logits.size_bytes());
+      drawn[{draw.sampling->seed, draw.choice, draw.pos}] = {fnv1a64(bytes), sampled[i].token};
+    }
   }
   engine::TokenScore score(std::span<const float> logits,
                            int64_t token,
@@ -50,7 +53,9 @@ class RecordingSampler final : public engine::Sampler {
 
 class NoFilter final : public engine::AnswerFilter {
  public:
-  std::span<const int32_t> mask() override { return {}; }
+  std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
+    return std::vector<std::span<const int32_t>>(1 + draft.size());
+  }
   Accepted accept(int64_t) override { return {}; }
   std::string finish() override { return {}; }
 };
@@ -83,8 +88,8 @@ struct Answer final : engine::Sink {
 /// A model with its engine, without the thread.
 struct Schedules::Machine {
   engine::KvCache cache;
-  engine::ModelRunner runner;
   RecordingSampler sampler;
+  engine::ModelRunner runner;
   NoFilters filters;
   std::unique_ptr<engine::MtpDrafter> drafter;
   std::unique_ptr<engine::Scheduler> scheduler;
@@ -94,7 +99,9 @@ struct Schedules::Machine {
           const engine::KvCacheOptions& memory,
           const engine::SchedulerOptions& options,
           engine::PrefixStore* store)
-      : cache(model.config(), memory), runner(model, cache), sampler(model.config().vocab_size) {
+      : cache(model.config(), memory),
+        sampler(model.config().vocab_size),
+        runner(model, cache, sampler) {
     if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner, sampler);
     const engine::EngineInfo info{
         .model_name = "test",
@@ -105,7 +112,6 @@ struct Schedules::Machine {
     scheduler = std::make_unique<engine::Scheduler>(info, options,
                                                     engine::SchedulerParts{.runner = runner,
                                                                            .memory = cache,
-                                                                           .sampler = sampler,
                                                                            .filters = filters,
                                                                            .drafter = drafter.get(),
                                                                            .store = store});

@@ -141,6 +141,7 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
   update.cache = {std::ssize(running.request.prompt), std::ssize(running.request.prompt) / 2, 0,
                   "tail"};
   update.prompt_scores = running.scores;
+  update.weights = weights_;
   if (running.cancelled) {
     update.finish = FinishReason::kCancelled;
   } else if (!choice.error.empty()) {
@@ -175,6 +176,7 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
       for (int64_t i = 0; i < running.request.top_logprobs; ++i)
         token.top.push_back({token.token, -0.5 - static_cast<double>(i)});
     }
+    if (running.request.sampled_logprobs) token.sampled_logprob = -0.25;
     update.tokens.push_back(std::move(token));
     ++stats_.generated_tokens;
   }

@@ -74,6 +74,8 @@ class ScriptedEngine final : public engine::Engine {
   const Script script_;
   const ScriptedEngineOptions options_;
   engine::EngineInfo info_;
+  std::shared_ptr<const engine::WeightsVersion> weights_ =
+      std::make_shared<engine::WeightsVersion>();
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::map<uint64_t, Running> running_;

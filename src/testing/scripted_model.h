@@ -23,7 +23,7 @@
 #include "base/math.h"
 #include "engine_core/prefix_store.h"
 #include "engine_core/runner.h"
-#include "engine_core/sampler.h"
+#include "testing/scripted_sampler.h"
 
 namespace hadal::engine {
 
@@ -46,20 +46,20 @@ class ScriptedModel : public CacheMemory, public Runner {
     for (State& state : states_) state.ring.assign(static_cast<size_t>(ring()), 0xbeef);
   }
 
-  /// Before each step; may throw.
+  /// Before each step is computed; may throw.
   std::function<void(std::span<const SequenceStep>)> on_run;
+  std::function<void()> on_launch;
+  bool in_flight() const { return !in_flight_.empty(); }
+  uint64_t weights = 0;  ///< bears on every token's hash
 
-  static uint64_t mix(uint64_t state, uint64_t value) {
-    state = (state ^ (value + 0x9e3779b97f4a7c15ull)) * 0xbf58476d1ce4e5b9ull;
-    return state ^ (state >> 27);
-  }
+  static uint64_t mix(uint64_t state, uint64_t value) { return scripted_mix(state, value); }
 
   /// Logits after `tokens`, without caches: what every schedule must give.
   std::vector<float> reference(std::span<const int64_t> tokens) const {
     std::vector<uint64_t> hashes;
     uint64_t hash = 0;
     for (const int64_t token : tokens) {
-      hash = mix(hash, static_cast<uint64_t>(token));
+      hash = mix(hash, static_cast<uint64_t>(token) + (weights << 32));
       hashes.push_back(hash);
     }
     uint64_t all = 1;
@@ -99,6 +99,7 @@ class ScriptedModel : public CacheMemory, public Runner {
     std::ranges::copy(in, bytes.begin());
   }
   void save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const override {
+    check_free(slot);
     const State& state = states_.at(static_cast<size_t>(slot));
     HADAL_CHECK(state.pos == pos, "scripted: state at ", state.pos, ", snapshot of ", pos);
     HADAL_CHECK(static_cast<int64_t>(out.size()) == snapshot_bytes(pos), "scripted: snapshot size");
@@ -107,6 +108,7 @@ class ScriptedModel : public CacheMemory, public Runner {
     }
   }
   void load_snapshot(int64_t slot, int64_t pos, std::span<const std::byte> in) override {
+    check_free(slot);
     State& state = states_.at(static_cast<size_t>(slot));
     HADAL_CHECK(static_cast<int64_t>(in.size()) == snapshot_bytes(pos), "scripted: snapshot size");
     state.pos = pos;
@@ -116,6 +118,7 @@ class ScriptedModel : public CacheMemory, public Runner {
     }
   }
   void save_window(int64_t slot, int64_t pos, std::span<std::byte> out) const override {
+    check_free(slot);
     const State& state = states_.at(static_cast<size_t>(slot));
     HADAL_CHECK(state.pos == pos && pos > 0 && pos % options_.page_tokens == 0,
                 "scripted: state at ", state.pos, ", window at ", pos);
@@ -162,35 +165,43 @@ class ScriptedModel : public CacheMemory, public Runner {
 
   int64_t vocab_size() const override { return options_.vocab_size; }
   int64_t slack() const override { return options_.slack; }
-  void run(std::span<const SequenceStep> steps) override {
-    if (on_run) on_run(steps);
-    run_part(steps);
+  Ticket launch(std::span<const SequenceStep> steps) override {
+    HADAL_CHECK(in_flight_.empty(), "scripted: two steps at once");
+    in_flight_.assign(steps.begin(), steps.end());
+    given_ = digest_of(steps);
+    if (on_launch) on_launch();
+    return ++ticket_;
   }
-  /// run() without on_run.
-  void run_part(std::span<const SequenceStep> steps) {
+  StepResult collect(Ticket ticket) override {
+    const std::vector<SequenceStep> steps = std::exchange(in_flight_, {});
+    HADAL_CHECK(ticket == ticket_ && !steps.empty(), "scripted: no step ", ticket);
+    HADAL_CHECK(digest_of(steps) == given_, "scripted: a step was changed while it ran");
+    if (on_run) on_run(steps);
+    return run_part(steps);
+  }
+  /// A step without on_run.
+  StepResult run_part(std::span<const SequenceStep> steps) {
     logits_.assign(steps.size(), {});
-    scored_.assign(steps.size(), {});
-    for (size_t i = 0; i < steps.size(); ++i) run_one(steps[i], logits_[i], scored_[i]);
+    StepResult result;
+    result.sequences.resize(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      Rows all;
+      run_one(steps[i], logits_[i], all);
+      for (const Draw& draw : steps[i].draws)
+        result.sequences[i].drawn.push_back(
+            ScriptedSampler::sample(draw, logits_[i].at(static_cast<size_t>(draw.row))));
+      const ScoredTokens& scored = steps[i].scored;
+      for (size_t t = 0; t < scored.targets.size(); ++t)
+        result.sequences[i].scores.push_back(ScriptedSampler().score(
+            all.at(static_cast<size_t>(scored.from) + t), scored.targets[t], scored.top));
+    }
+    return result;
   }
   std::span<const float> logits(int64_t sequence, int64_t token) const override {
     return logits_.at(static_cast<size_t>(sequence)).at(static_cast<size_t>(token));
   }
-  void visit_logits(int64_t sequence,
-                    int64_t from,
-                    int64_t count,
-                    const VisitLogits& visit) const override {
-    const auto& rows = scored_.at(static_cast<size_t>(sequence));
-    // Two at a time, so that pieces have an odd end now and then.
-    for (int64_t row = from; row < from + count; row += 2) {
-      std::vector<float> piece;
-      for (int64_t i = row; i < std::min(row + 2, from + count); ++i) {
-        const auto& logits = rows.at(static_cast<size_t>(i));
-        piece.insert(piece.end(), logits.begin(), logits.end());
-      }
-      visit(row, piece);
-    }
-  }
   void rewind(int64_t slot, int64_t pos) override {
+    HADAL_CHECK(in_flight_.empty(), "scripted: rewind while a step runs");
     State& state = states_.at(static_cast<size_t>(slot));
     HADAL_CHECK(pos <= state.pos && state.pos - pos <= options_.slack, "scripted: rewind from ",
                 state.pos, " to ", pos);
@@ -221,6 +232,30 @@ class ScriptedModel : public CacheMemory, public Runner {
     return logits;
   }
 
+  /// Of all that must not change while a step runs: all but the masks.
+  static uint64_t digest_of(std::span<const SequenceStep> steps) {
+    uint64_t digest = 0;
+    const auto add = [&](std::span<const int64_t> numbers) {
+      for (const int64_t number : numbers) digest = mix(digest, static_cast<uint64_t>(number));
+    };
+    for (const SequenceStep& step : steps) {
+      for (const auto numbers : {step.tokens, step.pages, step.scored.targets}) add(numbers);
+      for (const Draw& draw : step.draws) {
+        for (const auto numbers : {draw.prompt, draw.answer, draw.ahead, draw.avoided})
+          add(numbers);
+        const int64_t numbers[] = {draw.row, draw.choice, draw.pos, draw.top_logprobs};
+        add(numbers);
+        digest = mix(digest, draw.sampling->seed);
+      }
+    }
+    return digest;
+  }
+  /// Nobody may touch a state or a page that a step in flight has.
+  void check_free(int64_t slot) const {
+    for (const SequenceStep& step : in_flight_)
+      HADAL_CHECK(step.slot != slot, "scripted: slot ", slot, " is used while its step runs");
+  }
+
   using Rows = std::vector<std::vector<float>>;
   void run_one(const SequenceStep& step, Rows& logits, Rows& scored) {
     State& state = states_.at(static_cast<size_t>(step.slot));
@@ -235,13 +270,14 @@ class ScriptedModel : public CacheMemory, public Runner {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t pos = step.start + i;
       const uint64_t before = pos == 0 ? 0 : state.ring[index(pos - 1)];
-      const uint64_t hash = mix(before, static_cast<uint64_t>(step.tokens[static_cast<size_t>(i)]));
+      const uint64_t hash =
+          mix(before, static_cast<uint64_t>(step.tokens[static_cast<size_t>(i)]) + (weights << 32));
       state.ring[index(pos)] = hash;
       state.pos = pos + 1;
       page(step.pages[static_cast<size_t>(pos / options_.page_tokens)])[static_cast<size_t>(
           pos % options_.page_tokens)] = hash;
       const bool asked = i >= count - step.num_logits;
-      if (!asked && !step.scored) continue;
+      if (!asked && step.scored.targets.empty()) continue;
       uint64_t all = 1;
       for (int64_t past = 0; past <= pos; ++past) {
         all = mix(
@@ -252,7 +288,7 @@ class ScriptedModel : public CacheMemory, public Runner {
       for (int64_t back = std::max(pos + 1 - options_.window, int64_t{0}); back <= pos; ++back) {
         all = mix(all, state.ring[index(back)]);
       }
-      if (step.scored) scored.push_back(spread(all));
+      if (!step.scored.targets.empty()) scored.push_back(spread(all));
       if (asked) logits.push_back(spread(all));
     }
   }
@@ -260,89 +296,10 @@ class ScriptedModel : public CacheMemory, public Runner {
   ScriptedOptions options_;
   std::vector<uint64_t> pages_;  ///< [num_pages, page_tokens]
   std::vector<State> states_;
-  std::vector<Rows> logits_, scored_;
-};
-
-/// The largest of logit + temperature x noise of (seed, choice, position, token).
-class ScriptedSampler : public Sampler {
- public:
-  Sampled sample(const SampleInput& input) override {
-    Sampled best;
-    double best_score = 0;
-    bool any = false;
-    for (size_t token = 0; token < input.logits.size(); ++token) {
-      if (!input.mask.empty() &&
-          ((static_cast<uint32_t>(input.mask[token / 32]) >> (token % 32)) & 1u) == 0) {
-        continue;
-      }
-      if (std::ranges::count(input.avoided, static_cast<int64_t>(token)) > 0) continue;
-      uint64_t key = ScriptedModel::mix(input.sampling.seed, static_cast<uint64_t>(input.choice));
-      key = ScriptedModel::mix(key, static_cast<uint64_t>(input.pos));
-      const auto noise = static_cast<double>(ScriptedModel::mix(key, token) >> 40);
-      const double score =
-          static_cast<double>(input.logits[token]) + input.sampling.temperature * noise;
-      if (any && score <= best_score) continue;
-      any = true;
-      best_score = score;
-      best.token = static_cast<int64_t>(token);
-    }
-    best.logprob = best_score;
-    return best;
-  }
-  /// The logit itself, and a digest of all as the rank.
-  TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const override {
-    uint64_t all = 0;
-    for (const float logit : logits) all = ScriptedModel::mix(all, static_cast<uint64_t>(logit));
-    TokenScore score{.logprob = logits[static_cast<size_t>(token)],
-                     .rank = static_cast<int64_t>(all >> 1),
-                     .top = {}};
-    for (int64_t other = 0; other < top; ++other)
-      score.top.push_back({.token = other, .logprob = logits[static_cast<size_t>(other)]});
-    return score;
-  }
-};
-
-/// Every token's text is one letter; Request::stop are matched without holding back. With a grammar
-/// the i-th token is one of those equal to i modulo 3, and nine tokens are complete.
-class ScriptedFilters : public AnswerFilters {
- public:
-  std::unique_ptr<AnswerFilter> create(const Request& request) override {
-    return std::make_unique<Filter>(request);
-  }
-
- private:
-  class Filter : public AnswerFilter {
-   public:
-    explicit Filter(const Request& request)
-        : stop_(request.stop), grammar_(request.grammar.kind != Grammar::Kind::kNone) {}
-    std::span<const int32_t> mask() override {
-      if (!grammar_) return {};
-      uint32_t bits = 0;
-      for (size_t token = text_.size() % 3; token < 32; token += 3) bits |= uint32_t{1} << token;
-      mask_.assign(8, static_cast<int32_t>(bits));
-      return mask_;
-    }
-    Accepted accept(int64_t token) override {
-      const std::string letter(1, static_cast<char>('A' + token % 26));
-      text_ += letter;
-      for (const std::string& stop : stop_) {
-        if (text_.ends_with(stop)) {
-          return {.verdict = Verdict::kStopString, .text = "", .matched_stop = stop};
-        }
-      }
-      const bool complete = grammar_ && text_.size() == 9;
-      return {.verdict = complete ? Verdict::kComplete : Verdict::kContinue,
-              .text = letter,
-              .matched_stop = ""};
-    }
-    std::string finish() override { return "."; }
-
-   private:
-    std::vector<std::string> stop_;
-    bool grammar_;
-    std::vector<int32_t> mask_;
-    std::string text_;
-  };
+  std::vector<Rows> logits_;
+  Ticket ticket_ = 0;
+  std::vector<SequenceStep> in_flight_;
+  uint64_t given_ = 0;  ///< a digest of the step in flight
 };
 
 /// Guesses right with a chance of `right` in 256, by knowing the model and the sampling of greedy
@@ -379,6 +336,9 @@ class ScriptedStore : public PrefixStore {
       : page_tokens_(page_tokens), policy_(policy), window_pages_(window_pages) {}
 
   int64_t page_tokens() const override { return page_tokens_; }
+  void set_identity(const std::string&) override {
+    for (auto* entries : {&pages_, &snapshots_, &windows_}) entries->clear();
+  }
   std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
                                          int64_t from_page,
                                          int64_t max_pos) override {

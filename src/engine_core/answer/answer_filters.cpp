@@ -23,20 +23,24 @@ class TextFilter final : public AnswerFilter {
         budget_(request.thinking_budget),
         closes_reasoning_(request.close_reasoning),
         grammar_(std::move(grammar)),
-        mask_(mask_words) {}
+        mask_words_(mask_words) {}
 
-  std::span<const int32_t> mask() override {
-    const std::span<const int32_t> whole{reinterpret_cast<const int32_t*>(mask_.data()),
-                                         mask_.size()};
-    if (budget_ >= 0 && text_.in_reasoning() && text_.reasoning_tokens() >= budget_ &&
-        text_.think_end() >= 0) {
-      std::fill(mask_.begin(), mask_.end(), 0);
-      const auto place = static_cast<size_t>(text_.think_end());
-      mask_[place / 32] |= 1u << place % 32;
-      return whole;
+  std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
+    std::vector<std::span<const int32_t>> all(1 + draft.size());
+    if (words_.size() < all.size() * mask_words_) words_.resize(all.size() * mask_words_);
+    bool reasons = text_.in_reasoning();
+    int64_t reasoned = text_.reasoning_tokens(), accepted = 0;
+    for (size_t i = 0;; ++i) {
+      const std::span words = std::span(words_).subspan(i * mask_words_, mask_words_);
+      if (sets_mask(reasons, reasoned, words))
+        all[i] = {reinterpret_cast<const int32_t*>(words.data()), words.size()};
+      if (i == draft.size() || (grammar_ && !grammar_->accept(draft[i]))) break;
+      accepted += grammar_ ? 1 : 0;
+      reasoned += reasons ? 1 : 0;
+      reasons = reasons && draft[i] != text_.think_end();
     }
-    if (!grammar_ || !grammar_->mask(mask_)) return {};
-    return whole;
+    if (accepted > 0) grammar_->rollback(accepted);
+    return all;
   }
 
   int64_t decide(int64_t token) override {
@@ -59,11 +63,23 @@ class TextFilter final : public AnswerFilter {
   std::string finish() override { return text_.finish(); }
 
  private:
+  /// False: every token is allowed.
+  bool sets_mask(bool reasons, int64_t reasoned, std::span<uint32_t> words) {
+    if (budget_ >= 0 && reasons && reasoned >= budget_ && text_.think_end() >= 0) {
+      std::ranges::fill(words, 0);
+      const auto place = static_cast<size_t>(text_.think_end());
+      words[place / 32] |= 1u << place % 32;
+      return true;
+    }
+    return grammar_ && grammar_->mask(words);
+  }
+
   AnswerText text_;
   int64_t eos_, budget_;
   bool closes_reasoning_;
   std::optional<GrammarSession> grammar_;
-  std::vector<uint32_t> mask_;
+  size_t mask_words_;
+  std::vector<uint32_t> words_;  ///< of the masks, one behind the other
 };
 
 /// The compiler's form: a list of tools alone means that one has to be called.

@@ -52,16 +52,52 @@ TEST(AnswerText, AThinkingBudgetForcesItsEnd) {
   const int32_t end = tokenizer().id_of(text::kThinkEnd), letter = tokenizer().id_of("x");
   const auto filter = filters.create(request);
   for (int i = 0; i < 2; ++i) {
-    EXPECT_TRUE(filter->mask().empty());
+    EXPECT_TRUE(filter->masks({}).front().empty());
     filter->accept(letter);
   }
-  const auto mask = filter->mask();
+  const auto mask = filter->masks({}).front();
   for (int32_t id = 0; id < tokenizer().vocab_size(); ++id) {
     const auto word = static_cast<uint32_t>(mask[static_cast<size_t>(id) / 32]);
     EXPECT_EQ((word >> id % 32 & 1u) != 0, id == end) << id;
   }
   filter->accept(end);
-  EXPECT_TRUE(filter->mask().empty());
+  EXPECT_TRUE(filter->masks({}).front().empty());
+}
+
+// Along a draft a filter says what it would say had the draft been accepted, and forgets it again.
+TEST(AnswerText, MasksAlongADraftAreThoseBehindItsTokens) {
+  TextFilters filters(tokenizer());
+  Request request;
+  request.structured = request.thinking = true;
+  request.thinking_budget = 3;
+  request.grammar = {.kind = Grammar::Kind::kRegex, .text = "(ab|cd)*"};
+  const auto copied = [](std::span<const int32_t> mask) {
+    return std::vector<int32_t>(mask.begin(), mask.end());
+  };
+  const int64_t end = tokenizer().id_of(text::kThinkEnd);
+  const auto letter = [](const char* text) { return int64_t{tokenizer().id_of(text)}; };
+  const std::vector<int64_t> answer = {letter("x"), letter("y"), end,        letter("a"),
+                                       letter("b"), letter("c"), letter("d")};
+  const auto plain = filters.create(request), drafted = filters.create(request);
+  for (size_t done = 0; done < answer.size(); ++done) {
+    for (size_t length = 0; done + length <= answer.size(); ++length) {
+      const auto draft = std::span(answer).subspan(done, length);
+      const auto ahead = filters.create(request);
+      for (size_t i = 0; i < done; ++i) ahead->accept(answer[i]);
+      const auto masks = drafted->masks(draft);
+      ASSERT_EQ(masks.size(), 1 + length);
+      for (size_t i = 0; i <= length; ++i) {
+        EXPECT_EQ(copied(masks[i]), copied(ahead->masks({}).front())) << done << " " << i;
+        if (i < length) ahead->accept(draft[i]);
+      }
+    }
+    // A draft that may not follow is no error, and changes nothing.
+    const std::vector<int64_t> wrong = {done < 3 ? answer[done] : letter("z"), letter("z")};
+    EXPECT_EQ(drafted->masks(wrong).size(), 3u);
+    EXPECT_EQ(copied(drafted->masks({}).front()), copied(plain->masks({}).front()));
+    plain->accept(answer[done]);
+    drafted->accept(answer[done]);
+  }
 }
 
 TEST(AnswerText, AnEndInsideTheReasoningClosesItWhereAsked) {

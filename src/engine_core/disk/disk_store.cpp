@@ -480,6 +480,8 @@ DiskStore::~DiskStore() = default;
 
 int64_t DiskStore::page_tokens() const { return impl_->options().page_tokens; }
 
+void DiskStore::set_identity(const std::string& identity) { impl_->set_identity(identity); }
+
 std::unique_ptr<PrefixLoad> DiskStore::begin_load(std::span<const int64_t> tokens,
                                                   int64_t from_page,
                                                   int64_t max_pos) {

@@ -68,6 +68,7 @@ class DiskStore : public PrefixStore, public TextStore {
   ~DiskStore() override;
 
   int64_t page_tokens() const override;
+  void set_identity(const std::string& identity) override;
   /// Copies the tokens.
   std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
                                          int64_t from_page,

@@ -26,6 +26,7 @@ class DiskStore::Impl {
  public:
   explicit Impl(DiskStoreOptions options);
   ~Impl();
+  void set_identity(const std::string& identity) { keys_.set_identity(identity); }
 
   std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
                                          int64_t from_page,

@@ -33,8 +33,14 @@ PrefixDigest text_digest(std::string_view name) {
 
 PrefixKeys::PrefixKeys(std::string_view identity, int64_t page_tokens) : page_tokens_(page_tokens) {
   HADAL_CHECK(page_tokens > 0, "prefix_key: page_tokens ", page_tokens);
-  const std::string text = concat("hadal prefix 1\n", page_tokens, '\n', identity);
+  set_identity(identity);
+}
+
+void PrefixKeys::set_identity(std::string_view identity) {
+  const std::string text = concat("hadal prefix 1\n", page_tokens_, '\n', identity);
+  const std::lock_guard lock(mutex_);
   root_ = sha256(text.data(), text.size());
+  recent_.clear();
 }
 
 std::vector<PrefixDigest> PrefixKeys::chain(std::span<const int64_t> tokens) {

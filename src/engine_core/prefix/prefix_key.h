@@ -30,6 +30,7 @@ class PrefixKeys {
   /// `identity`: all that must be equal for stored bytes to mean the same: the digest of the
   /// weights, the versions of numerics and layout.
   PrefixKeys(std::string_view identity, int64_t page_tokens);
+  void set_identity(std::string_view identity);
 
   /// The digests behind every whole page of `tokens`.
   std::vector<PrefixDigest> chain(std::span<const int64_t> tokens);
@@ -48,8 +49,8 @@ class PrefixKeys {
   void forget_old();
 
   const int64_t page_tokens_;
-  PrefixDigest root_;
   mutable std::mutex mutex_;
+  PrefixDigest root_;
   std::list<Chain> recent_;  ///< last used first
   int64_t hashed_pages_ = 0;
 };

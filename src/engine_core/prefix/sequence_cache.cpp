@@ -15,8 +15,12 @@ constexpr int64_t kLateSaves = 8;
 
 }  // namespace
 
-SequenceCache::SequenceCache(CacheMemory& memory, const Options& options, PrefixStore* store)
+SequenceCache::SequenceCache(CacheMemory& memory,
+                             Runner& runner,
+                             const Options& options,
+                             PrefixStore* store)
     : memory_(memory),
+      runner_(runner),
       store_(store),
       page_tokens_(memory.page_tokens()),
       snapshot_interval_(options.snapshot_interval == 0 ? page_tokens_ : options.snapshot_interval),
@@ -236,7 +240,7 @@ bool SequenceCache::load(CachedSequence& sequence,
       end_load(sequence);
       return false;
     }
-    load.rebuilt = memory_.rebuild_start(load.found->pos);
+    load.rebuilt = runner_.rebuild_start(load.found->pos);
   }
   const bool runs = load.found->snapshot.empty() && load.found->windows.empty();
   if (make_state(sequence, tokens)) finish_load(sequence, tokens, opened);
@@ -269,7 +273,7 @@ bool SequenceCache::take_pages(CachedSequence& sequence,
 bool SequenceCache::has_state(const StoredPrefix& stored) const {
   if (!stored.snapshot.empty())
     return static_cast<int64_t>(stored.snapshot.size()) == memory_.snapshot_bytes(stored.pos);
-  if (stored.windows.empty()) return memory_.can_rebuild();
+  if (stored.windows.empty()) return runner_.can_rebuild();
   const int64_t needed = std::min(memory_.window_pages(), stored.pos / page_tokens_);
   return static_cast<int64_t>(stored.windows.size()) == needed &&
          std::ranges::all_of(stored.windows, [&](const std::vector<std::byte>& window) {
@@ -297,7 +301,7 @@ bool SequenceCache::make_state(const CachedSequence& sequence, std::span<const i
   pages.insert(pages.end(), sequence.loaded.begin(), sequence.loaded.end());
   pages.resize(static_cast<size_t>(stored.pos / page_tokens_));
   const int64_t count = std::min(page_tokens_, stored.pos - load.rebuilt);
-  memory_.rebuild(sequence.slot, tokens.first(static_cast<size_t>(stored.pos)), pages, load.rebuilt,
+  runner_.rebuild(sequence.slot, tokens.first(static_cast<size_t>(stored.pos)), pages, load.rebuilt,
                   count);
   load.rebuilt += count;
   return load.rebuilt == stored.pos;

@@ -54,8 +54,8 @@ class SequenceCache {
     int64_t disk_hits = 0, disk_misses = 0, disk_errors = 0;
   };
 
-  /// `memory` and `store` (may be null) outlive it.
-  SequenceCache(CacheMemory& memory, const Options& options, PrefixStore* store);
+  /// All outlive it; `store` may be null. The runner rebuilds states that the store does not keep.
+  SequenceCache(CacheMemory& memory, Runner& runner, const Options& options, PrefixStore* store);
 
   int64_t page_tokens() const { return page_tokens_; }
   int64_t snapshot_interval() const { return snapshot_interval_; }
@@ -156,6 +156,7 @@ class SequenceCache {
   };
 
   CacheMemory& memory_;
+  Runner& runner_;
   PrefixStore* store_;
   int64_t page_tokens_, snapshot_interval_;
   bool keeps_windows_;  ///< the store wants the window of every page

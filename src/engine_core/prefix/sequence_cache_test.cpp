@@ -30,7 +30,7 @@ class World {
         const SequenceCache::Options& options,
         PrefixStore* store,
         uint64_t seed)
-      : model(model_options), cache(model, options, store), random_(seed, 7) {}
+      : model(model_options), cache(model, model, options, store), random_(seed, 7) {}
 
   struct Live {
     Tokens tokens;  ///< all but the last computed
@@ -51,7 +51,8 @@ class World {
         .tokens = std::span<const int64_t>(live.tokens).subspan(pos, static_cast<size_t>(count)),
         .pages = std::span<const int64_t>(live.cache.pages)
                      .first(static_cast<size_t>(cache.num_pages_for(live.cache.pos + count))),
-        .num_logits = 1};
+        .num_logits = 1,
+        .shows_logits = true};
     model.run({&step, 1});
     live.cache.pos += count;
     const Tokens computed(live.tokens.begin(), live.tokens.begin() + live.cache.pos);

@@ -46,9 +46,11 @@ Scheduler::Scheduler(const EngineInfo& info,
                      const SchedulerOptions& options,
                      const SchedulerParts& parts)
     : info_(info),
+      weights_(
+          std::make_shared<WeightsVersion>(WeightsVersion{.number = 0, .digest = info.weights})),
       options_(options),
       parts_(parts),
-      cache_(parts.memory, options.cache, parts.store),
+      cache_(parts.memory, parts.runner, options.cache, parts.store),
       max_tokens_(
           std::min(info.max_context, parts.memory.num_pages() * parts.memory.page_tokens())) {
   HADAL_CHECK(options.max_running > 0 && options.step_tokens > 0 && options.prompt_tokens > 0 &&
@@ -118,7 +120,7 @@ void Scheduler::add(uint64_t id, PreparedPtr prepared) {
     state->sequences.push_back(std::move(sequence));
   }
   if (state->request.deadline) deadlines_.emplace(*state->request.deadline, id);
-  enqueue(*state->sequences.front(), false);
+  if (!holds_waiting_) enqueue(*state->sequences.front(), false);
   ++num_waiting_requests_;
   requests_.emplace(id, std::move(state));
 }
@@ -221,6 +223,7 @@ bool Scheduler::try_admit(Sequence& sequence) {
   if (use_tree && request.wants_scores()) sequence.opened.miss = "scored";
   if (!request.admitted) {
     request.admitted = true;
+    request.weights = weights_;
     --num_waiting_requests_;
     request.report.prompt_tokens = request.prompt_size();
     stats_.prompt_tokens += request.prompt_size();
@@ -346,6 +349,7 @@ void Scheduler::deliver(Sequence& sequence, Update update) {
   if (request.sink == nullptr) return;
   update.choice = sequence.choice;
   update.cache = request.report;
+  update.weights = request.weights;
   if (!request.wants_scores()) update.prompt_scores = request.scores;
   update.completion_tokens = sequence.num_tokens() - request.prompt_size();
   update.drafted = sequence.drafted;

@@ -55,11 +55,10 @@ struct SchedulerOptions {
   SequenceCache::Options cache = {};
 };
 
-/// What the scheduler works with; all outlive it. The last three may be null.
+/// What the scheduler works with; all outlive it. The pointers may be null.
 struct SchedulerParts {
   Runner& runner;
   CacheMemory& memory;
-  Sampler& sampler;
   AnswerFilters& filters;
   Drafter* drafter = nullptr;
   PrefixStore* store = nullptr;
@@ -90,6 +89,14 @@ class Scheduler {
   void fail_all(const std::string& what);
   /// One step, with everything around it. False: nothing is running or waiting.
   bool step();
+
+  /// Requests that have not begun do not until the weights have changed.
+  void hold_waiting();
+  /// None has begun.
+  bool drained() const { return std::ssize(requests_) == num_waiting_requests_; }
+  /// When drained: swaps, forgets all prefixes in memory (those of a store are the swap's), and
+  /// lets those that wait begin. Errors: as Engine::update_weights(); then the old weights stay.
+  void update_weights(const WeightsUpdate& update);
 
   bool idle() const { return requests_.empty(); }
   /// As the runner's.
@@ -140,20 +147,23 @@ class Scheduler {
   int64_t draft_limit(const Sequence& sequence) const;
   void reserve_planned();
   void make_drafts();
+  void build_steps();
   void run_planned();
   void contain_failure(const std::string& what);
   void finish_step();
   void forget_finished();
 
+  // What is drawn and scored in a step (scheduler_draws.cpp).
+  static Draw draw_of(Sequence& sequence, int64_t row);
+  static void plan_draws(Sequence& sequence);
+  static void set_masks(Sequence& sequence);
+  static ScoredTokens plan_scores(const Sequence& sequence);
+  static void take_scores(RequestState& request, std::vector<TokenScore> scores);
+
   // After the model.
   void advance(Sequence& sequence, int64_t index);
-  SampleInput draw_input(Sequence& sequence);
-  std::optional<FinishReason> take_token(Sequence& sequence,
-                                         int64_t index,
-                                         int64_t row,
-                                         Update& update);
-  void score_prompt(Sequence& sequence, int64_t index);
-  void fork_choices(Sequence& leader, int64_t index);
+  std::optional<FinishReason> take_token(Sequence& sequence, Sampled sampled, Update& update);
+  void fork_choices(Sequence& leader, std::span<Sampled> drawn);
   void keep_state(Sequence& sequence, bool ends);
   void deliver(Sequence& sequence, Update update);
   void end(Sequence& sequence, FinishReason reason, Update update);
@@ -164,6 +174,8 @@ class Scheduler {
   void release(Sequence& sequence);
 
   EngineInfo info_;
+  std::shared_ptr<const WeightsVersion> weights_;
+  bool holds_waiting_ = false;
   SchedulerOptions options_;
   SchedulerParts parts_;
   SequenceCache cache_;
@@ -175,6 +187,7 @@ class Scheduler {
   std::vector<uint64_t> finished_;  ///< requests to be forgotten after the step
   std::vector<Sequence*> planned_;
   std::vector<SequenceStep> steps_;
+  StepResult result_;
   DraftPolicy draft_policy_;
   PromptPace prompt_pace_;
   struct Rows {
@@ -188,7 +201,7 @@ class Scheduler {
     double processor = 0;  ///< seconds of the engine's thread
   };
   class Stopwatch;
-  Spent model_, sampling_;     ///< in the step being made
+  Spent model_;                ///< in the step being made, with the draws
   uint64_t load_turn_ = 0;     ///< whose load comes first
   int64_t num_following_ = 0;  ///< sequences with a leader
   int64_t num_waiting_requests_ = 0;

@@ -78,7 +78,8 @@ TEST(Scheduler, AScoredPromptGoesOnWhereItWasPreempted) {
   world.add(urgent);
   int64_t rows = 0;
   world.model.on_run = [&](std::span<const SequenceStep> steps) {
-    for (const SequenceStep& step : steps) rows += step.scored ? std::ssize(step.tokens) : 0;
+    for (const SequenceStep& step : steps)
+      rows += step.scored.targets.empty() ? 0 : std::ssize(step.tokens);
   };
   world.run_to_end();
   EXPECT_GT(world.scheduler.stats().preemptions, 0);

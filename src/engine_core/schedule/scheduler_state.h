@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "engine_core/schedule/scheduler.h"
@@ -46,6 +47,9 @@ struct Scheduler::Sequence {
   int64_t num_drafts = 0;
   std::vector<int64_t> drafts;
   std::vector<int64_t> rows;  ///< with drafts: the last token and they
+  /// Behind the last token and each draft, then those of choices that begin from this prompt.
+  std::vector<Draw> draws;
+  std::string mask_error;  ///< why the filter has no masks for them
 
   int64_t pos() const { return cache.pos; }
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
@@ -59,6 +63,7 @@ struct Scheduler::RequestState {
   std::vector<std::unique_ptr<Sequence>> sequences;
   int64_t num_open = 0;  ///< choices that have not ended
   bool admitted = false;
+  std::shared_ptr<const WeightsVersion> weights;  ///< once it is admitted
   const Sequence* reporter = nullptr;  ///< whose cache `report` tells of, until it is preempted
   CacheReport report;
   /// With Request::prompt_logprobs: those of the prompt's first tokens; constant once all are
@@ -69,6 +74,13 @@ struct Scheduler::RequestState {
 
   int64_t prompt_size() const { return static_cast<int64_t>(request.prompt.size()); }
   bool wants_scores() const { return scores && std::ssize(*scores) < prompt_size(); }
+  /// Choices that begin where the prompt ends.
+  std::vector<Sequence*> awaiting() const {
+    std::vector<Sequence*> choices;
+    for (const std::unique_ptr<Sequence>& choice : sequences)
+      if (choice->phase == Sequence::Phase::kAwaitsPrompt) choices.push_back(choice.get());
+    return choices;
+  }
 };
 
 }  // namespace hadal::engine

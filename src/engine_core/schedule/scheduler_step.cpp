@@ -35,7 +35,8 @@ class Scheduler::Stopwatch {
 
 bool Scheduler::step() {
   const Stopwatch step;
-  model_ = sampling_ = {};
+  model_ = {};
+  result_ = {};
   expire();
   admit();
   load_prefixes();
@@ -67,10 +68,10 @@ bool Scheduler::step() {
   forget_finished();
   Spent rest;
   step.add_to(rest);
-  stats_.model_seconds += model_.seconds;
-  stats_.sampling_seconds += sampling_.seconds;
-  stats_.overhead_seconds += rest.seconds - model_.seconds - sampling_.seconds;
-  stats_.overhead_cpu_seconds += rest.processor - model_.processor - sampling_.processor;
+  stats_.model_seconds += model_.seconds - result_.sampling_seconds;
+  stats_.sampling_seconds += result_.sampling_seconds;
+  stats_.overhead_seconds += rest.seconds - model_.seconds;
+  stats_.overhead_cpu_seconds += rest.processor - model_.processor;
   return !requests_.empty();
 }
 
@@ -197,11 +198,17 @@ void Scheduler::make_drafts() {
   for (Sequence* sequence : planned_) {
     sequence->drafts.clear();
     if (sequence->num_drafts == 0) continue;
+    Draw next = draw_of(*sequence, 0);
+    try {
+      next.mask = sequence->filter->masks({}).front();
+    } catch (const std::exception&) {
+      continue;  // it will be asked again, and then its answer ends
+    }
     requests.push_back({.slot = sequence->cache.slot,
                         .tokens = sequence->tokens,
                         .pages = sequence->cache.pages,
                         .max_drafts = sequence->num_drafts,
-                        .next = draw_input(*sequence),
+                        .next = next,
                         .drafts = {}});
     drafting.push_back(sequence);
   }
@@ -220,7 +227,7 @@ void Scheduler::make_drafts() {
   }
 }
 
-void Scheduler::run_planned() {
+void Scheduler::build_steps() {
   steps_.clear();
   rows_ = {};
   for (Sequence* sequence : planned_) {
@@ -233,14 +240,17 @@ void Scheduler::run_planned() {
       sequence->rows.insert(sequence->rows.end(), sequence->drafts.begin(), sequence->drafts.end());
       tokens = sequence->rows;
     }
+    sequence->draws.clear();
+    if (draws) plan_draws(*sequence);
     const auto num_pages =
         static_cast<size_t>(cache_.num_pages_for(static_cast<int64_t>(pos + tokens.size())));
     steps_.push_back({.slot = sequence->cache.slot,
                       .start = sequence->pos(),
                       .tokens = tokens,
                       .pages = std::span<const int64_t>(sequence->cache.pages).first(num_pages),
-                      .num_logits = draws ? 1 + static_cast<int64_t>(sequence->drafts.size()) : 0,
-                      .scored = sequence->request->wants_scores()});
+                      .num_logits = draws ? 1 + std::ssize(sequence->drafts) : 0,
+                      .draws = sequence->draws,
+                      .scored = plan_scores(*sequence)});
     if (draws && sequence->chunk == 1) {
       ++rows_.answers;
     } else {
@@ -248,9 +258,20 @@ void Scheduler::run_planned() {
     }
     rows_.drafts += static_cast<int64_t>(sequence->drafts.size());
   }
-  const Stopwatch watch;
-  parts_.runner.run(steps_);
-  watch.add_to(model_);
+}
+
+// What the step does not need from the start is made while it runs.
+void Scheduler::run_planned() {
+  build_steps();
+  const Stopwatch launching;
+  const Runner::Ticket ticket = parts_.runner.launch(steps_);
+  launching.add_to(model_);
+  for (Sequence* sequence : planned_) set_masks(*sequence);
+  const Stopwatch collecting;
+  result_ = parts_.runner.collect(ticket);
+  collecting.add_to(model_);
+  HADAL_CHECK(result_.sequences.size() == steps_.size(), "scheduler: results of ",
+              result_.sequences.size(), " sequences, not ", steps_.size());
 }
 
 // Nobody knows whose tokens made the step throw, nor what the states are now: everybody starts over
@@ -284,21 +305,26 @@ void Scheduler::finish_step() {
 
 void Scheduler::advance(Sequence& sequence, int64_t index) {
   const SequenceStep& step = steps_[static_cast<size_t>(index)];
-  if (sequence.request->wants_scores()) {
-    const Stopwatch watch;
-    score_prompt(sequence, index);
-    watch.add_to(model_);
-  }
+  SequenceResult& result = result_.sequences[static_cast<size_t>(index)];
+  HADAL_CHECK(result.drawn.size() == step.draws.size() &&
+                  result.scores.size() == step.scored.targets.size(),
+              "scheduler: ", result.drawn.size(), " tokens and ", result.scores.size(),
+              " scores where ", step.draws.size(), " and ", step.scored.targets.size(),
+              " were asked for");
+  take_scores(*sequence.request, std::move(result.scores));
   sequence.cache.pos += sequence.chunk;
   serve_followers(sequence);
   std::optional<FinishReason> reason;
   Update update;
   if (step.num_logits > 0) {
-    fork_choices(sequence, index);
-    const auto num_drafts = static_cast<int64_t>(sequence.drafts.size());
+    const std::span<Sampled> drawn = result.drawn;
+    const auto num_drafts = std::ssize(sequence.drafts);
+    const bool draws = !drawn.empty();  // or the prompt is all that was asked for
+    fork_choices(sequence, draws ? drawn.subspan(static_cast<size_t>(num_drafts) + 1) : drawn);
     int64_t accepted = 0;
     for (int64_t row = 0;; ++row) {
-      reason = take_token(sequence, index, row, update);
+      reason = draws ? take_token(sequence, std::move(drawn[static_cast<size_t>(row)]), update)
+                     : FinishReason::kLength;
       if (reason || row == num_drafts ||
           sequence.tokens.back() != sequence.drafts[static_cast<size_t>(row)]) {
         break;
@@ -316,9 +342,9 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
     sequence.accepted += accepted;
     stats_.drafted += num_drafts;
     stats_.accepted += accepted;
-    const auto drawn = static_cast<int64_t>(update.tokens.size());
-    stats_.generated_tokens += drawn;
-    queue_.charge(sequence.request->request.client, drawn);
+    const int64_t count = std::ssize(update.tokens);
+    stats_.generated_tokens += count;
+    queue_.charge(sequence.request->request.client, count);
   }
   keep_state(sequence, reason.has_value());
   if (reason) {
@@ -328,39 +354,16 @@ void Scheduler::advance(Sequence& sequence, int64_t index) {
   }
 }
 
-// How the sequence's next token is drawn, but for its logits.
-SampleInput Scheduler::draw_input(Sequence& sequence) {
-  const Request& request = sequence.request->request;
-  const auto prompt_size = request.prompt.size();
-  const std::span<const int64_t> tokens = sequence.tokens;
-  std::span<const int64_t> avoided;
-  if (std::ssize(tokens) - sequence.request->prompt_size() < request.min_tokens)
-    avoided = sequence.request->ends;
-  return {.logits = {},
-          .sampling = request.sampling,
-          .choice = sequence.choice,
-          .pos = sequence.num_tokens(),
-          .prompt = tokens.first(prompt_size),
-          .answer = tokens.subspan(prompt_size),
-          .mask = sequence.filter->mask(),
-          .avoided = avoided,
-          .memory = &sequence.memory};
-}
-
-// Draws the token after row `row` of the step; a reason when the answer ends with it.
+// A token that was drawn; a reason when the answer ends with it.
 std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
-                                                  int64_t index,
-                                                  int64_t row,
+                                                  Sampled sampled,
                                                   Update& update) {
   const Request& request = sequence.request->request;
-  if (request.max_tokens == 0) return FinishReason::kLength;
   const auto prompt_size = request.prompt.size();
-  SampleInput input = draw_input(sequence);
-  input.logits = parts_.runner.logits(index, row);
-  input.top_logprobs = request.top_logprobs;
-  const Stopwatch watch;
-  Sampled sampled = parts_.sampler.sample(input);
-  watch.add_to(sampling_);
+  if (!sequence.mask_error.empty()) throw Error(sequence.mask_error);
+  HADAL_CHECK(sampled.token != -1,
+              "scheduler: no token can be drawn: of all that may follow, no "
+              "logit is a number");
   HADAL_CHECK(sampled.token >= 0 && sampled.token < info_.vocab_size, "scheduler: drew token ",
               sampled.token);
   sampled.token = sequence.filter->decide(sampled.token);
@@ -369,6 +372,7 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   out.token = sampled.token;
   out.logprob = sampled.logprob;
   out.top = std::move(sampled.top);
+  out.sampled_logprob = sampled.sampled_logprob;
   const auto answered = static_cast<int64_t>(sequence.tokens.size() - prompt_size);
   const std::vector<int64_t>& ends = sequence.request->ends;
   if (std::ranges::find(ends, sampled.token) != ends.end()) {
@@ -390,13 +394,14 @@ std::optional<FinishReason> Scheduler::take_token(Sequence& sequence,
   return complete ? FinishReason::kStop : FinishReason::kLength;
 }
 
-// The prompt is computed: the other choices begin from its pages, state and logits. Those for which
-// there is no room wait like anybody else.
-void Scheduler::fork_choices(Sequence& leader, int64_t index) {
+// The prompt is computed: the other choices begin from its pages and state, each with its own
+// token. Those for which there is no room wait like anybody else, and draw theirs again.
+void Scheduler::fork_choices(Sequence& leader, std::span<Sampled> drawn) {
   RequestState& request = *leader.request;
-  for (const std::unique_ptr<Sequence>& choice : request.sequences) {
+  auto next = drawn.begin();
+  for (Sequence* choice : request.awaiting()) {
     Sequence& other = *choice;
-    if (other.phase != Sequence::Phase::kAwaitsPrompt) continue;
+    Sampled* sampled = drawn.empty() ? nullptr : &*next++;
     std::optional<CachedSequence> cache;
     if (has_place() && pages_spare() > 1) cache = cache_.fork(leader.cache);
     if (!cache) {
@@ -406,10 +411,11 @@ void Scheduler::fork_choices(Sequence& leader, int64_t index) {
     other.cache = std::move(*cache);
     insert_running(other);
     Update update;
-    const std::optional<FinishReason> reason = take_token(other, index, 0, update);
-    const int64_t drawn = std::ssize(update.tokens);
-    stats_.generated_tokens += drawn;
-    queue_.charge(request.request.client, drawn);
+    const std::optional<FinishReason> reason =
+        sampled == nullptr ? FinishReason::kLength : take_token(other, std::move(*sampled), update);
+    const int64_t count = std::ssize(update.tokens);
+    stats_.generated_tokens += count;
+    queue_.charge(request.request.client, count);
     if (reason) {
       end(other, *reason, std::move(update));
     } else {

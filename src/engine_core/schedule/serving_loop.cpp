@@ -2,7 +2,9 @@
 
 #include <chrono>
 #include <exception>
+#include <utility>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/memory.h"
 
@@ -77,6 +79,50 @@ EngineStats ServingLoop::stats() const {
   return stats;
 }
 
+void ServingLoop::update_weights(const WeightsUpdate& update) {
+  PendingUpdate pending{.update = update, .done = {}};
+  std::future<void> done = pending.done.get_future();
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) throw Error("engine: it stops");
+    updates_.push_back(&pending);
+  }
+  news_.notify_one();
+  done.get();
+}
+
+// Once nobody is left who began with the old ones.
+void ServingLoop::change_weights() {
+  PendingUpdate* pending = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    if (updates_.empty()) return;
+    pending = updates_.front();
+  }
+  scheduler_.hold_waiting();
+  if (!scheduler_.drained()) return;
+  std::exception_ptr error;
+  try {
+    scheduler_.update_weights(pending->update);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    updates_.pop_front();
+  }
+  error ? pending->done.set_exception(error) : pending->done.set_value();
+}
+
+void ServingLoop::refuse_updates() {
+  const auto refused = [this] {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(updates_, {});
+  }();
+  for (PendingUpdate* pending : refused)
+    pending->done.set_exception(std::make_exception_ptr(Error("engine: it stops")));
+}
+
 std::vector<int64_t> ServingLoop::as_written(std::vector<int64_t> prompt) const {
   if (cuts_ == nullptr) return prompt;
   std::vector<int64_t> written = cuts_->recall(prompt);
@@ -129,6 +175,7 @@ void ServingLoop::run() {
     if (!going_on) {
       scheduler_.cancel_all();
       delivery_.hand_over();
+      refuse_updates();
       check_when_idle();
       lock.lock();
       stats_ = scheduler_.stats();
@@ -138,6 +185,7 @@ void ServingLoop::run() {
     }
     bool busy = false;
     try {
+      change_weights();
       busy = scheduler_.step();
     } catch (const std::exception& error) {
       // A mistake of the scheduler itself: nobody's answer can be trusted to go on.
@@ -153,12 +201,12 @@ void ServingLoop::run() {
     delivery_.hand_over();
     if (!busy) check_when_idle();
     lock.lock();
-    if (busy || !submitted_.empty() || !cancelled_.empty() || stopping_) continue;
+    const auto has_news = [this] {
+      return !submitted_.empty() || !cancelled_.empty() || !updates_.empty() || stopping_;
+    };
+    if (busy || has_news()) continue;
     is_idle_ = true;
     idle_.notify_all();
-    const auto has_news = [this] {
-      return !submitted_.empty() || !cancelled_.empty() || stopping_;
-    };
     if (news_.wait_for(lock, kRest, has_news)) continue;
     lock.unlock();
     scheduler_.rest();

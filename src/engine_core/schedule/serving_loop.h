@@ -6,6 +6,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -29,6 +31,7 @@ class ServingLoop : public Engine {
   Submitted submit(Request request, std::shared_ptr<Sink> sink, uint64_t* id) override;
   void cancel(uint64_t id) override;
   EngineStats stats() const override;
+  void update_weights(const WeightsUpdate& update) override;
   std::vector<int64_t> as_written(std::vector<int64_t> prompt) const override;
 
   /// No more requests; returns when the accepted ones have ended and their sinks know it. Not from
@@ -42,6 +45,8 @@ class ServingLoop : public Engine {
  private:
   void run();
   bool take_news(std::unique_lock<std::mutex>& lock);
+  void change_weights();
+  void refuse_updates();
   void check_when_idle();
 
   const EngineInfo info_;
@@ -55,6 +60,11 @@ class ServingLoop : public Engine {
   std::condition_variable news_, idle_;
   std::vector<std::pair<uint64_t, Scheduler::PreparedPtr>> submitted_;
   std::vector<uint64_t> cancelled_;
+  struct PendingUpdate {
+    const WeightsUpdate& update;
+    std::promise<void> done;
+  };
+  std::deque<PendingUpdate*> updates_;  ///< their callers wait
   EngineStats stats_;
   std::atomic<int64_t> workspace_bytes_{0};
   uint64_t next_id_ = 1;

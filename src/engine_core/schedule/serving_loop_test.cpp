@@ -27,6 +27,7 @@ class Waiting : public Sink {
     for (const OutputToken& token : update.tokens) {
       tokens_[static_cast<size_t>(update.choice)].push_back(token.token);
     }
+    if (update.weights != nullptr) version_ = update.weights->number;
     if (!update.finish) return;
     reason_ = *update.finish;
     if (--open_ == 0) done_.notify_all();
@@ -36,6 +37,10 @@ class Waiting : public Sink {
     done_.wait(lock, [this] { return open_ == 0; });
     return reason_;
   }
+  int64_t version() {
+    const std::lock_guard lock(mutex_);
+    return version_;
+  }
   Tokens tokens(int64_t choice) {
     const std::lock_guard lock(mutex_);
     return tokens_[static_cast<size_t>(choice)];
@@ -44,7 +49,7 @@ class Waiting : public Sink {
  private:
   std::mutex mutex_;
   std::condition_variable done_;
-  int64_t open_;
+  int64_t open_, version_ = -1;
   FinishReason reason_ = FinishReason::kError;
   std::vector<Tokens> tokens_;
 };
@@ -58,10 +63,9 @@ struct World {
               .max_choices = 4,
               .eos_token = 0},
              options,
-             {.runner = model, .memory = model, .sampler = sampler, .filters = filters}) {}
+             {.runner = model, .memory = model, .filters = filters}) {}
 
   ScriptedModel model;
-  ScriptedSampler sampler;
   ScriptedFilters filters;
   ServingLoop loop;
 };
@@ -239,6 +243,51 @@ TEST(ServingLoop, ASlowSinkDoesNotHoldUpTheEngine) {
   EXPECT_EQ(other->wait(), FinishReason::kLength);
   EXPECT_EQ(slow->updates, 90);
   EXPECT_TRUE(slow->finished);
+}
+
+TEST(ServingLoop, NewWeightsComeBetweenRequests) {
+  World world({});
+  Gate gate;
+  world.model.on_run = [&](std::span<const SequenceStep>) { gate.pass(); };
+  auto begun = std::make_shared<Waiting>(1), later = std::make_shared<Waiting>(1);
+  uint64_t id = 0;
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 9), begun, &id), Submitted::kAccepted);
+  gate.wait_until_reached();
+  const auto swap_to = [&](int64_t version) {
+    world.loop.update_weights({.version = {.number = version, .digest = {}}, .swap = [&, version] {
+                                 world.model.weights = static_cast<uint64_t>(version);
+                               }});
+  };
+  std::thread updates([&] {
+    swap_to(1);
+    swap_to(2);
+  });
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 9), later, &id), Submitted::kAccepted);
+  gate.open();
+  begun->wait();
+  later->wait();
+  updates.join();
+  EXPECT_EQ(begun->version(), 0);
+  EXPECT_GE(later->version(), 0);
+  for (const auto& sink : {begun, later}) {
+    ScriptedModel alone({});
+    alone.weights = static_cast<uint64_t>(sink->version());
+    Tokens all = {1, 2};
+    for (const int64_t token : sink->tokens(0)) {
+      const std::vector<float> logits = alone.reference(all);
+      ASSERT_EQ(token, std::ranges::max_element(logits) - logits.begin());
+      all.push_back(token);
+    }
+  }
+  // When nothing runs, at once.
+  swap_to(3);
+  auto last = std::make_shared<Waiting>(1);
+  ASSERT_EQ(world.loop.submit(greedy({1, 2}, 2), last, &id), Submitted::kAccepted);
+  last->wait();
+  EXPECT_EQ(last->version(), 3);
+  EXPECT_THROW(swap_to(3), InputError);
+  world.loop.drain();
+  EXPECT_FALSE(world.loop.integrity_lost());
 }
 
 TEST(ServingLoop, EndsWithItsRequestsCancelled) {

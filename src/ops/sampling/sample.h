@@ -1,70 +1,66 @@
-// The choice of the next token from its logits. Torch-free, one row at a time.
+// The choice of next tokens from rows of logits. Torch-free.
 //
 // Randomness is keyed by (seed, choice, position): the same seed gives the same text alone, in a
 // batch, on any number of threads and after a resumption (numerics contract, rule 3).
 //
 // The order of everything that bears on the choice:
 //   adjust_logits   logit bias, repetition penalty, frequency and presence penalty, token mask
-//   sample_token    temperature, top-k, top-p of what top-k left, min-p, the draw
-// Log probabilities are those of the model: they are taken from the row before adjust_logits.
+//   the draw        temperature, top-k, top-p of what top-k left, min-p, the draw
+// Log-probabilities are offered of both ends: of the model, from the row as it came, and of the
+// distribution that was drawn from, behind everything above.
 #pragma once
 
 #include <cstdint>
 #include <span>
-#include <unordered_map>
 #include <vector>
 
 #include "base/sampling.h"
+#include "ops/sampling/adjust_logits.h"
 
 namespace hadal::ops {
 
-/// How often each token stands in the prompt and in the answer so far.
-class TokenHistory {
- public:
-  void add_prompt(std::span<const int64_t> tokens);
-  /// A token of the answer.
-  void add(int64_t token) { ++counts_[token].in_answer; }
-  /// Takes a token of the answer back (a rejected draft). Errors: Error if it is not there.
-  void remove(int64_t token);
-
- private:
-  friend void adjust_logits(std::span<float>,
-                            const Sampling&,
-                            const TokenHistory&,
-                            std::span<const uint32_t>);
-  struct Count {
-    bool in_prompt = false;
-    int64_t in_answer = 0;
-  };
-  std::unordered_map<int64_t, Count> counts_;
+/// One token to draw.
+struct DrawRow {
+  std::span<const float> logits;  ///< [vocab]
+  Adjustment adjustment;
+  int64_t position = 0;       ///< of the token to be drawn
+  int64_t choice = 0;         ///< the answer's number among several to one prompt; below 2^32
+  int64_t top_logprobs = -1;  ///< -1: no log-probabilities of the model; k: with the k likeliest
+  bool sampled_logprob = false;
 };
 
-/// Whether adjust_logits would change anything without a mask.
-bool adjusts_logits(const Sampling& sampling);
+struct Drawn {
+  int64_t token = -1;  ///< -1: every logit is NaN or -infinity
+  double logprob = 0;  ///< of the model; with top_logprobs >= 0
+  std::vector<TokenLogprob> top;
+  double sampled_logprob = 0;  ///< of the distribution drawn from; 0 at temperature 0
+};
 
-/// Applies bias and penalties in place, then sets the logits of forbidden tokens to -infinity.
-/// `mask` has a bit for each token, set where it is allowed (token t: bit t % 32 of word t / 32);
-/// tokens behind its end are forbidden; an empty mask allows all. Errors: Error for a biased token
-/// outside the row.
-void adjust_logits(std::span<float> logits,
-                   const Sampling& sampling,
-                   const TokenHistory& history,
-                   std::span<const uint32_t> mask);
+/// Draws from each row exactly from softmax(logits / temperature) restricted to the top-k, top-p
+/// and min-p sets, by Gumbel's trick (as the official demo's exponential noise does): rows in
+/// parallel, one row in pieces. Logits that are NaN or -infinity are never chosen. `drawn` has
+/// [rows].
+void draw_rows(std::span<const DrawRow> rows, std::span<Drawn> drawn);
 
-/// Samples exactly from softmax(logits / temperature) restricted to the top-k, top-p and min-p
-/// sets, by Gumbel's trick (as the official demo's exponential noise does). `position` is that of
-/// the token being chosen, `choice` the number of the answer among several to one prompt. Logits
-/// that are NaN or -infinity are never chosen; an Error when all are or the row is empty.
+/// One row as it is. Errors: Error where nothing can be drawn.
 int64_t sample_token(std::span<const float> logits,
                      const Sampling& sampling,
                      int64_t position,
                      int64_t choice = 0);
 
-/// log softmax(logits)[token] in double precision; NaN logits have no mass.
-double log_probability(std::span<const float> logits, int64_t token);
+/// log softmax of a row, in double precision; NaN logits have no mass.
+class LogSoftmax {
+ public:
+  /// Errors: Error for a row whose logits are all NaN or -infinity.
+  explicit LogSoftmax(std::span<const float> logits);
+  double of(int64_t token) const;
+  /// The `count` likeliest tokens, likeliest first, ties to the lower id; fewer if the row has
+  /// fewer that are not NaN.
+  std::vector<TokenLogprob> top(int64_t count) const;
 
-/// The `count` most likely tokens, likeliest first, ties to the lower id; fewer if the row has
-/// fewer that are not NaN.
-std::vector<TokenLogprob> top_log_probabilities(std::span<const float> logits, int64_t count);
+ private:
+  std::span<const float> logits_;
+  double highest_, log_total_;
+};
 
 }  // namespace hadal::ops

@@ -232,69 +232,238 @@ TEST(Sample, ChoicesDifferAndEachFollowsTheDistribution) {
 
 TEST(Sample, BiasThenPenalties) {
   TokenHistory history;
-  const std::vector<int64_t> prompt = {0, 1, 0};
+  const std::vector<int64_t> prompt = {0, 1, 0}, ahead = {2, 4, 2};
   history.add_prompt(prompt);
-  for (const int64_t token : {1, 2, 2, 3}) history.add(token);
-  history.remove(3);
+  history.add(1);
   const std::vector<float> row = {2.0f, -2.0f, 1.0f, 4.0f, NAN, 0.0f};
   const Sampling params{.repetition_penalty = 2.0,
                         .presence_penalty = 0.25,
                         .frequency_penalty = 0.5,
                         .logit_bias = {{0, 2.0}, {5, -100.0}, {0, 1.0}}};
-  EXPECT_TRUE(adjusts_logits(params));
+  const Adjustment all{.sampling = params, .history = &history, .ahead = ahead};
+  EXPECT_TRUE(all.any());
   std::vector<float> logits = row;
-  adjust_logits(logits, params, history, {});
+  adjust_logits(logits, all);
   EXPECT_EQ(logits[0], 2.5f);    // (2 + 3) / 2: only in the prompt
   EXPECT_EQ(logits[1], -4.75f);  // -2 * 2 - 0.5 - 0.25
-  EXPECT_EQ(logits[2], -0.75f);  // 1 / 2 - 2 * 0.5 - 0.25
-  EXPECT_EQ(logits[3], 4.0f);    // taken back
+  EXPECT_EQ(logits[2], -0.75f);  // 1 / 2 - 2 * 0.5 - 0.25: twice in what comes behind
+  EXPECT_EQ(logits[3], 4.0f);
   EXPECT_TRUE(std::isnan(logits[4]));
   EXPECT_EQ(logits[5], -100.0f);
+  // What lies ahead counts as if it were in the history.
+  for (const int64_t token : ahead) history.add(token);
+  std::vector<float> counted = row;
+  adjust_logits(counted, {.sampling = params, .history = &history});
+  EXPECT_EQ(std::vector<float>(counted.begin(), counted.begin() + 4),
+            std::vector<float>(logits.begin(), logits.begin() + 4));
+  const Sampling none;
+  const Adjustment nothing{.sampling = none, .history = &history};
+  EXPECT_FALSE(nothing.any());
   std::vector<float> same = row;
-  EXPECT_FALSE(adjusts_logits({}));
-  adjust_logits(same, {}, history, {});
+  adjust_logits(same, nothing);
   EXPECT_EQ(std::vector<float>(same.begin(), same.begin() + 4),
             std::vector<float>(row.begin(), row.begin() + 4));
-  EXPECT_THROW(history.remove(3), Error);
-  EXPECT_THROW(adjust_logits(same, {.logit_bias = {{6, 1.0}}}, history, {}), Error);
+  const Sampling outside{.logit_bias = {{6, 1.0}}};
+  EXPECT_THROW(adjust_logits(same, {.sampling = outside}), Error);
 }
 
 TEST(Sample, MaskedTokensAreNeverChosen) {
   std::vector<float> row(70);
   for (size_t i = 0; i < row.size(); ++i) row[i] = static_cast<float>(i);
   std::vector<float> logits = row;
-  adjust_logits(logits, {}, {}, std::vector<uint32_t>{0, 1u << 5});  // the third word is missing
+  const Sampling plain;
+  const auto masked = [&](const std::vector<uint32_t>& mask) {
+    logits = row;
+    adjust_logits(logits, {.sampling = plain, .mask = mask});
+  };
+  masked({0, 1u << 5});  // the third word is missing
   for (int64_t i = 0; i < 20; ++i) {
     EXPECT_EQ(sample_token(logits, {.temperature = 100.0, .seed = 1}, i), 37);
     EXPECT_EQ(sample_token(logits, {.top_p = 0.5, .seed = 1, .top_k = 5, .min_p = 0.1}, i), 37);
   }
   EXPECT_EQ(sample_token(logits, {.temperature = 0.0}, 0), 37);
-  logits = row;
-  adjust_logits(logits, {}, {}, std::vector<uint32_t>{~0u, ~0u, ~0u});
+  masked({~0u, ~0u, ~0u});
   EXPECT_EQ(logits, row);
-  adjust_logits(logits, {}, {}, std::vector<uint32_t>{0, 0, 0});
+  masked({0, 0, 0});
   EXPECT_THROW(sample_token(logits, {}, 0), Error);
   EXPECT_THROW(sample_token(logits, {.temperature = 0.0}, 0), Error);
 }
 
+TEST(Sample, AvoidedTokensAreChosenWhereNothingElseCanBe) {
+  const Sampling greedy{.temperature = 0.0};
+  const std::vector<float> row = {1.0f, 3.0f, 2.0f};
+  const std::vector<int64_t> avoided = {1}, two = {1, 2};
+  const std::vector<uint32_t> only = {2};
+  const auto drawn = [&](std::span<const int64_t> tokens, std::span<const uint32_t> mask) {
+    const DrawRow one{.logits = row,
+                      .adjustment = {.sampling = greedy, .mask = mask, .avoided = tokens}};
+    Drawn token;
+    draw_rows({&one, 1}, {&token, 1});
+    return token.token;
+  };
+  EXPECT_EQ(drawn(avoided, {}), 2);
+  EXPECT_EQ(drawn(two, {}), 0);
+  EXPECT_EQ(drawn(two, only), 1);
+}
+
 TEST(Sample, TopLogProbabilitiesAreSorted) {
   const std::vector<float> logits = {0.5f, NAN, 2.0f, 0.5f, -INFINITY};
-  const std::vector<TokenLogprob> top = top_log_probabilities(logits, 3);
+  const LogSoftmax model(logits);
+  const std::vector<TokenLogprob> top = model.top(3);
   ASSERT_EQ(top.size(), 3u);
   EXPECT_EQ(top[0].token, 2);
   EXPECT_EQ(top[1].token, 0);
   EXPECT_EQ(top[2].token, 3);
-  for (const TokenLogprob& x : top) EXPECT_EQ(x.logprob, log_probability(logits, x.token));
+  for (const TokenLogprob& x : top) EXPECT_EQ(x.logprob, model.of(x.token));
   EXPECT_NEAR(std::exp(top[0].logprob) + 2 * std::exp(top[1].logprob), 1.0, 1e-12);
-  EXPECT_EQ(top_log_probabilities(logits, 20).size(), 4u);
-  EXPECT_TRUE(top_log_probabilities(logits, 0).empty());
+  EXPECT_EQ(model.top(20).size(), 4u);
+  EXPECT_TRUE(model.top(0).empty());
 }
 
 TEST(Sample, LogProbabilitySumsToOne) {
   const std::vector<float> logits = {0.3f, -2.0f, 5.0f};
   double total = 0.0;
-  for (int64_t i = 0; i < 3; ++i) total += std::exp(log_probability(logits, i));
+  for (int64_t i = 0; i < 3; ++i) total += std::exp(LogSoftmax(logits).of(i));
   EXPECT_NEAR(total, 1.0, 1e-12);
+}
+
+/// Rows with ties, NaN and -infinity, and ways to draw from them.
+struct RandomDraw {
+  std::vector<float> logits;
+  Sampling sampling;
+  int64_t position, choice;
+
+  RandomDraw(std::mt19937& random, int round) : logits(1 + random() % 3000) {
+    const float spread = std::array{0.1f, 3.0f, 20.0f, 400.0f}[static_cast<size_t>(round % 4)];
+    for (float& x : logits) {
+      x = spread * (static_cast<float>(random()) / 4294967296.0f - 0.5f);
+      if (round % 3 == 0) x = std::round(4.0f * x) / 4.0f;
+      if (random() % 50 == 0) x = random() % 2 == 0 ? -INFINITY : NAN;
+    }
+    logits[random() % logits.size()] = spread;
+    sampling.temperature = std::array{1.0, 0.3, 2.5, 0.0}[random() % 4];
+    sampling.seed = random();
+    if (round / 4 % 2 == 1) sampling.top_p = std::array{0.5, 0.9, 0.999}[random() % 3];
+    if (round / 8 % 3 == 1) sampling.top_k = 1 + static_cast<int64_t>(random() % 60);
+    if (round / 8 % 3 == 2) sampling.min_p = 0.05;
+    position = static_cast<int64_t>(random());
+    choice = static_cast<int64_t>(random() % 4);
+  }
+  DrawRow row() const {
+    return {.logits = logits,
+            .adjustment = {.sampling = sampling},
+            .position = position,
+            .choice = choice,
+            .top_logprobs = 3,
+            .sampled_logprob = true};
+  }
+};
+
+TEST(Sample, RowsTogetherAreRowsAlone) {
+  std::mt19937 random(12);
+  std::vector<RandomDraw> draws;
+  for (int round = 0; round < 200; ++round) draws.emplace_back(random, round);
+  draws[17].logits.assign(9, NAN);
+  std::vector<DrawRow> rows;
+  for (const RandomDraw& draw : draws) rows.push_back(draw.row());
+  std::vector<Drawn> together(rows.size());
+  draw_rows(rows, together);
+  const Isa before = current_isa();
+  for (int isa = 0; isa <= static_cast<int>(detect_isa()); ++isa) {
+    force_isa(static_cast<Isa>(isa));
+    for (size_t i = 0; i < rows.size(); ++i) {
+      Drawn alone;
+      draw_rows({&rows[i], 1}, {&alone, 1});
+      EXPECT_EQ(alone.token, together[i].token);
+      EXPECT_EQ(alone.logprob, together[i].logprob);
+      EXPECT_EQ(alone.top, together[i].top);
+      EXPECT_EQ(alone.sampled_logprob, together[i].sampled_logprob);
+      EXPECT_EQ(alone.token == -1, i == 17);
+      if (i != 17) {
+        EXPECT_EQ(alone.token, sample_token(draws[i].logits, draws[i].sampling, draws[i].position,
+                                            draws[i].choice));
+      }
+    }
+  }
+  force_isa(before);
+}
+
+// By the definition, in double precision: who is kept, and the softmax over them. `border`: how
+// near top-p's border comes to one of them, in shares of the mass.
+std::vector<double> kept_probabilities(const RandomDraw& draw, double* border) {
+  const Sampling& s = draw.sampling;
+  std::vector<size_t> order;
+  for (size_t i = 0; i < draw.logits.size(); ++i)
+    if (draw.logits[i] > -INFINITY) order.push_back(i);
+  std::ranges::stable_sort(order,
+                           [&](size_t a, size_t b) { return draw.logits[a] > draw.logits[b]; });
+  if (s.top_k > 0 && s.top_k < std::ssize(order)) order.resize(static_cast<size_t>(s.top_k));
+  const double highest = draw.logits[order[0]];
+  const auto weight = [&](size_t i) {
+    return std::exp((static_cast<double>(draw.logits[i]) - highest) / s.temperature);
+  };
+  double all = 0, kept = 0, before = 0;
+  for (const size_t i : order) all += weight(i);
+  std::vector<double> probabilities(draw.logits.size());
+  *border = 1;
+  for (const size_t i : order) {
+    const double share = before / all;
+    before += weight(i);
+    if (i != order[0]) *border = std::min(*border, std::abs(share - s.top_p));
+    if (i != order[0] && (weight(i) < s.min_p || (s.top_p < 1 && share >= s.top_p))) continue;
+    probabilities[i] = weight(i);
+    kept += weight(i);
+  }
+  for (double& p : probabilities) p /= kept;
+  return probabilities;
+}
+
+TEST(Sample, SampledLogprobsAreThoseOfTheDistributionDrawnFrom) {
+  std::mt19937 random(13);
+  int compared = 0;
+  for (int round = 0; round < 600; ++round) {
+    RandomDraw draw(random, round);
+    if (draw.sampling.temperature == 0.0) {
+      Drawn greedy;
+      const DrawRow row = draw.row();
+      draw_rows({&row, 1}, {&greedy, 1});
+      EXPECT_EQ(greedy.sampled_logprob, 0.0);
+      continue;
+    }
+    double border = 1;
+    const std::vector<double> wanted = kept_probabilities(draw, &border);
+    if (border < 1e-6) continue;  // rounding decides who is kept
+    // Whatever is drawn; over all that can be, the probabilities are one.
+    std::vector<double> found(draw.logits.size());
+    for (int64_t i = 0; i < 40; ++i) {
+      draw.position += 1;
+      const DrawRow row = draw.row();
+      Drawn drawn;
+      draw_rows({&row, 1}, {&drawn, 1});
+      const auto token = static_cast<size_t>(drawn.token);
+      ASSERT_GT(wanted[token], 0) << round;
+      ASSERT_NEAR(drawn.sampled_logprob, std::log(wanted[token]), 1e-6) << round;
+      found[token] = std::exp(drawn.sampled_logprob);
+    }
+    const auto kept = std::ranges::count_if(wanted, [](double p) { return p > 0; });
+    if (kept <= 3) {
+      for (int64_t i = 0; i < 2000; ++i) {
+        draw.position += 1;
+        const DrawRow row = draw.row();
+        Drawn drawn;
+        draw_rows({&row, 1}, {&drawn, 1});
+        found[static_cast<size_t>(drawn.token)] = std::exp(drawn.sampled_logprob);
+      }
+      double total = 0, missing = 0;
+      for (size_t i = 0; i < found.size(); ++i) {
+        total += found[i];
+        if (found[i] == 0) missing += wanted[i];
+      }
+      EXPECT_NEAR(total + missing, 1.0, 1e-9);
+    }
+    ++compared;
+  }
+  EXPECT_GT(compared, 350);
 }
 
 }  // namespace
