@@ -21,6 +21,7 @@ engine::LocalEngineOptions engine_options(const LoadedModel& loaded,
   result.max_running = options.at_once;
   result.cache_tokens = loaded.config().max_position_embeddings;
   result.max_drafts = options.max_drafts;
+  result.prompt_tokens = options.step_tokens;
   result.lazy_memory = true;
   return result;
 }
@@ -95,8 +96,9 @@ AnswerEngine::~AnswerEngine() = default;
 
 int64_t AnswerEngine::room_behind(int64_t prompt_tokens, const std::string& origin) const {
   const int64_t context = engine_->engine().info().max_context;
-  HADAL_INPUT_CHECK(prompt_tokens > 0 && prompt_tokens < context, origin, ": a prompt of ",
-                    prompt_tokens, " tokens, expected 1 to ", context - 1);
+  HADAL_INPUT_CHECK(prompt_tokens > 0, origin, ": the text has no tokens");
+  HADAL_INPUT_CHECK(prompt_tokens < context, origin, ": the text has ", prompt_tokens,
+                    " tokens, the model's last position is ", context);
   return context - prompt_tokens;
 }
 

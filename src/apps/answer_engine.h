@@ -30,8 +30,9 @@ struct Answered {
 };
 
 struct AnswerEngineOptions {
-  int64_t at_once = 1;     ///< answers that are computed together
-  int64_t max_drafts = 0;  ///< no bit depends on it
+  int64_t at_once = 1;         ///< answers that are computed together
+  int64_t max_drafts = 0;      ///< no bit depends on it
+  int64_t step_tokens = 1024;  ///< of a step of prompts alone
 };
 
 /// Its memory is taken as it is used: any context that the model takes has its room.

@@ -1,16 +1,13 @@
 #include "apps/choice_eval.h"
 
 #include <algorithm>
-#include <iterator>
 #include <memory>
 #include <span>
+#include <utility>
 
-#include <ATen/ATen.h>
-
+#include "apps/answer_engine.h"
 #include "base/check.h"
-#include "base/parallel.h"
 #include "data/text_source.h"
-#include "ops/sampling/sample.h"
 #include "text/python_json.h"
 #include "text/utf8.h"
 
@@ -19,13 +16,12 @@ namespace {
 
 using text::PyJson;
 
-constexpr int64_t kLogitRows = 512;  // rows of logits that exist at once
+constexpr int64_t kAtOnce = 16;  // requests in the engine
 
 /// Tokens, of which those from `scored` on count.
 struct Item {
   std::vector<int64_t> ids;
   int64_t scored = 0;
-  ChoiceScore* score = nullptr;
 };
 
 const std::string& text_of(const PyJson& record, const char* key, const std::string& origin) {
@@ -98,53 +94,25 @@ Item make_item(const LoadedModel& loaded,
   return item;
 }
 
-/// One forward pass over several items.
-void score_items(const LoadedModel& loaded, std::span<const Item> items) {
-  std::vector<int64_t> step, lengths, rows, targets;
-  std::vector<ChoiceScore*> owners;
-  for (const Item& item : items) {
-    const auto first = std::ssize(step);
-    const auto count = std::ssize(item.ids) - 1;  // the last token predicts nothing that counts
-    step.insert(step.end(), item.ids.begin(), item.ids.begin() + count);
-    lengths.push_back(count);
-    for (int64_t token = item.scored; token <= count; ++token) {
-      rows.push_back(first + token - 1);
-      targets.push_back(item.ids[static_cast<size_t>(token)]);
-      owners.push_back(item.score);
-    }
+engine::Request request_for(Item item) {
+  engine::Request request;
+  request.prompt = std::move(item.ids);
+  request.max_tokens = 0;
+  request.prompt_logprobs = 0;
+  request.prompt_logprobs_from = item.scored;
+  return request;
+}
+
+ChoiceScore score_of(const Answered& answered, int64_t scored) {
+  HADAL_CHECK(answered.prompt_scores, "eval: a prompt without scores");
+  ChoiceScore score;
+  for (const engine::TokenScore& token :
+       std::span(*answered.prompt_scores).subspan(static_cast<size_t>(scored))) {
+    score.logprob += token.logprob;
+    ++score.tokens;
+    score.greedy = score.greedy && token.rank == 1;
   }
-  const at::NoGradGuard no_grad;
-  const ops::Batch batch(lengths, std::vector<int64_t>(lengths.size(), 0), at::kCPU);
-  model::ForwardContext context;
-  context.batch = &batch;
-  context.numerics = loaded.numerics;
-  const at::Tensor streams = loaded.model.forward(at::tensor(step, at::kLong), context).streams;
-  // Ids beyond the tokenizer's have no text and no probability, as in answers.
-  const auto known = static_cast<size_t>(loaded.tokenizer.vocab_size());
-  for (int64_t begin = 0; begin < std::ssize(rows); begin += kLogitRows) {
-    const int64_t end = std::min(begin + kLogitRows, std::ssize(rows));
-    const at::Tensor index =
-        at::tensor(std::vector<int64_t>(rows.begin() + begin, rows.begin() + end), at::kLong);
-    const at::Tensor head =
-        loaded.model.head_input(streams.index_select(0, index), loaded.numerics);
-    const at::Tensor logits = loaded.model.logits(head, loaded.numerics).contiguous();
-    const auto* values = logits.const_data_ptr<float>();
-    const int64_t vocab = logits.size(1);
-    std::vector<double> own(static_cast<size_t>(end - begin)), best(own.size());
-    parallel_for(end - begin, 8, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) {
-        const ops::LogSoftmax model(std::span(values + i * vocab, known));
-        own[static_cast<size_t>(i)] = model.of(targets[static_cast<size_t>(begin + i)]);
-        best[static_cast<size_t>(i)] = model.top(1).front().logprob;
-      }
-    });
-    for (size_t i = 0; i < own.size(); ++i) {
-      ChoiceScore& score = *owners[static_cast<size_t>(begin) + i];
-      score.logprob += own[i];
-      ++score.tokens;
-      score.greedy = score.greedy && own[i] == best[i];
-    }
-  }
+  return score;
 }
 
 template <typename Value>
@@ -172,17 +140,9 @@ void score_choices(const LoadedModel& loaded,
                    const std::string& path,
                    const ChoiceOptions& options,
                    const std::function<void(const Question&)>& on_question) {
-  // Questions wait for their items to fill a step; the items point into them.
-  std::vector<std::unique_ptr<Question>> waiting;
-  std::vector<Item> items;
-  int64_t tokens = 0, lines = 0;
-  const auto flush = [&] {
-    if (!items.empty()) score_items(loaded, items);
-    for (const auto& question : waiting) on_question(*question);
-    waiting.clear();
-    items.clear();
-    tokens = 0;
-  };
+  // Choices come back in order, so a question is whole with its last one.
+  AnswerEngine engine(loaded, {.at_once = kAtOnce, .step_tokens = options.step_tokens});
+  int64_t lines = 0;
   data::for_each_line(path, [&](const std::string& line, int64_t number) {
     if (options.max_lines > 0 && lines >= options.max_lines) return;
     ++lines;
@@ -198,24 +158,23 @@ void score_choices(const LoadedModel& loaded,
                         item.kind_name());
       choices.push_back(item.text());
     }
-    auto question = std::make_unique<Question>();
+    auto question = std::make_shared<Question>();
     question->answer = answer_of(record, choices, origin);
-    question->choices.resize(choices.size());
-    std::vector<Item> own;
-    int64_t own_tokens = 0;
-    for (size_t i = 0; i < choices.size(); ++i) {
-      question->lengths.push_back(count_characters(choices[i]));
-      own.push_back(make_item(loaded, context, choices[i], options, origin));
-      own.back().score = &question->choices[i];
-      own_tokens += std::ssize(own.back().ids);
+    std::vector<Item> items;
+    for (const std::string& choice : choices) {
+      question->lengths.push_back(count_characters(choice));
+      items.push_back(make_item(loaded, context, choice, options, origin));
     }
-    if (tokens > 0 && tokens + own_tokens > options.step_tokens) flush();
-    tokens += own_tokens;
-    std::ranges::move(own, std::back_inserter(items));
-    waiting.push_back(std::move(question));
+    for (Item& item : items) {
+      const int64_t scored = item.scored;
+      engine.submit(request_for(std::move(item)), [&, question, scored](const Answered& answered) {
+        question->choices.push_back(score_of(answered, scored));
+        if (question->choices.size() == question->lengths.size()) on_question(*question);
+      });
+    }
   });
   HADAL_INPUT_CHECK(lines > 0, path, ": holds no question");
-  flush();
+  engine.finish();
 }
 
 }  // namespace hadal::apps

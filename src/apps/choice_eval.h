@@ -15,7 +15,7 @@ struct ChoiceOptions {
   std::string delimiter = " ";  ///< between context and choice
   bool bos = true;              ///< before every context; an empty context always has it
   bool special_tokens = false;  ///< recognised in the texts; else they are text
-  int64_t step_tokens = 8192;   ///< a forward pass, for memory; at least one question's choice
+  int64_t step_tokens = 8192;   ///< a forward pass at most, for memory
   int64_t max_lines = 0;        ///< 0: all
 };
 

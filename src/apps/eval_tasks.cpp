@@ -27,6 +27,7 @@ struct ChoiceFlags {
 };
 
 int run_choice(ChoiceFlags flags) {
+  log::set_level(log::Level::kWarn);  // the terminal is for the result
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   flags.options.bos = !flags.no_bos;
   int64_t questions = 0, right = 0, right_by_length = 0;

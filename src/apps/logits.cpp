@@ -1,5 +1,9 @@
 // hadal logits: token ids in, logits of every position out.
+#include <algorithm>
 #include <memory>
+#include <numeric>
+#include <span>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,8 +14,10 @@
 #include "apps/flags.h"
 #include "apps/model_folder.h"
 #include "base/check.h"
+#include "base/math.h"
 #include "checkpoint/load_model.h"
-#include "model/contiguous_kv.h"
+#include "engine/kv_cache.h"
+#include "engine/model_runner.h"
 
 namespace hadal::apps {
 namespace {
@@ -36,24 +42,37 @@ int run(const Flags& flags) {
       flags.ids, ": input_ids name tokens outside the vocabulary of ", model.config().vocab_size);
   const int64_t batch_size = ids.size(0), tokens = ids.size(1);
   const int64_t chunk = flags.chunk > 0 ? flags.chunk : tokens;
-  const at::NoGradGuard no_grad;
-  const at::ScalarType type = numerics == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
-  model::ContiguousKv kv(model.config(), batch_size, tokens, type, at::kCPU);
-  std::vector<int64_t> slots;
-  for (int64_t slot = 0; slot < batch_size; ++slot) slots.push_back(slot);
   at::Tensor logits = at::empty({batch_size, tokens, model.config().vocab_size}, at::kFloat);
+  const int64_t page_tokens = engine::page_tokens_of(model.config()),
+                pages = ceil_div(tokens, page_tokens);
+  engine::KvCache cache(model.config(), {.numerics = numerics,
+                                         .num_pages = batch_size * pages,
+                                         .num_slots = batch_size,
+                                         .lazy = true});
+  engine::ModelRunner runner(model, cache);
+  const at::Tensor all_ids = ids.contiguous();
+  std::vector<int64_t> all_pages(static_cast<size_t>(batch_size * pages));
+  std::iota(all_pages.begin(), all_pages.end(), int64_t{0});
   for (int64_t pos = 0; pos < tokens; pos += chunk) {
     const int64_t count = std::min(chunk, tokens - pos);
-    const ops::Batch batch = kv.begin(slots, std::vector<int64_t>(slots.size(), count));
-    model::ForwardContext context;
-    context.batch = &batch;
-    context.numerics = numerics;
-    context.kv = &kv;
-    const at::Tensor streams = model.forward(ids.narrow(1, pos, count).flatten(), context).streams;
-    logits.narrow(1, pos, count)
-        .copy_(model.logits(model.head_input(streams, numerics), numerics)
-                   .reshape({batch_size, count, -1}));
-    kv.advance();
+    std::vector<engine::SequenceStep> steps;
+    for (int64_t slot = 0; slot < batch_size; ++slot) {
+      steps.push_back({.slot = slot,
+                       .start = pos,
+                       .tokens = {all_ids.const_data_ptr<int64_t>() + slot * tokens + pos,
+                                  static_cast<size_t>(count)},
+                       .pages = std::span<const int64_t>(all_pages).subspan(
+                           static_cast<size_t>(slot * pages), static_cast<size_t>(pages)),
+                       .num_logits = count,
+                       .shows_logits = true});
+    }
+    runner.run(steps);
+    for (int64_t slot = 0; slot < batch_size; ++slot) {
+      for (int64_t token = 0; token < count; ++token) {
+        std::ranges::copy(runner.logits(slot, token),
+                          logits[slot][pos + token].mutable_data_ptr<float>());
+      }
+    }
   }
   checkpoint::write_safetensors(flags.out, {{.name = "logits", .tensor = logits}});
   return 0;

@@ -146,7 +146,7 @@ TEST_P(EngineOnGpu, LayersCopyNothingToTheHost) {
       context.batch = &batch;
       context.numerics = GetParam().numerics;
       context.kv = &cache;
-      return model.forward(ids, context);
+      return model.forward(ids, context).streams;
     };
     const at::Tensor eager = forward(cache.begin({&step, 1}));
     const at::Tensor again = forward(cache.begin({&step, 1}));  // everything settled

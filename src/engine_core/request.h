@@ -51,11 +51,13 @@ struct Request {
   bool close_reasoning = false;  ///< an EOS inside the reasoning becomes `</think>`
   bool ignore_eos = false;       ///< for load tests
   int64_t top_logprobs = -1;     ///< -1: none; k: the token's and those of the k most likely
-  /// The same of the prompt's tokens. What was cached of the prompt is computed again for it.
+  /// The same of the prompt's tokens from prompt_logprobs_from on. What was cached of the prompt
+  /// behind there is computed again for it.
   int64_t prompt_logprobs = -1;
-  bool sampled_logprobs = false;  ///< each token's in the distribution that it was drawn from
-  int priority = 0;               ///< higher first
-  std::string client;             ///< the fair queue shares the machine among clients
+  int64_t prompt_logprobs_from = 0;  ///< less than the prompt's tokens; those before have none
+  bool sampled_logprobs = false;     ///< each token's in the distribution that it was drawn from
+  int priority = 0;                  ///< higher first
+  std::string client;                ///< the fair queue shares the machine among clients
   std::optional<std::chrono::steady_clock::time_point> deadline;
   bool use_prefix_cache = true;
   CacheKey cache_key;
@@ -88,7 +90,7 @@ enum class FinishReason : uint8_t {
 /// What the model gave a token of the prompt, after those before it.
 struct TokenScore {
   double logprob = 0;
-  int64_t rank = 0;               ///< 1: no token was likelier; 0: the first token, which has none
+  int64_t rank = 0;               ///< 1: no token was likelier; 0: the token has no score
   std::vector<TokenLogprob> top;  ///< Request::prompt_logprobs of them
   friend bool operator==(const TokenScore&, const TokenScore&) = default;
 };

@@ -33,6 +33,11 @@ class Describer {
     inside("mtp.0.", c_.n_layers, kLast, [&] { mtp(*m.mtp); });
   }
 
+  void one_block(Block& b, int64_t index) {
+    const std::string prefix = index < c_.n_layers ? concat("layers.", index, ".") : "mtp.0.";
+    inside(prefix, index, kLast, [&] { block(b, c_.ratio(index), c_.is_hashed(index)); });
+  }
+
   void stage(DrafterStage& s, int64_t index) {
     inside(concat("mtp.", index, "."), c_.n_layers + index, kLast, [&] {
       const DsparkConfig& drafter = c_.drafter;
@@ -285,6 +290,10 @@ Parameter Field::parameter() const {
 
 void describe(const ModelConfig& config, ModelParameters& parameters, FieldVisitor& visitor) {
   Describer(config, visitor).model(parameters);
+}
+
+void describe(const ModelConfig& config, int64_t index, Block& block, FieldVisitor& visitor) {
+  Describer(config, visitor).one_block(block, index);
 }
 
 void describe(const ModelConfig& config, std::vector<DrafterStage>& stages, FieldVisitor& visitor) {

@@ -80,6 +80,8 @@ class FieldVisitor {
 
 /// Gives `parameters` the members that the configuration asks for and visits all of them.
 void describe(const ModelConfig& config, ModelParameters& parameters, FieldVisitor& visitor);
+/// Likewise one block of it; index n_layers: the MTP block's.
+void describe(const ModelConfig& config, int64_t index, Block& block, FieldVisitor& visitor);
 /// Likewise the stages of its drafter, which nothing runs.
 void describe(const ModelConfig& config, std::vector<DrafterStage>& stages, FieldVisitor& visitor);
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
+#include "model/describe.h"
 
 namespace hadal::model {
 namespace {
@@ -110,12 +111,17 @@ BlockOutput run_block(const Block& block,
   std::vector<at::Tensor> inputs{streams};
   bool needs_grad = streams.requires_grad();
   if (context.recompute && at::GradMode::is_enabled()) {
-    // Visiting does not change the block.
-    visit_block(const_cast<Block&>(block), [&](Parameter& parameter) {
-      if (!parameter.value.requires_grad()) return;
-      inputs.push_back(parameter.value);
-      needs_grad = true;
-    });
+    struct Leaves final : FieldVisitor {
+      std::vector<at::Tensor> values;
+      void field(Parameter& parameter, const Field&) override {
+        if (parameter.value.defined() && parameter.value.requires_grad())
+          values.push_back(parameter.value);
+      }
+    } leaves;
+    // Visiting does not change a block that has its parameters.
+    describe(config, index, const_cast<Block&>(block), leaves);
+    needs_grad = needs_grad || !leaves.values.empty();
+    inputs.insert(inputs.end(), leaves.values.begin(), leaves.values.end());
   }
   if (!context.recompute || !at::GradMode::is_enabled() || !needs_grad) {
     return block_forward(block, config, index, std::move(streams), ids, compressed_rope, context);

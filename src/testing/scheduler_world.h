@@ -118,7 +118,7 @@ inline std::vector<TokenScore> expected_scores(const ScriptedModel& model, const
   if (request.prompt_logprobs < 0) return scores;
   for (size_t i = 0; i < request.prompt.size(); ++i) {
     scores.emplace_back();
-    if (i == 0) continue;
+    if (i < static_cast<size_t>(std::max<int64_t>(request.prompt_logprobs_from, 1))) continue;
     const std::vector<float> logits = model.reference(std::span(request.prompt).first(i));
     scores.back() = sampler.score(logits, request.prompt[i], request.prompt_logprobs);
   }

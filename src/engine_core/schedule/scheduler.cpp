@@ -89,6 +89,9 @@ Scheduler::PreparedPtr Scheduler::prepare(Request request, std::shared_ptr<Sink>
   for (const int64_t top : {request.top_logprobs, request.prompt_logprobs}) {
     HADAL_INPUT_CHECK(top >= -1 && top <= info_.vocab_size, "request: top log probabilities ", top);
   }
+  HADAL_INPUT_CHECK(request.prompt_logprobs_from >= 0 && request.prompt_logprobs_from < prompt_size,
+                    "request: log probabilities from token ", request.prompt_logprobs_from,
+                    " of a prompt of ", prompt_size);
   check_sampling(request.sampling, info_.vocab_size);
   PreparedPtr prepared(new Prepared{std::move(request), std::move(sink), {}});
   for (int64_t choice = 0; choice < prepared->request.n; ++choice) {
@@ -109,7 +112,9 @@ void Scheduler::add(uint64_t id, PreparedPtr prepared) {
   state->ends = state->request.stop_tokens;
   if (!state->request.ignore_eos) state->ends.push_back(info_.eos_token);
   if (state->request.prompt_logprobs >= 0)
-    state->scores = std::make_shared<std::vector<TokenScore>>(1);  // nothing is before the first
+    // Nothing is before the first token.
+    state->scores = std::make_shared<std::vector<TokenScore>>(
+        std::max<int64_t>(state->request.prompt_logprobs_from, 1));
   for (int64_t choice = 0; choice < state->request.n; ++choice) {
     auto sequence = std::make_unique<Sequence>();
     sequence->request = state.get();
@@ -220,7 +225,8 @@ bool Scheduler::try_admit(Sequence& sequence) {
                    &sequence.request->request.cache_key))
     return false;
   RequestState& request = *sequence.request;
-  if (use_tree && request.wants_scores()) sequence.opened.miss = "scored";
+  if (use_tree && request.wants_scores() && sequence.opened.cached_tokens == 0)
+    sequence.opened.miss = "scored";
   if (!request.admitted) {
     request.admitted = true;
     request.weights = weights_;

@@ -72,7 +72,10 @@ Request random_request(const Philox& random, std::vector<Tokens>& prompts) {
   if (c[3] / 6 % 3 == 0)
     request.cache_key.name = std::string(1, static_cast<char>('k' + c[3] / 18 % 4));
   const auto d = random.block(13);
-  if (d[0] % 5 == 0) request.prompt_logprobs = d[0] / 5 % 3;
+  if (d[0] % 5 == 0) {
+    request.prompt_logprobs = d[0] / 5 % 3;
+    if (d[0] / 15 % 2 == 0) request.prompt_logprobs_from = d[0] / 30 % std::ssize(request.prompt);
+  }
   if (d[1] % 9 == 0) request.max_tokens = 0;
   if (d[2] % 5 == 0) request.stop_tokens = {d[2] / 5 % 32, d[3] % 32};
   if (d[3] % 4 == 0) request.min_tokens = d[3] / 4 % (request.max_tokens + 1);

@@ -38,6 +38,30 @@ TEST(Scheduler, ScoresAPromptInChunksHoweverMuchOfItIsKnown) {
   EXPECT_TRUE(sink->scores.empty());
 }
 
+TEST(Scheduler, WhatNeedsNoScoreIsNotComputedAgain) {
+  World world(Config{});
+  world.add(plain(counting(40), 1));
+  world.run_to_end();
+  Request request = scored(counting(50), 2, 1);
+  for (const int64_t from : {49, 41, 40, 39, 20, 1, 0}) {
+    request.prompt_logprobs_from = from;
+    world.scheduler.clear_prefix_tree();
+    world.add(plain(counting(40), 1));
+    world.run_to_end();
+    const auto sink = world.add(request);
+    world.run_to_end();
+    EXPECT_EQ(sink->scores, expected_scores(world.model, request)) << from;
+    EXPECT_EQ(sink->answers[0], world.expected(request)) << from;
+    // The state lies before the last token of what came first.
+    EXPECT_EQ(sink->cache.cached_tokens >= 36, from > 39) << from;
+    EXPECT_LT(sink->cache.cached_tokens, std::max<int64_t>(from, 1)) << from;
+  }
+  request.prompt_logprobs_from = 50;
+  EXPECT_THROW(world.add(request), InputError);
+  request.prompt_logprobs_from = -1;
+  EXPECT_THROW(world.add(request), InputError);
+}
+
 TEST(Scheduler, AStoreDoesNotHideWhatIsToBeScored) {
   Config config;
   config.store = true;

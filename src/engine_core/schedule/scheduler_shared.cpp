@@ -22,7 +22,9 @@ int64_t Scheduler::shared_tokens(const Sequence& leader, const Sequence& sequenc
                                      std::min(leader.num_tokens(), sequence.num_tokens()) - 1);
   if (own.wants_scores()) {
     // With the state come the scores; that of the next token must be the same, too.
-    if (!theirs.scores || theirs.request.prompt_logprobs != own.request.prompt_logprobs) return 0;
+    if (!theirs.scores || theirs.request.prompt_logprobs != own.request.prompt_logprobs ||
+        theirs.request.prompt_logprobs_from != own.request.prompt_logprobs_from)
+      return 0;
     shared = std::min({shared, differ - leader.tokens.begin() - 1, theirs.prompt_size() - 1});
   }
   return shared > leader.pos() ? shared : 0;
