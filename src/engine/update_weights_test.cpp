@@ -159,7 +159,9 @@ class UpdateWeights : public ::testing::Test {
       check(*own, kRequests - 1);
       EXPECT_EQ(own->version, version);
       // What it computed under the version before is of no use.
-      if (!on_disk) EXPECT_EQ(own->cache.cached_tokens, 0) << version;
+      if (!on_disk) {
+        EXPECT_EQ(own->cache.cached_tokens, 0) << version;
+      }
       if (version % 5 == 0) {
         const auto again = ask(engine, requests_.back());
         check(*again, kRequests - 1);

@@ -106,7 +106,7 @@ constexpr std::string_view kKeys[] = {
     "budget_tokens", "call_id", "chat_template_kwargs", "choice", "content",
     "continue_final_message", "custom", "definition", "description", "enable_thinking", "enabled",
     "encrypted_content", "guided_choice", "guided_json", "include", "min_tokens", "mode",
-    "namespace", "prompt_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
+    "namespace", "prompt_logprobs", "return_sampled_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
     "disable_parallel_tool_use", "echo", "effort", "format", "frequency_penalty", "function", "id",
     "include_usage", "input", "input_schema", "instructions", "is_error", "json_schema",
     "logit_bias", "logprobs", "max_completion_tokens", "max_output_tokens", "max_tokens",

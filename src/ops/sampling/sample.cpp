@@ -268,18 +268,23 @@ class RowDraw {
       exp_total_cpu(logits_, count_, highest_, 1.0 / temperature_, &total);
       return total;
     }
-    std::vector<int64_t> doubtful;  // where top-p's border lies
+    std::vector<int64_t> surely, doubtful;  // top-p's border lies among these
     for (int64_t place = 0; place < count_; ++place) {
       const int64_t token = ids_ == nullptr ? place : ids_[place];
       const double value = scaled(token);
       if (!(value > -INFINITY) || (token != best_ && value < least_)) continue;
-      if (!has_top_p() || value > surely_within_ + kScaledSlack) {
-        total += std::exp(value);
-      } else {
-        doubtful.push_back(token);
-      }
+      const bool kept = !has_top_p() || value > surely_within_ + kScaledSlack;
+      (kept ? surely : doubtful).push_back(token);
     }
+    total = mass_of(surely);
     return doubtful.empty() ? total : total + mass_within(doubtful, total);
+  }
+  double mass_of(std::span<const int64_t> tokens) const {
+    std::vector<float> logits(tokens.size());
+    for (size_t i = 0; i < tokens.size(); ++i) logits[i] = logit(tokens[i]);
+    double total = 0;
+    exp_total_cpu(logits.data(), std::ssize(logits), highest_, 1.0 / temperature_, &total);
+    return total;
   }
   /// Of those that top-p keeps, where all that are likelier have the mass `before`. Halves them
   /// around the one in the middle until the border is found.
@@ -289,16 +294,14 @@ class RowDraw {
     const double wanted = sampling_.top_p * all;
     while (!tokens.empty()) {
       const size_t middle = tokens.size() / 2;
-      std::ranges::nth_element(tokens, tokens.begin() + static_cast<std::ptrdiff_t>(middle),
-                               likelier_in(row_));
-      double likelier = 0;
-      for (const int64_t token : tokens.first(middle)) likelier += std::exp(scaled(token));
-      const double mass = before + found + likelier;
+      const auto here = tokens.begin() + static_cast<std::ptrdiff_t>(middle);
+      std::ranges::nth_element(tokens, here, likelier_in(row_));
+      const double likelier = mass_of(tokens.first(middle)), mass = before + found + likelier;
       const bool near = std::abs(mass - wanted) < kMassSlack * all;
-      if (tokens[middle] != best_ && !(near ? within(tokens[middle]) : mass < wanted)) {
+      if (*here != best_ && !(near ? within(*here) : mass < wanted)) {
         tokens = tokens.first(middle);
       } else {
-        found += likelier + std::exp(scaled(tokens[middle]));
+        found += likelier + std::exp(scaled(*here));
         tokens = tokens.subspan(middle + 1);
       }
     }
