@@ -106,7 +106,7 @@ constexpr std::string_view kKeys[] = {
     "budget_tokens", "call_id", "chat_template_kwargs", "choice", "content",
     "continue_final_message", "custom", "definition", "description", "enable_thinking", "enabled",
     "encrypted_content", "guided_choice", "guided_json", "include", "min_tokens", "mode",
-    "namespace", "prompt_logprobs", "return_sampled_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
+    "namespace", "prompt_logprobs", "return_token_ids", "stop_token_ids", "structured_outputs",
     "disable_parallel_tool_use", "echo", "effort", "format", "frequency_penalty", "function", "id",
     "include_usage", "input", "input_schema", "instructions", "is_error", "json_schema",
     "logit_bias", "logprobs", "max_completion_tokens", "max_output_tokens", "max_tokens",
@@ -115,7 +115,7 @@ constexpr std::string_view kKeys[] = {
     "reasoning_content", "reasoning_effort", "regex", "response_format", "role", "schema", "seed",
     "special_tokens", "stop", "stop_sequences", "stream", "stream_options", "strict", "suffix",
     "summary", "system", "task", "text", "thinking", "tokens", "tool_call_id", "tool_calls",
-    "tool_choice", "tool_use_id", "tools", "top_k", "top_logprobs", "top_p", "type"};
+    "tool_choice", "tool_use_id", "tools", "top_k", "top_logprobs", "top_p", "type", "return_sampled_logprobs"};
 constexpr std::string_view kValues[] = {
     "true", "false", "null", "0", "1", "2", "-1", "0.5", "1e999", "9007199254740993", "[]", "{}",
     "\"\"", "\"x\"", "[5, 6]", "\"\\u4f60\\ud83d\"", "\"user\"", "\"assistant\"", "\"system\"",
