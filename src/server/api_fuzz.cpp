@@ -115,7 +115,8 @@ constexpr std::string_view kKeys[] = {
     "reasoning_content", "reasoning_effort", "regex", "response_format", "role", "schema", "seed",
     "special_tokens", "stop", "stop_sequences", "stream", "stream_options", "strict", "suffix",
     "summary", "system", "task", "text", "thinking", "tokens", "tool_call_id", "tool_calls",
-    "tool_choice", "tool_use_id", "tools", "top_k", "top_logprobs", "top_p", "type", "return_sampled_logprobs"};
+    "tool_choice", "tool_use_id", "tools", "top_k", "top_logprobs", "top_p", "type",
+    "return_sampled_logprobs"};
 constexpr std::string_view kValues[] = {
     "true", "false", "null", "0", "1", "2", "-1", "0.5", "1e999", "9007199254740993", "[]", "{}",
     "\"\"", "\"x\"", "[5, 6]", "\"\\u4f60\\ud83d\"", "\"user\"", "\"assistant\"", "\"system\"",
