@@ -18,17 +18,35 @@ using torch::autograd::variable_list;
 
 /// One block of one pass, from its first run to its second.
 struct Call : torch::CustomClassHolder {
-  const Block* block;
-  const ModelConfig* config;
+  const Block& block;
+  const ModelConfig& config;
   int64_t index;
   at::Tensor ids;
-  const ops::RopeTable* compressed_rope;
+  const ops::RopeTable& compressed_rope;
+  ops::Batch batch;        ///< shares the plan of the caller's
   ForwardContext context;  ///< of the first run, then of the second
   AuxRequest asked;
   BlockAux aux;  ///< of the first run
 
+  Call(const Block& block_in,
+       const ModelConfig& config_in,
+       int64_t index_in,
+       const at::Tensor& ids_in,
+       const ops::RopeTable& rope,
+       const ForwardContext& context_in)
+      : block(block_in),
+        config(config_in),
+        index(index_in),
+        ids(ids_in),
+        compressed_rope(rope),
+        batch(*context_in.batch),
+        context(context_in),
+        asked(context_in.request) {
+    context.batch = &batch;
+  }
+
   BlockOutput run(const at::Tensor& streams) const {
-    return block_forward(*block, *config, index, streams, ids, *compressed_rope, context);
+    return block_forward(block, config, index, streams, ids, compressed_rope, context);
   }
 };
 
@@ -127,14 +145,7 @@ BlockOutput run_block(const Block& block,
     return block_forward(block, config, index, std::move(streams), ids, compressed_rope, context);
   }
   HADAL_CHECK(context.kv == nullptr, "recompute: block ", index, " writes to a cache");
-  auto call = c10::make_intrusive<Call>();
-  call->block = &block;
-  call->config = &config;
-  call->index = index;
-  call->ids = ids;
-  call->compressed_rope = &compressed_rope;
-  call->context = context;
-  call->asked = context.request;
+  const auto call = c10::make_intrusive<Call>(block, config, index, ids, compressed_rope, context);
   variable_list outputs = RecomputedBlock::apply(call, at::TensorList(inputs));
   BlockOutput output{.streams = outputs[0], .aux = std::move(call->aux)};
   size_t next = 1;

@@ -10,7 +10,7 @@ namespace hadal::model {
 /// again, forced to those choices: the gradients are the same bits wherever kernels serve (library
 /// products of a reference may be other ones in a pass without gradients). Streams and auxiliary
 /// terms are those of the first pass, so each term is counted once, and gradients come back through
-/// all of them. Model and batch have to live until then. A pass over a cache cannot be repeated:
+/// all of them. The model has to live until then. A pass over a cache cannot be repeated:
 /// with one it is an Error.
 BlockOutput run_block(const Block& block,
                       const ModelConfig& config,

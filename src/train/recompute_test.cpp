@@ -174,6 +174,31 @@ TEST(RecomputeGraph, ABlockIsOneNodeAndItsParameters) {
   EXPECT_FALSE(output.aux[1].attn.selection.defined());
 }
 
+TEST(RecomputeGraph, TheBatchNeedNotOutliveTheForwardPass) {
+  const testing::OneAtenThread one_thread;
+  model::Transformer model = testing::random_model(testing::mini_config(), 4, at::kFloat);
+  model::require_gradients(model);
+  const auto gradient = [&](bool recompute) {
+    at::Tensor streams;
+    {
+      const ops::Batch batch({24, 7}, {0, 0}, at::kCPU);
+      model::ForwardContext context;
+      context.batch = &batch;
+      context.numerics = Numerics::kIdeal;
+      context.recompute = recompute;
+      streams = model.forward(at::arange(31), context).streams;
+    }
+    streams.square().mean().backward();
+    at::Tensor grad;
+    model.visit([&](model::Parameter& parameter) {
+      if (parameter.name == "embed.weight") grad = parameter.value.grad().clone();
+      parameter.value.mutable_grad() = at::Tensor();
+    });
+    return grad;
+  };
+  EXPECT_TRUE(at::equal(gradient(true), gradient(false)));
+}
+
 TEST(RecomputeGraph, APassOverACacheCannotBeRepeated) {
   const model::ModelConfig small = testing::tiny_config();
   model::Transformer model = testing::random_model(small, 4, at::kFloat);
