@@ -69,5 +69,6 @@ double microseconds(int calls, cudaStream_t stream, Body body) {
 }
 
 void bench_attention(cudaStream_t stream, double copy);
+void bench_forward(cudaStream_t stream, double copy);
 
 }  // namespace hadal::ops

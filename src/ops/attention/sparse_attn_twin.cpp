@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/attention/sparse_attn_sm90.h"
+#include "ops/exact_math.h"
 #include "ops/gemm/hopper_twin.h"
 
 namespace hadal::ops {
@@ -29,20 +30,6 @@ void widen(const uint8_t* row, uint16_t* out) {
     out[i] = round_bf16(code & 0x80 ? -value : value);
   }
   std::memcpy(out + 448, row + 448, 128);
-}
-
-/// ops/cpu/vec.h's exp of one value.
-float exp_exact(float x) {
-  const float clamped = std::min(std::max(x, -87.0f), 88.0f);
-  const float n = std::nearbyint(clamped * 1.44269504088896341f);
-  float r = std::fma(n, -0.693359375f, clamped);
-  r = std::fma(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  for (const float c :
-       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = std::fma(p, r, c);
-  p = std::fma(p, r * r, r) + 1.0f;
-  return x < -87.0f ? 0.0f : p * std::ldexp(1.0f, static_cast<int>(n));
 }
 
 /// A fold over chunks: not yet divided.

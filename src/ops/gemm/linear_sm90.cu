@@ -359,11 +359,10 @@ void launch_few(const LinearSm90Params& p, Stream stream, int split) {
 }
 
 /// Blocks that share K: as many as fill the card's 132 processors, up to 8, where each block's
-/// chains
-/// (`tile_bytes` each) fit beside its ring.
-int split_for(int64_t tiles, int64_t chains, int64_t tile_bytes) {
+/// chains (`tile_bytes` each) fit beside its ring, and has at least `least` of them.
+int split_for(int64_t tiles, int64_t chains, int64_t tile_bytes, int least) {
   int split = 1;
-  while (split < 8 && tiles * split * 2 <= 160 && chains >= split * 4) split *= 2;
+  while (split < 8 && tiles * split * 2 <= 160 && chains >= split * 2 * least) split *= 2;
   while (split > 1 && split < 8 && (chains + split - 1) / split * tile_bytes > kChainBytes)
     split *= 2;
   return split > 1 && (chains + split - 1) / split * tile_bytes > kChainBytes ? 1 : split;
@@ -378,7 +377,8 @@ void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) 
   const int64_t chains = kFp8 ? p.slabs : (p.slabs + 15) / 16;
   int split = choice.split;
   if (split < 0)
-    split = tile == 8 || tile == 16 ? split_for(p.w_groups / 8, chains, 64 * tile * 4) : 1;
+    split = tile == 8 || tile == 16 ? split_for(p.w_groups / 8, chains, 64 * tile * 4, kFp8 ? 2 : 1)
+                                    : 1;
   switch (tile) {
     case 8:
       return launch_few<kFp8, 8, 7, 4>(p, stream, split);

@@ -39,6 +39,19 @@ struct Sm90Choice {
 void linear_fp8_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
 void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
 
+/// Products of BF16 rows with E4M3 weights widened to BF16 (`wo_a`), for several groups: out[r, g]
+/// = w[g] x[r, g], in chains of 1,024.
+struct WidenedSm90Params {
+  const uint8_t* x;  ///< [groups] BF16 K-major operands of x_groups row groups
+  int64_t x_groups;
+  const uint8_t* w;     ///< [groups][slabs][outputs / 64] tiles (sm90_layout.h)
+  const float* scales;  ///< [groups][slabs][ceil(outputs / 128)] powers of two, at most 2^7
+  int64_t rows, groups, outputs, slabs;  ///< outputs: a multiple of 64; slabs of 128 inputs
+  uint16_t* out;  ///< [rows, stride] BF16, a group's outputs behind another's
+  int64_t stride;
+};
+void widened_sm90(const WidenedSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+
 /// Rounds x to E4M3 by Q8_128 (numerics.md) and lays it out as an operand; rows from p.rows on
 /// become zero.
 struct QuantiseSm90Params {
@@ -51,6 +64,15 @@ struct QuantiseSm90Params {
   int64_t x_groups;
 };
 void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream);
+
+/// Lays BF16 rows out as an operand; rows from p.rows on and channels from p.in on become zero.
+struct Bf16OperandSm90Params {
+  const void* x;             ///< [rows, stride] BF16, of p.in values each
+  int64_t rows, in, stride;  ///< in, stride: multiples of 8
+  uint8_t* operand;          ///< K-major operand of ceil(in / 64) slabs
+  int64_t x_groups;          ///< its row groups
+};
+void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream);
 
 /// SwiGLU of a gate and up product, rounded to BF16 and then as above.
 struct SwigluQuantiseSm90Params {

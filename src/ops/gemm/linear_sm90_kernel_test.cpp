@@ -1,6 +1,9 @@
 // The Hopper products against their twin on the CPU, bit for bit; runs on a card.
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -246,6 +249,73 @@ TEST(Bf16Sm90, EveryTileSplitAndRoleGivesTheTwinsBits) {
             << choice.split << " data " << static_cast<int>(data);
       }
     }
+  }
+}
+
+TEST(WidenedSm90, EveryTileGivesTheTwinsBits) {
+  for (const Data data : {Data::kWide, Data::kSparse, Data::kSmall}) {
+    for (const Product s : {Product{150, 192, 2176}, Product{7, 64, 128}, Product{33, 256, 1024}}) {
+      const int64_t groups = 3, slabs = s.in / 128, blocks = (s.outputs + 127) / 128;
+      const int64_t x_groups = round_up(s.rows, 8) / 8;
+      const auto x = random_bf16(static_cast<size_t>(groups * s.rows * s.in), data, 1);
+      const auto codes = random_codes(static_cast<size_t>(groups * s.outputs * s.in), data, 2);
+      const auto scales = random_powers(static_cast<size_t>(groups * slabs * blocks), 3);
+      std::vector<uint8_t> operands, tiles(codes.size());
+      std::vector<float> expected(static_cast<size_t>(s.rows * groups * s.outputs));
+      for (int64_t g = 0; g < groups; ++g) {
+        const auto* rows = reinterpret_cast<const uint8_t*>(x.data() + g * s.rows * s.in);
+        const auto operand = sm90::pack_operand(rows, s.rows, s.in * 2, x_groups);
+        operands.insert(operands.end(), operand.begin(), operand.end());
+        const uint8_t* w = codes.data() + g * s.outputs * s.in;
+        sm90::pack_widened(w, s.outputs, s.in, tiles.data() + g * s.outputs * s.in);
+        std::vector<uint16_t> wide(static_cast<size_t>(s.outputs * s.in));
+        for (int64_t o = 0; o < s.outputs; ++o) {
+          for (int64_t i = 0; i < s.in; ++i) {
+            const int code = w[o * s.in + i], field = code >> 3 & 15, fraction = code & 7;
+            const float magnitude = field == 0
+                                        ? std::ldexp(static_cast<float>(fraction), -9)
+                                        : std::ldexp(static_cast<float>(8 + fraction), field - 10);
+            const float value = magnitude * scales[(g * slabs + i / 128) * blocks + o / 128];
+            wide[o * s.in + i] =
+                static_cast<uint16_t>(std::bit_cast<uint32_t>(code >= 128 ? -value : value) >> 16);
+          }
+        }
+        on_threads(s.outputs, [&](int64_t first, int64_t last) {
+          std::vector<float> part(static_cast<size_t>(s.rows * (last - first)));
+          twin_bf16_cpu({wide.data() + first * s.in, x.data() + g * s.rows * s.in, part.data(),
+                         last - first, s.rows, s.in});
+          for (int64_t r = 0; r < s.rows; ++r)
+            std::copy_n(part.data() + r * (last - first), last - first,
+                        expected.data() + (r * groups + g) * s.outputs + first);
+        });
+      }
+      const OnDevice<uint8_t> x_there(operands), w_there(tiles);
+      const OnDevice<float> scales_there(scales);
+      for (const int tile : {8, 16, 32, 64, 128, -1}) {
+        const OnDevice<uint16_t> y(expected.size());
+        widened_sm90({x_there.get(), x_groups, w_there.get(), scales_there.get(), s.rows, groups,
+                      s.outputs, slabs, y.get(), groups * s.outputs},
+                     nullptr, {tile, -1});
+        EXPECT_EQ(compare(expected, y.read(), ElementType::kBf16).count, 0)
+            << "tile " << tile << " rows " << s.rows << " data " << static_cast<int>(data);
+      }
+    }
+  }
+}
+
+TEST(Bf16Sm90, OperandsAreLaidOutAsOnTheHost) {
+  for (const auto [rows, in, stride] :
+       {std::array<int64_t, 3>{1, 64, 64}, {9, 4096, 4096}, {13, 200, 208}}) {
+    const auto x = random_bf16(static_cast<size_t>(rows * stride), Data::kWide, 1);
+    std::vector<uint8_t> dense(static_cast<size_t>(rows * in * 2));
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(dense.data() + r * in * 2, x.data() + r * stride, static_cast<size_t>(in * 2));
+    const int64_t groups = (rows + 7) / 8 + 1;
+    const auto expected = sm90::pack_operand(dense.data(), rows, in * 2, groups);
+    const OnDevice<uint16_t> there(x);
+    const OnDevice<uint8_t> operand(expected.size());
+    bf16_operand_sm90({there.get(), rows, in, stride, operand.get(), groups}, nullptr);
+    EXPECT_EQ(operand.read(), expected) << rows << " x " << in;
   }
 }
 

@@ -1,4 +1,5 @@
-// Activations to E4M3 operands of the Hopper products. One warp takes 128 channels of a row.
+// Activations to operands of the Hopper products: E4M3, where one warp takes 128 channels of a row,
+// and BF16.
 #include <cuda_fp8.h>
 
 #include "ops/cuda/elementwise.cuh"
@@ -79,6 +80,21 @@ __global__ void swiglu_quantise_kernel(const __grid_constant__ SwigluQuantiseSm9
   store_quantised(h, at.row, at.slab, p.codes, p.scales, p.x_groups);
 }
 
+/// Eight values of a row a thread: a piece of the operand.
+__global__ void bf16_operand_kernel(const __grid_constant__ Bf16OperandSm90Params p) {
+  const int64_t slabs = (p.in + 63) / 64, row = blockIdx.y;
+  const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  wait_for_previous();
+  launch_dependents();
+  if (piece >= slabs * 8) return;
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (row < p.rows && piece * 8 < p.in) {
+    v = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + row * p.stride +
+                                        piece * 8);
+  }
+  *reinterpret_cast<uint4*>(p.operand + sm90::operand_offset(row, piece * 16, p.x_groups)) = v;
+}
+
 /// A grid of warps, one for every row and slab, that may start beside the kernel before it.
 template <typename Params>
 void launch_units(
@@ -95,6 +111,16 @@ namespace hadal::ops {
 void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream) {
   cuda::launch_units(cuda::quantise_kernel, p, p.x_groups * 8 * (p.in / 128), stream,
                      "quantise_operand_sm90");
+}
+
+void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream) {
+  if (p.x_groups == 0) return;
+  if (p.in % 8 != 0 || p.stride % 8 != 0)
+    throw_kernel_error("bf16_operand_sm90", "rows of a multiple of 8 values");
+  const int64_t pieces = sm90::round_up(p.in, 64) / 8;
+  const auto threads = static_cast<unsigned>(pieces < 256 ? sm90::round_up(pieces, 32) : 256);
+  const dim3 grid(cuda::blocks_for(pieces, threads), static_cast<unsigned>(p.x_groups * 8));
+  cuda::launch_early(cuda::bf16_operand_kernel, {grid, threads}, stream, "bf16_operand_sm90", p);
 }
 
 void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream) {

@@ -16,6 +16,11 @@
 // those of the others bits 3, 11, 19, 27. The fold (docs/decisions/0010-product-trees.md): the base
 // of a row and slab is the largest of its four E8M0 scales; exponent i of a group means that its
 // values are multiplied by 2^(i - 8), and the slab's sum by 2^(base - 127 - 6).
+//
+// E4M3 weights that are widened to BF16 (A from registers): tiles of 64 rows and 128 inputs of
+// kWideTileBytes, [slabs][tiles]; a tile is [4][128 threads][16 bytes], two k steps of 16 to an
+// entry, words {row g, row g + 8} of a step. A word holds the step's inputs 2 q, 2 q + 1, 8 + 2 q,
+// 9 + 2 q, the first lowest.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +40,7 @@ inline constexpr int64_t kFp8Chain = 128;
 inline constexpr int64_t kBf16Chain = 1024;
 /// Rows of a group of a K-major operand and of a tile of FP4 weights.
 inline constexpr int64_t kGroupRows = 8, kTileRows = 64;
-inline constexpr int64_t kFp4TileBytes = 4096 + 256;
+inline constexpr int64_t kFp4TileBytes = 4096 + 256, kWideTileBytes = 8192;
 /// 2^14: how far the scales of a row's 128 inputs may lie apart for the fold to be exact.
 inline constexpr int kMaxSpread = 14;
 /// Exponent that leaves a group's values as they are.

@@ -84,4 +84,22 @@ int64_t pack_fp4(
   return wide;
 }
 
+void pack_widened(const uint8_t* codes, int64_t outputs, int64_t in, uint8_t* tiles) {
+  for (int64_t slab = 0; slab < in / 128; ++slab) {
+    for (int64_t first = 0; first < outputs; first += kTileRows) {
+      for (int64_t step = 0; step < 8; ++step) {
+        for (int64_t thread = 0; thread < 128; ++thread) {
+          const int64_t q = thread % 4, row = first + thread / 32 * 16 + thread % 32 / 4;
+          for (int64_t i = 0; i < 8; ++i) {  // two rows of four inputs
+            const int64_t input = i % 4 / 2 * 8 + 2 * q + i % 2;
+            tiles[((step / 2) * 128 + thread) * 16 + step % 2 * 8 + i] =
+                codes[(row + i / 4 * 8) * in + slab * 128 + step * 16 + input];
+          }
+        }
+      }
+      tiles += kWideTileBytes;
+    }
+  }
+}
+
 }  // namespace hadal::ops::sm90

@@ -24,4 +24,8 @@ int64_t fp4_bytes(int64_t outputs, int64_t in);
 int64_t pack_fp4(
     const uint8_t* packed, const uint8_t* scales, int64_t outputs, int64_t in, uint8_t* tiles);
 
+/// Tiles of an E4M3 matrix [outputs, in] that is widened in the kernel; outputs: a multiple of 64,
+/// in: of 128. outputs * in bytes.
+void pack_widened(const uint8_t* codes, int64_t outputs, int64_t in, uint8_t* tiles);
+
 }  // namespace hadal::ops::sm90

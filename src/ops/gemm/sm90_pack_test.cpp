@@ -96,5 +96,23 @@ TEST(Sm90Pack, ScalesThatSpreadTooFarAreCounted) {
   EXPECT_THROW(pack_fp4(codes.data(), scales.data(), 1, 48, tiles.data()), Error);
 }
 
+// The place of every code, by the header's words.
+TEST(Sm90Pack, WidenedTilesAreWhatTheLayoutSays) {
+  const int64_t outputs = 128, in = 256, tiles = outputs / 64;
+  std::vector<uint8_t> codes(static_cast<size_t>(outputs * in)), packed(codes.size());
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+  pack_widened(codes.data(), outputs, in, packed.data());
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t i = 0; i < in; ++i) {
+      const int64_t step = i % 128 / 16, k = i % 16, row = o % 64;
+      const int64_t thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
+      const int64_t word = step % 2 * 2 + row % 16 / 8;
+      const int64_t at = (i / 128 * tiles + o / 64) * kWideTileBytes +
+                         (step / 2 * 128 + thread) * 16 + word * 4 + k / 8 * 2 + k % 2;
+      ASSERT_EQ(packed[static_cast<size_t>(at)], codes[static_cast<size_t>(o * in + i)]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hadal::ops::sm90

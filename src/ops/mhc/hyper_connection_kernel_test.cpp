@@ -1,12 +1,11 @@
 // Hyper-connections and norms on a card against the CPU's kernels, bit for bit.
-#include <cmath>
-#include <random>
 #include <vector>
 
 #include "ops/mhc/hyper_connection_cpu.h"
 #include "ops/mhc/hyper_connection_sm90.h"
 #include "ops/norm/rms_norm_cpu.h"
 #include "ops/norm/rms_norm_sm90.h"
+#include "testing/float_data.h"
 #include "testing/on_device.h"
 
 namespace hadal::ops {
@@ -18,39 +17,10 @@ constinit CpuSlot<void(const RmsNormCpuParams&, int64_t, int64_t)> rms_norm_cpu;
 
 namespace {
 
+using testing::differences;
+using testing::normals;
+using testing::normals_bf16;
 using testing::OnDevice;
-
-std::vector<float> normals(size_t count, float deviation, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<float> values(count);
-  for (float& value : values) {
-    float sum = 0.0f;  // twelve uniforms: the same on every machine
-    for (int i = 0; i < 12; ++i) sum += static_cast<float>(random() >> 8) / 16777216.0f;
-    value = deviation * (sum - 6.0f);
-  }
-  return values;
-}
-
-std::vector<uint16_t> normals_bf16(size_t count, float deviation, unsigned seed) {
-  std::vector<uint16_t> result(count);
-  const auto values = normals(count, deviation, seed);
-  for (size_t i = 0; i < count; ++i)
-    result[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(values[i]) >> 16);
-  return result;
-}
-
-template <typename T>
-int64_t differences(const std::vector<T>& a, const std::vector<T>& b) {
-  int64_t count = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      count += std::bit_cast<uint32_t>(a[i]) != std::bit_cast<uint32_t>(b[i]);
-    } else {
-      count += a[i] != b[i];
-    }
-  }
-  return count;
-}
 
 struct Size {
   int64_t tokens, dim;

@@ -1,0 +1,195 @@
+// Half a warp a row, which stays in registers from its load to its packed bytes.
+#include <cuda_fp8.h>
+
+#include "ops/cache/rows_sm90.h"
+#include "ops/cuda/half_rows.cuh"
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/sm90.cuh"
+
+namespace hadal::ops::cuda {
+namespace {
+
+constexpr int kRotary = static_cast<int>(kRotaryDim);
+
+/// 2^exponent for an exponent of a normal number.
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __int_as_float((exponent + 127) << 23);
+}
+/// 2^ceil(log2 r) for positive normal r.
+__device__ __forceinline__ float power_above(float r) {
+  const uint32_t bits = __float_as_uint(r);
+  return __uint_as_float(((bits >> 23) + ((bits & 0x7fffffu) != 0 ? 1u : 0u)) << 23);
+}
+/// 1 / scale for a power of two whose inverse is normal.
+__device__ __forceinline__ float inverse_power(float scale) {
+  return __uint_as_float((254u << 23) - __float_as_uint(scale));
+}
+/// k of the scale 2^k = 2^ceil(log2(largest / limit)) that a packed row keeps; limit = significand
+/// * 2^shift, `field` its bits behind the leading one. 0 for a group of zeros.
+__device__ __forceinline__ int scale_exponent(float largest, uint32_t field, int shift) {
+  if (largest == 0.0f) return 0;
+  const uint32_t bits = __float_as_uint(largest);
+  const int exponent = static_cast<int>(bits >> 23) - 127 - shift;
+  return max(exponent + ((bits & 0x7fffffu) > field ? 1 : 0), -126);
+}
+
+template <int kPer>
+__device__ __forceinline__ float largest_of(const float (&v)[kPer], float floor) {
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) floor = fmaxf(floor, fabsf(v[j]));
+  return floor;
+}
+
+/// Q8 of groups of kLanes lanes, in place; returns the exponent of the packed scale.
+template <int kLanes, int kPer>
+__device__ __forceinline__ int round_e4m3(float (&v)[kPer]) {
+  const float scale = power_above(max_of_lanes<kLanes>(largest_of(v, 1e-4f)) * (1.0f / 448.0f));
+  const float inverse = inverse_power(scale);
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    const float rounded = static_cast<float>(__nv_fp8_e4m3(v[j] * inverse)) * scale;
+    v[j] = rounded == 0.0f ? 0.0f : rounded;  // as the CPU's: no zero is negative
+  }
+  return scale_exponent(max_of_lanes<kLanes>(largest_of(v, 0.0f)), 0x600000u, 8);
+}
+
+/// Q4: steps of 1/2 below 2, 1 below 4, 2 above.
+template <int kLanes, int kPer>
+__device__ __forceinline__ int round_e2m1(float (&v)[kPer]) {
+  constexpr float kFloor = 6.0f * 1.17549435e-38f;
+  const float scale = power_above(max_of_lanes<kLanes>(largest_of(v, kFloor)) * (1.0f / 6.0f));
+  const float inverse = inverse_power(scale);
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    const float magnitude = fminf(fabsf(v[j]) * inverse, 6.0f);
+    const float coarse = magnitude < 4.0f ? 12582912.0f : 25165824.0f;
+    const float magic = magnitude < 2.0f ? 6291456.0f : coarse;
+    const float rounded = ((magnitude + magic) - magic) * scale;
+    v[j] = v[j] < 0.0f ? 0.0f - rounded : rounded;
+  }
+  return scale_exponent(max_of_lanes<kLanes>(largest_of(v, 0.0f)), 0x400000u, 2);
+}
+
+/// The E2M1 code of a value of the grid.
+__device__ __forceinline__ uint32_t e2m1_code(float x) {
+  const float m = fabsf(x), coarse = m < 4.0f ? m + 2.0f : m * 0.5f + 4.0f;
+  return static_cast<uint32_t>(m < 2.0f ? m * 2.0f : coarse) | (__float_as_uint(x) >> 31) << 3;
+}
+
+template <int kPer>
+__global__ void __launch_bounds__(kHalfRowThreads)
+    latent_rows_kernel(const __grid_constant__ LatentRowsSm90Params p) {
+  constexpr int kRounded = kPer * 16 - kRotary, kRoundedLanes = kRounded / kPer;
+  constexpr int kGroupLanes = 64 / kPer;
+  constexpr int kScales = kRounded + 2 * kRotary, kEnd = kScales + kRounded / 64;
+  constexpr int kBytes = (kEnd + 7) / 8 * 8;
+  const int64_t row = row_of_half(), from = min(row, p.rows - 1);
+  const int lane = lane_of_half();
+  wait_for_previous();
+  launch_dependents();
+  const uint16_t* x = p.x + from * p.stride;
+  float v[kPer];
+  load_piece(v, x);
+  normalise_piece(v, x, p.weight, p.eps);
+  rotate_piece<kRotary, false>(v, p.cos_sin + from * kRotary);
+  const int64_t place = p.place != nullptr ? p.place[from] : from;
+  const bool stored = row < p.rows && place >= 0;
+  uint8_t* out = p.out + place * kBytes;
+  if (stored && lane >= kRoundedLanes) {
+    auto* rotary = reinterpret_cast<__nv_bfloat16*>(out + kRounded) + (lane - kRoundedLanes) * kPer;
+#pragma unroll
+    for (int j = 0; j < kPer; j += 4)
+      store4(rotary + j, make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]));
+  }
+  if constexpr (kRounded > 0) {
+    const int exponent = round_e4m3<kGroupLanes>(v);
+    if (!stored) return;
+    if (lane < kBytes - kEnd) out[kEnd + lane] = 0;
+    if (lane >= kRoundedLanes) return;
+    const float inverse = power_of_two(-exponent);
+#pragma unroll
+    for (int j = 0; j < kPer; j += 8) {
+      uint32_t words[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const uint32_t pair = __nv_cvt_float2_to_fp8x2(
+            make_float2(v[j + i] * inverse, v[j + i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
+        words[i / 4] |= pair << (i % 4 * 8);
+      }
+      *reinterpret_cast<uint2*>(out + lane * kPer + j) = make_uint2(words[0], words[1]);
+    }
+    if (lane % kGroupLanes == 0)
+      out[kScales + lane / kGroupLanes] = static_cast<uint8_t>(exponent + 127);
+  }
+}
+
+/// H x of 128 values in pieces of 8.
+__device__ __forceinline__ void hadamard_piece(float (&v)[8]) {
+#pragma unroll
+  for (int stride = 1; stride < 8; stride *= 2) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if ((j & stride) != 0) continue;
+      const float a = v[j], b = v[j + stride];
+      v[j] = a + b;
+      v[j + stride] = a - b;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 16; step *= 2) {
+    const float sign = (lane_of_half() & step) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      v[j] = fmaf(v[j], sign, __shfl_xor_sync(0xffffffffu, v[j], step));  // other + own, - own
+  }
+}
+
+__global__ void __launch_bounds__(kHalfRowThreads)
+    index_rows_kernel(const __grid_constant__ IndexRowsSm90Params p) {
+  constexpr int kPer = 8, kBytes = 68;
+  const int64_t row = row_of_half(), from = min(row, p.rows - 1);
+  const int lane = lane_of_half();
+  wait_for_previous();
+  launch_dependents();
+  const uint16_t* x = p.x + from * kPer * 16;
+  float v[kPer];
+  load_piece(v, x);
+  if (p.weight != nullptr) normalise_piece(v, x, p.weight, p.eps);
+  rotate_piece<kRotary, false>(v, p.cos_sin + from / p.heads * kRotary);
+  hadamard_piece(v);
+  constexpr float kFactor = 0.08838834764831845f;  // 1 / sqrt(128)
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) v[j] = round_to<__nv_bfloat16>(v[j] * kFactor);
+  const int exponent = round_e2m1<4>(v);
+  const int64_t place = p.place != nullptr ? p.place[from] : from;
+  if (row >= p.rows || place < 0) return;
+  uint8_t* out = p.out + place * kBytes;
+  const float inverse = power_of_two(-exponent);
+  uint32_t word = 0;
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) word |= e2m1_code(v[j] * inverse) << (4 * j);
+  *reinterpret_cast<uint32_t*>(out + lane * 4) = word;
+  if (lane % 4 == 0) out[64 + lane / 4] = static_cast<uint8_t>(exponent + 127);
+}
+
+}  // namespace
+}  // namespace hadal::ops::cuda
+
+namespace hadal::ops {
+
+void latent_rows_sm90(const LatentRowsSm90Params& p, Stream stream) {
+  if (p.rows == 0) return;
+  if (p.stride % 4 != 0) throw_kernel_error("latent_rows_sm90", "rows at a multiple of 4 values");
+  cuda::by_width(p.width, "latent_rows_sm90", [&](auto per) {
+    cuda::launch_early(cuda::latent_rows_kernel<per>, cuda::half_row_shape(p.rows), stream,
+                       "latent_rows_sm90", p);
+  });
+}
+
+void index_rows_sm90(const IndexRowsSm90Params& p, Stream stream) {
+  if (p.rows == 0) return;
+  cuda::launch_early(cuda::index_rows_kernel, cuda::half_row_shape(p.rows), stream,
+                     "index_rows_sm90", p);
+}
+
+}  // namespace hadal::ops
