@@ -26,28 +26,35 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   if (row < rows) store_dealt(v, p.out + row * kPer * 16);
 }
 
-/// In pieces, so that a lane has whole pieces of 16 bytes of the operand (of 64 channels: half).
+/// In pieces of 16 bytes, as the operand has them: neighbouring lanes, neighbouring pieces.
 template <int kPer>
 __global__ void __launch_bounds__(kHalfRowThreads)
     head_operand_kernel(const __grid_constant__ HeadOperandSm90Params p) {
+  constexpr int kPieces = kPer * 2, kTurned = kRotary / 8;
   const int64_t row = row_of_half(), token = row / p.heads, head = row % p.heads;
   wait_for_previous();
   launch_dependents();
   if (token >= p.x_groups * 8) return;
-  float v[kPer] = {};
-  if (token < p.tokens) {
-    load_piece(v, p.x + row * kPer * 16);
-    const float* cos_sin = p.cos_sin + token * kRotary;
-    rotate_piece<kRotary, true>(v, cos_sin);
-  }
   const int64_t each = p.heads / p.groups, bytes = each * kPer * 32;
   uint8_t* operand = p.operand + head / each * ((bytes + 127) / 128) * p.x_groups * 1024;
-  const int64_t k = head % each * kPer * 32 + lane_of_half() * kPer * 2;
+  const auto* turns = reinterpret_cast<const float2*>(p.cos_sin + token * kRotary);
 #pragma unroll
-  for (int j = 0; j < kPer; j += 4) {
-    store4(reinterpret_cast<__nv_bfloat16*>(operand +
-                                            sm90::operand_offset(token, k + j * 2, p.x_groups)),
-           make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]));
+  for (int piece = lane_of_half(); piece < kPieces; piece += 16) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (token < p.tokens) v = reinterpret_cast<const uint4*>(p.x + row * kPer * 16)[piece];
+    if (token < p.tokens && piece >= kPieces - kTurned) {
+      uint32_t* pairs = &v.x;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 turn = turns[(piece - (kPieces - kTurned)) * 4 + i];
+        float even = __uint_as_float(pairs[i] << 16);
+        float odd = __uint_as_float(pairs[i] & 0xffff0000u);
+        rotate_pair(even, odd, make_float2(turn.x, -turn.y));
+        pairs[i] = __float_as_uint(even) >> 16 | __float_as_uint(odd);  // both are BF16 values
+      }
+    }
+    const int64_t k = head % each * kPer * 32 + piece * 16;
+    *reinterpret_cast<uint4*>(operand + sm90::operand_offset(token, k, p.x_groups)) = v;
   }
 }
 

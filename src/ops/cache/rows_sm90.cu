@@ -24,13 +24,12 @@ __device__ __forceinline__ float power_above(float r) {
 __device__ __forceinline__ float inverse_power(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
-/// k of the scale 2^k = 2^ceil(log2(largest / limit)) that a packed row keeps; limit = significand
-/// * 2^shift, `field` its bits behind the leading one. 0 for a group of zeros.
-__device__ __forceinline__ int scale_exponent(float largest, uint32_t field, int shift) {
+/// k of the scale 2^k = 2^ceil(log2(largest / 448)) that a packed row keeps; 0 for a group of
+/// zeros.
+__device__ __forceinline__ int scale_exponent(float largest) {
   if (largest == 0.0f) return 0;
   const uint32_t bits = __float_as_uint(largest);
-  const int exponent = static_cast<int>(bits >> 23) - 127 - shift;
-  return max(exponent + ((bits & 0x7fffffu) > field ? 1 : 0), -126);
+  return static_cast<int>(bits >> 23) - 127 - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);
 }
 
 template <int kPer>
@@ -50,30 +49,37 @@ __device__ __forceinline__ int round_e4m3(float (&v)[kPer]) {
     const float rounded = static_cast<float>(__nv_fp8_e4m3(v[j] * inverse)) * scale;
     v[j] = rounded == 0.0f ? 0.0f : rounded;  // as the CPU's: no zero is negative
   }
-  return scale_exponent(max_of_lanes<kLanes>(largest_of(v, 0.0f)), 0x600000u, 8);
+  return scale_exponent(max_of_lanes<kLanes>(largest_of(v, 0.0f)));
 }
 
-/// Q4: steps of 1/2 below 2, 1 below 4, 2 above.
+/// Q4 of groups of kLanes lanes: E2M1 codes, which leave no zero negative, and the byte of their
+/// packed scale. A value times 2^-126 over its scale has its code in the bits of FP32, subnormal
+/// ones too, and rounding to nearest even there is rounding to the grid.
 template <int kLanes, int kPer>
-__device__ __forceinline__ int round_e2m1(float (&v)[kPer]) {
+__device__ __forceinline__ int round_e2m1(const float (&v)[kPer], uint32_t (&codes)[kPer]) {
   constexpr float kFloor = 6.0f * 1.17549435e-38f;
   const float scale = power_above(max_of_lanes<kLanes>(largest_of(v, kFloor)) * (1.0f / 6.0f));
   const float inverse = inverse_power(scale);
+  uint32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < kPer; ++j) {
-    const float magnitude = fminf(fabsf(v[j]) * inverse, 6.0f);
-    const float coarse = magnitude < 4.0f ? 12582912.0f : 25165824.0f;
-    const float magic = magnitude < 2.0f ? 6291456.0f : coarse;
-    const float rounded = ((magnitude + magic) - magic) * scale;
-    v[j] = v[j] < 0.0f ? 0.0f - rounded : rounded;
+    const uint32_t bits = __float_as_uint(fabsf(v[j]) * inverse * 1.17549435e-38f);
+    codes[j] = (bits + 0x1fffffu + (bits >> 22 & 1)) >> 22;
+    largest = max(largest, codes[j]);
   }
-  return scale_exponent(max_of_lanes<kLanes>(largest_of(v, 0.0f)), 0x400000u, 2);
-}
-
-/// The E2M1 code of a value of the grid.
-__device__ __forceinline__ uint32_t e2m1_code(float x) {
-  const float m = fabsf(x), coarse = m < 4.0f ? m + 2.0f : m * 0.5f + 4.0f;
-  return static_cast<uint32_t>(m < 2.0f ? m * 2.0f : coarse) | (__float_as_uint(x) >> 31) << 3;
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  const int field = static_cast<int>(__float_as_uint(scale) >> 23);
+  // The largest of a group may have become 3: half the scale then holds twice the values.
+  const bool halve = largest < 6 && field > 1;
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    if (codes[j] == 0) continue;
+    if (halve) codes[j] += codes[j] == 1 ? 1 : 2;
+    codes[j] |= __float_as_uint(v[j]) >> 31 << 3;
+  }
+  return largest == 0 ? 127 : field - halve;
 }
 
 template <int kPer>
@@ -91,7 +97,7 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   float v[kPer];
   load_piece(v, x);
   normalise_piece(v, x, p.weight, p.eps);
-  rotate_piece<kRotary, false>(v, p.cos_sin + from * kRotary);
+  rotate_piece<kRotary>(v, p.cos_sin + from * kRotary);
   const int64_t place = p.place != nullptr ? p.place[from] : from;
   const bool stored = row < p.rows && place >= 0;
   uint8_t* out = p.out + place * kBytes;
@@ -155,21 +161,21 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   float v[kPer];
   load_piece(v, x);
   if (p.weight != nullptr) normalise_piece(v, x, p.weight, p.eps);
-  rotate_piece<kRotary, false>(v, p.cos_sin + from / p.heads * kRotary);
+  rotate_piece<kRotary>(v, p.cos_sin + from / p.heads * kRotary);
   hadamard_piece(v);
   constexpr float kFactor = 0.08838834764831845f;  // 1 / sqrt(128)
 #pragma unroll
   for (int j = 0; j < kPer; ++j) v[j] = round_to<__nv_bfloat16>(v[j] * kFactor);
-  const int exponent = round_e2m1<4>(v);
+  uint32_t codes[kPer];
+  const int scale = round_e2m1<4>(v, codes);
   const int64_t place = p.place != nullptr ? p.place[from] : from;
   if (row >= p.rows || place < 0) return;
   uint8_t* out = p.out + place * kBytes;
-  const float inverse = power_of_two(-exponent);
   uint32_t word = 0;
 #pragma unroll
-  for (int j = 0; j < kPer; ++j) word |= e2m1_code(v[j] * inverse) << (4 * j);
+  for (int j = 0; j < kPer; ++j) word |= codes[j] << (4 * j);
   *reinterpret_cast<uint32_t*>(out + lane * 4) = word;
-  if (lane % 4 == 0) out[64 + lane / 4] = static_cast<uint8_t>(exponent + 127);
+  if (lane % 4 == 0) out[64 + lane / 4] = static_cast<uint8_t>(scale);
 }
 
 }  // namespace

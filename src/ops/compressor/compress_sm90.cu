@@ -138,9 +138,10 @@ __global__ void keep_rows_kernel(const __grid_constant__ KeepRowsSm90Params p, i
   wait_for_previous();
   launch_dependents();
   const CompressorRowsSm90& r = p.rows;
-  const int64_t sequence = blockIdx.y / each, width = (r.ratio == 4 ? 2 : 1) * r.d;
+  const int64_t sequence = static_cast<int>(blockIdx.y) / each,
+                width = (r.ratio == 4 ? 2 : 1) * r.d;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  const int64_t token = p.end[sequence] - 1 - blockIdx.y % each;
+  const int64_t token = p.end[sequence] - 1 - static_cast<int>(blockIdx.y) % each;
   if (i >= width || token < r.begin[sequence]) return;
   const int64_t position = r.start[sequence] + token - r.begin[sequence];
   const int64_t to = (r.ring_row[sequence] + position % r.ring) * width + i;

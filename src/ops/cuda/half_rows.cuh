@@ -84,18 +84,15 @@ __device__ __forceinline__ void rotate_pair(float& even, float& odd, float2 turn
   odd = round_to<__nv_bfloat16>(b);
 }
 
-/// The last kRotary values of a row in pieces, forward or back; cos_sin: [kRotary / 2, 2].
-template <int kRotary, bool kInverse, int kPer>
+/// The last kRotary values of a row in pieces; cos_sin: [kRotary / 2, 2].
+template <int kRotary, int kPer>
 __device__ __forceinline__ void rotate_piece(float (&v)[kPer], const float* cos_sin) {
   constexpr int kFirst = 16 - kRotary / kPer;
   if (lane_of_half() < kFirst) return;
   const auto* turns =
       reinterpret_cast<const float2*>(cos_sin) + (lane_of_half() - kFirst) * (kPer / 2);
 #pragma unroll
-  for (int j = 0; j < kPer; j += 2) {
-    const float2 turn = turns[j / 2];
-    rotate_pair(v[j], v[j + 1], make_float2(turn.x, kInverse ? -turn.y : turn.y));
-  }
+  for (int j = 0; j < kPer; j += 2) rotate_pair(v[j], v[j + 1], turns[j / 2]);
 }
 
 /// The same of a row dealt out; sign: -1 for the inverse.

@@ -18,8 +18,8 @@
 namespace hadal::ops::cuda {
 namespace {
 
-/// Shared memory for the chains of a split product.
-constexpr int64_t kChainBytes = 128 * 1024;
+/// Shared memory for the chains of a split product, beside the ring of a tile of so many rows.
+constexpr int64_t chain_bytes(int64_t tile) { return (tile <= 16 ? 128 : 64) * 1024; }
 
 /// kXIsA: the rows of x are operand A. kBatch: slabs multiplied between two waits, a divisor of 16.
 template <bool kFp8, bool kXIsA, int kWarpgroups, int kN, int kStages, int kBatch>
@@ -359,13 +359,13 @@ void launch_few(const LinearSm90Params& p, Stream stream, int split) {
 }
 
 /// Blocks that share K: as many as fill the card's 132 processors, up to 8, where each block's
-/// chains (`tile_bytes` each) fit beside its ring, and has at least `least` of them.
-int split_for(int64_t tiles, int64_t chains, int64_t tile_bytes, int least) {
+/// chains fit beside its ring and are at least `least`.
+int split_for(int64_t tiles, int64_t chains, int64_t tile, int least) {
+  const int64_t tile_bytes = 64 * tile * 4, most = chain_bytes(tile);
   int split = 1;
   while (split < 8 && tiles * split * 2 <= 160 && chains >= split * 2 * least) split *= 2;
-  while (split > 1 && split < 8 && (chains + split - 1) / split * tile_bytes > kChainBytes)
-    split *= 2;
-  return split > 1 && (chains + split - 1) / split * tile_bytes > kChainBytes ? 1 : split;
+  while (split > 1 && split < 8 && (chains + split - 1) / split * tile_bytes > most) split *= 2;
+  return split > 1 && (chains + split - 1) / split * tile_bytes > most ? 1 : split;
 }
 
 template <bool kFp8>
@@ -376,9 +376,10 @@ void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) 
     tile = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 0;
   const int64_t chains = kFp8 ? p.slabs : (p.slabs + 15) / 16;
   int split = choice.split;
-  if (split < 0)
-    split = tile == 8 || tile == 16 ? split_for(p.w_groups / 8, chains, 64 * tile * 4, kFp8 ? 2 : 1)
-                                    : 1;
+  if (split < 0) {
+    const bool shares = tile == 8 || tile == 16 || (!kFp8 && (tile == 32 || tile == 64));
+    split = shares ? split_for(p.w_groups / 8, chains, tile, kFp8 ? 2 : 1) : 1;
+  }
   switch (tile) {
     case 8:
       return launch_few<kFp8, 8, 7, 4>(p, stream, split);

@@ -2,8 +2,10 @@
 // A and go from shared memory to registers, where a shift and a multiplication make BF16 of them
 // (sm90_layout.h). Rows are operand B.
 //
-// A block takes 64 outputs of a group for each of its warpgroups, and kN of the rows. One warp
-// feeds the ring. A warpgroup widens half a slab while the half before is multiplied.
+// A block takes kN rows of a group. Many: 64 outputs for each of its warpgroups. Few: 64 outputs,
+// whose chains its warpgroups share and then add in order, since one chain after the other would
+// take longer than the reads. One warp feeds the ring. A warpgroup widens half a slab while the
+// half before is multiplied.
 #include "ops/cuda/launch.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -15,16 +17,32 @@ namespace {
 
 using sm90::kWideTileBytes;
 
-template <int kN, int kWarpgroups, int kStages>
+/// kShared: the warpgroups share the chains of one tile; else each has a tile of its own.
+template <int kN, int kWarpgroups, int kStages, bool kShared>
 struct WideShape {
+  static constexpr bool shared = kShared;
   static constexpr int rows = kN, warpgroups = kWarpgroups, stages = kStages;
-  /// A slab of 128 inputs: two of 128 bytes of x, and the warpgroups' tiles.
+  static constexpr int tiles = kShared ? 1 : kWarpgroups;  ///< of a block
+  static constexpr int parts = kShared ? kWarpgroups : 1;  ///< slabs of a stage, of as many chains
+  /// A slab of 128 inputs: two of 128 bytes of x, and its tiles of weights.
   static constexpr int x_bytes = 2 * kN * 128;
-  static constexpr int stage_bytes = x_bytes + kWarpgroups * static_cast<int>(kWideTileBytes);
-  /// Two warpgroups take registers of a third, which feeds the ring with one warp.
+  static constexpr int part_bytes = x_bytes + tiles * static_cast<int>(kWideTileBytes);
+  static constexpr int stage_bytes = parts * part_bytes;
+  /// Two warpgroups with many sums take registers of a third, which feeds the ring with one warp.
   static constexpr bool lends = kWarpgroups == 2;
   static constexpr int threads = kWarpgroup * kWarpgroups + (lends ? kWarpgroup : 32);
   static constexpr int chain = static_cast<int>(sm90::kBf16Chain) / 128;  ///< slabs
+  static constexpr int tile = 64 * kN;
+
+  /// Turns of the ring, and the slab that a part has in one: chains are dealt out to the parts.
+  static __device__ __forceinline__ int turns(int slabs) {
+    if (!kShared) return slabs;
+    const int each = chain * parts;
+    return slabs / each * chain + min(slabs % each, chain);
+  }
+  static __device__ __forceinline__ int slab(int turn, int part) {
+    return kShared ? (turn / chain * parts + part) * chain + turn % chain : turn;
+  }
 };
 
 /// A place in the ring.
@@ -75,33 +93,42 @@ __device__ void produce(const WidenedSm90Params& p,
                         uint8_t* ring,
                         uint64_t* full,
                         uint64_t* empty) {
-  const int64_t tiles = p.outputs / 64, tile = blockIdx.x * S::warpgroups, group = blockIdx.z;
+  const int64_t tiles = p.outputs / 64, tile = blockIdx.x * S::tiles, group = blockIdx.z;
   const int64_t x_group = static_cast<int64_t>(blockIdx.y) * S::rows / 8;
-  const uint8_t* w = p.w + (group * p.slabs * tiles + tile) * kWideTileBytes;
-  const uint8_t* x = p.x + (group * p.slabs * 2 * p.x_groups + x_group) * 1024;
-  const auto w_bytes =
-      static_cast<uint32_t>(min(tiles - tile, int64_t{S::warpgroups}) * kWideTileBytes);
+  const auto slabs = static_cast<int>(p.slabs), turns = S::turns(slabs);
+  const uint8_t* w = p.w + (group * slabs * tiles + tile) * kWideTileBytes;
+  const uint8_t* x = p.x + (group * slabs * 2 * p.x_groups + x_group) * 1024;
+  const auto w_bytes = static_cast<uint32_t>(min(tiles - tile, int64_t{S::tiles}) * kWideTileBytes);
   const auto x_bytes =
       static_cast<uint32_t>(min(p.x_groups - x_group, int64_t{S::rows / 8}) * 1024);
-  const auto load_w = [&](int64_t slab, uint32_t stage) {
-    barrier_arrive_expect(&full[stage], w_bytes + 2 * x_bytes);
-    bulk_copy(ring + stage * S::stage_bytes + S::x_bytes, w + slab * tiles * kWideTileBytes,
-              w_bytes, &full[stage]);
+  const auto load_w = [&](int turn, uint32_t stage) {
+    uint32_t parts = 0;
+    for (int part = 0; part < S::parts; ++part) parts += S::slab(turn, part) < slabs;
+    barrier_arrive_expect(&full[stage], parts * (w_bytes + 2 * x_bytes));
+    for (int part = 0; part < S::parts; ++part) {
+      const int64_t slab = S::slab(turn, part);
+      if (slab < slabs)
+        bulk_copy(ring + stage * S::stage_bytes + part * S::part_bytes + S::x_bytes,
+                  w + slab * tiles * kWideTileBytes, w_bytes, &full[stage]);
+    }
   };
-  const auto load_x = [&](int64_t slab, uint32_t stage) {
-    for (int half = 0; half < 2; ++half)
-      bulk_copy(ring + stage * S::stage_bytes + half * S::x_bytes / 2,
-                x + (slab * 2 + half) * p.x_groups * 1024, x_bytes, &full[stage]);
+  const auto load_x = [&](int turn, uint32_t stage) {
+    for (int part = 0; part < S::parts; ++part) {
+      const int64_t slab = S::slab(turn, part);
+      for (int half = 0; half < 2 && slab < slabs; ++half)
+        bulk_copy(ring + stage * S::stage_bytes + part * S::part_bytes + half * S::x_bytes / 2,
+                  x + (slab * 2 + half) * p.x_groups * 1024, x_bytes, &full[stage]);
+    }
   };
-  const auto ahead = static_cast<uint32_t>(min(p.slabs, int64_t{S::stages}));
-  for (uint32_t stage = 0; stage < ahead; ++stage) load_w(stage, stage);
+  const int ahead = min(turns, S::stages);
+  for (int turn = 0; turn < ahead; ++turn) load_w(turn, static_cast<uint32_t>(turn));
   wait_for_previous();
-  Turn<S> turn;
-  for (uint32_t stage = 0; stage < ahead; ++stage, turn.next()) load_x(stage, stage);
-  for (int64_t slab = ahead; slab < p.slabs; ++slab, turn.next()) {
-    barrier_wait(&empty[turn.stage], turn.parity ^ 1);
-    load_w(slab, turn.stage);
-    load_x(slab, turn.stage);
+  Turn<S> at;
+  for (int turn = 0; turn < ahead; ++turn, at.next()) load_x(turn, at.stage);
+  for (int turn = ahead; turn < turns; ++turn, at.next()) {
+    barrier_wait(&empty[at.stage], at.parity ^ 1);
+    load_w(turn, at.stage);
+    load_x(turn, at.stage);
   }
 }
 
@@ -118,46 +145,81 @@ __device__ __forceinline__ void multiply_half(float (&d)[S::rows / 2],
   wgmma_commit();
 }
 
+/// What lies in the block's shared memory: the ring, its barriers, and, where warpgroups share a
+/// tile, all its chains.
+struct Memory {
+  uint8_t* ring;
+  float* chains;
+  uint64_t *full, *empty;
+};
+
+/// The chains of a warpgroup, added to `run` or kept.
 template <typename S>
 __device__ __forceinline__ void consume(const WidenedSm90Params& p,
                                         float (&run)[S::rows / 2],
                                         int64_t tile,
-                                        const uint8_t* ring,
-                                        uint64_t* full,
-                                        uint64_t* empty) {
+                                        const Memory& m) {
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int part = S::shared ? warpgroup : 0, own = S::shared ? 0 : warpgroup;
   const int64_t blocks = (p.outputs + 127) / 128;
   const float* scale = p.scales + static_cast<int64_t>(blockIdx.z) * p.slabs * blocks + tile / 2;
   float d[S::rows / 2];
   uint32_t first[4][4], second[4][4];
-  Turn<S> turn;
-  const auto slabs = static_cast<int>(p.slabs);
-  for (int begin = 0; begin < slabs; begin += S::chain) {
+  Turn<S> at;
+  const auto slabs = static_cast<int>(p.slabs), turns = S::turns(slabs);
+  for (int begin = 0; begin < turns; begin += S::chain) {
     uint64_t* before = nullptr;
-    const int end = min(begin + S::chain, slabs);
+    const int end = min(begin + S::chain, turns);
+    const int last = S::slab(begin, part) + min(S::chain, slabs - S::slab(begin, part));
     keep(d);
-    for (int slab = begin; slab < end; ++slab, turn.next()) {
-      const uint8_t* stage = ring + turn.stage * S::stage_bytes;
-      const uint8_t* weights = stage + S::x_bytes + warpgroup * kWideTileBytes;
+    for (int turn = begin; turn < end; ++turn, at.next()) {
+      const int slab = S::slab(turn, part);
+      barrier_wait(&m.full[at.stage], at.parity);
+      if (slab >= last) {  // this part's chain is shorter, or there is none
+        if (before != nullptr) {
+          wgmma_wait<0>();
+          barrier_arrive(before);
+        }
+        before = &m.empty[at.stage];
+        continue;
+      }
+      const uint8_t* stage = m.ring + at.stage * S::stage_bytes + part * S::part_bytes;
+      const uint8_t* weights = stage + S::x_bytes + own * kWideTileBytes;
       // The block's scale, and the 2^120 that the codes lack.
       const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(
           static_cast<uint16_t>((__float_as_uint(scale[slab * blocks]) >> 16) + (120u << 7))));
-      barrier_wait(&full[turn.stage], turn.parity);
       wgmma_wait<1>();  // who read `first`
       widen_half(first, weights, 0, power);
-      multiply_half<S>(d, first, stage, slab > begin);
+      multiply_half<S>(d, first, stage, turn > begin);
       wgmma_wait<1>();  // who read `second`, the end of the slab before
       if (before != nullptr) barrier_arrive(before);
-      before = &empty[turn.stage];
+      before = &m.empty[at.stage];
       widen_half(second, weights, 1, power);
       multiply_half<S>(d, second, stage + S::x_bytes / 2, true);
     }
     wgmma_wait<0>();
     keep(d);
     barrier_arrive(before);
+    if constexpr (S::shared) {
+      if (last <= S::slab(begin, part)) continue;
+      float* chain = m.chains + S::slab(begin, part) / S::chain * S::tile;
 #pragma unroll
-    for (int i = 0; i < S::rows / 2; ++i) run[i] = run[i] + d[i];
+      for (int i = 0; i < S::rows / 2; ++i) chain[i * kWarpgroup + threadIdx.x % kWarpgroup] = d[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::rows / 2; ++i) run[i] = run[i] + d[i];
+    }
   }
+}
+
+/// Value i of thread t of a warpgroup's sums.
+template <typename S>
+__device__ __forceinline__ void store_sum(
+    const WidenedSm90Params& p, int64_t tile, int t, int i, float sum) {
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * S::rows + i / 4 * 8 + t % 4 * 2 + (i & 1);
+  const int64_t column = static_cast<int64_t>(blockIdx.z) * p.outputs + tile * 64 + t / 32 * 16 +
+                         t % 32 / 4 + (i & 2) * 4;
+  if (row < p.rows) p.out[row * p.stride + column] = __bfloat16_as_ushort(__float2bfloat16_rn(sum));
 }
 
 template <typename S>
@@ -165,47 +227,54 @@ __global__ void __launch_bounds__(S::threads, 1)
     widened_kernel(const __grid_constant__ WidenedSm90Params p) {
   extern __shared__ __align__(1024) uint8_t ring[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
+  const Memory m = {ring, reinterpret_cast<float*>(ring + S::stages * S::stage_bytes), full, empty};
+  constexpr int kConsumers = S::warpgroups * kWarpgroup;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; ++i) {
       barrier_init(&full[i], 1);
-      barrier_init(&empty[i], S::warpgroups * kWarpgroup);
+      barrier_init(&empty[i], kConsumers);
     }
     barrier_init_done();
   }
   __syncthreads();
   launch_dependents();
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const auto thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup;
   if (warpgroup == S::warpgroups) {
     if constexpr (S::lends) fewer_registers<40>();
-    if (threadIdx.x == S::warpgroups * kWarpgroup) produce<S>(p, ring, full, empty);
+    if (thread == kConsumers) produce<S>(p, ring, full, empty);
     return;
   }
   if constexpr (S::lends) more_registers<232>();
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * S::warpgroups + warpgroup;
-  const int64_t tiles = p.outputs / 64, first = static_cast<int64_t>(blockIdx.y) * S::rows;
+  const int64_t tiles = p.outputs / 64;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * S::tiles + (S::shared ? 0 : warpgroup);
   float run[S::rows / 2] = {};
-  consume<S>(p, run, min(tile, tiles - 1), ring, full, empty);
+  consume<S>(p, run, min(tile, tiles - 1), m);
   wait_for_previous();  // it may read what we write
-  if (tile >= tiles) return;
-  const int t = static_cast<int>(threadIdx.x) % kWarpgroup;
-  auto* out =
-      p.out + static_cast<int64_t>(blockIdx.z) * p.outputs + tile * 64 + t / 32 * 16 + t % 32 / 4;
+  if constexpr (S::shared) {
+    named_barrier_wait(1, kConsumers);
+    const auto chains = static_cast<int>((p.slabs + S::chain - 1) / S::chain);
+    for (int at = thread; at < S::tile; at += kConsumers) {
+      float sum = 0.0f;
+      for (int chain = 0; chain < chains; ++chain) sum = sum + m.chains[chain * S::tile + at];
+      store_sum<S>(p, tile, at % kWarpgroup, at / kWarpgroup, sum);
+    }
+  } else if (tile < tiles) {
 #pragma unroll
-  for (int j = 0; j < S::rows / 2; ++j) {
-    const int64_t row = first + j / 4 * 8 + t % 4 * 2 + (j & 1);
-    if (row < p.rows)
-      out[row * p.stride + (j & 2) * 4] = __bfloat16_as_ushort(__float2bfloat16_rn(run[j]));
+    for (int i = 0; i < S::rows / 2; ++i) store_sum<S>(p, tile, thread % kWarpgroup, i, run[i]);
   }
 }
 
 template <typename S>
 void launch(const WidenedSm90Params& p, Stream stream) {
   auto* kernel = widened_kernel<S>;
-  constexpr int kBytes = S::stages * S::stage_bytes;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  const dim3 grid(blocks_for(p.outputs / 64, S::warpgroups), blocks_for(p.rows, S::rows),
+  const int64_t chains = S::shared ? (p.slabs + S::chain - 1) / S::chain * S::tile * 4 : 0;
+  const auto bytes = static_cast<size_t>(S::stages * S::stage_bytes + chains);
+  if (bytes > 227 * 1024 - 256) throw_kernel_error("widened_sm90", "too many inputs for this tile");
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+  const dim3 grid(blocks_for(p.outputs / 64, S::tiles), blocks_for(p.rows, S::rows),
                   static_cast<unsigned>(p.groups));
-  launch_early(kernel, {grid, S::threads, kBytes}, stream, "widened_sm90", p);
+  launch_early(kernel, {grid, S::threads, bytes}, stream, "widened_sm90", p);
 }
 
 }  // namespace
@@ -220,15 +289,15 @@ void widened_sm90(const WidenedSm90Params& p, Stream stream, const Sm90Choice& c
     tile = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
   switch (tile) {
     case 8:
-      return cuda::launch<cuda::WideShape<8, 1, 6>>(p, stream);
+      return cuda::launch<cuda::WideShape<8, 4, 4, true>>(p, stream);
     case 16:
-      return cuda::launch<cuda::WideShape<16, 1, 6>>(p, stream);
+      return cuda::launch<cuda::WideShape<16, 4, 3, true>>(p, stream);
     case 32:
-      return cuda::launch<cuda::WideShape<32, 1, 5>>(p, stream);
+      return cuda::launch<cuda::WideShape<32, 4, 2, true>>(p, stream);
     case 64:
-      return cuda::launch<cuda::WideShape<64, 1, 4>>(p, stream);
+      return cuda::launch<cuda::WideShape<64, 1, 4, false>>(p, stream);
     case 128:
-      return cuda::launch<cuda::WideShape<128, 2, 4>>(p, stream);
+      return cuda::launch<cuda::WideShape<128, 2, 4, false>>(p, stream);
     default:
       throw_kernel_error("widened_sm90", "no kernel for this tile");
   }

@@ -13,39 +13,60 @@ constexpr int kBlocks = 8, kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxShare = 50'000;  // floats of a block
 constexpr uint32_t kPieceBytes = 8192;
 
-struct Pair {
+struct alignas(16) Pair {
   uint64_t first, second;
 };
+
+/// The largest of a warp's, in every lane.
+__device__ __forceinline__ uint64_t largest_of_warp(uint64_t x) {
+  const auto high = static_cast<uint32_t>(x >> 32);
+  const uint32_t top = __reduce_max_sync(0xffffffffu, high);
+  const uint32_t low = high == top ? static_cast<uint32_t>(x) : 0;
+  return static_cast<uint64_t>(top) << 32 | __reduce_max_sync(0xffffffffu, low);
+}
+/// The sum of a warp's, below 2^64, in every lane.
+__device__ __forceinline__ uint64_t sum_of_warp(uint64_t x) {
+  constexpr uint32_t kLow = (1u << 27) - 1;
+  const uint32_t low = __reduce_add_sync(0xffffffffu, static_cast<uint32_t>(x) & kLow);
+  const uint64_t high = __reduce_add_sync(0xffffffffu, static_cast<uint32_t>(x >> 27) & kLow);
+  const uint64_t top = __reduce_add_sync(0xffffffffu, static_cast<uint32_t>(x >> 54));
+  return low + (high << 27) + (top << 54);
+}
+
 /// The larger first, then the larger second.
 struct Larger {
-  __device__ __forceinline__ Pair operator()(const Pair& a, const Pair& b) const {
-    return a.first > b.first || (a.first == b.first && a.second > b.second) ? a : b;
+  __device__ __forceinline__ Pair operator()(const Pair& x) const {
+    const uint64_t first = largest_of_warp(x.first);
+    return {first, largest_of_warp(x.first == first ? x.second : 0)};
+  }
+};
+/// The larger first alone.
+struct Largest {
+  __device__ __forceinline__ Pair operator()(const Pair& x) const {
+    return {largest_of_warp(x.first), 0};
   }
 };
 struct Sum {
-  __device__ __forceinline__ Pair operator()(const Pair& a, const Pair& b) const {
-    return {a.first + b.first, a.second + b.second};
+  __device__ __forceinline__ Pair operator()(const Pair& x) const {
+    return {sum_of_warp(x.first), sum_of_warp(x.second)};
   }
 };
 
-/// What a block keeps beside its logits. Two slots by turns: whoever writes one has met all blocks
-/// since they read it.
+/// What a block keeps beside its logits. Slots by turns: whoever writes them has met all blocks
+/// since they read theirs.
 struct Exchange {
   Pair warps[kWarps];
-  Pair slots[2];
+  Pair slots[2][kBlocks];  ///< of all blocks
   uint32_t histogram[2][256];
   uint32_t bins[256];
   uint32_t chosen_bin, before, in_bin;
   uint64_t loaded;  ///< barrier of the copy
 };
 
-__device__ __forceinline__ uint64_t load_remote64(const uint64_t* local, uint32_t rank) {
-  uint64_t value;
-  asm volatile("ld.shared::cluster.u64 %0, [%1];"
-               : "=l"(value)
-               : "r"(remote_address(local, rank))
+__device__ __forceinline__ void store_remote(Pair* local, uint32_t rank, const Pair& value) {
+  asm volatile("st.shared::cluster.v2.u64 [%0], {%1, %2};" ::"r"(remote_address(local, rank)),
+               "l"(value.first), "l"(value.second)
                : "memory");
-  return value;
 }
 __device__ __forceinline__ uint32_t load_remote32(const uint32_t* local, uint32_t rank) {
   uint32_t value;
@@ -67,10 +88,11 @@ struct Row {
   int first, count, turn;
   Exchange& exchange;
 
-  /// Calls f(token, logit) for this thread's share; f may shuffle: all lanes take part, with
+  /// Calls f(token, logit) for this thread's share; f may use all lanes: they take part, with
   /// -infinity behind the end.
   template <typename F>
   __device__ __forceinline__ void each(F f) const {
+#pragma unroll 4
     for (int t = static_cast<int>(threadIdx.x); t / 32 * 32 < count; t += kThreads)
       f(first + t, t < count ? logits[t] : -INFINITY);
   }
@@ -78,29 +100,18 @@ struct Row {
   /// v of all threads of the cluster joined, in every thread.
   template <typename Join>
   __device__ Pair over_cluster(Pair v, Join join) {
-    const auto over_lanes = [&](int lanes) {
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        const Pair other = {__shfl_xor_sync(0xffffffffu, v.first, offset),
-                            __shfl_xor_sync(0xffffffffu, v.second, offset)};
-        v = join(v, other);
-      }
-    };
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    over_lanes(32);
+    v = join(v);
     if (lane == 0) exchange.warps[threadIdx.x / 32] = v;
     __syncthreads();
     turn ^= 1;
     if (threadIdx.x < 32) {
-      v = exchange.warps[lane % kWarps];
-      over_lanes(kWarps);
-      if (lane == 0) exchange.slots[turn] = v;
+      v = join(lane < kWarps ? exchange.warps[lane] : Pair{0, 0});
+      if (lane < kBlocks)
+        store_remote(&exchange.slots[turn][cluster_rank()], static_cast<uint32_t>(lane), v);
     }
     cluster_sync();
-    const Pair* slot = &exchange.slots[turn];
-    const auto rank = static_cast<uint32_t>(lane % kBlocks);
-    v = {load_remote64(&slot->first, rank), load_remote64(&slot->second, rank)};
-    over_lanes(kBlocks);
-    return v;
+    return join(lane < kBlocks ? exchange.slots[turn][lane] : Pair{0, 0});
   }
 
   /// The largest rank below `limit`; 0: none.
@@ -110,7 +121,7 @@ struct Row {
       const uint64_t rank = rank_of(logit, token);
       if (rank < limit && rank > best) best = rank;
     });
-    return over_cluster({best, 0}, Larger()).first;
+    return over_cluster({best, 0}, Largest()).first;
   }
 
   /// A rank that the k largest reach and no other, found byte by byte from the highest; 1 if there
@@ -190,7 +201,7 @@ load_row(const float* logits, int64_t vocab, int share, float* memory, Exchange&
       bulk_copy(memory + at / 4, logits + first + at / 4, min(bytes - at, kPieceBytes),
                 &exchange.loaded);
   }
-  __syncthreads();
+  cluster_sync();  // all blocks are there to be written to
   barrier_wait(&exchange.loaded, 0);
   return {memory, first, count, 0, exchange};
 }
@@ -255,20 +266,38 @@ __device__ int draw(
   };
   const float inverse = static_cast<float>(1.0 / row.temperature);
   Contender front = {-INFINITY, token_of(best)};
-  own.each([&](int token, float logit) {
-    const uint64_t rank = rank_of(logit, token);
-    if (rank == 0 || rank < from) return;
-    float about = (logit - highest) * inverse + about_gumbel(random.block(counter(token))[0]);
+  const auto consider = [&](int token, float about) {
     if (about < front.about - kSlack) return;
     if (!(about > front.about + kSlack)) {  // close, or not known
-      const double other = key(front.token, logit_of(front.token)), k = key(token, logit);
+      const double other = key(front.token, logit_of(front.token));
+      const double k = key(token, logit_of(token));
       about = static_cast<float>(k);
       if (other > k || (other == k && front.token < token)) return;
     }
     front = {about, token};
-  });
+  };
+  // Several at once, so that one's rounds hide another's.
+  constexpr int kTogether = 4;
+  for (int t = static_cast<int>(threadIdx.x); t < own.count; t += kTogether * kThreads) {
+    float about[kTogether];
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = t + i * kThreads, token = own.first + at;
+      const float logit = at < own.count ? own.logits[at] : -INFINITY;
+      const uint64_t rank = rank_of(logit, token);
+      const float noise = about_gumbel(random.block(counter(token))[0]);
+      about[i] = rank == 0 || rank < from ? -INFINITY : (logit - highest) * inverse + noise;
+      any = any || !(about[i] < front.about - kSlack);
+    }
+    if (!any) continue;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (about[i] != -INFINITY) consider(own.first + t + i * kThreads, about[i]);
+    }
+  }
   // The block's best are compared exactly.
-  const uint64_t near = own.over_cluster({ordered(front.about), 0}, Larger()).first;
+  const uint64_t near = own.over_cluster({ordered(front.about), 0}, Largest()).first;
   Pair won = {0, 0};
   if (!(static_cast<double>(front.about) < unordered(near) - kSlack))
     won = {ordered(key(front.token, logit_of(front.token))), static_cast<uint32_t>(~front.token)};
@@ -310,7 +339,7 @@ __device__ int sample_row(Row& own, const SamplingRowSm90& row) {
     uint64_t mine = 0;
     const int at = chosen - own.first;
     if (at >= 0 && at < own.count) mine = rank_of(own.logits[at], chosen);
-    const uint64_t rank = own.over_cluster({mine, 0}, Larger()).first;
+    const uint64_t rank = own.over_cluster({mine, 0}, Largest()).first;
     const uint32_t high = static_cast<uint32_t>(rank >> 32);
     const float logit = bits_float(high ^ (high >> 31 != 0 ? 0x80000000u : 0xffffffffu));
     const bool allowed = !(scaled_logit(logit, highest, row) < row.least) &&
