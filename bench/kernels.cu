@@ -1,6 +1,6 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [copy]     one line a
-//   case; none named: all
+//   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [prefill] [copy]
+//   one line a case; none named: all; prefill: the prefill of attention alone
 // Everything runs as a captured graph over distinct weights, so that the second-level cache holds
 // nothing of what a call reads; medians of 15 replays.
 #include <algorithm>
@@ -366,7 +366,8 @@ int run(int argc, char** argv) {
   check(cudaStreamCreate(&stream), "stream");
   const double copy = copy_rate(stream);
   std::printf("copy %.3f TB/s read and written\n", copy);
-  if (wanted("attention")) bench_attention(stream, copy);
+  if (wanted("attention")) bench_attention(stream, copy, false);
+  if (argc > 1 && wanted("prefill")) bench_attention(stream, copy, true);
   if (wanted("rows")) bench_rows(stream, copy);
   if (wanted("forward")) bench_forward(stream, copy);
   if (wanted("index")) bench_index(stream, copy);

@@ -68,7 +68,8 @@ double microseconds(int calls, cudaStream_t stream, Body body) {
   return times[times.size() / 2] * 1000.0 / calls;
 }
 
-void bench_attention(cudaStream_t stream, double copy);
+/// prefill: of prefill alone.
+void bench_attention(cudaStream_t stream, double copy, bool prefill);
 void bench_forward(cudaStream_t stream, double copy);
 
 }  // namespace hadal::ops

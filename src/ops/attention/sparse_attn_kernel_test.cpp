@@ -19,10 +19,21 @@ using Shape = testing::AttentionShape;
 using World = testing::AttentionWorld;
 using Results = testing::AttentionResults;
 
-/// Tokens [first, first + count) alone.
-Results run(const World& w, SparseAttnKernel kernel, int64_t first, int64_t count) {
+/// Latents widened on the card.
+std::vector<uint16_t> widen(const std::vector<uint8_t>& latents) {
+  const auto rows = latents.size() / static_cast<size_t>(kLatentRowBytes);
+  const OnDevice<uint8_t> there(latents);
+  const OnDevice<uint16_t> wide(rows * kLatentDim);
+  widen_latents_sm90({there.get(), nullptr, wide.get(), static_cast<int64_t>(rows)}, nullptr);
+  return wide.read();
+}
+
+/// Tokens [first, first + count) alone; wide: over rows that were widened before.
+Results run(
+    const World& w, SparseAttnKernel kernel, int64_t first, int64_t count, bool wide = false) {
   const Shape& s = w.shape;
   const OnDevice<uint8_t> window(w.window), blocks(w.blocks);
+  const OnDevice<uint16_t> wide_window(widen(w.window)), wide_blocks(widen(w.blocks));
   const OnDevice<uint16_t> q(w.q);
   const OnDevice<float> sink(w.sink);
   // No list is empty memory.
@@ -47,7 +58,9 @@ Results run(const World& w, SparseAttnKernel kernel, int64_t first, int64_t coun
                             .scale = World::kScale,
                             .out = out.get(),
                             .stats = stats.get(),
-                            .scratch = nullptr};
+                            .scratch = nullptr,
+                            .wide_window = wide ? wide_window.get() : nullptr,
+                            .wide_blocks = wide ? wide_blocks.get() : nullptr};
   const OnDevice<float> scratch(static_cast<size_t>(sparse_attn_scratch_floats(p, kernel)) + 1);
   p.scratch = scratch.get();
   sparse_attn_sm90(p, nullptr, kernel);
@@ -117,6 +130,22 @@ TEST_P(SparseAttnSm90, GivesTheTwinsBits) {
     expect_twin(w, many, expected, t, first, 4, "many");
   }
   EXPECT_EQ(differences(few, many), 0);
+  EXPECT_EQ(differences(run(w, SparseAttnKernel::kMany, 0, tokens, true), many), 0) << "wide";
+}
+
+TEST(SparseAttnSm90, LatentsAreWidenedByNumber) {
+  const World w({1, 64, 64, 0});
+  const auto all = widen(w.window);
+  const std::vector<int32_t> row = {7, 0, 499, 7, 123};
+  const OnDevice<uint8_t> there(w.window);
+  const OnDevice<int32_t> row_there(row);
+  const OnDevice<uint16_t> wide(row.size() * kLatentDim);
+  widen_latents_sm90({there.get(), row_there.get(), wide.get(), 5}, nullptr);
+  std::vector<uint16_t> expected;
+  for (const int32_t r : row)
+    expected.insert(expected.end(), all.begin() + r * kLatentDim,
+                    all.begin() + (r + 1) * kLatentDim);
+  EXPECT_EQ(wide.read(), expected);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes,
@@ -156,6 +185,7 @@ TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
     w.blocks[row * kLatentRowBytes + 576 + row % 7] = static_cast<uint8_t>(134 + row % 6);
   const Results many = run(w, SparseAttnKernel::kMany, 0, 3);
   EXPECT_EQ(differences(run(w, SparseAttnKernel::kFew, 0, 3), many), 0);
+  EXPECT_EQ(differences(run(w, SparseAttnKernel::kMany, 0, 3, true), many), 0);
   for (int64_t t = 0; t < 3; ++t)
     expect_twin(w, many, attention_twin(w, t, 8, 4), t, 8, 4, "large scales");
 }

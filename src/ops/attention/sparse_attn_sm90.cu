@@ -4,6 +4,9 @@
 // of odd ones; the weights go to both, and each keeps half of the value columns. The running
 // maximum and sum travel with the weights, so that chunks are folded in order.
 //
+// Where the rows were widened before (widen_latents_sm90), the gathering warpgroups copy them
+// without touching them.
+//
 // Few tokens: sparse_attn_few_sm90.cu.
 #include "ops/attention/sparse_attn_sm90.cuh"
 
@@ -103,8 +106,96 @@ __device__ __forceinline__ void gather(const SparseAttnSm90Params& p, int items,
   }
 }
 
-/// The folding warpgroups: kSelf 0 computes the weights of even chunks, 1 of odd ones.
-template <int kSelf>
+/// A chunk of BF16 rows, copied as they are by 256 threads: thread t has piece t % 8 of every slab
+/// of two rows, as LatentChunk has them.
+class WideChunk {
+ public:
+  __device__ __forceinline__ explicit WideChunk(int thread) : t(thread) {}
+
+  __device__ __forceinline__ int row(int u) const { return t / 32 * 8 + t % 32 / 8 + u * 4; }
+  __device__ __forceinline__ void find(const AttnSource& source, int32_t (&number)[2]) const {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) number[u] = source.number(row(u));
+  }
+  /// Copies to a tile and lets `full` know when they are there; rows without a number become zero.
+  __device__ __forceinline__ void copy(const SparseAttnSm90Params& p,
+                                       const uint16_t* rows,
+                                       const int32_t (&number)[2],
+                                       uint32_t tile,
+                                       uint64_t* present,
+                                       uint64_t* full) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const bool any = number[u] >= 0;
+      const uint32_t votes = __ballot_sync(0xffffffffu, any);
+      bits |= ((votes & 1) | (votes >> 7 & 2) | (votes >> 14 & 4) | (votes >> 21 & 8)) << (u * 4);
+      const uint16_t* from =
+          any ? rows + static_cast<int64_t>(number[u]) * kLatentDim + t % 8 * 8 : p.q;
+      const uint32_t to = tile + slab_offset(row(u), t % 8);
+#pragma unroll
+      for (int slab = 0; slab < 8; ++slab)
+        copy_async_or_zero(to + slab * kSlabTile, from + (any ? slab * 64 : 0), any);
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(full))
+                 : "memory");
+    if (t % 32 != 0) return;
+    reinterpret_cast<uint8_t*>(present)[t / 32] = static_cast<uint8_t>(bits);
+    barrier_arrive(full);
+  }
+
+ private:
+  static __device__ __forceinline__ void copy_async_or_zero(uint32_t to,
+                                                            const void* from,
+                                                            bool any) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(any ? 16 : 0)
+                 : "memory");
+  }
+
+  int t;
+};
+
+/// The gathering warpgroups where rows are BF16 already: copies that nobody waits for but the
+/// folding warpgroups.
+__device__ __forceinline__ void gather_wide(const SparseAttnSm90Params& p,
+                                            int items,
+                                            int segments) {
+  const int thread = static_cast<int>(threadIdx.x) - 2 * kWarpgroup;
+  const WideChunk chunk(thread);
+  Memory& m = memory();
+  uint32_t round = 0, used[2] = {0, 0};
+  for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x), ++round) {
+    const Item item(p, i, segments);
+    const AttnList list(p, item.token);
+    const Range range(list, item.segment);
+    const int chunks = range.chunks();
+    const auto rows_at = [&](int place) {
+      return place < list.window_places ? p.wide_window : p.wide_blocks;
+    };
+    int32_t number[2];
+    chunk.find(list.chunk(p, range.first), number);
+    barrier_wait(&m.q_empty, (round & 1) ^ 1);
+    load_queries<2 * kWarpgroup>(smem_address(m.q), p.q + item.row(p) * kLatentDim, thread);
+    if (thread == 0) m.chunks = chunks;
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&m.q_full))
+        : "memory");
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(&m.q_full);
+    for (int c = 0; c < chunks; ++c) {
+      const int b = c & 1, place = range.first + c * kChunk;
+      barrier_wait(&m.empty[b], ((b == 0 ? used[0] : used[1]) & 1) ^ 1);
+      ++(b == 0 ? used[0] : used[1]);
+      chunk.copy(p, rows_at(place), number, smem_address(m.rows[b]), &m.present[b], &m.full[b]);
+      if (c + 1 < chunks) chunk.find(list.chunk(p, place + kChunk), number);
+    }
+  }
+}
+
+/// The folding warpgroups: kSelf 0 computes the weights of even chunks, 1 of odd ones. kWide: tiles
+/// and queries were copied asynchronously.
+template <int kSelf, bool kWide>
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(const SparseAttnSm90Params& params,
@@ -123,6 +214,7 @@ class Consumer {
 #pragma unroll
       for (int j = 0; j < 128; ++j) o[j] = 0.0f;
       barrier_wait(&memory().q_full, round & 1);
+      if constexpr (kWide) fence_async_proxy();
       const int chunks = memory().chunks;
       AttnState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
       if (chunks == 0) leave(&memory().q_empty);
@@ -145,6 +237,7 @@ class Consumer {
   template <int kBuffer>
   __device__ __forceinline__ void wait_full() {
     barrier_wait(&memory().full[kBuffer], (kBuffer == 0 ? even_chunks : odd_chunks) & 1);
+    if constexpr (kWide) fence_async_proxy();  // what the copies wrote, for the products
   }
 
   /// Logits of our chunk, in buffer kSelf, and the largest of each of the thread's rows.
@@ -256,15 +349,18 @@ class Consumer {
   int thread;
 };
 
+template <bool kWide>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attn_kernel(const __grid_constant__ SparseAttnSm90Params p, int items, int segments) {
   Memory& m = memory();
   if (threadIdx.x == 0) {
+    // Of the gathering threads; and of their warps, where copies arrive on their own.
+    constexpr int kFull = 2 * kWarpgroup + (kWide ? 2 * kWarpgroup / 32 : 0);
     for (int i = 0; i < 2; ++i) {
-      barrier_init(&m.full[i], 2 * kWarpgroup);
+      barrier_init(&m.full[i], kFull);
       barrier_init(&m.empty[i], 2 * kWarpgroup / 32);
     }
-    barrier_init(&m.q_full, 2 * kWarpgroup);
+    barrier_init(&m.q_full, kFull);
     barrier_init(&m.q_empty, 2 * kWarpgroup / 32);
     barrier_init_done();
   }
@@ -274,15 +370,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (warpgroup >= 2) {
     fewer_registers<kGatherRegisters>();
-    gather(p, items, segments);
+    if constexpr (kWide) {
+      gather_wide(p, items, segments);
+    } else {
+      gather(p, items, segments);
+    }
   } else {
     more_registers<kFoldRegisters>();
     if (warpgroup == 0) {
-      Consumer<0>(p, items, segments).run();
+      Consumer<0, kWide>(p, items, segments).run();
     } else {
-      Consumer<1>(p, items, segments).run();
+      Consumer<1, kWide>(p, items, segments).run();
     }
   }
+}
+
+/// A thread widens eight channels of a row.
+__global__ void __launch_bounds__(128)
+    widen_latents_kernel(const __grid_constant__ WidenLatentsSm90Params p) {
+  wait_for_previous();
+  launch_dependents();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 2 + threadIdx.x / 64;
+  const int piece = static_cast<int>(threadIdx.x) % 64;
+  if (row >= p.rows) return;
+  const uint8_t* from = p.latents + (p.row != nullptr ? p.row[row] : row) * kLatentRowBytes;
+  uint4 v;
+  if (piece < 56) {
+    v = widen_any_codes(load_codes(from + piece * 8), from[576 + piece / 8]);
+  } else {
+    const uint2 low = load_codes(from + 448 + (piece - 56) * 16);
+    const uint2 high = load_codes(from + 456 + (piece - 56) * 16);
+    v = make_uint4(low.x, low.y, high.x, high.y);
+  }
+  *reinterpret_cast<uint4*>(p.wide + row * kLatentDim + piece * 8) = v;
 }
 
 /// Adds the segments of a head, ascending, then the sink.
@@ -330,9 +450,10 @@ __global__ void __launch_bounds__(128)
 void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
   constexpr int kBytes = sizeof(Memory);
   static_assert(kBytes <= 227 * 1024);
-  cudaFuncSetAttribute(sparse_attn_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  auto* kernel = p.wide_window != nullptr ? sparse_attn_kernel<true> : sparse_attn_kernel<false>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const dim3 grid(static_cast<unsigned>(items < 132 ? items : 132));
-  launch_early(sparse_attn_kernel, {grid, kThreads, kBytes}, stream, "sparse_attn_sm90", p,
+  launch_early(kernel, {grid, kThreads, kBytes}, stream, "sparse_attn_sm90", p,
                static_cast<int>(items), static_cast<int>(sparse_attn_segments(p)));
 }
 
@@ -345,6 +466,12 @@ void launch_join(const SparseAttnSm90Params& p, int64_t segments, Stream stream)
 }  // namespace hadal::ops::cuda
 
 namespace hadal::ops {
+
+void widen_latents_sm90(const WidenLatentsSm90Params& p, Stream stream) {
+  if (p.rows == 0) return;
+  cuda::launch_early(cuda::widen_latents_kernel, {cuda::blocks_for(p.rows, 2), 128}, stream,
+                     "widen_latents_sm90", p);
+}
 
 void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKernel kernel) {
   if (p.tokens == 0) return;

@@ -30,6 +30,10 @@ struct SparseAttnSm90Params {
   uint16_t* out;   ///< [tokens, heads, 512] BF16; 0 where a list is empty
   float* stats;    ///< [tokens, heads, 2] the largest logit and the denominator, or null
   float* scratch;  ///< sparse_attn_scratch_floats(p)
+  /// The same latents as BF16 rows of 512 (widen_latents_sm90), for prefill: many tokens that read
+  /// the same rows need not widen each of them anew. Null: `window` and `blocks` are read.
+  const uint16_t* wide_window;
+  const uint16_t* wide_blocks;
 };
 
 inline int64_t sparse_attn_segments(const SparseAttnSm90Params& p) {
@@ -58,6 +62,15 @@ inline int64_t sparse_attn_scratch_floats(const SparseAttnSm90Params& p,
 void sparse_attn_sm90(const SparseAttnSm90Params& p,
                       Stream stream,
                       SparseAttnKernel kernel = SparseAttnKernel::kByShape);
+
+/// Latents as BF16 rows, exactly.
+struct WidenLatentsSm90Params {
+  const uint8_t* latents;  ///< of 584 bytes
+  const int32_t* row;      ///< [rows] which of them; null: row i
+  uint16_t* wide;          ///< [rows, 512]
+  int64_t rows;
+};
+void widen_latents_sm90(const WidenLatentsSm90Params& p, Stream stream);
 
 /// One token with the bits of sparse_attn_sm90, on a CPU.
 struct SparseAttnTwinTask {
