@@ -4,8 +4,9 @@
 // of odd ones; the weights go to both, and each keeps half of the value columns. The running
 // maximum and sum travel with the weights, so that chunks are folded in order.
 //
-// Where the rows were widened before (widen_latents_sm90), the gathering warpgroups copy them
-// without touching them.
+// Where the rows were widened before (widen_latents_sm90), the gathering warpgroups only start
+// copies, and the folding ones do not wait for each other's weights: the maximum is handed over
+// first.
 //
 // Few tokens: sparse_attn_few_sm90.cu.
 #include "ops/attention/sparse_attn_sm90.cuh"
@@ -17,7 +18,8 @@ constexpr int kThreads = 4 * kWarpgroup;
 /// Of each thread; four warpgroups have 512 together.
 constexpr int kGatherRegisters = 64, kFoldRegisters = 192;
 constexpr int kChunk = static_cast<int>(kAttnChunk);
-constexpr int kWeightsReady = 1;  // named barrier of the even chunk; the next: of the odd one
+/// Named barriers: weights and sum of the even chunk, of the odd one, the even chunk's maximum.
+constexpr int kWeightsReady = 1, kMaxReady = 3;
 
 /// What a thread of one consumer hands to the same thread of the other, and keeps for itself.
 struct Handover {
@@ -106,58 +108,7 @@ __device__ __forceinline__ void gather(const SparseAttnSm90Params& p, int items,
   }
 }
 
-/// A chunk of BF16 rows, copied as they are by 256 threads: thread t has piece t % 8 of every slab
-/// of two rows, as LatentChunk has them.
-class WideChunk {
- public:
-  __device__ __forceinline__ explicit WideChunk(int thread) : t(thread) {}
-
-  __device__ __forceinline__ int row(int u) const { return t / 32 * 8 + t % 32 / 8 + u * 4; }
-  __device__ __forceinline__ void find(const AttnSource& source, int32_t (&number)[2]) const {
-#pragma unroll
-    for (int u = 0; u < 2; ++u) number[u] = source.number(row(u));
-  }
-  /// Copies to a tile and lets `full` know when they are there; rows without a number become zero.
-  __device__ __forceinline__ void copy(const SparseAttnSm90Params& p,
-                                       const uint16_t* rows,
-                                       const int32_t (&number)[2],
-                                       uint32_t tile,
-                                       uint64_t* present,
-                                       uint64_t* full) const {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const bool any = number[u] >= 0;
-      const uint32_t votes = __ballot_sync(0xffffffffu, any);
-      bits |= ((votes & 1) | (votes >> 7 & 2) | (votes >> 14 & 4) | (votes >> 21 & 8)) << (u * 4);
-      const uint16_t* from =
-          any ? rows + static_cast<int64_t>(number[u]) * kLatentDim + t % 8 * 8 : p.q;
-      const uint32_t to = tile + slab_offset(row(u), t % 8);
-#pragma unroll
-      for (int slab = 0; slab < 8; ++slab)
-        copy_async_or_zero(to + slab * kSlabTile, from + (any ? slab * 64 : 0), any);
-    }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(full))
-                 : "memory");
-    if (t % 32 != 0) return;
-    reinterpret_cast<uint8_t*>(present)[t / 32] = static_cast<uint8_t>(bits);
-    barrier_arrive(full);
-  }
-
- private:
-  static __device__ __forceinline__ void copy_async_or_zero(uint32_t to,
-                                                            const void* from,
-                                                            bool any) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(any ? 16 : 0)
-                 : "memory");
-  }
-
-  int t;
-};
-
-/// The gathering warpgroups where rows are BF16 already: copies that nobody waits for but the
-/// folding warpgroups.
+/// The gathering warpgroups where rows are BF16 already.
 __device__ __forceinline__ void gather_wide(const SparseAttnSm90Params& p,
                                             int items,
                                             int segments) {
@@ -170,24 +121,20 @@ __device__ __forceinline__ void gather_wide(const SparseAttnSm90Params& p,
     const AttnList list(p, item.token);
     const Range range(list, item.segment);
     const int chunks = range.chunks();
-    const auto rows_at = [&](int place) {
-      return place < list.window_places ? p.wide_window : p.wide_blocks;
-    };
     int32_t number[2];
     chunk.find(list.chunk(p, range.first), number);
     barrier_wait(&m.q_empty, (round & 1) ^ 1);
     load_queries<2 * kWarpgroup>(smem_address(m.q), p.q + item.row(p) * kLatentDim, thread);
     if (thread == 0) m.chunks = chunks;
-    asm volatile(
-        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&m.q_full))
-        : "memory");
+    WideChunk::arrive_when_copied(&m.q_full);
     __syncwarp();
     if (thread % 32 == 0) barrier_arrive(&m.q_full);
     for (int c = 0; c < chunks; ++c) {
       const int b = c & 1, place = range.first + c * kChunk;
+      const auto* rows = place < list.window_places ? p.wide_window : p.wide_blocks;
       barrier_wait(&m.empty[b], ((b == 0 ? used[0] : used[1]) & 1) ^ 1);
       ++(b == 0 ? used[0] : used[1]);
-      chunk.copy(p, rows_at(place), number, smem_address(m.rows[b]), &m.present[b], &m.full[b]);
+      chunk.copy(p, rows, number, smem_address(m.rows[b]), &m.present[b], &m.full[b]);
       if (c + 1 < chunks) chunk.find(list.chunk(p, place + kChunk), number);
     }
   }
@@ -218,8 +165,13 @@ class Consumer {
       const int chunks = memory().chunks;
       AttnState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
       if (chunks == 0) leave(&memory().q_empty);
-      for (int c = 0; c < chunks; c += 2)
-        fold_pair(o, state, c == 0, c + 1 < chunks, c + 2 >= chunks);
+      for (int c = 0; c < chunks; c += 2) {
+        if constexpr (kWide) {
+          fold_together(o, state, c == 0, c + 1 < chunks, c + 2 >= chunks);
+        } else {
+          fold_pair(o, state, c == 0, c + 1 < chunks, c + 2 >= chunks);
+        }
+      }
       asm volatile("" : "+r"(i));  // so that nothing of the item is kept in registers till here
       const Item item(p, i, segments);
       write_rows<128>(p, {item.segment, segments, item.tile * kAttnHeads, item.row(p)}, o, state,
@@ -341,6 +293,53 @@ class Consumer {
     raise(max, largest, mine);
     weigh(s, max, sums, mine);
     give(first ? make_float2(0.0f, 0.0f) : before.sum[thread], sums, mine);
+  }
+
+  /// The same, with scores of the one beside weights of the other: the faster way where buffers
+  /// fill without the gathering warpgroups' work. Nobody writes a handover that the other may still
+  /// read: before its next maximum each waits for a buffer, or for the barrier of the other's
+  /// maximum or weights, that the other passes later.
+  __device__ __forceinline__ void fold_together(
+      float (&o)[128], AttnState& state, bool first, bool both, bool last) {
+    Memory& m = memory();
+    float s[32], largest[2], max[2], sums[2];
+    if constexpr (kSelf == 0) {
+      score(s, largest);
+      if (last) leave(&m.q_empty);
+      const float2 before = first ? make_float2(-INFINITY, -INFINITY) : m.odd.max[thread];
+      max[0] = before.x, max[1] = before.y;
+      raise(max, largest, m.even);
+      named_barrier_arrive(kMaxReady, 2 * kWarpgroup);
+      weigh(s, max, sums, m.even);
+      give(first ? make_float2(0.0f, 0.0f) : m.odd.sum[thread], sums, m.even);
+      add_values<0>(o, m.even);
+      if (both) {
+        wait_weights();
+        add_values<1>(o, m.odd);
+      }
+      if (last) state = state_of(both ? m.odd : m.even);
+    } else if (both) {
+      // After the other's scores, or the two would end at the same time, and late.
+      named_barrier_wait(kMaxReady, 2 * kWarpgroup);
+      score(s, largest);
+      if (last) leave(&m.q_empty);
+      const float2 before = m.even.max[thread];
+      max[0] = before.x, max[1] = before.y;
+      raise(max, largest, m.odd);
+      weigh(s, max, sums, m.odd);
+      wait_weights();
+      give(m.even.sum[thread], sums, m.odd);
+      add_values<0>(o, m.even);
+      add_values<1>(o, m.odd);
+      if (last) state = state_of(m.odd);
+    } else {
+      named_barrier_wait(kMaxReady, 2 * kWarpgroup);
+      wait_weights();
+      add_values<0>(o, m.even);
+      // Not before: who may begin the next item may write the next handover.
+      state = state_of(m.even);
+      leave(&m.q_empty);
+    }
   }
 
   uint32_t even_chunks = 0, odd_chunks = 0;  ///< folded so far

@@ -371,14 +371,19 @@ int split_for(int64_t tiles, int64_t chains, int64_t tile, int least) {
 template <bool kFp8>
 void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) {
   if (p.rows == 0) return;
-  int tile = choice.tile;
+  int tile = choice.tile, split = choice.split;
   if (tile < 0)
     tile = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 0;
   const int64_t chains = kFp8 ? p.slabs : (p.slabs + 15) / 16;
-  int split = choice.split;
+  int64_t tiles = p.w_groups / 8;
+  // BF16 chains are long: where blocks are few, so that reading weights twice costs nothing, rows
+  // make more of them, and chains go to blocks of their own.
+  const bool small = !kFp8 && choice.tile < 0 && (tile == 32 || tile == 64) && tiles <= 64;
+  if (small) tile = 32, tiles *= (p.rows + 31) / 32;
   if (split < 0) {
-    const bool shares = tile == 8 || tile == 16 || (!kFp8 && (tile == 32 || tile == 64));
-    split = shares ? split_for(p.w_groups / 8, chains, tile, kFp8 ? 2 : 1) : 1;
+    const bool shares = tile == 8 || tile == 16 || small;
+    split = shares ? split_for(tiles, chains, tile, kFp8 ? 2 : 1) : 1;
+    if (small && split < 4) split = 1;
   }
   switch (tile) {
     case 8:
