@@ -105,15 +105,20 @@ void bench_compressor(cudaStream_t stream, double copy) {
     constexpr int64_t kD = 512;
     const int64_t width = c.ratio == 4 ? 2 * kD : kD, ring = 2 * c.ratio;
     const int64_t tokens = c.sequences * c.length, start = 8191 * c.ratio + c.ratio - 1;
-    std::vector<int32_t> begin, starts, ring_row, sequence, block, end;
+    std::vector<int32_t> slots, first_row;
+    std::vector<int64_t> pos, block_seq, block_pos, from, to;
     for (int64_t s = 0; s < c.sequences; ++s) {
-      begin.push_back(static_cast<int32_t>(s * c.length));
-      starts.push_back(static_cast<int32_t>(start));
-      ring_row.push_back(static_cast<int32_t>(s * ring));
-      end.push_back(static_cast<int32_t>((s + 1) * c.length));
+      slots.push_back(static_cast<int32_t>(s));
+      first_row.push_back(static_cast<int32_t>(s * c.length));
+      for (int64_t t = 0; t < c.length; ++t) {
+        pos.push_back(start + t);
+        if (t + ring < c.length) continue;
+        from.push_back(s * c.length + t);
+        to.push_back(s * ring + (start + t) % ring);
+      }
       for (int64_t b = start / c.ratio; b < (start + c.length) / c.ratio; ++b) {
-        sequence.push_back(static_cast<int32_t>(s));
-        block.push_back(static_cast<int32_t>(b));
+        block_seq.push_back(s);
+        block_pos.push_back(b * c.ratio);
       }
     }
     const CompressorRowsSm90 rows = {
@@ -122,17 +127,17 @@ void bench_compressor(cudaStream_t stream, double copy) {
         logits(static_cast<size_t>(c.ratio * width), 3, stream),
         logits(static_cast<size_t>(c.sequences * ring * width), 4, stream),
         logits(static_cast<size_t>(c.sequences * ring * width), 5, stream),
-        on_device(begin),
-        on_device(starts),
-        on_device(ring_row),
+        {.slots = on_device(slots), .size = ring},
+        on_device(first_row),
+        on_device(pos),
         width,
-        ring,
         c.ratio,
         kD};
-    const auto blocks = static_cast<int64_t>(block.size());
-    const CompressSm90Params pool = {rows, on_device(sequence), on_device(block),
+    const auto blocks = static_cast<int64_t>(block_seq.size());
+    const CompressSm90Params pool = {rows, on_device(block_seq), on_device(block_pos),
                                      allocate<uint16_t>(static_cast<size_t>(blocks * kD)), blocks};
-    const KeepRowsSm90Params keep = {rows, on_device(end), c.sequences, c.length};
+    const KeepRowsSm90Params keep = {rows, on_device(from), on_device(to),
+                                     static_cast<int64_t>(from.size())};
     const double us = microseconds(kCalls, stream, [&] {
       for (int i = 0; i < kCalls; ++i) compress_sm90(pool, stream);
     });

@@ -46,8 +46,8 @@ std::vector<uint16_t> rows_of(int64_t rows, int64_t width, unsigned seed) {
 }
 
 /// Places of rows in an order of its own; every fifth row has none.
-std::vector<int32_t> places(int64_t rows, unsigned seed) {
-  std::vector<int32_t> place(static_cast<size_t>(rows));
+std::vector<int64_t> places(int64_t rows, unsigned seed) {
+  std::vector<int64_t> place(static_cast<size_t>(rows));
   std::iota(place.begin(), place.end(), 0);
   std::shuffle(place.begin(), place.end(), std::mt19937(seed));
   for (size_t i = 4; i < place.size(); i += 5) place[i] = -1;
@@ -57,7 +57,7 @@ std::vector<int32_t> places(int64_t rows, unsigned seed) {
 /// Packed rows at their places.
 std::vector<uint8_t> pack(const std::vector<uint16_t>& rows,
                           const RowFormat& format,
-                          const std::vector<int32_t>& place) {
+                          const std::vector<int64_t>& place) {
   std::vector<uint8_t> out(place.size() * static_cast<size_t>(format.bytes()), kUntouched);
   for (size_t i = 0; i < place.size(); ++i) {
     if (place[i] < 0) continue;
@@ -102,7 +102,7 @@ TEST_P(RowsSm90, LatentsHaveTheBytesOfTheCpu) {
       std::copy_n(x.data() + r * width, width, wide.data() + r * (width + 24) + 24);
     const OnDevice<uint16_t> there(wide);
     const OnDevice<float> weight_there(weight), cos_sin_there(cos_sin);
-    const OnDevice<int32_t> place_there(place);
+    const OnDevice<int64_t> place_there(place);
     const OnDevice<uint8_t> out(static_cast<size_t>(rows * format.bytes()));
     latent_rows_sm90({there.get() + 24, weight_there.get(), cos_sin_there.get(), place_there.get(),
                       out.get(), rows, width, width + 24, kEps},
@@ -130,7 +130,7 @@ TEST_P(RowsSm90, IndexRowsHaveTheBytesOfTheCpu) {
     const RowFormat format{.kind = RowKind::kIndexKey, .width = width};
     const OnDevice<uint16_t> there(x);
     const OnDevice<float> weight_there(weight), cos_sin_there(cos_sin);
-    const OnDevice<int32_t> place_there(place);
+    const OnDevice<int64_t> place_there(place);
     const OnDevice<uint8_t> out(static_cast<size_t>(all * format.bytes()));
     index_rows_sm90({there.get(), heads == 1 ? weight_there.get() : nullptr, cos_sin_there.get(),
                      place_there.get(), out.get(), all, heads, kEps},

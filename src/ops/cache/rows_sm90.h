@@ -14,7 +14,7 @@ struct LatentRowsSm90Params {
   const uint16_t* x;     ///< [rows, stride] BF16
   const float* weight;   ///< [width] of the norm
   const float* cos_sin;  ///< [rows, 32, 2]
-  const int32_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
+  const int64_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
   uint8_t* out;          ///< packed latents (kv_rows.h): 584 bytes a row for 512 channels
   int64_t rows, width;   ///< width: 64, 128, 256 or 512
   int64_t stride;        ///< a multiple of 4
@@ -28,7 +28,7 @@ struct IndexRowsSm90Params {
   const uint16_t* x;     ///< [rows, 128] BF16
   const float* weight;   ///< [128] of the norm; null: no norm
   const float* cos_sin;  ///< [rows / heads, 32, 2]
-  const int32_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
+  const int64_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
   uint8_t* out;          ///< rows of 68 bytes
   int64_t rows, heads;
   float eps;

@@ -37,38 +37,52 @@ class World {
       const auto values = static_cast<size_t>((runs[s].start + runs[s].length) * width_);
       kv_.push_back(normals(values, 1.0f, static_cast<unsigned>(10 + s)));
       gate_.push_back(normals(values, 3.0f, static_cast<unsigned>(50 + s)));
-      begin_.push_back(static_cast<int32_t>(tokens_));
-      start_.push_back(runs[s].start);
-      ring_row_.push_back(static_cast<int32_t>(static_cast<int64_t>(s) * ring_));
+      first_row_.push_back(static_cast<int32_t>(pos_.size()));
+      slots_.push_back(static_cast<int32_t>(s));
       for (int64_t p = 0; p < runs[s].start; ++p) keep(s, p, kv_ring_, score_ring_);
       for (int64_t p = runs[s].start; p < runs[s].start + runs[s].length; ++p) {
+        if (p + ring_ >= runs[s].start + runs[s].length) {
+          from_.push_back(static_cast<int64_t>(pos_.size()));
+          to_.push_back(static_cast<int64_t>(s) * ring_ + p % ring_);
+        }
+        pos_.push_back(p);
         step_kv_.insert(step_kv_.end(), row(kv_, s, p), row(kv_, s, p) + width_);
         step_gate_.insert(step_gate_.end(), row(gate_, s, p), row(gate_, s, p) + width_);
       }
-      tokens_ += runs[s].length;
-      end_.push_back(static_cast<int32_t>(tokens_));
       for (int64_t b = runs[s].start / ratio; b < (runs[s].start + runs[s].length) / ratio; ++b) {
-        sequence_.push_back(static_cast<int32_t>(s));
-        block_.push_back(static_cast<int32_t>(b));
+        block_seq_.push_back(static_cast<int64_t>(s));
+        block_pos_.push_back(b * ratio);
       }
     }
+    // Places that are in no use, as in a step of fixed size.
+    block_seq_.push_back(-1);
+    block_pos_.push_back(0);
+    from_.push_back(-1);
+    to_.push_back(0);
   }
 
   void check() const {
     const OnDevice<float> kv(step_kv_), gate(step_gate_), ape(ape_), kv_ring(kv_ring_),
         score_ring(score_ring_);
-    const OnDevice<int32_t> begin(begin_), start(start_), ring_row(ring_row_), sequence(sequence_),
-        block(block_), end(end_);
-    const OnDevice<uint16_t> pooled(block_.size() * static_cast<size_t>(d_));
-    const CompressorRowsSm90 rows = {kv.get(),         gate.get(),  ape.get(),   kv_ring.get(),
-                                     score_ring.get(), begin.get(), start.get(), ring_row.get(),
-                                     width_,           ring_,       ratio_,      d_};
-    compress_sm90(
-        {rows, sequence.get(), block.get(), pooled.get(), static_cast<int64_t>(block_.size())},
-        nullptr);
-    int64_t longest = 0;
-    for (const Run& run : runs_) longest = std::max<int64_t>(longest, run.length);
-    keep_rows_sm90({rows, end.get(), static_cast<int64_t>(runs_.size()), longest}, nullptr);
+    const OnDevice<int32_t> slots(slots_), first_row(first_row_);
+    const OnDevice<int64_t> pos(pos_), block_seq(block_seq_), block_pos(block_pos_), from(from_),
+        to(to_);
+    const OnDevice<uint16_t> pooled(block_seq_.size() * static_cast<size_t>(d_));
+    const CompressorRowsSm90 rows = {kv.get(),
+                                     gate.get(),
+                                     ape.get(),
+                                     kv_ring.get(),
+                                     score_ring.get(),
+                                     {.slots = slots.get(), .size = ring_},
+                                     first_row.get(),
+                                     pos.get(),
+                                     width_,
+                                     ratio_,
+                                     d_};
+    compress_sm90({rows, block_seq.get(), block_pos.get(), pooled.get(),
+                   static_cast<int64_t>(block_seq_.size())},
+                  nullptr);
+    keep_rows_sm90({rows, from.get(), to.get(), static_cast<int64_t>(from_.size())}, nullptr);
     EXPECT_EQ(differences(pooled.read(), expected_blocks()), 0);
     auto kv_kept = kv_ring_, score_kept = score_ring_;
     for (size_t s = 0; s < runs_.size(); ++s) {
@@ -101,12 +115,12 @@ class World {
   std::vector<uint16_t> expected_blocks() const {
     const int64_t overlap = ratio_ == 4 ? 2 : 1, candidates = overlap * ratio_;
     std::vector<uint16_t> result;
-    for (size_t b = 0; b < block_.size(); ++b) {
-      const auto s = static_cast<size_t>(sequence_[b]);
+    for (size_t b = 0; b + 1 < block_seq_.size(); ++b) {
+      const auto s = static_cast<size_t>(block_seq_[b]);
       std::vector<std::vector<float>> scores(static_cast<size_t>(candidates));
       std::vector<const float*> kv_rows, score_rows;
       for (int64_t j = 0; j < candidates; ++j) {
-        const int64_t p = (block_[b] - overlap + 1) * ratio_ + j;
+        const int64_t p = block_pos_[b] - (overlap - 1) * ratio_ + j;
         const int64_t column = overlap == 2 && j >= ratio_ ? d_ : 0;
         if (p >= 0) scores[static_cast<size_t>(j)] = score(s, p);
         kv_rows.push_back(p < 0 ? nullptr : row(kv_, s, p) + column);
@@ -119,15 +133,16 @@ class World {
         result.push_back(static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
       }
     }
+    result.resize(result.size() + static_cast<size_t>(d_), 0xffff);  // of the place in no use
     return result;
   }
 
   int64_t ratio_, d_, width_, ring_;
   std::vector<Run> runs_;
-  int64_t tokens_ = 0;
   std::vector<float> ape_, kv_ring_, score_ring_, step_kv_, step_gate_;
   Rows kv_, gate_;
-  std::vector<int32_t> begin_, start_, ring_row_, sequence_, block_, end_;
+  std::vector<int32_t> slots_, first_row_;
+  std::vector<int64_t> pos_, block_seq_, block_pos_, from_, to_;
 };
 
 TEST(CompressSm90, HasTheBitsOfTheCpu) {

@@ -17,27 +17,27 @@ constexpr int kSlices = kThreads / kChannels;  // threads that share a channel's
 /// then this block's second half.
 struct Candidates {
   const CompressorRowsSm90& rows;
-  int first, start;  ///< position of the first candidate, negative where there is none
-  int64_t step_row;  ///< row of the step at the first candidate's position
-  int64_t ring_row;  ///< of the sequence
-  int ring_place;    ///< of the first candidate in the ring
+  int64_t first, start;  ///< position of the first candidate, and of the step's first token
+  int64_t step_row;      ///< row of the step at the first candidate's position
+  int64_t ring_row;      ///< the sequence's first row of the rings
+  int ring_place;        ///< of the first candidate that there is in its ring
   int64_t width;
 
   __device__ Candidates(const CompressSm90Params& p, int64_t block, int overlap)
       : rows(p.rows), width(overlap * p.rows.d) {
-    const int sequence = p.sequence[block], ratio = static_cast<int>(rows.ratio);
-    first = (p.block[block] - overlap + 1) * ratio;
-    start = rows.start[sequence];
-    step_row = rows.begin[sequence] + first - start;
-    ring_row = rows.ring_row[sequence];
-    ring_place = max(first, 0) % static_cast<int>(rows.ring);
+    const int64_t sequence = p.block_seq[block], first_row = rows.first_row[sequence];
+    first = p.block_pos[block] - (overlap - 1) * rows.ratio;
+    start = rows.pos[first_row];
+    step_row = first_row + first - start;
+    ring_row = rows.ring.row(sequence, 0);
+    ring_place = static_cast<int>(rows.ring.row(sequence, first < 0 ? 0 : first) - ring_row);
   }
-  __device__ int absent() const { return max(-first, 0); }
+  __device__ int absent() const { return first < 0 ? static_cast<int>(-first) : 0; }
   /// Score and value of candidate j, not absent, in column c of the row.
   __device__ __forceinline__ void load(int j, int64_t c, float& score, float& value) const {
     if (first + j < start) {
       int place = ring_place + j - absent();
-      if (place >= rows.ring) place -= static_cast<int>(rows.ring);
+      if (place >= rows.ring.size) place -= static_cast<int>(rows.ring.size);
       const int64_t at = (ring_row + place) * width + c;
       score = rows.score_ring[at];
       value = rows.kv_ring[at];
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kFewThreads)
   wait_for_previous();
   launch_dependents();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kFewThreads + threadIdx.x;
-  if (i >= p.rows.d) return;
+  if (i >= p.rows.d || p.block_seq[blockIdx.y] < 0) return;
   const Candidates candidates(p, blockIdx.y, 2);
   const int absent = candidates.absent();
   float score[kCount], value[kCount];
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   const int slice = static_cast<int>(threadIdx.x) / kChannels;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kChannels + channel;
   const bool exists = i < p.rows.d;
+  if (p.block_seq[blockIdx.y] < 0) return;
   const Candidates candidates(p, blockIdx.y, 1);
   float highest = kLowest;
   if (exists) {
@@ -133,20 +134,17 @@ __global__ void __launch_bounds__(kThreads)
   store_pooled(p, blockIdx.y, i, sum, total);
 }
 
-/// Four columns a thread; the last rows of every sequence, those of the end first.
-__global__ void keep_rows_kernel(const __grid_constant__ KeepRowsSm90Params p, int each) {
+/// Four columns a thread.
+__global__ void keep_rows_kernel(const __grid_constant__ KeepRowsSm90Params p) {
   wait_for_previous();
   launch_dependents();
   const CompressorRowsSm90& r = p.rows;
-  const int64_t sequence = static_cast<int>(blockIdx.y) / each,
-                width = (r.ratio == 4 ? 2 : 1) * r.d;
+  const int64_t width = (r.ratio == 4 ? 2 : 1) * r.d, token = p.from[blockIdx.y];
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  const int64_t token = p.end[sequence] - 1 - static_cast<int>(blockIdx.y) % each;
-  if (i >= width || token < r.begin[sequence]) return;
-  const int64_t position = r.start[sequence] + token - r.begin[sequence];
-  const int64_t to = (r.ring_row[sequence] + position % r.ring) * width + i;
+  if (i >= width || token < 0) return;
+  const int64_t to = p.to[blockIdx.y] * width + i;
   const float4 gate = load4(r.gate + token * r.stride + i);
-  const float4 ape = load4(r.ape + position % r.ratio * width + i);
+  const float4 ape = load4(r.ape + r.pos[token] % r.ratio * width + i);
   store4(r.kv_ring + to, load4(r.kv + token * r.stride + i));
   store4(r.score_ring + to,
          make_float4(gate.x + ape.x, gate.y + ape.y, gate.z + ape.z, gate.w + ape.w));
@@ -175,14 +173,12 @@ void compress_sm90(const CompressSm90Params& p, Stream stream) {
 }
 
 void keep_rows_sm90(const KeepRowsSm90Params& p, Stream stream) {
-  if (p.sequences == 0) return;
+  if (p.count == 0) return;
   const int64_t width = (p.rows.ratio == 4 ? 2 : 1) * p.rows.d;
   if (width % 4 != 0 || p.rows.stride % 4 != 0)
     throw_kernel_error("keep_rows_sm90", "rows of a multiple of 4 columns");
-  const int64_t each = p.longest < p.rows.ring ? p.longest : p.rows.ring;
-  const dim3 grid(cuda::blocks_for(width, 512), static_cast<unsigned>(p.sequences * each));
-  cuda::launch_early(cuda::keep_rows_kernel, {grid, 128}, stream, "keep_rows_sm90", p,
-                     static_cast<int>(each));
+  const dim3 grid(cuda::blocks_for(width, 512), static_cast<unsigned>(p.count));
+  cuda::launch_early(cuda::keep_rows_kernel, {grid, 128}, stream, "keep_rows_sm90", p);
 }
 
 }  // namespace hadal::ops
