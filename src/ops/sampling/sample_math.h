@@ -14,7 +14,7 @@ HADAL_EXACT uint64_t mass_of(float scaled) {
 /// The logarithm of a sum of masses.
 HADAL_EXACT double log_mass(uint64_t sum) { return log64(static_cast<double>(sum) * 0x1p-44); }
 
-/// A logit with bias and penalties (adjust_logits in sample.h).
+/// A logit with bias and penalties (adjust_logits.h).
 HADAL_EXACT float changed_logit(float logit,
                                 const LogitChangeSm90& change,
                                 const SamplingRowSm90& row) {

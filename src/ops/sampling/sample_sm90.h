@@ -14,7 +14,7 @@
 
 namespace hadal::ops {
 
-/// What a row is drawn with; from SamplingParams (sample.h).
+/// What a row is drawn with; from Sampling (base/sampling.h).
 struct SamplingRowSm90 {
   double temperature = 1.0;  ///< 0: the largest logit
   double least = 0.0;        ///< log(min_p), -infinity without

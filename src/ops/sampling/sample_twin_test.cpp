@@ -24,15 +24,14 @@ TEST(SampleTwin, DrawsTheTokensOfTheCpu) {
       const SamplingRowSm90& s = w.rows[static_cast<size_t>(r)];
       std::vector<float> row(w.logits.begin() + r * w.stride,
                              w.logits.begin() + r * w.stride + vocab);
-      SamplingParams p{.temperature = s.temperature,
-                       .top_p = s.top_p,
-                       .seed = s.seed,
-                       .choice = s.choice,
-                       .top_k = s.top_k,
-                       .min_p = std::isinf(s.least) ? 0.0 : std::exp(s.least),
-                       .repetition_penalty = s.repetition_penalty,
-                       .presence_penalty = s.presence_penalty,
-                       .frequency_penalty = s.frequency_penalty};
+      Sampling p{.temperature = s.temperature,
+                 .top_p = s.top_p,
+                 .seed = s.seed,
+                 .top_k = s.top_k,
+                 .min_p = std::isinf(s.least) ? 0.0 : std::exp(s.least),
+                 .repetition_penalty = s.repetition_penalty,
+                 .presence_penalty = s.presence_penalty,
+                 .frequency_penalty = s.frequency_penalty};
       TokenHistory history;
       for (int32_t i = s.changes; i < s.changes + s.num_changes; ++i) {
         const LogitChangeSm90& c = w.changes[static_cast<size_t>(i)];
@@ -45,14 +44,14 @@ TEST(SampleTwin, DrawsTheTokensOfTheCpu) {
       if (s.mask >= 0)
         mask.assign(w.masks.begin() + s.mask * w.mask_words,
                     w.masks.begin() + (s.mask + 1) * w.mask_words);
-      adjust_logits(row, p, history, mask);
+      adjust_logits(row, {.sampling = p, .history = &history, .mask = mask});
       if (std::none_of(row.begin(), row.end(), [](float v) { return v > -INFINITY; })) {
         EXPECT_EQ(tokens[static_cast<size_t>(r)], -1) << r;
         continue;
       }
       // The stream is the purpose's hash and the position, so any stream is some position's.
       const auto position = static_cast<int64_t>(s.stream ^ fnv1a64("sample"));
-      EXPECT_EQ(tokens[static_cast<size_t>(r)], sample_token(row, p, position))
+      EXPECT_EQ(tokens[static_cast<size_t>(r)], sample_token(row, p, position, s.choice))
           << "row " << r << " temperature " << s.temperature << " top_p " << s.top_p << " top_k "
           << s.top_k << " least " << s.least;
     }
@@ -70,7 +69,8 @@ TEST(LogProbsTwin, AreThoseOfTheCpu) {
                   logprobs.data(), log_sum_exp.data(), w.num_rows, w.vocab, w.stride, kCount});
   for (int64_t r = 0; r < w.num_rows; ++r) {
     const std::span<const float> row(w.logits.data() + r * w.stride, static_cast<size_t>(w.vocab));
-    const auto top = top_log_probabilities(row, kCount);
+    const LogSoftmax exact(row);
+    const auto top = exact.top(kCount);
     for (size_t i = 0; i < kCount; ++i) {
       const size_t at = static_cast<size_t>(r) * kCount + i;
       EXPECT_EQ(tokens[at], top[i].token) << r;
@@ -79,7 +79,7 @@ TEST(LogProbsTwin, AreThoseOfTheCpu) {
     const size_t at = static_cast<size_t>(r);
     const float logit = row[static_cast<size_t>(picked[at])];
     if (!(logit > -INFINITY)) continue;
-    EXPECT_NEAR(picked_logprob[at], log_probability(row, picked[at]), 4e-7) << r;
+    EXPECT_NEAR(picked_logprob[at], exact.of(picked[at]), 4e-7) << r;
     EXPECT_NEAR(logit - log_sum_exp[at], picked_logprob[at], 1e-12) << r;
   }
 }
