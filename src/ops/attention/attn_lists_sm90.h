@@ -1,0 +1,30 @@
+// The lists of sparse_attn_sm90 out of a step's tables (ops/cache/batch.h) on Hopper, as a function
+// of pointers. Free of ATen.
+#pragma once
+
+#include "ops/cache/row_tables.h"
+#include "ops/kernel_types.h"
+
+namespace hadal::ops {
+
+/// A position p of the window has place p mod `window` for every token (docs/decisions/0011), so
+/// that a token's list does not depend on the step it comes in. Rows of the window: those of the
+/// rings and, from row `step_row` on, the step's own; a position of the step is found there.
+struct AttnListsSm90Params {
+  const int64_t* pos;        ///< [tokens] absolute position
+  const int64_t* seq;        ///< [tokens]
+  const int32_t* first_row;  ///< [sequences] row of each sequence's first token in the step
+  RingRows ring;
+  int64_t step_row;
+  BlockRows blocks;
+  int64_t ratio;             ///< tokens of a block; 0: there are none
+  const int32_t* selection;  ///< [tokens, block_places] block numbers ascending, then negative;
+                             ///< null: all blocks that a token sees
+  int32_t* window_row;       ///< [tokens, window]
+  int32_t* block_row;        ///< [tokens, block_places]
+  int32_t* num_blocks;       ///< [tokens]
+  int64_t tokens, window, block_places;
+};
+void attn_lists_sm90(const AttnListsSm90Params& p, Stream stream);
+
+}  // namespace hadal::ops
