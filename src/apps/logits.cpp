@@ -18,6 +18,7 @@
 #include "checkpoint/load_model.h"
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
+#include "engine/sampler.h"
 
 namespace hadal::apps {
 namespace {
@@ -49,7 +50,8 @@ int run(const Flags& flags) {
                                          .num_pages = batch_size * pages,
                                          .num_slots = batch_size,
                                          .lazy = true});
-  engine::ModelRunner runner(model, cache);
+  engine::ModelSampler sampler(model.config().vocab_size);  // nothing is drawn
+  engine::ModelRunner runner(model, cache, sampler);
   const at::Tensor all_ids = ids.contiguous();
   std::vector<int64_t> all_pages(static_cast<size_t>(batch_size * pages));
   std::iota(all_pages.begin(), all_pages.end(), int64_t{0});

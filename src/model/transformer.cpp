@@ -71,8 +71,8 @@ BlockOutput Transformer::run_checked(int64_t layer,
                                      at::Tensor streams,
                                      const at::Tensor& ids,
                                      const ForwardContext& context) const {
-  return run_block(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer, std::move(streams), ids,
-                   rope_compressed_, context);
+  return run_block(parameters_.blocks.at(static_cast<size_t>(layer)), config_, layer,
+                   std::move(streams), ids, rope_compressed_, context);
 }
 
 BlockOutput Transformer::run_layer(int64_t layer,
