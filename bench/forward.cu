@@ -269,7 +269,8 @@ void bench_sampling(cudaStream_t stream, double copy) {
       auto* there = on_device(settings);
       const double us = microseconds(kCalls, stream, [&] {
         for (int i = 0; i < kCalls; ++i)
-          sample_sm90({z, there, nullptr, nullptr, tokens, rows, kVocab, kVocab, 0}, stream);
+          sample_sm90({z, there, nullptr, nullptr, nullptr, tokens, rows, kVocab, kVocab, 0},
+                      stream);
       });
       print(c.name, rows, us, static_cast<double>(rows * kVocab * 4), copy);
     }

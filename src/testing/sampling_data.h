@@ -18,6 +18,7 @@ struct SamplingWorld {
   std::vector<ops::SamplingRowSm90> rows;
   std::vector<ops::LogitChangeSm90> changes;
   std::vector<uint32_t> masks;
+  std::vector<int32_t> avoided = {0};  // never empty memory
 
   SamplingWorld(int64_t tokens, int64_t count, unsigned seed)
       : vocab(tokens),
@@ -62,13 +63,23 @@ struct SamplingWorld {
         for (int64_t w = 0; w < mask_words; ++w)
           masks.push_back(r % 2 == 0 ? static_cast<uint32_t>(random()) : (random() % 64 == 0) * 4u);
       }
+      if (r % 4 == 3) {  // of rows with few tokens allowed: all that are
+        s.avoided = static_cast<int32_t>(avoided.size());
+        for (int64_t t = 0; t < vocab && s.num_avoided < 512; ++t) {
+          const bool few = s.mask >= 0 && r % 2 == 1;
+          const uint32_t word = few ? masks[static_cast<size_t>(s.mask * mask_words + t / 32)] : 0;
+          if (few ? (word >> t % 32 & 1) == 0 : random() % 16 != 0) continue;
+          avoided.push_back(static_cast<int32_t>(t));
+          ++s.num_avoided;
+        }
+      }
       rows.push_back(s);
     }
   }
 
   ops::SampleSm90Params params(int32_t* tokens) const {
-    return {logits.data(), rows.data(), changes.data(), masks.data(), tokens,
-            num_rows,      vocab,       stride,         mask_words};
+    return {logits.data(), rows.data(), changes.data(), masks.data(), avoided.data(),
+            tokens,        num_rows,    vocab,          stride,       mask_words};
   }
 };
 

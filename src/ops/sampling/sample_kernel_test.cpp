@@ -27,9 +27,9 @@ TEST_P(SampleSm90, DrawsTheTwinsTokens) {
   const OnDevice<SamplingRowSm90> rows(w.rows);
   const OnDevice<LogitChangeSm90> changes(w.changes);
   const OnDevice<uint32_t> masks(w.masks);
-  const OnDevice<int32_t> found(tokens.size());
-  sample_sm90({logits.get(), rows.get(), changes.get(), masks.get(), found.get(), w.num_rows,
-               w.vocab, w.stride, w.mask_words},
+  const OnDevice<int32_t> avoided(w.avoided), found(tokens.size());
+  sample_sm90({logits.get(), rows.get(), changes.get(), masks.get(), avoided.get(), found.get(),
+               w.num_rows, w.vocab, w.stride, w.mask_words},
               nullptr);
   const auto there = found.read();
   for (size_t r = 0; r < tokens.size(); ++r) {

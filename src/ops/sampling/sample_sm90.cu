@@ -322,8 +322,29 @@ __device__ bool within(
   return static_cast<double>(masses.second) < row.top_p * static_cast<double>(masses.first);
 }
 
-__device__ int sample_row(Row& own, const SamplingRowSm90& row) {
+/// The likeliest token's rank, without those that the row avoids if there is any other.
+__device__ uint64_t avoid(const SampleSm90Params& p, const SamplingRowSm90& row, Row& own) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  int at = -1;
+  float before = 0.0f;
+  if (thread < row.num_avoided) {
+    at = p.avoided[row.avoided + thread] - own.first;
+    if (at >= own.count) at = -1;
+    if (at >= 0) {
+      before = own.logits[at];
+      own.logits[at] = -INFINITY;
+    }
+  }
+  __syncthreads();
   const uint64_t best = own.largest(~uint64_t{0});
+  if (best != 0 || row.num_avoided == 0) return best;
+  if (at >= 0) own.logits[at] = before;
+  __syncthreads();
+  return own.largest(~uint64_t{0});
+}
+
+__device__ int sample_row(const SampleSm90Params& p, const SamplingRowSm90& row, Row& own) {
+  const uint64_t best = avoid(p, row, own);
   if (best == 0) return -1;
   if (row.temperature <= 0.0) return token_of(best);
   const uint32_t bits = static_cast<uint32_t>(best >> 32);
@@ -360,7 +381,7 @@ __global__ void __launch_bounds__(kThreads)
   Row own = load_row(p.logits + r * p.stride, p.vocab, share, memory, exchange);
   change_row(p, row, own);
   __syncthreads();
-  const int chosen = sample_row(own, row);
+  const int chosen = sample_row(p, row, own);
   if (cluster_rank() == 0 && threadIdx.x == 0) p.tokens[r] = chosen;
   cluster_sync();  // nobody leaves while its slots are read
 }

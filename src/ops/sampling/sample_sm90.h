@@ -26,6 +26,8 @@ struct SamplingRowSm90 {
   int32_t mask = -1;    ///< row of the masks, negative: none
   int32_t changes = 0;  ///< first of its changes
   int32_t num_changes = 0;
+  int32_t avoided = 0;      ///< first of the tokens that it avoids, unless nothing else is allowed
+  int32_t num_avoided = 0;  ///< different ones, at most 512
 };
 
 /// A token whose logit is biased or penalised, at most one a row and token.
@@ -40,6 +42,7 @@ struct SampleSm90Params {
   const SamplingRowSm90* rows;
   const LogitChangeSm90* changes;
   const uint32_t* masks;    ///< [.., mask_words] a bit a token, set where it is allowed; or null
+  const int32_t* avoided;   ///< tokens that rows avoid; or null
   int32_t* tokens;          ///< [num_rows] -1 where no logit can be chosen
   int64_t num_rows, vocab;  ///< vocab: at most 400,000
   int64_t stride;           ///< a multiple of 4

@@ -26,13 +26,15 @@ std::vector<float> changed_row(const SampleSm90Params& p, int64_t r) {
     float& logit = result[static_cast<size_t>(p.changes[i].token)];
     logit = changed_logit(logit, p.changes[i], row);
   }
-  if (row.mask < 0) return result;
-  const uint32_t* mask = p.masks + row.mask * p.mask_words;
-  for (int64_t t = 0; t < p.vocab; ++t) {
+  for (int64_t t = 0; row.mask >= 0 && t < p.vocab; ++t) {
+    const uint32_t* mask = p.masks + row.mask * p.mask_words;
     if (t / 32 >= p.mask_words || (mask[t / 32] >> t % 32 & 1) == 0)
       result[static_cast<size_t>(t)] = -INFINITY;
   }
-  return result;
+  std::vector<float> without = result;
+  for (int32_t i = row.avoided; i < row.avoided + row.num_avoided; ++i)
+    without[static_cast<size_t>(p.avoided[i])] = -INFINITY;
+  return ranks_of(without).empty() ? result : without;
 }
 
 /// The tokens that top-k, then top-p and min-p leave: the first of the ranks, by a walk from the

@@ -43,11 +43,14 @@ TEST(SampleTwin, DrawsTheTokensOfTheCpu) {
       if (s.mask >= 0)
         mask.assign(w.masks.begin() + s.mask * w.mask_words,
                     w.masks.begin() + (s.mask + 1) * w.mask_words);
+      const std::vector<int64_t> avoided(w.avoided.begin() + s.avoided,
+                                         w.avoided.begin() + s.avoided + s.num_avoided);
       // The stream is the purpose's hash and the position, so any stream is some position's.
-      const DrawRow draw{.logits = row,
-                         .adjustment = {.sampling = p, .history = &history, .mask = mask},
-                         .position = static_cast<int64_t>(s.stream ^ fnv1a64("sample")),
-                         .choice = s.choice};
+      const DrawRow draw{
+          .logits = row,
+          .adjustment = {.sampling = p, .history = &history, .mask = mask, .avoided = avoided},
+          .position = static_cast<int64_t>(s.stream ^ fnv1a64("sample")),
+          .choice = s.choice};
       Drawn drawn;
       draw_rows(std::span(&draw, 1), std::span(&drawn, 1));
       EXPECT_EQ(tokens[static_cast<size_t>(r)], drawn.token)
