@@ -29,7 +29,7 @@ at::Tensor logits(const model::Transformer& model, Numerics numerics) {
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = numerics;
-  const at::Tensor streams = model.forward(at::arange(49), context);
+  const at::Tensor streams = model.forward(at::arange(49), context).streams;
   return model.logits(model.head_input(streams, numerics), numerics);
 }
 
