@@ -52,8 +52,8 @@ TEST(Scheduler, WhatNeedsNoScoreIsNotComputedAgain) {
     world.run_to_end();
     EXPECT_EQ(sink->scores, expected_scores(world.model, request)) << from;
     EXPECT_EQ(sink->answers[0], world.expected(request)) << from;
-    // The state lies before the last token of what came first.
-    EXPECT_EQ(sink->cache.cached_tokens >= 36, from > 39) << from;
+    // States lie at pages of four tokens, and one before the last token of what came first.
+    EXPECT_GE(sink->cache.cached_tokens, std::min<int64_t>(from, 40) - 4) << from;
     EXPECT_LT(sink->cache.cached_tokens, std::max<int64_t>(from, 1)) << from;
   }
   request.prompt_logprobs_from = 50;
