@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "apps/decode_loop.h"
+#include "apps/loaded_model.h"
 #include "engine_core/request.h"
 
 namespace hadal::engine {

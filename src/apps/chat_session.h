@@ -13,7 +13,7 @@
 #include <string_view>
 
 #include "apps/answer_engine.h"
-#include "apps/decode_loop.h"
+#include "apps/loaded_model.h"
 #include "text/chat_format.h"
 #include "text/completion_parser.h"
 

@@ -10,9 +10,9 @@
 
 #include "apps/answer_engine.h"
 #include "apps/command.h"
-#include "apps/decode_loop.h"
 #include "apps/flags.h"
 #include "apps/interrupt.h"
+#include "apps/loaded_model.h"
 #include "apps/perplexity.h"
 #include "apps/text_io.h"
 #include "base/check.h"

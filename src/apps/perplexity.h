@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "apps/decode_loop.h"
+#include "apps/loaded_model.h"
 
 namespace hadal::apps {
 

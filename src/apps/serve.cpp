@@ -11,8 +11,8 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
-#include "apps/decode_loop.h"
 #include "apps/flags.h"
+#include "apps/loaded_model.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"

@@ -5,7 +5,7 @@
 #include <functional>
 #include <string>
 
-#include "apps/decode_loop.h"
+#include "apps/loaded_model.h"
 
 namespace hadal::apps {
 

@@ -1,4 +1,4 @@
-#include "apps/decode_loop.h"
+#include "apps/loaded_model.h"
 
 #include <ATen/Parallel.h>
 
