@@ -130,7 +130,8 @@ TEST_P(EngineOnGpu, LayersCopyNothingToTheHost) {
   for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
   const model::Transformer model = make(at::kCUDA);
   KvCache cache(model.config(), sizes(at::kCUDA));
-  ModelRunner runner(model, cache);
+  ModelSampler sampler(model.config().vocab_size);
+  ModelRunner runner(model, cache, sampler);
   const std::vector<int64_t> pages = {4, 2};
   const c10::InferenceMode inference;
   for (const int64_t count : {1, 37}) {
