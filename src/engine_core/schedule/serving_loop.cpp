@@ -111,7 +111,9 @@ void ServingLoop::change_weights() {
     const std::lock_guard lock(mutex_);
     updates_.pop_front();
   }
-  error ? pending->done.set_exception(error) : pending->done.set_value();
+  // Who waits goes away with `pending` as soon as it is told.
+  std::promise<void> done = std::move(pending->done);
+  error ? done.set_exception(error) : done.set_value();
 }
 
 void ServingLoop::refuse_updates() {
@@ -119,8 +121,10 @@ void ServingLoop::refuse_updates() {
     const std::lock_guard lock(mutex_);
     return std::exchange(updates_, {});
   }();
-  for (PendingUpdate* pending : refused)
-    pending->done.set_exception(std::make_exception_ptr(Error("engine: it stops")));
+  for (PendingUpdate* pending : refused) {
+    std::promise<void> done = std::move(pending->done);
+    done.set_exception(std::make_exception_ptr(Error("engine: it stops")));
+  }
 }
 
 std::vector<int64_t> ServingLoop::as_written(std::vector<int64_t> prompt) const {
