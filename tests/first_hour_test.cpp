@@ -371,7 +371,15 @@ TEST_F(FirstHour, TheTerminalEditsLinesKeepsHistoryAndTakesPastes) {
     ASSERT_TRUE(say("six\r")) << "a backslash";
     ASSERT_TRUE(say("Gr\u00fc\u00dfe\u20ac\x7f\r"))
         << "characters of several bytes, one taken back";
-    terminal.type("never\3");
+    // At any moment: before the program waits, while it does, in a paste that does not end.
+    for (const char* keys : {"never\3", "\3", "\3", "\3", "\3", "\3", "\3", "\3"}) {
+      terminal.type(keys);
+      ASSERT_TRUE(terminal.comes("Ctrl-D leaves"));
+      ASSERT_TRUE(terminal.comes(prompt));
+    }
+    terminal.type("\33[200~pasted");
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    terminal.type("\3");
     ASSERT_TRUE(terminal.comes("Ctrl-D leaves"));
     ASSERT_TRUE(terminal.comes(prompt));
     terminal.type("/sav\t" + saved + "\r");

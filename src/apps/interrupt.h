@@ -5,8 +5,8 @@
 
 namespace hadal::apps {
 
-/// From the first one on, SIGINT only sets the flag, and interrupts a blocking read; to the end of
-/// the program, so that an impatient second Ctrl-C does not spoil its exit code.
+/// From the first one on, SIGINT only sets the flag, and ends wait_for_input; to the end of the
+/// program, so that an impatient second Ctrl-C does not spoil its exit code. One at a time.
 class InterruptFlag {
  public:
   InterruptFlag();
@@ -16,6 +16,11 @@ class InterruptFlag {
   bool raised() const;
   void clear();
 };
+
+/// Waits until `file` has bytes or is at its end: true; false when the flag is raised, be it before
+/// the call, within it, or by a signal that another thread took. A read of its own would miss a
+/// signal that comes just before it.
+bool wait_for_input(int file);
 
 /// Threads started while it lives leave SIGINT to the others.
 class InterruptMask {

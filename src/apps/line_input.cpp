@@ -12,6 +12,8 @@
 #include <unistd.h>
 #include <utility>
 
+#include "apps/interrupt.h"
+
 namespace hadal::apps {
 namespace {
 
@@ -28,8 +30,8 @@ class PlainLines final : public LineInput {
         return State::kLine;
       }
       char piece[4096];
+      if (!wait_for_input(STDIN_FILENO)) return State::kInterrupted;
       const ssize_t got = ::read(STDIN_FILENO, piece, sizeof(piece));
-      if (got < 0 && errno == EINTR) return State::kInterrupted;
       if (got <= 0) {
         line = std::exchange(buffer_, {});
         return line.empty() ? State::kEnd : State::kLine;
@@ -42,7 +44,7 @@ class PlainLines final : public LineInput {
   std::string buffer_;
 };
 
-/// One character of the terminal: 1, 0 at the end of the input, -1 when a signal came. The
+/// One character of the terminal: 1, 0 at the end of the input, -1 with EINTR at Ctrl-C. The
 /// library's own reader would try again after a signal.
 int read_character(EditLine*, wchar_t* out) {
   // A byte that ended a character before its time; it begins the next one. There is one terminal.
@@ -52,6 +54,9 @@ int read_character(EditLine*, wchar_t* out) {
     char byte = 0;
     if (held >= 0) {
       byte = static_cast<char>(std::exchange(held, -1));
+    } else if (!wait_for_input(STDIN_FILENO)) {
+      errno = EINTR;
+      return -1;
     } else if (const ssize_t got = ::read(STDIN_FILENO, &byte, 1); got <= 0) {
       return static_cast<int>(got);
     }
@@ -67,22 +72,6 @@ int read_character(EditLine*, wchar_t* out) {
 
 unsigned char insert_newline(EditLine* editor, int) {
   return el_winsertstr(editor, L"\n") == 0 ? CC_REFRESH : CC_ERROR;
-}
-
-/// Behind ESC [ 200 ~ comes what was pasted, up to ESC [ 201 ~: text, whatever it looks like.
-unsigned char insert_pasted(EditLine* editor, int) {
-  const std::wstring end = L"\33[201~";
-  std::wstring text;
-  wchar_t character = 0;
-  while (!text.ends_with(end)) {
-    if (read_character(editor, &character) != 1) return CC_EOF;
-    text.push_back(character == L'\r' ? L'\n' : character);
-  }
-  text.resize(text.size() - end.size());
-  std::erase_if(text, [](wchar_t c) { return (c < 32 && c != L'\n' && c != L'\t') || c == 127; });
-  while (text.ends_with(L'\n')) text.pop_back();
-  if (text.empty()) return CC_NORM;
-  return el_winsertstr(editor, text.c_str()) == 0 ? CC_REFRESH : CC_ERROR;
 }
 
 /// libedit speaks to its owner through one pointer and C functions.
@@ -105,7 +94,7 @@ class EditedLines final : public LineInput {
     el_set(editor_, EL_GETCFN, &read_character);
     el_set(editor_, EL_HIST, ::history, history_);
     el_set(editor_, EL_ADDFN, "hadal-newline", "insert a newline", &insert_newline);
-    el_set(editor_, EL_ADDFN, "hadal-paste", "insert pasted text", &insert_pasted);
+    el_set(editor_, EL_ADDFN, "hadal-paste", "insert pasted text", &EditedLines::insert_pasted);
     el_set(editor_, EL_ADDFN, "hadal-complete", "complete a command", &EditedLines::complete);
     el_set(editor_, EL_BIND, "\\e\\n", "hadal-newline", nullptr);
     el_set(editor_, EL_BIND, "\\e\\r", "hadal-newline", nullptr);
@@ -129,10 +118,11 @@ class EditedLines final : public LineInput {
       set_paste_mode(true);
       int count = 0;
       errno = 0;
+      paste_interrupted_ = false;
       const char* got = el_gets(editor_, &count);
       set_paste_mode(false);
       if (got == nullptr || count <= 0) {
-        const bool interrupted = count < 0;
+        const bool interrupted = count < 0 || paste_interrupted_;
         if (interrupted) el_reset(editor_);
         if (line.empty() || interrupted) return interrupted ? State::kInterrupted : State::kEnd;
         break;
@@ -156,6 +146,25 @@ class EditedLines final : public LineInput {
     return *static_cast<EditedLines*>(self);
   }
   static char* prompt_of(EditLine* editor) { return of(editor).prompt_.data(); }
+
+  /// Behind ESC [ 200 ~ comes what was pasted, up to ESC [ 201 ~: text, whatever it looks like.
+  static unsigned char insert_pasted(EditLine* editor, int) {
+    const std::wstring end = L"\33[201~";
+    std::wstring text;
+    wchar_t character = 0;
+    while (!text.ends_with(end)) {
+      if (const int got = read_character(editor, &character); got != 1) {
+        of(editor).paste_interrupted_ = got < 0;
+        return CC_EOF;
+      }
+      text.push_back(character == L'\r' ? L'\n' : character);
+    }
+    text.resize(text.size() - end.size());
+    std::erase_if(text, [](wchar_t c) { return (c < 32 && c != L'\n' && c != L'\t') || c == 127; });
+    while (text.ends_with(L'\n')) text.pop_back();
+    if (text.empty()) return CC_NORM;
+    return el_winsertstr(editor, text.c_str()) == 0 ? CC_REFRESH : CC_ERROR;
+  }
 
   static unsigned char complete(EditLine* editor, int) {
     const LineInfo* info = el_line(editor);
@@ -191,6 +200,7 @@ class EditedLines final : public LineInput {
 
   std::vector<std::string> commands_;
   std::string file_, prompt_;
+  bool paste_interrupted_ = false;
   EditLine* editor_ = nullptr;
   History* history_ = nullptr;
   PlainLines plain_;
