@@ -26,6 +26,18 @@ engine::LocalEngineOptions engine_options(const LoadedModel& loaded,
   return result;
 }
 
+Finish finish_of(engine::FinishReason reason) {
+  switch (reason) {
+    case engine::FinishReason::kStop:
+    case engine::FinishReason::kStopString:
+      return Finish::kStop;
+    case engine::FinishReason::kLength:
+      return Finish::kLength;
+    default:
+      return Finish::kInterrupted;
+  }
+}
+
 }  // namespace
 
 /// The engine's updates, handed to the command's thread.
@@ -54,7 +66,7 @@ class AnswerEngine::Inbox final : public engine::Sink {
     if (update->prompt_scores) answered.prompt_scores = update->prompt_scores;
     if (!update->finish) return false;
     HADAL_CHECK(*update->finish != engine::FinishReason::kError, "engine: ", update->error);
-    answered.finish = *update->finish;
+    answered.finish = finish_of(*update->finish);
     return true;
   }
 
@@ -72,18 +84,6 @@ class AnswerEngine::Inbox final : public engine::Sink {
   std::condition_variable news_;
   std::deque<engine::Update> updates_;
 };
-
-Finish Answered::finish_of_command() const {
-  switch (finish) {
-    case engine::FinishReason::kStop:
-    case engine::FinishReason::kStopString:
-      return Finish::kStop;
-    case engine::FinishReason::kLength:
-      return Finish::kLength;
-    default:
-      return Finish::kInterrupted;
-  }
-}
 
 AnswerEngine::AnswerEngine(const LoadedModel& loaded, const AnswerEngineOptions& options)
     : options_(options) {

@@ -22,17 +22,15 @@ namespace hadal::apps {
 struct Answered {
   std::string text;             ///< bytes, whole characters
   std::vector<int64_t> tokens;  ///< with the EOS that ended it
-  engine::FinishReason finish = engine::FinishReason::kStop;
+  Finish finish = Finish::kStop;
   engine::CacheReport cache;
   std::shared_ptr<const std::vector<engine::TokenScore>> prompt_scores;  ///< where asked for
-
-  Finish finish_of_command() const;
 };
 
 struct AnswerEngineOptions {
   int64_t at_once = 1;         ///< answers that are computed together
   int64_t max_drafts = 0;      ///< no bit depends on it
-  int64_t step_tokens = 1024;  ///< of a step of prompts alone
+  int64_t step_tokens = 1024;  ///< rows of a step of prompts alone
 };
 
 /// Its memory is taken as it is used: any context that the model takes has its room.

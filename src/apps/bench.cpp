@@ -1,4 +1,5 @@
-// hadal bench: what this machine reads and multiplies; bench_serve.h has the load test.
+// hadal bench: what this machine reads and multiplies; bench_step.h: steps without the model,
+// bench_serve.h: the load test.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -13,6 +14,7 @@
 #include <CLI/CLI.hpp>
 
 #include "apps/bench_serve.h"
+#include "apps/bench_step.h"
 #include "apps/command.h"
 #include "apps/flags.h"
 #include "base/check.h"
@@ -34,6 +36,7 @@ struct Options {
   int64_t out = 4096, in = 4096;
   double gib = 1.0, seconds = 1.0;
   bool json = false;
+  StepBenchOptions step;
 };
 
 double seconds_of(const std::function<void()>& work) {
@@ -206,10 +209,31 @@ void print(const Options& options, double read, const std::vector<Line>& lines) 
                 100 * line.read_share);
 }
 
+int run_step(const Options& options) {
+  StepBenchOptions step = options.step;
+  step.seconds = options.seconds;
+  const std::vector<StepBenchLine> lines = bench_step(step);
+  if (options.json) {
+    JsonWriter out;
+    out.begin_object().field("threads", num_threads()).key("step").begin_array();
+    for (const StepBenchLine& line : lines)
+      out.begin_object()
+          .field("what", std::string_view(line.what))
+          .field("us", line.microseconds)
+          .end_object();
+    std::fputs(out.end_array().end_object().str().c_str(), stdout);
+    return 0;
+  }
+  for (const StepBenchLine& line : lines)
+    std::printf("%10.1f us  %s\n", line.microseconds, line.what.c_str());
+  return 0;
+}
+
 int run(const Options& options) {
-  HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm",
-                    "bench: expected read, gemm or serve, found ",
+  HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm" || options.what == "step",
+                    "bench: expected read, gemm, step or serve, found ",
                     options.what.empty() ? "nothing" : options.what);
+  if (options.what == "step") return run_step(options);
   HADAL_INPUT_CHECK(options.in % 32 == 0, "bench: --in must be a multiple of 32, found ",
                     options.in);
   const at::NoGradGuard no_grad;
@@ -232,13 +256,24 @@ int run(const Options& options) {
 
 std::function<int()> define_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
-  app.add_option("what", options->what,
-                 "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel");
+  app.add_option(
+      "what", options->what,
+      "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel; step: what a "
+      "decode step costs beside the model");
   app.add_option("--out", options->out, "outputs of each matrix")
       ->check(between(1, 1 << 20))
       ->capture_default_str();
   app.add_option("--in", options->in, "inputs of each matrix")
       ->check(between(32, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--sequences", options->step.sequences, "step: sequences that are planned")
+      ->check(between(1, 4096))
+      ->capture_default_str();
+  app.add_option("--context", options->step.context, "step: tokens of each")
+      ->check(between(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--vocab", options->step.vocab, "step: logits of a row")
+      ->check(between(100, 1 << 20))
       ->capture_default_str();
   app.add_option("--gib", options->gib, "distinct memory to go through")
       ->check(between(0.001, 1024))

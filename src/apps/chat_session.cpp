@@ -136,7 +136,7 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
       stop);
   result.tokens = std::ssize(answered.tokens);
   result.reused_tokens = answered.cache.cached_tokens;
-  result.finish = answered.finish_of_command();
+  result.finish = answered.finish;
   std::vector<text::CompletionEvent> held_back;
   result.completion = parser.finish(held_back);
   report(held_back);

@@ -77,7 +77,7 @@ int run(Flags flags) {
         if (!flags.json) write_output(token.text);
       },
       [&] { return interrupt.raised(); });
-  const Finish finish = answered.finish_of_command();
+  const Finish finish = answered.finish;
   const std::vector<int64_t>& tokens = answered.tokens;
   // The first token is the prompt's; the others take a step each.
   const double decode_seconds = seconds_since(start) - prompt_seconds;

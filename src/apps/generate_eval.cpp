@@ -114,7 +114,7 @@ void generate_answers(const LoadedModel& loaded,
     // In a chat they are for what the reader sees.
     if (!options.chat) request.stop = line.stops;
     engine.submit(std::move(request), [&](Answered answered) {
-      const bool length = answered.finish_of_command() == Finish::kLength;
+      const bool length = answered.finish == Finish::kLength;
       GeneratedAnswer answer{.text = std::move(answered.text),
                              .answer = line.answer,
                              .finish = length ? "length" : "stop",
