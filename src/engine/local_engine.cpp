@@ -179,9 +179,10 @@ void LocalEngine::update_weights(std::shared_ptr<const model::Transformer> model
   HADAL_INPUT_CHECK(parts_->disk == nullptr || !version.digest.empty(),
                     "weights: without a digest what is stored on disk cannot be told apart");
   const auto swap = [&] {
-    parts_->runner.set_model(*model);
+    // What can fail comes first: then everything is as before.
     if (parts_->disk != nullptr)
       parts_->disk->set_identity(identity_of(version.digest, parts_->cache));
+    parts_->runner.set_model(*model);
     parts_->updated = std::move(model);
   };
   parts_->loop->update_weights({.version = version, .swap = swap});
