@@ -105,7 +105,10 @@ const BlockPlan& Batch::plan_blocks(int64_t ratio, TableMemory* memory) const {
   plan.seq = table("block_seq", seqs, at::kLong);
   plan.rows = table("block_rows", rows, at::kLong);
   plan.previous = table("previous", previous, at::kLong);
-  plan.first_rows = table("cu_blocks", plan.cu_blocks, at::kInt);
+  plan.device_cu_blocks = table("cu_blocks", plan.cu_blocks, at::kInt);
+  std::vector<int64_t> numbers(static_cast<size_t>(num_seqs()));
+  std::iota(numbers.begin(), numbers.end(), int64_t{0});
+  plan.numbers = table("numbers", numbers, at::kInt);
   if (paged) plan.cache_rows = table("cache_rows", cache_rows, at::kLong);
   return plan_->blocks.emplace(ratio, std::move(plan)).first->second;
 }
@@ -186,9 +189,11 @@ const at::Tensor& Batch::key_tiles(int64_t size, int64_t ratio) const {
 BlockView step_blocks(const at::Tensor& rows, const Batch& batch, int64_t ratio) {
   HADAL_CHECK(batch.whole(),
               "batch: a sequence continues an earlier step, whose blocks are not here");
+  // A line for each sequence, wherever the caches would have it.
+  const BlockPlan& plan = batch.blocks(ratio);
   return {.rows = rows,
-          .slots = batch.slots(),
-          .pages = batch.blocks(ratio).first_rows.unsqueeze(1),
+          .slots = plan.numbers,
+          .pages = plan.device_cu_blocks.unsqueeze(1),
           .of_step = true};
 }
 

@@ -39,7 +39,8 @@ struct BlockPlan {
   /// [num_blocks] I64: num_seqs + the number of the preceding new block of the same sequence, or
   /// for a sequence's first new block the number of the sequence.
   at::Tensor previous;
-  at::Tensor first_rows;  ///< [num_seqs + 1] I32: cu_blocks
+  at::Tensor device_cu_blocks;  ///< [num_seqs + 1] I32
+  at::Tensor numbers;           ///< [num_seqs] I32: 0, 1, ...
   /// [num_blocks] I64: the cache's row of each block; undefined without pages.
   at::Tensor cache_rows;
   int64_t num_blocks() const { return cu_blocks.back(); }

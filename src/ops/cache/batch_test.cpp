@@ -1,5 +1,8 @@
 #include "ops/cache/batch.h"
 
+#include <algorithm>
+#include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -8,14 +11,12 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "testing/numbers_of.h"
 
 namespace hadal::ops {
 namespace {
 
-std::vector<int64_t> values(const at::Tensor& x) {
-  const at::Tensor y = x.to(at::kLong).contiguous();
-  return {y.const_data_ptr<int64_t>(), y.const_data_ptr<int64_t>() + y.numel()};
-}
+using testing::numbers_of;
 
 TEST(Batch, KnowsWhereItsTokensSit) {
   const Batch batch({3, 1, 2}, {0, 7, 4}, at::kCPU);
@@ -23,12 +24,12 @@ TEST(Batch, KnowsWhereItsTokensSit) {
   EXPECT_EQ(batch.num_tokens(), 6);
   EXPECT_EQ(batch.cu_seqlens(), (std::vector<int64_t>{0, 3, 4, 6}));
   EXPECT_EQ(batch.host_pos(), (std::vector<int64_t>{0, 1, 2, 7, 4, 5}));
-  EXPECT_EQ(values(batch.pos()), batch.host_pos());
-  EXPECT_EQ(values(batch.seq()), (std::vector<int64_t>{0, 0, 0, 1, 2, 2}));
+  EXPECT_EQ(numbers_of(batch.pos()), batch.host_pos());
+  EXPECT_EQ(numbers_of(batch.seq()), (std::vector<int64_t>{0, 0, 0, 1, 2, 2}));
   EXPECT_EQ(batch.max_end_pos(), 8);
   EXPECT_FALSE(batch.whole());
   EXPECT_TRUE(Batch({3, 1}, {0, 0}, at::kCPU).whole());
-  EXPECT_EQ(values(batch.device_cu_seqlens()), batch.cu_seqlens());
+  EXPECT_EQ(numbers_of(batch.device_cu_seqlens()), batch.cu_seqlens());
 }
 
 TEST(Batch, RefusesRunsThatCannotBe) {
@@ -50,8 +51,9 @@ TEST(BlockPlan, EveryCutCompletesEveryBlockOnce) {
                                               1 + static_cast<int64_t>(random() % 5)};
         const Batch batch(lengths, starts, at::kCPU);
         const BlockPlan& plan = batch.blocks(ratio);
-        const std::vector<int64_t> first_pos = values(plan.pos);
-        const std::vector<int64_t> previous = values(plan.previous), rows = values(plan.rows);
+        const std::vector<int64_t> first_pos = numbers_of(plan.pos);
+        const std::vector<int64_t> previous = numbers_of(plan.previous),
+                                   rows = numbers_of(plan.rows);
         for (int64_t seq = 0; seq < 2; ++seq) {
           const auto s = static_cast<size_t>(seq);
           EXPECT_EQ(plan.first_block[s], next_block[s]);
@@ -79,7 +81,7 @@ TEST(Batch, TilesCoverTokensAndBlocks) {
   std::vector<int64_t> seen(139, 0);
   const at::Tensor tiles = batch.token_tiles(32);
   for (int64_t i = 0; i < tiles.size(0); ++i) {
-    const auto tile = values(tiles[i]);
+    const auto tile = numbers_of(tiles[i]);
     EXPECT_LE(tile[1], 32);
     EXPECT_EQ(tile[2], tile[0] - batch.begin(tile[3]));
     EXPECT_LE(tile[0] + tile[1], batch.end(tile[3]));
@@ -88,13 +90,76 @@ TEST(Batch, TilesCoverTokensAndBlocks) {
   EXPECT_EQ(seen, std::vector<int64_t>(139, 1));
 }
 
-TEST(BlockView, FindsRowsThroughPages) {
-  const at::Tensor rows = at::arange(24, at::kFloat).reshape({12, 2});
-  const BlockView view = BlockView::paged(rows, {{2, 0, 1}}, 4);
-  EXPECT_EQ(view.table().row(0, 0), 8);
-  EXPECT_EQ(view.table().row(0, 5), 1);
-  EXPECT_EQ(view.table().row(0, 11), 7);
-  EXPECT_TRUE(at::equal(view.gather(0, 3, 6), rows.index_select(0, at::tensor({11, 0, 1}))));
+// Random steps over slots and pages: every table says what the definition does, with and without
+// memory of its own.
+TEST(Batch, TablesSayWhereEverythingGoes) {
+  constexpr int64_t kPageTokens = 16, kSlots = 5, kPages = 40, kRing = 11;
+  std::mt19937 random(1);
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random()) % n; };
+  PageTable pages(kSlots, kPages, kPages, at::kCPU);
+  TableMemory memory(at::kCPU);
+  const std::vector<int64_t> ratios = {4, 16}, rings = {kRing};
+  for (int round = 0; round < 100; ++round) {
+    std::vector<int64_t> all(kPages), slots(kSlots), lengths, starts;
+    std::iota(all.begin(), all.end(), 0);
+    std::iota(slots.begin(), slots.end(), 0);
+    std::shuffle(all.begin(), all.end(), random);
+    std::shuffle(slots.begin(), slots.end(), random);
+    slots.resize(static_cast<size_t>(1 + below(kSlots)));
+    for (const int64_t slot : slots) {
+      starts.push_back(below(90));
+      lengths.push_back(1 + below(30));
+      pages.update(slot, std::span(all).subspan(static_cast<size_t>(slot * 8), 8));
+    }
+    const StepPlaces places{.slots = slots,
+                            .pages = &pages,
+                            .page_tokens = kPageTokens,
+                            .memory = round % 2 == 0 ? &memory : nullptr,
+                            .ratios = ratios,
+                            .ring_sizes = rings};
+    const Batch batch(lengths, starts, at::kCPU, places);
+    EXPECT_EQ(numbers_of(batch.slots()), slots);
+    for (const int64_t ratio : ratios) {
+      const BlockPlan& plan = batch.blocks(ratio);
+      const std::vector<int64_t> rows = numbers_of(plan.cache_rows), seqs = numbers_of(plan.seq);
+      ASSERT_EQ(std::ssize(rows), plan.num_blocks());
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const auto s = static_cast<size_t>(seqs[i]);
+        const int64_t block = numbers_of(plan.pos)[i] / ratio, page_blocks = kPageTokens / ratio;
+        const int64_t page = all[static_cast<size_t>(slots[s] * 8 + block / page_blocks)];
+        EXPECT_EQ(rows[i], page * page_blocks + block % page_blocks);
+        const BlockView view{.rows = at::empty({1, 1}),
+                             .slots = batch.slots(),
+                             .pages = pages.table(),
+                             .page_blocks = page_blocks,
+                             .page_rows = page_blocks};
+        EXPECT_EQ(view.table().row(seqs[i], block), rows[i]);
+      }
+    }
+    const RingWrites& writes = batch.ring_writes(kRing);
+    const std::vector<int64_t> from = numbers_of(writes.from), to = numbers_of(writes.to);
+    std::vector<int64_t> owner(kSlots * kRing, -1), expected = owner;
+    for (size_t i = 0; i < from.size(); ++i) {
+      EXPECT_EQ(owner[static_cast<size_t>(to[i])], -1);  // written once
+      owner[static_cast<size_t>(to[i])] = from[i];
+    }
+    for (int64_t token = 0; token < batch.num_tokens(); ++token) {
+      const auto s = static_cast<size_t>(numbers_of(batch.seq())[static_cast<size_t>(token)]);
+      const int64_t pos = batch.host_pos()[static_cast<size_t>(token)];
+      expected[static_cast<size_t>(slots[s] * kRing + pos % kRing)] = token;  // the last one stays
+    }
+    EXPECT_EQ(owner, expected);
+  }
+}
+
+// What autograd keeps of a step outlives the step.
+TEST(Batch, CopiesShareThePlan) {
+  auto batch = std::make_unique<Batch>(std::vector<int64_t>{9}, std::vector<int64_t>{0}, at::kCPU);
+  const Batch copy = *batch;
+  const BlockPlan* plan = &batch->blocks(4);
+  batch.reset();
+  EXPECT_EQ(&copy.blocks(4), plan);
+  EXPECT_EQ(copy.blocks(4).num_blocks(), 2);
 }
 
 }  // namespace

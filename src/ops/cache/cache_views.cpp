@@ -1,11 +1,8 @@
 #include "ops/cache/cache_views.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include <ATen/ATen.h>
-
-#include "base/check.h"
 
 namespace hadal::ops {
 namespace {

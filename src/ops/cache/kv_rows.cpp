@@ -56,7 +56,8 @@ std::pair<at::Tensor, at::Tensor> scale_groups(const at::Tensor& rows,
           .masked_fill(amax == 0, 0);
   // Two steps, since 2^127 has no normal inverse.
   const at::Tensor half = exponent.neg().div(2, "trunc"), rest = exponent.neg() - half;
-  const auto power = [](const at::Tensor& k) { return at::exp2(k.to(at::kFloat)).unsqueeze(-1); };
+  // By their bits: a device's exp2 promises no exact powers.
+  const auto power = [](const at::Tensor& k) { return factors((k + 127).to(at::kByte)); };
   return {values * power(half) * power(rest), (exponent + 127).to(at::kByte)};
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,8 +18,9 @@ namespace hadal::ops {
 
 class TableMemory {
  public:
-  /// What a table is, and for which ratio or ring size; 0 where there is but one.
-  using Name = std::pair<const char*, int64_t>;
+  /// What a table is (a text of static storage), and for which ratio or ring size; 0 where there is
+  /// but one.
+  using Name = std::pair<std::string_view, int64_t>;
 
   explicit TableMemory(at::Device device) : device_(device) {}
 
