@@ -5,7 +5,6 @@
 
 #include <ATen/ATen.h>
 
-#include "base/check.h"
 #include "ops/attention/sparse_attn.h"
 #include "ops/compressor/compress.h"
 #include "ops/indexer/hadamard.h"
@@ -95,13 +94,16 @@ IndexerStep run_indexer(const Indexer& indexer,
                         const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
-  const ops::BlockView keys =
-      compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
   IndexerStep step{.scores = {}, .selection = context.forced_of(block).selection};
   const bool selects = !step.selection.defined() && context.mode == AttentionMode::kSparse &&
                        batch.max_end_pos() / ratio > config.index_topk;
   const bool scores = context.request.index_loss || context.request.index_scores;
-  if (!selects && !scores) return step;
+  const bool asked = selects || scores;
+  if (!asked && context.kv == nullptr) return step;
+  // In a cache the keys must exist, so that a later step may select.
+  const ops::BlockView keys =
+      compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
+  if (!asked) return step;
   at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
                      .reshape({tokens, config.index_n_heads, config.index_head_dim});
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
@@ -172,8 +174,10 @@ AttentionOutput attention_forward(const Attention& attn,
     aux.index_loss = ops::index_kl(indexed.scores, indexed.selection, q.detach(), blocks,
                                    result.lse.detach(), batch, ratio, scale);
   }
-  if (context.request.attention)
+  if (context.request.attention) {
     aux.seen = {.q = q.detach(), .blocks = blocks, .lse = result.lse.detach()};
+    if (blocks.rows.defined()) aux.seen.blocks.rows = blocks.rows.detach();
+  }
   if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
 
   const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);

@@ -141,7 +141,8 @@ void init_weights(Transformer& model, const InitParams& params, at::ScalarType d
 void require_gradients(Transformer& model) {
   model.visit([](Parameter& parameter) {
     parameter.hold_dense();
-    if (parameter.trainable()) parameter.value.requires_grad_(true);
+    // Held anew: panels of values that will move are of no use.
+    if (parameter.trainable()) parameter.hold(parameter.value.requires_grad_(true));
   });
 }
 
@@ -149,7 +150,7 @@ void move_to(Transformer& model, at::Device device) {
   model.visit([&](Parameter& parameter) {
     if (parameter.weight.defined()) return parameter.hold(parameter.weight.to(device));
     const bool requires_grad = parameter.value.requires_grad();
-    parameter.value = parameter.value.detach().to(device).requires_grad_(requires_grad);
+    parameter.hold(parameter.value.detach().to(device).requires_grad_(requires_grad));
   });
 }
 

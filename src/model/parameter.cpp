@@ -27,6 +27,7 @@ void Parameter::hold(at::Tensor values) {
               values.sizes(), ", expected ", at::IntArrayRef(expected));
   value = std::move(values);
   weight = {};
+  kept_panels = std::make_shared<ops::PanelCache>();
 }
 
 void Parameter::hold(ops::Weight packed) {
@@ -40,6 +41,7 @@ void Parameter::hold(ops::Weight packed) {
   if (packed.form() == ops::WeightForm::kDense) return hold(packed.dense().reshape(expected));
   weight = std::move(packed);
   value = at::Tensor();
+  kept_panels = std::make_shared<ops::PanelCache>();
 }
 
 void Parameter::hold_dense() {

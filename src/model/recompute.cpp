@@ -126,24 +126,23 @@ BlockOutput run_block(const Block& block,
                       const at::Tensor& ids,
                       const ops::RopeTable& compressed_rope,
                       const ForwardContext& context) {
-  std::vector<at::Tensor> inputs{streams};
-  bool needs_grad = streams.requires_grad();
-  if (context.recompute && at::GradMode::is_enabled()) {
-    struct Leaves final : FieldVisitor {
-      std::vector<at::Tensor> values;
-      void field(Parameter& parameter, const Field&) override {
-        if (parameter.value.defined() && parameter.value.requires_grad())
-          values.push_back(parameter.value);
-      }
-    } leaves;
-    // Visiting does not change a block that has its parameters.
-    describe(config, index, const_cast<Block&>(block), leaves);
-    needs_grad = needs_grad || !leaves.values.empty();
-    inputs.insert(inputs.end(), leaves.values.begin(), leaves.values.end());
-  }
-  if (!context.recompute || !at::GradMode::is_enabled() || !needs_grad) {
+  // Nobody else holds the streams then: the block frees them as it goes.
+  const auto plain = [&] {
     return block_forward(block, config, index, std::move(streams), ids, compressed_rope, context);
-  }
+  };
+  if (!context.recompute || !at::GradMode::is_enabled()) return plain();
+  struct Leaves final : FieldVisitor {
+    std::vector<at::Tensor> values;
+    void field(Parameter& parameter, const Field&) override {
+      if (parameter.value.defined() && parameter.value.requires_grad())
+        values.push_back(parameter.value);
+    }
+  } leaves;
+  // Visiting does not change a block that has its parameters.
+  describe(config, index, const_cast<Block&>(block), leaves);
+  if (!streams.requires_grad() && leaves.values.empty()) return plain();
+  std::vector<at::Tensor> inputs{std::move(streams)};
+  inputs.insert(inputs.end(), leaves.values.begin(), leaves.values.end());
   HADAL_CHECK(context.kv == nullptr, "recompute: block ", index, " writes to a cache");
   const auto call = c10::make_intrusive<Call>(block, config, index, ids, compressed_rope, context);
   variable_list outputs = RecomputedBlock::apply(call, at::TensorList(inputs));

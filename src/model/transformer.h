@@ -65,7 +65,7 @@ class Transformer {
 
  private:
   void fill_rope(ForwardContext& context) const;
-  /// The same where the context has none; one of another batch is an error.
+  /// The same where the context has none; tables of another number of tokens are an error.
   void ensure_rope(ForwardContext& context) const;
   void check_forced(int64_t block, const ForwardContext& context) const;
   BlockOutput run_checked(int64_t layer,

@@ -46,6 +46,7 @@ struct ReferenceGradient : torch::autograd::Function<ReferenceGradient> {
       if (inputs.size() < num_inputs) inputs.push_back(input->value_or(at::Tensor()));
     }
     context->save_for_backward(inputs);
+    context->set_materialize_grads(false);  // no gradient stays none, not zeros that are decayed
     context->saved_data["reference"] =
         c10::IValue::make_capsule(c10::make_intrusive<Holder>(reference));
     variable_list outputs = kernel(inputs);

@@ -47,7 +47,8 @@ struct ObjectiveParams {
   model::AttentionMode mode = model::AttentionMode::kDense;
   ops::Numerics numerics = ops::Numerics::kBf16;
   bool count_clamps = false;  ///< fill StepMeasures::clamped
-  /// Blocks are computed again by the backward pass: the same bits in less memory.
+  /// Blocks are computed again by the backward pass: the same bits in less memory. No key of a run
+  /// sets it yet.
   bool recompute = false;
   /// Indexer warm-up trains nothing but the indexer: the language losses are measured, not
   /// differentiated.

@@ -35,11 +35,13 @@ struct PermuteRows : torch::autograd::Function<PermuteRows> {
                             const at::Tensor& token,
                             const at::Tensor& place) {
     context->save_for_backward({place});
+    context->set_materialize_grads(false);
     context->saved_data["tokens"] = x.size(0);
     return x.index_select(0, token);
   }
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
     const at::Tensor& grad = grad_outputs[0];
+    if (!grad.defined()) return variable_list(3);
     const at::Tensor sum = sum_by_token(grad, context->get_saved_variables()[0],
                                         context->saved_data["tokens"].toInt());
     return {sum.to(grad.scalar_type()), at::Tensor(), at::Tensor()};
@@ -112,6 +114,7 @@ struct Combine : torch::autograd::Function<Combine> {
                             const at::Tensor& place,
                             const at::Tensor& token) {
     context->save_for_backward({token});
+    context->set_materialize_grads(false);
     context->saved_data["type"] = static_cast<int64_t>(rows.scalar_type());
     if (use_cpu_kernel(shared) && rows.scalar_type() == shared.scalar_type()) {
       return run_cpu(rows, place, shared);
@@ -120,6 +123,7 @@ struct Combine : torch::autograd::Function<Combine> {
         .to(shared.scalar_type());
   }
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return variable_list(4);
     const at::Tensor token = context->get_saved_variables()[0];
     const auto type = static_cast<at::ScalarType>(context->saved_data["type"].toInt());
     return {grad_outputs[0].index_select(0, token).to(type), grad_outputs[0], at::Tensor(),

@@ -54,9 +54,11 @@ struct GatherDistinctRows : torch::autograd::Function<GatherDistinctRows> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& rows) {
     context->save_for_backward({rows});
     context->saved_data["num_rows"] = x.size(0);
+    context->set_materialize_grads(false);
     return x.index_select(0, rows);
   }
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return {at::Tensor(), at::Tensor()};
     const at::Tensor rows = context->get_saved_variables()[0];
     std::vector<int64_t> shape(grad_outputs[0].sizes().begin(), grad_outputs[0].sizes().end());
     shape[0] = context->saved_data["num_rows"].toInt();
