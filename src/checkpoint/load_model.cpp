@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
-#include "checkpoint/dequantise.h"
+#include "checkpoint/requantise.h"
 #include "checkpoint/weight_checks.h"
 
 namespace hadal::checkpoint {
@@ -32,12 +32,6 @@ bool in_bf16(const Parameter& parameter, const CheckpointTensor& stored) {
   if (parameter.kind == ParamKind::kEmbedding) return true;
   return serves_packed(parameter) && stored.data.scalar_type() != at::kFloat &&
          stored.data.scalar_type() != at::kHalf;
-}
-
-at::Tensor dense_values(const CheckpointTensor& tensor) {
-  if (is_fp8(tensor)) return dequantise_fp8(tensor.data, tensor.scale);
-  if (is_fp4(tensor)) return dequantise_fp4(tensor.data, tensor.scale);
-  return tensor.data;
 }
 
 /// Codes as the packing functions of ops take them.
@@ -153,11 +147,12 @@ class Loader {
   /// a float type stays in it.
   static at::Tensor dense_shard(const std::vector<CheckpointTensor>& tensors,
                                 const Parameter& parameter) {
-    if (parameter.kind != ParamKind::kExperts) return parameter.shard.of(dense_values(tensors[0]));
+    if (parameter.kind != ParamKind::kExperts)
+      return parameter.shard.of(dense_values(tensors[0].data, tensors[0].scale));
     std::vector<at::Tensor> experts;
     bool all_bf16 = true;
     for (const CheckpointTensor& tensor : tensors) {
-      const at::Tensor value = dense_values(tensor);
+      const at::Tensor value = dense_values(tensor.data, tensor.scale);
       experts.push_back(is_coded(tensor) ? value.to(at::kBFloat16) : value);
       all_bf16 = all_bf16 && experts.back().scalar_type() == at::kBFloat16;
     }

@@ -5,6 +5,8 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/gemm/linear.h"
+
 namespace hadal::testing {
 namespace {
 
@@ -60,6 +62,23 @@ ops::Panels fp4(const Stored& stored) {
 }
 ops::Panels fp8(const Stored& stored) {
   return ops::pack_fp8({stored.data}, {stored.scale}).value();
+}
+
+Stored near_fp4(int64_t out, int64_t in, unsigned seed) {
+  Stored s = make_fp4(out, in, seed);
+  s.scale = s.scale.remainder(14).add(113).to(at::kByte);
+  s.data[1].narrow(0, 0, 16).fill_(0x08);
+  s.scale[1][0] = 3;
+  s.values = ops::unpack_panels(fp4(s))[0];
+  return s;
+}
+
+at::Tensor fp8_rows(int64_t rows, int64_t in) {
+  return ops::quantise_input(at::randn({rows, (in + 127) / 128 * 128}), ops::GemmRole::kFp8,
+                             ops::Numerics::kReleased)
+      .narrow(1, 0, in)
+      .to(at::kBFloat16)
+      .contiguous();
 }
 
 }  // namespace hadal::testing

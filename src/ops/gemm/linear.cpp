@@ -34,9 +34,11 @@ bool use_library_gemm(const at::Tensor& x, const at::Tensor& w) {
 struct LinearFp32 : torch::autograd::Function<LinearFp32> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& w) {
     context->save_for_backward({x, w});
+    context->set_materialize_grads(false);
     return at::mm(x, w.t(), at::kFloat);
   }
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return variable_list(2);
     const variable_list saved = context->get_saved_variables();
     const at::Tensor grad = grad_outputs[0].to(at::kBFloat16);
     at::Tensor grad_x, grad_w;

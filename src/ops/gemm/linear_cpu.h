@@ -43,6 +43,7 @@ inline constexpr int64_t kTaskRows = 96;
 inline constexpr int64_t kFewRows = 4;
 /// E8M0 bytes that the kernel takes.
 inline constexpr int kMinScaleByte = 127 - 60, kMaxScaleByte = 127 + 60;
+constexpr bool in_range(uint8_t scale) { return scale >= kMinScaleByte && scale <= kMaxScaleByte; }
 
 /// Bytes of one panel of one group.
 constexpr int64_t group_bytes(WeightFormat format) {

@@ -16,18 +16,11 @@ namespace {
 
 using testing::fp4;
 using testing::fp8;
+using testing::fp8_rows;
 using testing::make_fp4;
 using testing::make_fp8;
 using testing::same_bits;
 using testing::Stored;
-
-at::Tensor make_rows(int64_t rows, int64_t in) {
-  return quantise_input(at::randn({rows, (in + 127) / 128 * 128}), GemmRole::kFp8,
-                        Numerics::kReleased)
-      .narrow(1, 0, in)
-      .to(at::kBFloat16)
-      .contiguous();
-}
 
 /// The contract's tree in scalar code: pairs of K, the odd element first, slabs in order.
 at::Tensor tree(const at::Tensor& x, const at::Tensor& w, int64_t slab) {
@@ -70,7 +63,7 @@ const int64_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 13};
 /// Rows whose sums are exact in any order beside rows whose are not: values of every size, a last
 /// bit far below the sum, all zeros, infinities.
 at::Tensor mixed_rows(int64_t rows, int64_t in) {
-  at::Tensor x = make_rows(rows, in).to(at::kFloat);
+  at::Tensor x = fp8_rows(rows, in).to(at::kFloat);
   for (int64_t r = 0; r < rows; ++r) {
     switch (r % 7) {
       case 1:
@@ -100,7 +93,7 @@ TEST_P(Linear, Fp4RowsThatRoundAndRowsThatDoNot) {
   for (const auto& [rows, out, in] :
        {std::tuple{16, 64, 128}, {96, 128, 256}, {100, 48, 384}, {5, 16, 64}, {33, 200, 1024}}) {
     const Stored s = make_fp4(out, in, 5);
-    for (const at::Tensor& x : {mixed_rows(rows, in), make_rows(rows, in)}) {
+    for (const at::Tensor& x : {mixed_rows(rows, in), fp8_rows(rows, in)}) {
       const at::Tensor many = linear(x, fp4(s), GemmRole::kFp4);
       for (int64_t r = 0; r < rows; ++r) {
         const at::Tensor one = linear(x.narrow(0, r, 1), fp4(s), GemmRole::kFp4);
@@ -115,7 +108,7 @@ TEST_P(Linear, Fp4HasTheBitsOfItsDenseValuesAndOfTheTree) {
     for (const int64_t in : {32, 96, 320}) {
       const Stored s = make_fp4(out, in, 1);
       const Panels packed = fp4(s);
-      const at::Tensor x = make_rows(13, in);
+      const at::Tensor x = fp8_rows(13, in);
       const at::Tensor expected = tree(x, s.values, 32).to(at::kBFloat16);
       for (const int64_t rows : kRowCounts) {
         const at::Tensor y = linear(x.narrow(0, 0, rows), packed, GemmRole::kFp4);
@@ -131,7 +124,7 @@ TEST_P(Linear, Fp8HasTheBitsOfItsDenseValuesAndOfTheTree) {
     for (const int64_t in : {2, 77, 128, 330}) {
       const Stored s = make_fp8(out, in, 2);
       const Panels packed = fp8(s);
-      const at::Tensor x = make_rows(13, in);
+      const at::Tensor x = fp8_rows(13, in);
       for (const GemmRole role : {GemmRole::kFp32, GemmRole::kFp8, GemmRole::kFp4}) {
         at::Tensor expected = tree(x, s.values, slab_length(role));
         if (role != GemmRole::kFp32) expected = expected.to(at::kBFloat16);
@@ -160,7 +153,7 @@ TEST_P(Linear, Fp32WeightsWalkTheTreeElementByElement) {
 TEST_P(Linear, RowsAndThreadsChangeNoBit) {
   const int threads = num_threads();
   const Stored a = make_fp4(320, 160, 3), b = make_fp8(320, 160, 4);
-  const at::Tensor x = make_rows(300, 160);
+  const at::Tensor x = fp8_rows(300, 160);
   for (const auto& [packed, role] : {std::pair(fp4(a), GemmRole::kFp4), {fp8(b), GemmRole::kFp8}}) {
     const at::Tensor all = linear(x, packed, role);
     for (const int count : {1, 2, 3}) {
@@ -175,7 +168,7 @@ TEST_P(Linear, RowsAndThreadsChangeNoBit) {
 
 TEST_P(Linear, IsCloseToTheReference) {
   const Stored a = make_fp4(200, 512, 5), b = make_fp8(200, 512, 6);
-  const at::Tensor x = make_rows(70, 512);
+  const at::Tensor x = fp8_rows(70, 512);
   for (const auto& [packed, values, role] :
        {std::tuple(fp4(a), a.values, GemmRole::kFp4), {fp8(b), b.values, GemmRole::kFp8}}) {
     const at::Tensor y = linear(x, packed, role).to(at::kDouble);
@@ -202,7 +195,7 @@ TEST_P(Linear, GroupedAndPerGroupFormsAreTheirMatricesOneByOne) {
   }
   const Panels packed = pack_fp4(data, scale).value();
   const std::vector<int64_t> bounds = {0, 3, 3, 110, 111, 111};  // two experts without a row
-  const at::Tensor x = make_rows(111, 64), offsets = at::tensor(bounds, at::kLong);
+  const at::Tensor x = fp8_rows(111, 64), offsets = at::tensor(bounds, at::kLong);
   const at::Tensor y = grouped_linear(x, packed, offsets, GemmRole::kFp4);
   for (size_t e = 0; e < 5; ++e) {
     const int64_t rows = bounds[e + 1] - bounds[e];
@@ -214,7 +207,7 @@ TEST_P(Linear, GroupedAndPerGroupFormsAreTheirMatricesOneByOne) {
 
   const Panels grouped = pack_fp8(wide_data, wide_scale).value();
   for (const int64_t tokens : {1, 9}) {
-    const at::Tensor rows = make_rows(tokens * 5, 160).reshape({tokens, 5, 160});
+    const at::Tensor rows = fp8_rows(tokens * 5, 160).reshape({tokens, 5, 160});
     const at::Tensor out = group_linear(rows, grouped);
     for (int64_t g = 0; g < 5; ++g) {
       EXPECT_TRUE(same_bits(
@@ -227,9 +220,9 @@ TEST_P(Linear, GroupedAndPerGroupFormsAreTheirMatricesOneByOne) {
 
 TEST_P(Linear, NoRowsGiveNoRows) {
   const Panels packed = fp4(make_fp4(40, 64, 7));
-  EXPECT_EQ(linear(make_rows(0, 64), packed, GemmRole::kFp4).sizes(), at::IntArrayRef({0, 40}));
+  EXPECT_EQ(linear(fp8_rows(0, 64), packed, GemmRole::kFp4).sizes(), at::IntArrayRef({0, 40}));
   EXPECT_EQ(
-      grouped_linear(make_rows(0, 64), packed, at::zeros({2}, at::kLong), GemmRole::kFp4).sizes(),
+      grouped_linear(fp8_rows(0, 64), packed, at::zeros({2}, at::kLong), GemmRole::kFp4).sizes(),
       at::IntArrayRef({0, 40}));
 }
 
@@ -237,7 +230,7 @@ INSTANTIATE_TEST_SUITE_P(Isas, Linear, ::testing::Values(0, 1, 2));
 
 TEST(LinearPanels, AreConstantsToAutograd) {
   const Stored s = make_fp8(64, 128, 1);
-  const at::Tensor x = make_rows(3, 128).requires_grad_(true);
+  const at::Tensor x = fp8_rows(3, 128).requires_grad_(true);
   const at::Tensor y = linear(x, fp8(s), GemmRole::kFp8);
   y.sum().backward();
   EXPECT_TRUE(same_bits(y.detach(), linear(x.detach(), fp8(s), GemmRole::kFp8)));

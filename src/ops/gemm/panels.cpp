@@ -17,8 +17,6 @@ namespace {
 
 constexpr uint8_t kScaleOfOne = 127;
 
-bool in_range(uint8_t scale) { return scale >= kMinScaleByte && scale <= kMaxScaleByte; }
-
 /// Calls body(matrix, block) for all, on all threads.
 template <typename Body>
 void for_each_block(const Panels& panels, Body&& body) {

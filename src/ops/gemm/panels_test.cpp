@@ -14,6 +14,7 @@ using testing::fp4;
 using testing::fp8;
 using testing::make_fp4;
 using testing::make_fp8;
+using testing::near_fp4;
 using testing::same_bits;
 using testing::Stored;
 
@@ -44,6 +45,17 @@ TEST(Panels, RefuseValuesWithoutAPackedForm) {
   Stored nan = make_fp8(40, 200, 1);
   nan.data.view(at::kByte)[7][9] = 0xff;
   EXPECT_FALSE(pack_fp8({nan.data}, {nan.scale}).has_value());
+}
+
+TEST(Panels, GiveTheirCodesBack) {
+  const Stored a = near_fp4(70, 96, 2), b = make_fp8(200, 77, 3);
+  const StoredCodes four = panel_codes(fp4(a), 0), eight = panel_codes(fp8(b), 0);
+  EXPECT_TRUE(at::equal(four.data, a.data));
+  at::Tensor scale = a.scale.clone();
+  scale[1][0] = 127;  // of the zeros
+  EXPECT_TRUE(at::equal(four.scale, scale));
+  EXPECT_TRUE(at::equal(eight.data.view(at::kByte), b.data.view(at::kByte)));
+  EXPECT_TRUE(at::equal(eight.scale, b.scale));
 }
 
 }  // namespace

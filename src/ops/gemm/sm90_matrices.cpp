@@ -17,8 +17,6 @@
 namespace hadal::ops {
 namespace {
 
-bool in_range(uint8_t scale) { return scale >= kMinScaleByte && scale <= kMaxScaleByte; }
-
 /// Data and scales of one matrix as bytes on the host.
 struct HostCodes {
   at::Tensor data, scale;

@@ -85,6 +85,8 @@ int64_t pack_fp4(
 }
 
 void pack_widened(const uint8_t* codes, int64_t outputs, int64_t in, uint8_t* tiles) {
+  HADAL_CHECK(outputs % kTileRows == 0 && in % 128 == 0, "sm90_pack: ", outputs, " x ", in,
+              " values in tiles of 64 x 128");
   for (int64_t slab = 0; slab < in / 128; ++slab) {
     for (int64_t first = 0; first < outputs; first += kTileRows) {
       for (int64_t step = 0; step < 8; ++step) {

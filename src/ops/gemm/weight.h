@@ -26,8 +26,8 @@ namespace hadal::ops {
 enum class WeightForm { kNone, kDense, kPanels, kSm90 };
 
 /// The panels of dense values that many products read: made at the first call, and again once the
-/// values are another tensor or were written to since (a write through a data pointer is not
-/// noticed). From any thread.
+/// values are another tensor or were written to since (a write through a data pointer, or to a
+/// tensor made in inference mode, is not noticed). From any thread.
 class PanelCache {
  public:
   PanelCache();
@@ -101,9 +101,10 @@ class Weight {
       storage_;  ///< in the order of WeightForm
 };
 
-/// The products of linear.h. Where no kernel of the device reads a weight's form, its matrices are
-/// made dense one by one for the call (those of experts without rows are not, for which the offsets
-/// are read on the host); a warning says so once. x and w lie on one device.
+/// The products of linear.h; x and w lie on one device. Where no kernel of the device reads sm90,
+/// its matrices are made dense one by one for the call (those of experts without rows are not, for
+/// which the offsets are read on the host); a warning says so once. Panels are made dense for what
+/// their kernel does not do (FP64, gradients of x).
 at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role);
 at::Tensor grouped_linear(const at::Tensor& x,
                           const Weight& w,

@@ -1,0 +1,71 @@
+#include "ops/gemm/sm90_matrices.h"
+
+#include <tuple>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "ops/gemm/weight.h"
+#include "testing/kernel_checks.h"
+#include "testing/stored_weights.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::fp8;
+using testing::make_fp8;
+using testing::near_fp4;
+using testing::same_bits;
+using testing::Stored;
+
+TEST(Sm90Matrices, HoldTheValuesOfTheirCodes) {
+  for (const auto& [out, in] : {std::tuple{70, 160}, {64, 128}, {200, 96}, {129, 512}}) {
+    const Stored a = near_fp4(out, in, 8), b = make_fp8(out, in + 5, 9);
+    const auto four = pack_sm90_fp4({a.data, a.data}, {a.scale, a.scale});
+    const auto eight = pack_sm90_fp8({b.data}, {b.scale});
+    ASSERT_TRUE(four && eight) << out << " " << in;
+    EXPECT_TRUE(same_bits(unpack_sm90(*four, 1), a.values)) << out << " " << in;
+    EXPECT_TRUE(same_bits(unpack_sm90(*eight, 0), b.values)) << out << " " << in;
+  }
+}
+
+TEST(Sm90Matrices, HoldFourAndEightBitsAWeight) {
+  const int64_t weights = 256 * 512;
+  const auto four = pack_sm90_fp4({near_fp4(256, 512, 1).data}, {near_fp4(256, 512, 1).scale});
+  // Tiles of 64 x 128: half a byte a weight, and four bytes for a row's four scales.
+  EXPECT_EQ(four->num_bytes(), weights / 2 + weights / 128 * 4);
+  const Stored b = make_fp8(256, 512, 1);
+  EXPECT_EQ(pack_sm90_fp8({b.data}, {b.scale})->num_bytes(), weights + 2 * 4 * 4);
+}
+
+TEST(Sm90Matrices, RefuseWhatTheyCannotHold) {
+  Stored s = near_fp4(40, 128, 1);
+  s.scale[3][1] = static_cast<uint8_t>(s.scale[3][0].item<int>() + 15);
+  EXPECT_FALSE(pack_sm90_fp4({s.data}, {s.scale}).has_value());  // too far apart
+  s.scale[3][1] = 20;
+  EXPECT_FALSE(pack_sm90_fp4({s.data}, {s.scale}).has_value());  // too small
+  s.data[3].narrow(0, 16, 16).fill_(0x80);                       // zeros need no scale
+  EXPECT_TRUE(pack_sm90_fp4({s.data}, {s.scale}).has_value());
+  Stored nan = make_fp8(40, 200, 1);
+  nan.data.view(at::kByte)[7][9] = 0xff;
+  EXPECT_FALSE(pack_sm90_fp8({nan.data}, {nan.scale}).has_value());
+  Stored wide = make_fp8(40, 200, 1);
+  wide.scale[0][1] = 255;
+  EXPECT_FALSE(pack_sm90_fp8({wide.data}, {wide.scale}).has_value());
+}
+
+TEST(Sm90Matrices, AHalfOfZerosLeavesTheOtherHalfItsScale) {
+  for (const int64_t first : {0, 64}) {
+    Stored b = make_fp8(128, 128, 3);
+    b.data.view(at::kByte).narrow(0, first, 64).zero_();
+    b.scale.fill_(119);
+    const StoredCodes codes = panel_codes(fp8(b), 0);
+    EXPECT_TRUE(at::equal(codes.scale, b.scale)) << first;
+    EXPECT_TRUE(same_bits(Weight(fp8(b)).to_sm90(OfficialStorage::kFp8)->values(0),
+                          unpack_panels(fp8(b))[0]));
+  }
+}
+
+}  // namespace
+}  // namespace hadal::ops
