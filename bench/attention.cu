@@ -29,12 +29,6 @@ struct Case {
   bool prefill;
 };
 
-int32_t* on_device(const std::vector<int32_t>& values) {
-  auto* p = allocate<int32_t>(values.size() + 1);
-  cudaMemcpy(p, values.data(), values.size() * 4, cudaMemcpyHostToDevice);
-  return p;
-}
-
 /// The same over rows that were widened before, widening included.
 void bench_wide(cudaStream_t stream,
                 SparseAttnSm90Params p,

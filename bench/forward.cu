@@ -36,14 +36,6 @@ uint16_t* bf16(size_t count, uint32_t seed, cudaStream_t stream) {
   fill_bf16<<<1024, 256, 0, stream>>>(values, count, seed);
   return values;
 }
-template <typename T>
-T* on_device(const std::vector<T>& values) {
-  T* there = allocate<T>(values.size());
-  check(cudaMemcpy(there, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
-        "copy");
-  return there;
-}
-
 /// One line: time, bytes that must move at the least, and their share of the copy rate.
 void print(const char* name, int64_t count, double us, double bytes, double copy) {
   std::printf("%-34s %6ld  %9.2f us  %6.2f TB/s (%3.0f %% of copy)\n", name,

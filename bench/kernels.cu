@@ -1,8 +1,9 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
 //   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [prefill] [copy]
 //   one line a case; none named: all; prefill: the prefill of attention alone
-// Everything runs as a captured graph over distinct weights, so that the second-level cache holds
-// nothing of what a call reads; medians of 15 replays.
+// Everything runs as a captured graph, products over distinct weights, so that the second-level
+// cache holds nothing of what a call reads (of `forward` the products and wo_a alone); medians of
+// 15 replays.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

@@ -24,6 +24,14 @@ T* allocate(size_t count) {
   return static_cast<T*>(memory);
 }
 
+template <typename T>
+T* on_device(const std::vector<T>& values) {
+  T* there = allocate<T>(values.size() + 1);
+  check(cudaMemcpy(there, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+        "copy");
+  return there;
+}
+
 __device__ inline uint32_t mix(uint64_t i, uint32_t seed) {
   uint64_t x = i * 0x9e3779b97f4a7c15ull + seed;
   x ^= x >> 31;

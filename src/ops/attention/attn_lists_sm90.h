@@ -9,12 +9,13 @@ namespace hadal::ops {
 
 /// A position p of the window has place p mod `window` for every token (docs/decisions/0011), so
 /// that a token's list does not depend on the step it comes in. Rows of the window: those of the
-/// rings and, from row `step_row` on, the step's own; a position of the step is found there.
+/// rings and, from row `step_row` on, the step's own; a position of the step is found there. A
+/// sequence's tokens are consecutive, and every token is one (none is padding).
 struct AttnListsSm90Params {
   const int64_t* pos;        ///< [tokens] absolute position
   const int64_t* seq;        ///< [tokens]
   const int32_t* first_row;  ///< [sequences] row of each sequence's first token in the step
-  RingRows ring;
+  RingRows ring;             ///< of at least window - 1 positions
   int64_t step_row;
   BlockRows blocks;
   int64_t ratio;             ///< tokens of a block; 0: there are none

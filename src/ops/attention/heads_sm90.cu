@@ -1,5 +1,6 @@
 // Half a warp a head of a token.
 #include "ops/attention/heads_sm90.h"
+#include "ops/cache/rows_sm90.h"
 #include "ops/cuda/half_rows.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/gemm/sm90_layout.h"
@@ -7,7 +8,7 @@
 namespace hadal::ops::cuda {
 namespace {
 
-constexpr int kRotary = 64;
+constexpr int kRotary = static_cast<int>(kRotaryDim);
 
 template <int kPer, bool kNorm>
 __global__ void __launch_bounds__(kHalfRowThreads)

@@ -25,7 +25,7 @@ struct HeadOperandSm90Params {
   const float* cos_sin;  ///< [tokens, 32, 2]
   uint8_t* operand;      ///< groups K-major operands (sm90_layout.h) of x_groups row groups each
   int64_t tokens, heads, width;  ///< width: 64, 128, 256 or 512
-  int64_t groups, x_groups;      ///< rows from `tokens` on become zero
+  int64_t groups, x_groups;      ///< x_groups * 8 >= tokens; rows from `tokens` on become zero
 };
 void head_operand_sm90(const HeadOperandSm90Params& p, Stream stream);
 

@@ -169,7 +169,7 @@ SparseAttnParams kernel_params(const at::Tensor& q,
           .tiles = reinterpret_cast<const TokenTile*>(tiles.const_data_ptr<int32_t>()),
           .cu_seqlens = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
           .cu_blocks = params.ratio > 0
-                           ? batch.blocks(params.ratio).first_rows.const_data_ptr<int32_t>()
+                           ? batch.blocks(params.ratio).device_cu_blocks.const_data_ptr<int32_t>()
                            : nullptr,
           .out = out.mutable_data_ptr(),
           .lse = lse.mutable_data_ptr<float>(),

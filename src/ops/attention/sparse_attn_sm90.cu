@@ -447,6 +447,8 @@ __global__ void __launch_bounds__(128)
 }
 
 void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
+  if (p.block_places > 0 && (p.wide_window != nullptr) != (p.wide_blocks != nullptr))
+    throw_kernel_error("sparse_attn_sm90", "rows of the window or of blocks alone are widened");
   constexpr int kBytes = sizeof(Memory);
   static_assert(kBytes <= 227 * 1024);
   auto* kernel = p.wide_window != nullptr ? sparse_attn_kernel<true> : sparse_attn_kernel<false>;

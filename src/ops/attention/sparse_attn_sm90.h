@@ -30,8 +30,9 @@ struct SparseAttnSm90Params {
   uint16_t* out;   ///< [tokens, heads, 512] BF16; 0 where a list is empty
   float* stats;    ///< [tokens, heads, 2] the largest logit and the denominator, or null
   float* scratch;  ///< sparse_attn_scratch_floats(p)
-  /// The same latents as BF16 rows of 512 (widen_latents_sm90), for prefill: many tokens that read
-  /// the same rows need not widen each of them anew. Null: `window` and `blocks` are read.
+  /// The same latents as BF16 rows of 512 (widen_latents_sm90), 16-byte aligned, for prefill: many
+  /// tokens that read the same rows need not widen each of them anew. Both or neither; `window` and
+  /// `blocks` are there anyway, for the kernel of few tokens.
   const uint16_t* wide_window;
   const uint16_t* wide_blocks;
 };

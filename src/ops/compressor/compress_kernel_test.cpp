@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "ops/compressor/compress_cpu.h"
@@ -28,8 +29,13 @@ struct Run {
 /// Sequences with all their rows from position 0 on; the step has the last `length` of each.
 class World {
  public:
-  World(int64_t ratio, int64_t d, const std::vector<Run>& runs)
-      : ratio_(ratio), d_(d), width_((ratio == 4 ? 2 : 1) * d), ring_(2 * ratio), runs_(runs) {
+  World(int64_t ratio, int64_t d, const std::vector<Run>& runs, bool smallest_ring)
+      : ratio_(ratio),
+        d_(d),
+        width_((ratio == 4 ? 2 : 1) * d),
+        stride_(width_ + 8),  // as where kv and gate are columns of one product
+        ring_(smallest_ring ? (ratio == 4 ? 2 : 1) * ratio - 1 : 2 * ratio),
+        runs_(runs) {
     ape_ = normals(static_cast<size_t>(ratio * width_), 1.0f, 1);
     kv_ring_.assign(runs.size() * static_cast<size_t>(ring_ * width_), NAN);
     score_ring_ = kv_ring_;
@@ -38,16 +44,18 @@ class World {
       kv_.push_back(normals(values, 1.0f, static_cast<unsigned>(10 + s)));
       gate_.push_back(normals(values, 3.0f, static_cast<unsigned>(50 + s)));
       first_row_.push_back(static_cast<int32_t>(pos_.size()));
-      slots_.push_back(static_cast<int32_t>(s));
+      slots_.push_back(static_cast<int32_t>(slot(s)));
       for (int64_t p = 0; p < runs[s].start; ++p) keep(s, p, kv_ring_, score_ring_);
       for (int64_t p = runs[s].start; p < runs[s].start + runs[s].length; ++p) {
         if (p + ring_ >= runs[s].start + runs[s].length) {
           from_.push_back(static_cast<int64_t>(pos_.size()));
-          to_.push_back(static_cast<int64_t>(s) * ring_ + p % ring_);
+          to_.push_back(slot(s) * ring_ + p % ring_);
         }
         pos_.push_back(p);
-        step_kv_.insert(step_kv_.end(), row(kv_, s, p), row(kv_, s, p) + width_);
-        step_gate_.insert(step_gate_.end(), row(gate_, s, p), row(gate_, s, p) + width_);
+        for (auto [step, rows] : {std::pair{&step_kv_, &kv_}, {&step_gate_, &gate_}}) {
+          step->insert(step->end(), row(*rows, s, p), row(*rows, s, p) + width_);
+          step->resize(step->size() + static_cast<size_t>(stride_ - width_), NAN);
+        }
       }
       for (int64_t b = runs[s].start / ratio; b < (runs[s].start + runs[s].length) / ratio; ++b) {
         block_seq_.push_back(static_cast<int64_t>(s));
@@ -76,7 +84,7 @@ class World {
                                      {.slots = slots.get(), .size = ring_},
                                      first_row.get(),
                                      pos.get(),
-                                     width_,
+                                     stride_,
                                      ratio_,
                                      d_};
     compress_sm90({rows, block_seq.get(), block_pos.get(), pooled.get(),
@@ -96,6 +104,8 @@ class World {
  private:
   using Rows = std::vector<std::vector<float>>;
 
+  /// Slots are not in the order of sequences.
+  int64_t slot(size_t s) const { return static_cast<int64_t>(runs_.size() - 1 - s); }
   const float* row(const Rows& x, size_t s, int64_t p) const { return x[s].data() + p * width_; }
   std::vector<float> score(size_t s, int64_t p) const {
     std::vector<float> result(row(gate_, s, p), row(gate_, s, p) + width_);
@@ -107,7 +117,7 @@ class World {
             int64_t p,
             std::vector<float>& kv_ring,
             std::vector<float>& score_ring) const {
-    const auto to = (static_cast<int64_t>(s) * ring_ + p % ring_) * width_;
+    const auto to = (slot(s) * ring_ + p % ring_) * width_;
     std::copy_n(row(kv_, s, p), width_, kv_ring.begin() + to);
     const auto scores = score(s, p);
     std::copy(scores.begin(), scores.end(), score_ring.begin() + to);
@@ -137,7 +147,7 @@ class World {
     return result;
   }
 
-  int64_t ratio_, d_, width_, ring_;
+  int64_t ratio_, d_, width_, stride_, ring_;
   std::vector<Run> runs_;
   std::vector<float> ape_, kv_ring_, score_ring_, step_kv_, step_gate_;
   Rows kv_, gate_;
@@ -146,10 +156,13 @@ class World {
 };
 
 TEST(CompressSm90, HasTheBitsOfTheCpu) {
-  for (const int64_t d : {36, 128, 512}) {
-    World(4, d, {{0, 1}, {0, 9}, {3, 1}, {7, 1}, {6, 30}, {12, 4}, {101, 3}}).check();
-    World(4, d, {{5, 3}}).check();
-    World(128, d, {{0, 130}, {127, 1}, {255, 1}, {200, 300}, {64, 63}, {128, 128}}).check();
+  for (const bool smallest : {false, true}) {
+    for (const int64_t d : {36, 128, 512}) {
+      World(4, d, {{0, 1}, {0, 9}, {3, 1}, {7, 1}, {6, 30}, {12, 4}, {101, 3}}, smallest).check();
+      World(4, d, {{5, 3}}, smallest).check();
+      World(128, d, {{0, 130}, {127, 1}, {255, 1}, {200, 300}, {64, 63}, {128, 128}}, smallest)
+          .check();
+    }
   }
 }
 

@@ -29,13 +29,16 @@ struct LaunchShape {
   unsigned cluster = 1;  ///< blocks that run together and see each other's shared memory
 };
 
-/// Launches a kernel that may begin beside the one before it (sm90.cuh, wait_for_previous).
+/// Launches a kernel that may begin beside the one before it (sm90.cuh, wait_for_previous). Errors:
+/// Error for a grid of more than 65,535 blocks in y or z, where tokens or rows of a long step lie.
 template <typename... Params, typename... Args>
 void launch_early(void (*kernel)(Params...),
                   const LaunchShape& shape,
                   Stream stream,
                   const char* name,
                   const Args&... args) {
+  if (shape.grid.y > 65535 || shape.grid.z > 65535)
+    throw_kernel_error(name, "more than 65,535 rows in one launch");
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.threads;

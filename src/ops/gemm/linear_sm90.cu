@@ -3,7 +3,8 @@
 // A block computes kTilesM * 64 rows of operand A times kN rows of operand B. One warp feeds a ring
 // of stages (a slab of 128 bytes of K of both operands, moved as they lie in memory); each
 // warpgroup multiplies its 64 rows of A. Which operand is A does not change a bit: few rows of x
-// are B (every byte of the weights is read once), many are A.
+// are B (every byte of the weights is read once, but of small BF16 products with 33 to 64 rows
+// twice), many are A.
 //
 // K may be shared by the blocks of a cluster: each keeps the chains of its part in shared memory,
 // then all of them add every chain of the tile in ascending order, a part of the tile each.

@@ -70,7 +70,7 @@ struct Bf16OperandSm90Params {
   const void* x;             ///< [rows, stride] BF16, of p.in values each
   int64_t rows, in, stride;  ///< in, stride: multiples of 8
   uint8_t* operand;          ///< K-major operand of ceil(in / 64) slabs
-  int64_t x_groups;          ///< its row groups
+  int64_t x_groups;          ///< its row groups: at least ceil(rows / 8)
 };
 void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream);
 

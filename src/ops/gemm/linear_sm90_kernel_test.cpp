@@ -230,7 +230,8 @@ class Bf16Product {
 
 TEST(Bf16Sm90, EveryTileSplitAndRoleGivesTheTwinsBits) {
   for (const Data data : {Data::kWide, Data::kSparse, Data::kSmall, Data::kPositive}) {
-    for (const Product s : {Product{257, 192, 2112}, Product{3, 128, 4096}, Product{16, 72, 64}}) {
+    for (const Product s : {Product{257, 192, 2112}, Product{3, 128, 4096}, Product{16, 72, 64},
+                            Product{50, 192, 4096}, Product{20, 128, 8192}}) {
       Product of = s;
       of.data = data;
       const Bf16Product product(of);
@@ -243,6 +244,8 @@ TEST(Bf16Sm90, EveryTileSplitAndRoleGivesTheTwinsBits) {
                                       {256, 1},
                                       {8, 2},
                                       {16, 4},
+                                      {32, 4},
+                                      {32, 8},
                                       {-1, -1}}) {
         EXPECT_EQ(product.run(choice).count, 0)
             << "rows " << s.rows << " in " << s.in << " tile " << choice.tile << " split "

@@ -61,7 +61,7 @@ TEST_P(SampleSm90, LogProbabilitiesAreTheTwins) {
   EXPECT_EQ(differences(tokens_there.read(), tokens), 0);
   const auto same = [](std::vector<double> found, std::vector<double> expected) {
     for (std::vector<double>* values : {&found, &expected}) {
-      for (double& v : *values) v = std::isnan(v) ? 1.0 : v;  // a NaN's bits are not told
+      for (double& v : *values) v = std::isnan(v) ? NAN : v;  // a NaN's bits are not told
     }
     return differences(found, expected);
   };

@@ -1,14 +1,18 @@
 // The choice of the next token on Hopper, as functions of pointers, and its twin on the CPU
 // (sample.h has the definition and the order of everything). Free of ATen.
 //
-// Masses. A token's mass is exp((logit - largest) / temperature) in FP32 as a whole number of
-// 2^-44; their sums are sums of whole numbers, the same in every order and on any number of blocks
-// or cards (docs/decisions/0017-masses-are-integers.md). Whoever needs a log-sum-exp over the
-// vocabulary, the sampler, log-probabilities and losses, adds these.
+// Masses. A token's mass is exp((logit - largest) * r) in FP32, r = 1 / temperature rounded to
+// FP32, as a whole number of 2^-44; their sums are sums of whole numbers, the same in every order
+// and on any number of blocks or cards (docs/decisions/0017-masses-are-integers.md). Whoever needs
+// a log-sum-exp over the vocabulary, the sampler, log-probabilities and losses, adds these.
 //
 // Keys: (logit - largest) / temperature - log(exponential draw) in FP64, by the logarithm of
-// ops/exact_math.h. No draw is below 2^-53.
+// ops/exact_math.h. No draw is below 2^-53. A logit of +infinity is no model's: what is drawn
+// beside one is not defined.
 #pragma once
+
+#include <cstdint>
+#include <limits>
 
 #include "ops/kernel_types.h"
 
@@ -16,8 +20,8 @@ namespace hadal::ops {
 
 /// What a row is drawn with; from Sampling (base/sampling.h).
 struct SamplingRowSm90 {
-  double temperature = 1.0;  ///< 0: the largest logit
-  double least = 0.0;        ///< log(min_p), -infinity without
+  double temperature = 1.0;                                 ///< 0: the largest logit
+  double least = -std::numeric_limits<double>::infinity();  ///< log(min_p); without: this
   double top_p = 1.0;
   double repetition_penalty = 1.0, presence_penalty = 0.0, frequency_penalty = 0.0;
   uint64_t seed = 0, stream = 0;  ///< stream: fnv1a64("sample") ^ position
