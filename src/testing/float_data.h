@@ -49,6 +49,8 @@ int64_t differences(const std::vector<T>& a, const std::vector<T>& b) {
   for (size_t i = 0; i < a.size(); ++i) {
     if constexpr (std::is_same_v<T, float>) {
       count += std::bit_cast<uint32_t>(a[i]) != std::bit_cast<uint32_t>(b[i]);
+    } else if constexpr (std::is_same_v<T, double>) {
+      count += std::bit_cast<uint64_t>(a[i]) != std::bit_cast<uint64_t>(b[i]);
     } else {
       count += a[i] != b[i];
     }
