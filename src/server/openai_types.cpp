@@ -153,7 +153,7 @@ class ChatFormat final : public OpenAiFormat {
   struct Sent {
     size_t content = 0, reasoning = 0, drawn = 0;
   };
-  Json logprobs_of(const std::vector<engine::OutputToken>& tokens) const {
+  Json logprobs_of(const std::vector<engine_core::OutputToken>& tokens) const {
     return logprob_list(tokenizer_, tokens, 0, options_.ids_as_tokens);
   }
   /// What was drawn since the choice's last chunk.
@@ -199,7 +199,7 @@ class ChatFormat final : public OpenAiFormat {
 }  // namespace
 
 Json logprob_list(const text::Tokenizer& tokenizer,
-                  const std::vector<engine::OutputToken>& tokens,
+                  const std::vector<engine_core::OutputToken>& tokens,
                   size_t from,
                   bool ids_as_tokens) {
   Json list = Json::array();
@@ -287,9 +287,13 @@ std::string openai_finish(const Choice& choice) {
 }
 
 void write_sse(std::string& out, const Json& data, std::string_view event) {
-  if (!event.empty()) out += concat("event: ", event, "\n");
+  if (!event.empty()) {
+    out += "event: ";
+    out += event;
+    out += '\n';
+  }
   out += "data: ";
-  out += data.dump();
+  data.dump_to(out);
   out += "\n\n";
 }
 

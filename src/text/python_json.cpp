@@ -1,6 +1,7 @@
 #include "text/python_json.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
@@ -20,42 +21,39 @@ constexpr size_t kManyMembers = 16;
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
+/// What stands behind the backslash of an escape; 0: none is needed, 'u': four digits follow.
+constexpr std::array<char, 256> kEscapes = [] {
+  std::array<char, 256> escapes = {};
+  for (size_t c = 0; c < 0x20; ++c) escapes[c] = 'u';
+  escapes['"'] = '"';
+  escapes['\\'] = '\\';
+  escapes['\n'] = 'n';
+  escapes['\r'] = 'r';
+  escapes['\t'] = 't';
+  escapes['\f'] = 'f';
+  escapes['\b'] = 'b';
+  return escapes;
+}();
+
 void append_quoted(std::string& out, std::string_view text) {
   constexpr char kHex[] = "0123456789abcdef";
   out += '"';
-  for (const char c : text) {
-    switch (c) {
-      case '"':
-        out += "\\\"";
-        break;
-      case '\\':
-        out += "\\\\";
-        break;
-      case '\n':
-        out += "\\n";
-        break;
-      case '\r':
-        out += "\\r";
-        break;
-      case '\t':
-        out += "\\t";
-        break;
-      case '\f':
-        out += "\\f";
-        break;
-      case '\b':
-        out += "\\b";
-        break;
-      default:
-        if (static_cast<uint8_t>(c) < 0x20) {
-          out += "\\u00";
-          out += kHex[static_cast<uint8_t>(c) >> 4];
-          out += kHex[static_cast<uint8_t>(c) & 15];
-        } else {
-          out += c;
-        }
+  size_t begin = 0;  // of what is not written yet and needs no escape
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto c = static_cast<uint8_t>(text[i]);
+    const char escape = kEscapes[c];
+    if (escape == 0) continue;
+    out.append(text, begin, i - begin);
+    begin = i + 1;
+    out += '\\';
+    out += escape;
+    if (escape == 'u') {
+      out += "00";
+      out += kHex[c >> 4];
+      out += kHex[c & 15];
     }
   }
+  out.append(text, begin);
   out += '"';
 }
 

@@ -8,7 +8,9 @@
 // lone surrogate escape becomes U+FFFD, since it has no UTF-8.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -28,6 +30,17 @@ class PyJson {
   static PyJson string(std::string value);
   static PyJson array(std::vector<PyJson> items = {});
   static PyJson object(std::vector<Member> members = {});
+  /// Of a braced list, whose parts are moved.
+  template <size_t kCount>
+  static PyJson array(PyJson (&&items)[kCount]) {
+    return array(std::vector<PyJson>(std::make_move_iterator(items),
+                                     std::make_move_iterator(items + kCount)));
+  }
+  template <size_t kCount>
+  static PyJson object(Member (&&members)[kCount]) {
+    return object(std::vector<Member>(std::make_move_iterator(members),
+                                      std::make_move_iterator(members + kCount)));
+  }
 
   /// Reads a text as json.loads does; `name` begins every message. Errors: InputError with the byte
   /// position; nesting deeper than 512 and invalid UTF-8 are errors, too.
@@ -62,10 +75,11 @@ class PyJson {
 
   /// json.dumps(ensure_ascii=False): separators ", " and ": ".
   std::string dump() const;
+  /// The same behind what `out` holds.
+  void dump_to(std::string& out) const;
 
  private:
   friend class PyJsonReader;
-  void dump_to(std::string& out) const;
 
   Kind kind_ = Kind::kNull;
   bool bool_ = false;

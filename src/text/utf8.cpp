@@ -95,6 +95,10 @@ size_t valid_utf8_prefix(std::string_view text) {
       pos += 8;
     }
     if (pos == text.size()) break;
+    if (static_cast<uint8_t>(text[pos]) < 0x80) {  // of the last few, or beside others
+      ++pos;
+      continue;
+    }
     const Utf8Char c = decode_utf8(text, pos);
     if (c.status != Utf8Status::kValid) return pos;
     pos += c.length;
