@@ -27,8 +27,8 @@
 namespace hadal {
 namespace {
 
-using engine::CacheReport;
-using engine::Request;
+using engine_core::CacheReport;
+using engine_core::Request;
 using nlohmann::json;
 using testing::Nano;
 using testing::NanoMachine;
@@ -95,16 +95,18 @@ class Expected {
 };
 
 /// Draws the answer that the test wants: by seed and place.
-class ScriptedSampler final : public engine::Sampler {
+class ScriptedSampler final : public engine_core::Sampler {
  public:
-  void sample(std::span<const engine::DrawInput> inputs,
-              std::span<engine::Sampled> sampled) override {
+  void sample(std::span<const engine_core::DrawInput> inputs,
+              std::span<engine_core::Sampled> sampled) override {
     for (size_t i = 0; i < inputs.size(); ++i) {
-      const engine::Draw& draw = inputs[i].draw;
+      const engine_core::Draw& draw = inputs[i].draw;
       sampled[i].token = answers.at(draw.sampling->seed).at(draw.answer.size());
     }
   }
-  engine::TokenScore score(std::span<const float>, int64_t, int64_t) const override { return {}; }
+  engine_core::TokenScore score(std::span<const float>, int64_t, int64_t) const override {
+    return {};
+  }
   std::map<uint64_t, Tokens> answers;
 };
 
@@ -311,7 +313,7 @@ TEST_P(AgentTraffic, EveryTurnReusesAllThatItCan) {
   edited.push_back(user(8000, 10));
   turn(machine, expected, edited, assistant(8001));
 
-  const engine::EngineStats stats = machine.scheduler().stats();
+  const engine_core::EngineStats stats = machine.scheduler().stats();
   EXPECT_EQ(stats.prompt_tokens, prompts_);
   EXPECT_EQ(stats.cached_tokens, cached_);
   std::printf("%s: %ld of %ld prompt tokens cached\n", GetParam().name, cached_, prompts_);
@@ -322,14 +324,14 @@ TEST_P(AgentTraffic, PagesOutliveARestart) {
       std::filesystem::temp_directory_path() /
       concat("hadal_agent_traffic_", GetParam().name, "_", ::getpid());
   std::filesystem::remove_all(folder);
-  const engine::DiskStoreOptions options{
+  const engine_core::DiskStoreOptions options{
       .folder = folder, .identity = "agent traffic", .page_tokens = kPage, .period = kPage};
   std::vector<Turn> all = turns(GetParam().tools, 2000);
   all.resize(4);
   std::vector<json> messages = {system_message(GetParam().tools)};
   Expected on_disk(/*pages_only=*/true);
   {
-    engine::DiskStore store(options);
+    engine_core::DiskStore store(options);
     NanoMachine machine({.sampler = &sampler_, .store = &store});
     Expected expected;
     for (const Turn& one : all) {
@@ -339,7 +341,7 @@ TEST_P(AgentTraffic, PagesOutliveARestart) {
       messages.push_back(one.out);
     }
   }
-  engine::DiskStore store(options);
+  engine_core::DiskStore store(options);
   NanoMachine machine({.sampler = &sampler_, .store = &store});
   messages.push_back(user(9000, 10));
   const Tokens now = prompt(messages);

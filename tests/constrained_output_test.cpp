@@ -22,8 +22,8 @@
 namespace hadal {
 namespace {
 
-using engine::Grammar;
-using engine::Request;
+using engine_core::Grammar;
+using engine_core::Request;
 using nlohmann::json;
 using testing::Nano;
 using testing::NanoAnswer;
@@ -206,9 +206,9 @@ std::vector<std::shared_ptr<NanoAnswer>> measure(NanoMachine& machine,
                                                  Cost& cost) {
   std::vector<std::shared_ptr<NanoAnswer>> answers;
   for (const Request& request : requests) answers.push_back(machine.add(request));
-  const engine::EngineStats before = machine.scheduler().stats();
+  const engine_core::EngineStats before = machine.scheduler().stats();
   machine.run();
-  const engine::EngineStats after = machine.scheduler().stats();
+  const engine_core::EngineStats after = machine.scheduler().stats();
   const double overhead = after.overhead_seconds - before.overhead_seconds;
   cost.wall += after.model_seconds - before.model_seconds + overhead;
   cost.overhead += overhead;

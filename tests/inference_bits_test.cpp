@@ -100,7 +100,7 @@ TEST(InferenceBits, TwentySeededAnswersAreThoseOfEveryBuild) {
   NanoMachine machine({});
   std::vector<std::shared_ptr<testing::NanoAnswer>> answers;
   for (uint64_t seed = 0; seed < 20; ++seed) {
-    engine::Request request;
+    engine_core::Request request;
     for (int64_t i = 0; i < 20 + static_cast<int64_t>(seed) * 7; ++i)
       request.prompt.push_back(
           i == 0 ? 0 : 300 + (i * i * 13 + static_cast<int64_t>(seed) * 101) % 7000);

@@ -45,9 +45,9 @@ struct Nano {
 };
 
 /// One answer as it arrives.
-struct NanoAnswer final : engine::Sink {
-  void on_update(engine::Update update) override {
-    for (const engine::OutputToken& token : update.tokens) {
+struct NanoAnswer final : engine_core::Sink {
+  void on_update(engine_core::Update update) override {
+    for (const engine_core::OutputToken& token : update.tokens) {
       tokens.push_back(token.token);
       text += token.text;
     }
@@ -57,13 +57,13 @@ struct NanoAnswer final : engine::Sink {
     error += update.error;
     if (update.finish) finish = update.finish;
   }
-  bool stopped() const { return finish == engine::FinishReason::kStop; }
+  bool stopped() const { return finish == engine_core::FinishReason::kStop; }
 
   std::vector<int64_t> tokens;  ///< EOS included
   std::string text, error;
-  engine::CacheReport cache;
+  engine_core::CacheReport cache;
   int64_t drafted = 0, accepted = 0;
-  std::optional<engine::FinishReason> finish;
+  std::optional<engine_core::FinishReason> finish;
 };
 
 /// Scheduler, caches, filters and, with drafts, the MTP drafter over the shipped model.
@@ -73,8 +73,8 @@ class NanoMachine {
     int64_t max_running = 8;
     int64_t num_pages = 256;
     bool drafts = false;                   ///< one before every token, whatever it costs
-    engine::Sampler* sampler = nullptr;    ///< null: the engine's own
-    engine::PrefixStore* store = nullptr;  ///< null: none
+    engine_core::Sampler* sampler = nullptr;    ///< null: the engine's own
+    engine_core::PrefixStore* store = nullptr;  ///< null: none
   };
 
   explicit NanoMachine(const Options& options)
@@ -90,26 +90,26 @@ class NanoMachine {
         filters_(Nano::get().tokenizer) {
     if (options.drafts) drafter_ = std::make_unique<engine::MtpDrafter>(runner_, sampler_);
     const model::ModelConfig& config = Nano::get().model.config();
-    const engine::EngineInfo info{.model_name = "hadal-nano",
+    const engine_core::EngineInfo info{.model_name = "hadal-nano",
                                   .vocab_size = Nano::get().tokenizer.vocab_size(),
                                   .max_context = options.num_pages * cache_.page_tokens(),
                                   .max_choices = options.max_running,
                                   .eos_token = config.eos_token_id};
-    engine::SchedulerOptions scheduling;
+    engine_core::SchedulerOptions scheduling;
     scheduling.max_running = options.max_running;
     scheduling.max_waiting = 4096;
     scheduling.max_drafts = options.drafts ? 1 : 0;
     scheduling.always_draft = options.drafts;
     scheduler_ =
-        std::make_unique<engine::Scheduler>(info, scheduling,
-                                            engine::SchedulerParts{.runner = runner_,
+        std::make_unique<engine_core::Scheduler>(info, scheduling,
+                                            engine_core::SchedulerParts{.runner = runner_,
                                                                    .memory = cache_,
                                                                    .filters = filters_,
                                                                    .drafter = drafter_.get(),
                                                                    .store = options.store});
   }
 
-  std::shared_ptr<NanoAnswer> add(engine::Request request) {
+  std::shared_ptr<NanoAnswer> add(engine_core::Request request) {
     auto answer = std::make_shared<NanoAnswer>();
     scheduler_->add(next_id_++, scheduler_->prepare(std::move(request), answer));
     return answer;
@@ -120,22 +120,22 @@ class NanoMachine {
     }
     scheduler_->check_integrity();
   }
-  std::shared_ptr<NanoAnswer> answer(engine::Request request) {
+  std::shared_ptr<NanoAnswer> answer(engine_core::Request request) {
     auto result = add(std::move(request));
     run();
     return result;
   }
 
-  engine::Scheduler& scheduler() { return *scheduler_; }
+  engine_core::Scheduler& scheduler() { return *scheduler_; }
   int64_t page_tokens() const { return cache_.page_tokens(); }
 
  private:
   engine::KvCache cache_;
   engine::ModelSampler sampler_;
   engine::ModelRunner runner_;
-  engine::TextFilters filters_;
+  engine_core::TextFilters filters_;
   std::unique_ptr<engine::MtpDrafter> drafter_;
-  std::unique_ptr<engine::Scheduler> scheduler_;
+  std::unique_ptr<engine_core::Scheduler> scheduler_;
   uint64_t next_id_ = 1;
 };
 

@@ -9,7 +9,7 @@
 namespace hadal {
 namespace {
 
-using engine::Request;
+using engine_core::Request;
 using testing::Nano;
 using testing::NanoAnswer;
 using testing::NanoMachine;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The layer table, checked: a file under src/LAYER may include only what its line allows, and one in a room (a folder of a layer
-# that has a table of rooms) only rooms that its line allows (docs/architecture.md). No file includes itself round about.
+# that has a table of rooms) only rooms that its line allows (docs/architecture.md). No file includes itself round about. A layer has
+# one namespace.
 # Usage: tools/check_layers.sh [ROOT]; prints each violation as "engine may not include train (file:line)".
 set -euo pipefail
 cd "${1:-$(dirname "$0")/..}"
@@ -81,4 +82,11 @@ FILENAME == "src/pch.cpp" { next }
 /^#include <(ATen|c10|torch)\// && layer ~ /^(base|text|data|engine_core|server|load)$/ {
   printf "%s may not include LibTorch (%s:%d)\n", layer, FILENAME, FNR; bad = 1
 }
+# A layer has one namespace; beside it others may be opened, for a declaration.
+/^namespace hadal/ {
+  name = $2; sub(/^hadal(::)?/, "", name); sub(/::.*/, "", name)
+  opened[FILENAME] = opened[FILENAME] " " name
+  if (name == (layer == "base" ? "" : layer) || (layer == "base" && name == "log")) owned[FILENAME] = 1
+}
+END { for (file in opened) if (!(file in owned)) { printf "%s is in namespace%s, not in that of its layer\n", file, opened[file]; bad = 1 } }
 END { for (file in includes) if (!(file in state)) visit(file, ""); exit bad }'

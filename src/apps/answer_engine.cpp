@@ -26,12 +26,12 @@ engine::LocalEngineOptions engine_options(const LoadedModel& loaded,
   return result;
 }
 
-Finish finish_of(engine::FinishReason reason) {
+Finish finish_of(engine_core::FinishReason reason) {
   switch (reason) {
-    case engine::FinishReason::kStop:
-    case engine::FinishReason::kStopString:
+    case engine_core::FinishReason::kStop:
+    case engine_core::FinishReason::kStopString:
       return Finish::kStop;
-    case engine::FinishReason::kLength:
+    case engine_core::FinishReason::kLength:
       return Finish::kLength;
     default:
       return Finish::kInterrupted;
@@ -41,9 +41,9 @@ Finish finish_of(engine::FinishReason reason) {
 }  // namespace
 
 /// The engine's updates, handed to the command's thread.
-class AnswerEngine::Inbox final : public engine::Sink {
+class AnswerEngine::Inbox final : public engine_core::Sink {
  public:
-  void on_update(engine::Update update) override {
+  void on_update(engine_core::Update update) override {
     {
       const std::lock_guard lock(mutex_);
       updates_.push_back(std::move(update));
@@ -54,10 +54,10 @@ class AnswerEngine::Inbox final : public engine::Sink {
   /// Takes what comes in time into `answered`; true once that was the last.
   bool take(std::chrono::milliseconds time,
             Answered& answered,
-            const std::function<void(const engine::OutputToken&)>& on_token) {
-    std::optional<engine::Update> update = next(time);
+            const std::function<void(const engine_core::OutputToken&)>& on_token) {
+    std::optional<engine_core::Update> update = next(time);
     if (!update) return false;
-    for (const engine::OutputToken& token : update->tokens) {
+    for (const engine_core::OutputToken& token : update->tokens) {
       answered.tokens.push_back(token.token);
       answered.text += token.text;
       if (on_token) on_token(token);
@@ -65,24 +65,24 @@ class AnswerEngine::Inbox final : public engine::Sink {
     answered.cache = update->cache;
     if (update->prompt_scores) answered.prompt_scores = update->prompt_scores;
     if (!update->finish) return false;
-    HADAL_CHECK(*update->finish != engine::FinishReason::kError, "engine: ", update->error);
+    HADAL_CHECK(*update->finish != engine_core::FinishReason::kError, "engine: ", update->error);
     answered.finish = finish_of(*update->finish);
     return true;
   }
 
  private:
   /// Nothing when none comes in time.
-  std::optional<engine::Update> next(std::chrono::milliseconds time) {
+  std::optional<engine_core::Update> next(std::chrono::milliseconds time) {
     std::unique_lock lock(mutex_);
     if (!news_.wait_for(lock, time, [this] { return !updates_.empty(); })) return std::nullopt;
-    engine::Update update = std::move(updates_.front());
+    engine_core::Update update = std::move(updates_.front());
     updates_.pop_front();
     return update;
   }
 
   std::mutex mutex_;
   std::condition_variable news_;
-  std::deque<engine::Update> updates_;
+  std::deque<engine_core::Update> updates_;
 };
 
 AnswerEngine::AnswerEngine(const LoadedModel& loaded, const AnswerEngineOptions& options)
@@ -103,16 +103,16 @@ int64_t AnswerEngine::room_behind(int64_t prompt_tokens, const std::string& orig
 }
 
 std::pair<std::shared_ptr<AnswerEngine::Inbox>, uint64_t> AnswerEngine::hand_in(
-    engine::Request request) {
+    engine_core::Request request) {
   auto inbox = std::make_shared<Inbox>();  // the engine's as well, until the answer's end
   uint64_t id = 0;
   const auto submitted = engine_->engine().submit(std::move(request), inbox, &id);
-  HADAL_CHECK(submitted == engine::Submitted::kAccepted, "engine: takes no requests");
+  HADAL_CHECK(submitted == engine_core::Submitted::kAccepted, "engine: takes no requests");
   return {std::move(inbox), id};
 }
 
-Answered AnswerEngine::answer(engine::Request request,
-                              const std::function<void(const engine::OutputToken&)>& on_token,
+Answered AnswerEngine::answer(engine_core::Request request,
+                              const std::function<void(const engine_core::OutputToken&)>& on_token,
                               const StopFunction& stop) {
   const auto [inbox, id] = hand_in(std::move(request));
   Answered answered;
@@ -135,7 +135,7 @@ void AnswerEngine::hand_over_first() {
   on_answer(std::move(answered));
 }
 
-void AnswerEngine::submit(engine::Request request, OnAnswer on_answer) {
+void AnswerEngine::submit(engine_core::Request request, OnAnswer on_answer) {
   while (std::ssize(waiting_) >= options_.at_once) hand_over_first();
   waiting_.emplace_back(hand_in(std::move(request)).first, std::move(on_answer));
 }

@@ -23,8 +23,8 @@ struct Answered {
   std::string text;             ///< bytes, whole characters
   std::vector<int64_t> tokens;  ///< with the EOS that ended it
   Finish finish = Finish::kStop;
-  engine::CacheReport cache;
-  std::shared_ptr<const std::vector<engine::TokenScore>> prompt_scores;  ///< where asked for
+  engine_core::CacheReport cache;
+  std::shared_ptr<const std::vector<engine_core::TokenScore>> prompt_scores;  ///< where asked for
 };
 
 struct AnswerEngineOptions {
@@ -46,20 +46,20 @@ class AnswerEngine {
 
   /// One answer as it comes: `on_token` gets each token, `stop` is asked many times a second and
   /// ends it. Errors: Error where the engine fails, InputError for a request that cannot be.
-  Answered answer(engine::Request request,
-                  const std::function<void(const engine::OutputToken&)>& on_token,
+  Answered answer(engine_core::Request request,
+                  const std::function<void(const engine_core::OutputToken&)>& on_token,
                   const StopFunction& stop);
 
   using OnAnswer = std::function<void(Answered)>;
   /// Hands a request in; waits while `at_once` others are in work. Answers are handed over in the
   /// order of their requests, from this call or finish().
-  void submit(engine::Request request, OnAnswer on_answer);
+  void submit(engine_core::Request request, OnAnswer on_answer);
   /// All answers that are still out.
   void finish();
 
  private:
   class Inbox;
-  std::pair<std::shared_ptr<Inbox>, uint64_t> hand_in(engine::Request request);
+  std::pair<std::shared_ptr<Inbox>, uint64_t> hand_in(engine_core::Request request);
   void hand_over_first();
 
   AnswerEngineOptions options_;

@@ -31,7 +31,7 @@ using ops::Panels;
 
 constexpr int64_t kGiB = int64_t{1} << 30;
 
-struct Options {
+struct BenchFlags {
   std::string what;
   int64_t out = 4096, in = 4096;
   double gib = 1.0, seconds = 1.0;
@@ -133,21 +133,23 @@ Panels make_panels(const std::string& format, int64_t out, int64_t in, uint64_t 
   return ops::pack_panels(w);
 }
 
-struct Line {
+struct BenchLine {
   std::string format;
   int64_t rows;
   double gigabytes, gigaflops, read_share;
 };
 
 /// Times every row count over one set of matrices; bandwidth is measured in turn with them.
-std::vector<Line> bench_format(const Format& format, const Options& options, ReadBench& read) {
+std::vector<BenchLine> bench_format(const Format& format,
+                                    const BenchFlags& options,
+                                    ReadBench& read) {
   std::vector<Panels> weights;
   int64_t bytes = 0;
   while (weights.empty() || static_cast<double>(bytes) < options.gib * kGiB) {
     weights.push_back(make_panels(format.name, options.out, options.in, weights.size()));
     bytes += weights.back().num_bytes();
   }
-  std::vector<Line> lines;
+  std::vector<BenchLine> lines;
   for (const int64_t rows : {1, 4, 16, 64, 256}) {
     // Activations as the role gets them: quantised ones for FP8 and FP4.
     const at::Tensor x =
@@ -181,13 +183,13 @@ std::vector<Line> bench_format(const Format& format, const Options& options, Rea
   return lines;
 }
 
-void print(const Options& options, double read, const std::vector<Line>& lines) {
+void print(const BenchFlags& options, double read, const std::vector<BenchLine>& lines) {
   if (options.json) {
     JsonWriter out;
     out.begin_object().field("threads", num_threads()).field("read_gb_per_s", read / 1e9);
     if (!lines.empty()) {
       out.field("out", options.out).field("in", options.in).key("gemm").begin_array();
-      for (const Line& line : lines)
+      for (const BenchLine& line : lines)
         out.begin_object()
             .field("weights", std::string_view(line.format))
             .field("rows", line.rows)
@@ -203,13 +205,13 @@ void print(const Options& options, double read, const std::vector<Line>& lines) 
   std::printf("read %.1f GB/s on %d threads\n", read / 1e9, num_threads());
   if (lines.empty()) return;
   std::printf("\n%-8s %5s %10s %10s %8s\n", "weights", "rows", "GB/s", "GFLOP/s", "of read");
-  for (const Line& line : lines)
+  for (const BenchLine& line : lines)
     std::printf("%-8s %5lld %10.2f %10.1f %7.0f%%\n", line.format.c_str(),
                 static_cast<long long>(line.rows), line.gigabytes, line.gigaflops,
                 100 * line.read_share);
 }
 
-int run_step(const Options& options) {
+int run_step(const BenchFlags& options) {
   StepBenchOptions step = options.step;
   step.seconds = options.seconds;
   const std::vector<StepBenchLine> lines = bench_step(step);
@@ -229,7 +231,7 @@ int run_step(const Options& options) {
   return 0;
 }
 
-int run(const Options& options) {
+int run(const BenchFlags& options) {
   HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm" || options.what == "step",
                     "bench: expected read, gemm, step or serve, found ",
                     options.what.empty() ? "nothing" : options.what);
@@ -242,10 +244,10 @@ int run(const Options& options) {
   double total = 0;
   for (total = 0; total < options.seconds || bandwidth.size() < 5;)
     total += seconds_of([&] { bandwidth.push_back(read.pass()); });
-  std::vector<Line> lines;
+  std::vector<BenchLine> lines;
   if (options.what == "gemm") {
     for (const Format& format : kFormats) {
-      for (Line& line : bench_format(format, options, read)) lines.push_back(std::move(line));
+      for (BenchLine& line : bench_format(format, options, read)) lines.push_back(std::move(line));
     }
   }
   print(options, median(bandwidth), lines);
@@ -255,7 +257,7 @@ int run(const Options& options) {
 }  // namespace
 
 std::function<int()> define_bench(CLI::App& app) {
-  auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
+  auto options = std::make_shared<BenchFlags>();  // outlives define(), shared with the parser
   app.add_option(
       "what", options->what,
       "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel; step: what a "

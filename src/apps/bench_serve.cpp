@@ -32,7 +32,7 @@ using load::Outcome;
 using load::Traffic;
 using load::TrafficOptions;
 
-struct Options {
+struct BenchServeFlags {
   std::string url, endpoint = "chat", arrivals = "poisson";
   std::string prompt = "64", output = "64";
   std::string json, svg, record, expect;
@@ -46,7 +46,7 @@ void check_share(const char* flag, double share) {
 }
 
 /// Fills in what the flags say together; an InputError names the flag that is wrong.
-void complete(Options& options) {
+void complete(BenchServeFlags& options) {
   ClientOptions& client = options.client;
   TrafficOptions& traffic = options.traffic;
   client.url = server::Url::parse(options.url, "bench serve: --url");
@@ -81,7 +81,7 @@ void complete(Options& options) {
   check_share("--cancel", traffic.cancel_share);
 }
 
-std::string title(const Options& options) {
+std::string title(const BenchServeFlags& options) {
   const ClientOptions& client = options.client;
   const std::string load =
       client.concurrency > 0
@@ -92,7 +92,9 @@ std::string title(const Options& options) {
                      options.prompt, options.output, options.traffic.seed);
 }
 
-std::string json_text(const Options& options, const LoadReport& report, const AnswerCheck* check) {
+std::string json_text(const BenchServeFlags& options,
+                      const LoadReport& report,
+                      const AnswerCheck* check) {
   const TrafficOptions& traffic = options.traffic;
   const std::string url = options.client.url.str();
   JsonWriter out;
@@ -143,7 +145,7 @@ class LoadProgress {
   ClientState last_;
 };
 
-int run(Options options) {
+int run(BenchServeFlags options) {
   complete(options);
   std::optional<AnswerCheck> check;
   if (!options.record.empty() || !options.expect.empty()) check.emplace(options.expect);
@@ -188,7 +190,7 @@ int run(Options options) {
 }  // namespace
 
 std::function<int()> define_bench_serve(CLI::App& app) {
-  auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
+  auto options = std::make_shared<BenchServeFlags>();  // outlives define(), shared with the parser
   options->traffic.rate = 0;
   ClientOptions& client = options->client;
   TrafficOptions& traffic = options->traffic;

@@ -49,7 +49,7 @@ StepBenchLine planning(const StepBenchOptions& options) {
   const at::Tensor nothing = at::empty({0, config.head_dim}, at::kBFloat16);
   int64_t pos = options.context;
   const double time = median_microseconds(options.seconds, [&] {
-    std::vector<engine::SequenceStep> steps;
+    std::vector<engine_core::SequenceStep> steps;
     for (size_t s = 0; s < tables.size(); ++s) {
       const auto start = pos + static_cast<int64_t>(s) % page_tokens;
       const int64_t needed = ceil_div(start + 1, page_tokens);
@@ -84,8 +84,8 @@ StepBenchLine drawing(const StepBenchOptions& options,
                       const std::string& how,
                       const Sampling& sampling) {
   engine::ModelSampler sampler(options.vocab);
-  std::vector<engine::Draw> draws(static_cast<size_t>(options.rows));
-  std::vector<engine::DrawInput> inputs;
+  std::vector<engine_core::Draw> draws(static_cast<size_t>(options.rows));
+  std::vector<engine_core::DrawInput> inputs;
   for (size_t i = 0; i < draws.size(); ++i) {
     draws[i].sampling = &sampling;
     draws[i].choice = static_cast<int64_t>(i);
@@ -94,9 +94,9 @@ StepBenchLine drawing(const StepBenchOptions& options,
          .logits = {logits.const_data_ptr<float>() + static_cast<int64_t>(i) * options.vocab,
                     static_cast<size_t>(options.vocab)}});
   }
-  std::vector<engine::Sampled> sampled(draws.size());
+  std::vector<engine_core::Sampled> sampled(draws.size());
   const double time = median_microseconds(options.seconds, [&] {
-    for (engine::Draw& draw : draws) ++draw.pos;
+    for (engine_core::Draw& draw : draws) ++draw.pos;
     sampler.sample(inputs, sampled);
   });
   return {concat("drawing from ", options.rows, " rows of ", options.vocab, ", ", how), time};

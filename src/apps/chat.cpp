@@ -19,7 +19,7 @@ using text::PyJson;
 
 constexpr int64_t kMaxTokens = 1024;  // where the model says nothing
 
-struct Flags {
+struct ChatFlags {
   std::string model, numerics, thinking_mode, effort, effort_levels, system, tools;
   SamplingFlags sampling;
   std::optional<int64_t> max_tokens;
@@ -42,13 +42,13 @@ PyJson read_tools(const std::string& path) {
   return json;
 }
 
-int run(const Flags& flags) {
+int run(const ChatFlags& flags) {
   ChatSettings settings;
   settings.system = flags.system;
   if (!flags.tools.empty()) settings.tools = read_tools(flags.tools);
   settings.recompute = flags.recompute;
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
-  const engine::GenerationDefaults& defaults = loaded.defaults;
+  const engine_core::GenerationDefaults& defaults = loaded.defaults;
   settings.encoding.thinking_mode = text::parse_thinking_mode(
       flags.thinking_mode.empty() ? (defaults.thinking ? "thinking" : "chat")
                                   : flags.thinking_mode);
@@ -67,7 +67,7 @@ int run(const Flags& flags) {
 }  // namespace
 
 std::function<int()> define_chat(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<ChatFlags>();
   app.add_option("--model", flags->model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--thinking-mode", flags->thinking_mode, "default: the model's")

@@ -14,15 +14,15 @@ namespace {
 
 using text::PyJson;
 
-struct Options {
+struct CodecFlags {
   std::string input;
   std::string thinking_mode = "thinking";
   std::string effort, effort_levels = "preview";
   std::string drop_thinking = "yes";
 };
 
-std::shared_ptr<Options> define_common(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+std::shared_ptr<CodecFlags> define_codec(CLI::App& app) {
+  auto options = std::make_shared<CodecFlags>();
   app.add_option("--thinking-mode", options->thinking_mode, "chat or thinking")
       ->check(CLI::IsMember({"chat", "thinking"}))
       ->capture_default_str();
@@ -30,7 +30,7 @@ std::shared_ptr<Options> define_common(CLI::App& app) {
   return options;
 }
 
-int encode(const Options& options) {
+int encode(const CodecFlags& options) {
   const std::string name = options.input.empty() ? "standard input" : options.input;
   const PyJson messages = text::messages_of_request(PyJson::parse(read_input(options.input), name));
   text::ChatOptions chat;
@@ -42,7 +42,7 @@ int encode(const Options& options) {
   return 0;
 }
 
-int parse(const Options& options) {
+int parse(const CodecFlags& options) {
   const text::Completion completion = text::parse_completion(
       read_input(options.input), text::parse_thinking_mode(options.thinking_mode));
   PyJson message = completion.to_json();
@@ -54,7 +54,7 @@ int parse(const Options& options) {
 }  // namespace
 
 std::function<int()> define_chat_encode(CLI::App& app) {
-  auto options = define_common(app);
+  auto options = define_codec(app);
   app.add_option("--effort", options->effort,
                  "reasoning effort: high (the default) or max; with the levels of 0731 low (the "
                  "default), high or max");
@@ -70,7 +70,7 @@ std::function<int()> define_chat_encode(CLI::App& app) {
 }
 
 std::function<int()> define_chat_parse(CLI::App& app) {
-  auto options = define_common(app);
+  auto options = define_codec(app);
   return [options] { return parse(*options); };
 }
 

@@ -121,7 +121,7 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   const auto report = [&](const std::vector<text::CompletionEvent>& events) {
     for (const text::CompletionEvent& event : events) on_event(event);
   };
-  engine::Request request;
+  engine_core::Request request;
   request.prompt = std::move(ids);
   request.max_tokens = settings_.max_tokens;
   request.sampling = settings_.sampling;
@@ -130,7 +130,7 @@ Answer ChatSession::answer(const std::function<void(const text::CompletionEvent&
   request.thinking = settings_.encoding.thinking_mode == text::ThinkingMode::kThinking;
   const Answered answered = engine_.answer(
       std::move(request),
-      [&](const engine::OutputToken& token) {
+      [&](const engine_core::OutputToken& token) {
         report(parser.push_token(loaded_.tokenizer, static_cast<int32_t>(token.token)));
       },
       stop);

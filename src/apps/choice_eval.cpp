@@ -16,7 +16,7 @@ namespace {
 
 using text::PyJson;
 
-constexpr int64_t kAtOnce = 16;  // requests in the engine
+constexpr int64_t kChoicesAtOnce = 16;  // requests in the engine
 
 /// Tokens, of which those from `scored` on count.
 struct Item {
@@ -94,8 +94,8 @@ Item make_item(const LoadedModel& loaded,
   return item;
 }
 
-engine::Request request_for(Item item) {
-  engine::Request request;
+engine_core::Request request_for(Item item) {
+  engine_core::Request request;
   request.prompt = std::move(item.ids);
   request.max_tokens = 0;
   request.prompt_logprobs = 0;
@@ -106,7 +106,7 @@ engine::Request request_for(Item item) {
 ChoiceScore score_of(const Answered& answered, int64_t scored) {
   HADAL_CHECK(answered.prompt_scores, "eval: a prompt without scores");
   ChoiceScore score;
-  for (const engine::TokenScore& token :
+  for (const engine_core::TokenScore& token :
        std::span(*answered.prompt_scores).subspan(static_cast<size_t>(scored))) {
     score.logprob += token.logprob;
     ++score.tokens;
@@ -141,7 +141,7 @@ void score_choices(const LoadedModel& loaded,
                    const ChoiceOptions& options,
                    const std::function<void(const Question&)>& on_question) {
   // Choices come back in order, so a question is whole with its last one.
-  AnswerEngine engine(loaded, {.at_once = kAtOnce, .step_tokens = options.step_tokens});
+  AnswerEngine engine(loaded, {.at_once = kChoicesAtOnce, .step_tokens = options.step_tokens});
   int64_t lines = 0;
   data::for_each_line(path, [&](const std::string& line, int64_t number) {
     if (options.max_lines > 0 && lines >= options.max_lines) return;

@@ -13,12 +13,12 @@
 namespace hadal::apps {
 namespace {
 
-struct Flags {
+struct ConvertFlags {
   std::string target;
   checkpoint::ConvertOptions options;
 };
 
-int run(Flags flags) {
+int run(ConvertFlags flags) {
   flags.options.target = checkpoint::parse_convert_target(flags.target);
   std::unique_ptr<Progress> bar;
   flags.options.progress = [&](int64_t done, int64_t total, const std::string& name) {
@@ -59,7 +59,7 @@ int run(Flags flags) {
 }  // namespace
 
 std::function<int()> define_convert(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<ConvertFlags>();
   app.add_option("--in", flags->options.in, "checkpoint folder, official or transformers' names")
       ->required();
   app.add_option("--out", flags->options.out, "folder to write; it must not exist yet")->required();

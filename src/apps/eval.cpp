@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kDefaultContext = 4096;
 
-struct Flags {
+struct EvalFlags {
   std::string file, model, numerics, field = "text", device = "cpu";
   int64_t context = 0, max_bytes = 0, max_documents = 0, step_tokens = 8192;
   bool json = false;
@@ -49,11 +49,11 @@ std::string beginning(std::string text, int64_t max_bytes) {
   return text;
 }
 
-bool holds_documents(const Flags& flags) {
+bool holds_documents(const EvalFlags& flags) {
   return data::without_compression(flags.file).ends_with(".jsonl");
 }
 
-std::vector<Document> read_documents(const Flags& flags) {
+std::vector<Document> read_documents(const EvalFlags& flags) {
   std::vector<Document> documents;
   data::for_each_document(flags.file, flags.field, [&](std::string text) {
     if (flags.max_documents > 0 && static_cast<int64_t>(documents.size()) >= flags.max_documents)
@@ -67,7 +67,7 @@ std::vector<Document> read_documents(const Flags& flags) {
   return documents;
 }
 
-int64_t context_of(const Flags& flags, const model::ModelConfig& config) {
+int64_t context_of(const EvalFlags& flags, const model::ModelConfig& config) {
   const int64_t context = flags.context > 0           ? flags.context
                           : config.trained_length > 0 ? config.trained_length
                                                       : kDefaultContext;
@@ -88,7 +88,7 @@ std::string score_line(const TextScore& score) {
   return concat(score.tokens, " tokens, ", score.bytes, " bytes, ", nats, " nats per token");
 }
 
-int run(const Flags& flags) {
+int run(const EvalFlags& flags) {
   const std::vector<Document> documents = read_documents(flags);
   const bool cuda = flags.device == "cuda";
   HADAL_INPUT_CHECK(!cuda || at::globalContext().hasCUDA(),
@@ -96,8 +96,8 @@ int run(const Flags& flags) {
   const LoadedModel loaded =
       load_with_tokenizer(flags.model, flags.numerics, cuda ? at::kCUDA : at::kCPU);
   const PerplexityOptions options{.context = context_of(flags, loaded.config()),
-                                  .step_tokens = flags.step_tokens,
-                                  .cuda = cuda};
+                                  .step_tokens = flags.step_tokens};
+  AnswerEngine engine(loaded, scoring_engine(options));
   const bool many = holds_documents(flags);
   int64_t total_bytes = 0;
   for (const Document& document : documents) total_bytes += std::ssize(document.text);
@@ -115,7 +115,7 @@ int run(const Flags& flags) {
   double sum = 0.0;
   TextScore total;
   for (const Document& document : documents) {
-    const TextScore score = score_text(loaded, document.text, options, [&](int64_t bytes) {
+    const TextScore score = score_text(engine, loaded, document.text, options, [&](int64_t bytes) {
       bar.update(done_bytes + bytes, document.name);
     });
     done_bytes += score.bytes;
@@ -152,7 +152,7 @@ int run(const Flags& flags) {
 }
 
 struct SelectionFlags {
-  Flags text;
+  EvalFlags text;
   int64_t windows = 4;
 };
 
@@ -292,7 +292,7 @@ std::function<int()> define_eval(CLI::App& app) {
   perplexity->footer(
       "Example:\n  hadal eval perplexity book.txt --model DIR\n"
       "  hadal eval perplexity books.jsonl.xz --field text --max-bytes 1000000");
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<EvalFlags>();
   perplexity
       ->add_option("FILE", flags->file,
                    "a text, or .jsonl with one document a line; either as .xz or .zst, too")

@@ -69,13 +69,13 @@ int run_choice(ChoiceFlags flags) {
   return 0;
 }
 
-struct GenerateFlags {
+struct GenerateTaskFlags {
   std::string file, model, numerics;
   GenerateOptions options;
   bool no_bos = false, json = false;
 };
 
-int run_generate(GenerateFlags flags) {
+int run_generate(GenerateTaskFlags flags) {
   log::set_level(log::Level::kWarn);  // the terminal is for the result
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   flags.options.bos = !flags.no_bos;
@@ -144,7 +144,7 @@ std::function<int()> define_eval_choice(CLI::App& app) {
 }
 
 std::function<int()> define_eval_generate(CLI::App& app) {
-  auto flags = std::make_shared<GenerateFlags>();
+  auto flags = std::make_shared<GenerateTaskFlags>();
   app.footer(
       "Example:\n  hadal eval generate questions.jsonl --chat --max-tokens 64\n"
       "  {\"context\": \"What is 2 + 2?\", \"answer\": \"4\", \"until\": [\"\\n\"]}");

@@ -21,7 +21,7 @@
 namespace hadal::apps {
 namespace {
 
-struct Flags {
+struct GenerateFlags {
   std::string model, prompt, prompt_file, numerics;
   bool prompt_given = false;
   int64_t max_tokens = 128;
@@ -39,7 +39,7 @@ double rate(int64_t count, double seconds) {
 
 /// The text to continue: of the flag, of a file, or of standard input. The newline at the end of a
 /// file is the editor's or the shell's, not the text's.
-std::string read_prompt(const Flags& flags) {
+std::string read_prompt(const GenerateFlags& flags) {
   HADAL_INPUT_CHECK(!flags.prompt_given || flags.prompt_file.empty(),
                     "generate: --prompt and --prompt-file are both given");
   if (flags.prompt_given) return flags.prompt;
@@ -52,7 +52,7 @@ std::string read_prompt(const Flags& flags) {
   return text;
 }
 
-int run(Flags flags) {
+int run(GenerateFlags flags) {
   flags.prompt = read_prompt(flags);
   const LoadedModel loaded = load_with_tokenizer(flags.model, flags.numerics);
   std::vector<int64_t> ids = {loaded.config().bos_token_id};
@@ -60,7 +60,7 @@ int run(Flags flags) {
     ids.push_back(id);
   log::set_level(log::Level::kWarn);  // the terminal is for the text
   AnswerEngine engine(loaded);
-  engine::Request request;
+  engine_core::Request request;
   request.prompt = ids;
   request.max_tokens = std::min(flags.max_tokens, engine.room_behind(std::ssize(ids), "generate"));
   request.sampling = flags.sampling.over(loaded.defaults.sampling);
@@ -71,7 +71,7 @@ int run(Flags flags) {
   double prompt_seconds = 0;
   const Answered answered = engine.answer(
       std::move(request),
-      [&](const engine::OutputToken& token) {
+      [&](const engine_core::OutputToken& token) {
         if (prompt_seconds == 0) prompt_seconds = seconds_since(start);
         // Nobody waits for an answer that cannot be written.
         if (!flags.json) write_output(token.text);
@@ -105,7 +105,7 @@ int run(Flags flags) {
 }  // namespace
 
 std::function<int()> define_generate(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<GenerateFlags>();
   app.add_option("--model", flags->model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   CLI::Option* prompt =

@@ -13,7 +13,7 @@ namespace {
 
 using text::PyJson;
 
-constexpr int64_t kAtOnce = 16;  // requests in the engine
+constexpr int64_t kTextsAtOnce = 16;  // requests in the engine
 
 struct Line {
   std::string origin, context, answer;
@@ -43,10 +43,10 @@ std::vector<std::string> stops_of(const PyJson& record,
   return stops;
 }
 
-engine::Request make_request(const LoadedModel& loaded,
-                             const std::string& context,
-                             const GenerateOptions& options) {
-  engine::Request request;
+engine_core::Request make_request(const LoadedModel& loaded,
+                                  const std::string& context,
+                                  const GenerateOptions& options) {
+  engine_core::Request request;
   std::vector<int32_t> ids;
   if (options.chat) {
     const PyJson messages = PyJson::array(
@@ -106,9 +106,9 @@ void generate_answers(const LoadedModel& loaded,
                      stops_of(record, options, origin)});
   });
   HADAL_INPUT_CHECK(!lines.empty(), path, ": holds no question");
-  AnswerEngine engine(loaded, {.at_once = kAtOnce});
+  AnswerEngine engine(loaded, {.at_once = kTextsAtOnce});
   for (const Line& line : lines) {
-    engine::Request request = make_request(loaded, line.context, options);
+    engine_core::Request request = make_request(loaded, line.context, options);
     request.max_tokens =
         std::min(request.max_tokens, engine.room_behind(std::ssize(request.prompt), line.origin));
     // In a chat they are for what the reader sees.

@@ -21,7 +21,7 @@ using checkpoint::Census;
 using checkpoint::Count;
 using checkpoint::Storage;
 
-struct Options {
+struct InspectFlags {
   std::string folder, config;
   bool json = false, quick = false;
 };
@@ -138,7 +138,7 @@ void print_json(const model::ModelConfig& config,
   std::fputs(out.str().c_str(), stdout);
 }
 
-int run(const Options& options) {
+int run(const InspectFlags& options) {
   HADAL_INPUT_CHECK(options.folder.empty() != options.config.empty(),
                     "inspect: give a folder or --config FILE, one of the two");
   model::ModelConfig config;
@@ -165,7 +165,7 @@ int run(const Options& options) {
 }  // namespace
 
 std::function<int()> define_inspect(CLI::App& app) {
-  auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
+  auto options = std::make_shared<InspectFlags>();  // outlives define(), shared with the parser
   app.add_option("DIR", options->folder, "checkpoint folder; its files are checked");
   app.add_option("--config", options->config, "a config.json alone");
   app.add_flag("--quick", options->quick,

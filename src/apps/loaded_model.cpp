@@ -27,7 +27,7 @@ LoadedModel load_with_tokenizer(const std::string& folder_flag,
       .numerics = numerics,
       .model = checkpoint::load_model(source, numerics, checkpoint::serving_target(device)),
       .tokenizer = std::move(tokenizer),
-      .defaults = engine::load_generation_defaults(folder),
+      .defaults = engine_core::load_generation_defaults(folder),
       .effort = choose_effort_levels(folder, source.config(), "")};
   drop_file_pages();  // what the start needed once, the files of packed weights among it
   return loaded;

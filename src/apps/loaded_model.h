@@ -17,7 +17,7 @@ struct LoadedModel {
   ops::Numerics numerics;
   model::Transformer model;
   text::Tokenizer tokenizer;
-  engine::GenerationDefaults defaults;  ///< the folder's
+  engine_core::GenerationDefaults defaults;  ///< the folder's
   EffortChoice effort;  ///< the levels of reasoning effort that the model was taught
 
   const model::ModelConfig& config() const { return model.config(); }

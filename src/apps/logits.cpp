@@ -23,12 +23,12 @@
 namespace hadal::apps {
 namespace {
 
-struct Flags {
+struct LogitsFlags {
   std::string model, ids, out, numerics;
   int64_t chunk = 0;
 };
 
-int run(const Flags& flags) {
+int run(const LogitsFlags& flags) {
   at::set_num_threads(1);  // hadal's kernels have their own threads
   const auto source = checkpoint::OfficialCheckpoint::open(model_folder(flags.model));
   const ops::Numerics numerics = flags.numerics.empty() ? checkpoint::default_numerics(source)
@@ -57,7 +57,7 @@ int run(const Flags& flags) {
   std::iota(all_pages.begin(), all_pages.end(), int64_t{0});
   for (int64_t pos = 0; pos < tokens; pos += chunk) {
     const int64_t count = std::min(chunk, tokens - pos);
-    std::vector<engine::SequenceStep> steps;
+    std::vector<engine_core::SequenceStep> steps;
     for (int64_t slot = 0; slot < batch_size; ++slot) {
       steps.push_back({.slot = slot,
                        .start = pos,
@@ -83,7 +83,7 @@ int run(const Flags& flags) {
 }  // namespace
 
 std::function<int()> define_logits(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<LogitsFlags>();
   app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
   app.add_option("--ids", flags->ids, "safetensors file with input_ids [batch, tokens] I32")
       ->required();

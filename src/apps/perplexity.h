@@ -4,6 +4,7 @@
 // each beginning half a window after the one before; of every window but the first only the tokens
 // are scored that no earlier window has scored, so each has at least half a window before it.
 // Windows do not see each other. A token's score does not depend on how many windows share a step.
+// As in every distribution of the engine, ids that stand for no text have no share.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "apps/answer_engine.h"
 #include "apps/loaded_model.h"
 
 namespace hadal::apps {
@@ -26,16 +28,19 @@ struct TextScore {
 
 struct PerplexityOptions {
   int64_t context = 4096;
-  int64_t step_tokens = 8192;  ///< windows are put together up to this many tokens, at least one
-  bool cuda = false;           ///< the model lies on the GPU
+  int64_t step_tokens = 8192;  ///< rows of a step, of one window or of several
 };
+
+/// What a scoring engine needs: as many windows at once as fill a step.
+AnswerEngineOptions scoring_engine(const PerplexityOptions& options);
 
 /// InputError when the text is empty or no UTF-8; `name` begins the message.
 void check_text(const std::string& text, const std::string& name);
 
-/// `text` is such that check_text() finds no fault. `progress` gets the share of the text that is
-/// scored, in bytes.
-TextScore score_text(const LoadedModel& loaded,
+/// `text` is such that check_text() finds no fault; `engine` is of `loaded` and has nothing to do.
+/// `progress` gets the share of the text that is scored, in bytes.
+TextScore score_text(AnswerEngine& engine,
+                     const LoadedModel& loaded,
                      const std::string& text,
                      const PerplexityOptions& options,
                      const std::function<void(int64_t bytes)>& progress = {});

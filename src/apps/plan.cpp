@@ -19,7 +19,7 @@ namespace {
 
 using model::Cost;
 
-struct Options {
+struct PlanFlags {
   std::string config, against = "v3.2", svg;
   int64_t context = 1000000;
   bool json = false;
@@ -106,7 +106,7 @@ std::string draw(const model::ModelConfig& config) {
   return draw_svg(charts);
 }
 
-int run(const Options& options) {
+int run(const PlanFlags& options) {
   HADAL_INPUT_CHECK(options.against == "v3.2", "plan: --against knows only v3.2, found ",
                     options.against);
   const model::ModelConfig config = model::load_config(options.config);
@@ -120,7 +120,7 @@ int run(const Options& options) {
 }  // namespace
 
 std::function<int()> define_plan(CLI::App& app) {
-  auto options = std::make_shared<Options>();  // outlives define(), shared with the parser
+  auto options = std::make_shared<PlanFlags>();  // outlives define(), shared with the parser
   app.add_option("--config", options->config, "a config.json")->required();
   app.add_option("--context", options->context, "tokens of context")
       ->check(between(1, 1e12))

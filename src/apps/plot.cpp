@@ -20,7 +20,7 @@
 namespace hadal::apps {
 namespace {
 
-struct Flags {
+struct PlotFlags {
   std::string file, out, x = "tokens", title;
   std::vector<std::string> keys;
   int64_t smooth = 1;
@@ -76,7 +76,7 @@ Points smoothed(const Points& points, int64_t width) {
   return result;
 }
 
-std::vector<std::string> chosen_keys(const Flags& flags, const Metrics& metrics) {
+std::vector<std::string> chosen_keys(const PlotFlags& flags, const Metrics& metrics) {
   std::vector<std::string> present;
   for (const auto& [name, points] : metrics.series) present.push_back(name);
   std::vector<std::string> keys;
@@ -104,7 +104,9 @@ std::string unit_of(const std::string& key) {
 }
 
 /// One panel: metrics of one unit.
-Chart panel_of(const Flags& flags, const Metrics& metrics, const std::vector<std::string>& keys) {
+Chart panel_of(const PlotFlags& flags,
+               const Metrics& metrics,
+               const std::vector<std::string>& keys) {
   Chart chart;
   chart.title = join(keys);
   chart.x_label = flags.x;
@@ -121,7 +123,7 @@ Chart panel_of(const Flags& flags, const Metrics& metrics, const std::vector<std
   return chart;
 }
 
-int run(const Flags& flags) {
+int run(const PlotFlags& flags) {
   const Metrics metrics = read_metrics(flags.file, flags.x);
   const std::vector<std::string> keys = chosen_keys(flags, metrics);
   std::vector<std::vector<std::string>> panels;
@@ -148,7 +150,7 @@ int run(const Flags& flags) {
 }  // namespace
 
 std::function<int()> define_plot(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<PlotFlags>();
   app.add_option("METRICS", flags->file, "a run's metrics.jsonl")->required();
   app.add_option("--out", flags->out, "SVG file to write")->required();
   app.add_option("--keys", flags->keys,

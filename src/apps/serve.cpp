@@ -26,7 +26,7 @@
 namespace hadal::apps {
 namespace {
 
-struct Flags {
+struct ServeFlags {
   std::string model, numerics, key_file, effort_levels;
   std::vector<std::string> names;
   std::string disk_policy = "periodic", device = "cpu";
@@ -35,10 +35,10 @@ struct Flags {
   server::ServerOptions server;
 };
 
-engine::WindowPolicy parse_policy(const std::string& name) {
-  if (name == "full") return engine::WindowPolicy::kFull;
-  if (name == "periodic") return engine::WindowPolicy::kPeriodic;
-  if (name == "zero") return engine::WindowPolicy::kZero;
+engine_core::WindowPolicy parse_policy(const std::string& name) {
+  if (name == "full") return engine_core::WindowPolicy::kFull;
+  if (name == "periodic") return engine_core::WindowPolicy::kPeriodic;
+  if (name == "zero") return engine_core::WindowPolicy::kZero;
   throw InputError("--disk-policy: expected full, periodic or zero, found " + name);
 }
 
@@ -64,9 +64,9 @@ sigset_t block_signals() {
 }
 
 /// All that tells of something going on: unchanged while nobody asks for anything.
-std::array<int64_t, 5> activity(const server::Server& server, engine::Engine& engine) {
+std::array<int64_t, 5> activity(const server::Server& server, engine_core::Engine& engine) {
   const server::HttpStats http = server.stats();
-  const engine::EngineStats stats = engine.stats();
+  const engine_core::EngineStats stats = engine.stats();
   return {http.requests, http.connections, http.active, stats.steps, stats.finished};
 }
 
@@ -78,7 +78,9 @@ void rest() {
 
 /// Waits for SIGINT or SIGTERM. Meanwhile the process rests whenever nothing has gone on for a
 /// second, and gives back what was freed now and then where something always does.
-int wait_for_signal(const sigset_t& signals, const server::Server& server, engine::Engine& engine) {
+int wait_for_signal(const sigset_t& signals,
+                    const server::Server& server,
+                    engine_core::Engine& engine) {
   constexpr timespec kAtRest{.tv_sec = 1, .tv_nsec = 0}, kBusy{.tv_sec = 0, .tv_nsec = 500'000'000};
   constexpr int kQuietLooks = 2, kBusyLooks = 120;
   auto seen = activity(server, engine);
@@ -104,7 +106,7 @@ int wait_for_signal(const sigset_t& signals, const server::Server& server, engin
   }
 }
 
-int run(Flags flags) {
+int run(ServeFlags flags) {
   std::signal(SIGPIPE, SIG_IGN);
   const sigset_t signals = block_signals();
   if (flags.device == "cuda") {
@@ -160,7 +162,7 @@ int run(Flags flags) {
   const int64_t working = resident_bytes();
   rest();
   local.state_workspace();
-  const engine::EngineStats memory = local.engine().stats();
+  const engine_core::EngineStats memory = local.engine().stats();
   log::info("serve", "memory: ", memory.weights_bytes >> 20, " MiB of weights, ",
             memory.cache_bytes >> 20, " MiB of cache, ", memory.workspace_bytes >> 20,
             " MiB of workspace: ", resident_bytes() >> 20, " MiB at rest, ", working >> 20,
@@ -179,7 +181,7 @@ int run(Flags flags) {
 }  // namespace
 
 std::function<int()> define_serve(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<ServeFlags>();
   engine::LocalEngineOptions& engine = flags->engine;
   server::ServerOptions& server = flags->server;
   app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");

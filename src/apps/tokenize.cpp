@@ -18,7 +18,7 @@ namespace {
 
 using text::PyJson;
 
-struct Options {
+struct TokenizeFlags {
   std::string tokenizer;
   std::string input;
   bool jsonl = false;
@@ -26,8 +26,8 @@ struct Options {
   bool speed = false;
 };
 
-std::shared_ptr<Options> define_common(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+std::shared_ptr<TokenizeFlags> define_tokens(CLI::App& app) {
+  auto options = std::make_shared<TokenizeFlags>();
   app.add_option("--tokenizer", options->tokenizer, "tokenizer.json")->required();
   app.add_flag("--jsonl", options->jsonl, R"({"text": ...} and {"ids": [...]} lines)");
   app.add_option("file", options->input, "input (default: standard input)");
@@ -86,7 +86,7 @@ class Meter {
   size_t tokens_ = 0;
 };
 
-int tokenize(const Options& options) {
+int tokenize(const TokenizeFlags& options) {
   const text::Tokenizer tokenizer = text::Tokenizer::from_file(options.tokenizer);
   Meter meter;
   if (options.jsonl) {
@@ -105,7 +105,7 @@ int tokenize(const Options& options) {
   return 0;
 }
 
-int detokenize(const Options& options) {
+int detokenize(const TokenizeFlags& options) {
   const text::Tokenizer tokenizer = text::Tokenizer::from_file(options.tokenizer);
   if (options.jsonl) {
     for_each_line(options.input, [&](const std::string& line, long number) {
@@ -137,7 +137,7 @@ int detokenize(const Options& options) {
 }  // namespace
 
 std::function<int()> define_tokenize(CLI::App& app) {
-  auto options = define_common(app);
+  auto options = define_tokens(app);
   app.add_flag("--as-text", options->as_text, "special tokens in the text are ordinary text");
   app.add_flag("--speed", options->speed,
                "print bytes, tokens and MB/s of encoding on standard error");
@@ -145,7 +145,7 @@ std::function<int()> define_tokenize(CLI::App& app) {
 }
 
 std::function<int()> define_detokenize(CLI::App& app) {
-  auto options = define_common(app);
+  auto options = define_tokens(app);
   return [options] { return detokenize(*options); };
 }
 

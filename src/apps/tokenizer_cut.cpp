@@ -13,7 +13,7 @@
 namespace hadal::apps {
 namespace {
 
-struct Options {
+struct CutFlags {
   std::string tokenizer;
   std::string out;
   int64_t vocab_size = 8192;
@@ -21,7 +21,7 @@ struct Options {
   std::vector<std::string> texts;
 };
 
-int cut(const Options& options) {
+int cut(const CutFlags& options) {
   size_t next = 0;
   const std::string result = text::cut_tokenizer(read_input(options.tokenizer), options.tokenizer,
                                                  {.vocab_size = options.vocab_size,
@@ -39,7 +39,7 @@ int cut(const Options& options) {
 }  // namespace
 
 std::function<int()> define_tokenizer_cut(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CutFlags>();
   app.add_option("--tokenizer", options->tokenizer, "the large tokenizer.json")->required();
   app.add_option("--vocab-size", options->vocab_size, "ids of the result, added tokens included")
       ->check(between(1, 1 << 24))

@@ -15,7 +15,7 @@ namespace {
 
 using text::PyJson;
 
-constexpr int64_t kAtOnce = 16;  // requests in the engine
+constexpr int64_t kCallsAtOnce = 16;  // requests in the engine
 
 bool has_calls(const PyJson& message) {
   const PyJson* calls = message.find_set("tool_calls");
@@ -66,14 +66,14 @@ struct Dialogue {
   }
 };
 
-engine::Request request_for(const LoadedModel& loaded, const Dialogue& dialogue, size_t turn) {
+engine_core::Request request_for(const LoadedModel& loaded, const Dialogue& dialogue, size_t turn) {
   PyJson messages = PyJson::object(
       {{"messages", PyJson::array({dialogue.messages.begin(),
                                    dialogue.messages.begin() + static_cast<int64_t>(turn)})}});
   if (dialogue.tools.truthy()) messages.set("tools", dialogue.tools);
   const text::ChatPrompt prompt =
       text::render_chat(text::messages_of_request(std::move(messages)), dialogue.encoding);
-  engine::Request request;
+  engine_core::Request request;
   for (const int32_t id : loaded.tokenizer.encode(prompt.text, prompt.foreign))
     request.prompt.push_back(id);
   request.sampling.temperature = 0;
@@ -128,7 +128,7 @@ ToolCallScore score_tool_calls(const LoadedModel& loaded,
                                const ToolCallOptions& options,
                                const std::function<void(const ToolCallScore&)>& progress) {
   ToolCallScore score;
-  AnswerEngine engine(loaded, {.at_once = kAtOnce});
+  AnswerEngine engine(loaded, {.at_once = kCallsAtOnce});
   int64_t number = 0;
   data::for_each_line(path, [&](const std::string& line, int64_t line_number) {
     if (number >= options.turns) return;
@@ -137,7 +137,7 @@ ToolCallScore score_tool_calls(const LoadedModel& loaded,
     const std::vector<size_t> turns = dialogue->turns_with_calls();
     if (turns.empty()) return;
     const size_t turn = turns[static_cast<size_t>(number++) % turns.size()];
-    engine::Request request = request_for(loaded, *dialogue, turn);
+    engine_core::Request request = request_for(loaded, *dialogue, turn);
     request.max_tokens =
         std::min(options.max_tokens, engine.room_behind(std::ssize(request.prompt), origin));
     engine.submit(std::move(request), [&, dialogue, turn](const Answered& answered) {

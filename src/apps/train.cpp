@@ -24,13 +24,13 @@ extern "C" void on_signal(int signal) {
   std::signal(signal, SIG_DFL);
 }
 
-struct Flags {
+struct TrainFlags {
   std::string config, export_folder, export_format = "bf16";
   double max_seconds = 0.0;
   int threads = 0;
 };
 
-int run(const Flags& flags) {
+int run(const TrainFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
   if (flags.threads > 0) set_num_threads(flags.threads);
   if (!flags.export_folder.empty()) {
@@ -64,7 +64,7 @@ int run(const Flags& flags) {
 }  // namespace
 
 std::function<int()> define_train(CLI::App& app) {
-  auto flags = std::make_shared<Flags>();
+  auto flags = std::make_shared<TrainFlags>();
   app.add_option("config", flags->config, "the run's JSON file (docs/training.md)")->required();
   app.add_option("--max-seconds", flags->max_seconds,
                  "stop after this time with a checkpoint; the same command goes on")

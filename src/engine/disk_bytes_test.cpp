@@ -55,8 +55,10 @@ std::vector<int64_t> text() {
 }
 
 /// A prompt passes through the books page by page, as the scheduler steps; nothing is computed.
-void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCache::Opened& opened) {
-  CachedSequence sequence;
+void pass(engine_core::SequenceCache& cache,
+          const std::vector<int64_t>& tokens,
+          engine_core::SequenceCache::Opened& opened) {
+  engine_core::CachedSequence sequence;
   ASSERT_TRUE(cache.open(tokens, cache.match(tokens, true), true, sequence, opened));
   while (cache.loads(sequence)) cache.load(sequence, tokens, 3, opened);
   const auto size = static_cast<int64_t>(tokens.size());
@@ -66,18 +68,18 @@ void pass(SequenceCache& cache, const std::vector<int64_t>& tokens, SequenceCach
     sequence.pos = end;
     cache.store_window(sequence, tokens);
     if (end == size || end % cache.snapshot_interval() == 0)
-      cache.publish(sequence, tokens, StateKind::kPage);
+      cache.publish(sequence, tokens, engine_core::StateKind::kPage);
   }
   cache.close(sequence);
 }
 
 /// Bytes alone count here: every state is rebuilt at once.
-class Rebuilds final : public Runner {
+class Rebuilds final : public engine_core::Runner {
  public:
   int64_t vocab_size() const override { return 0; }
   int64_t slack() const override { return 0; }
-  Ticket launch(std::span<const SequenceStep>) override { return 0; }
-  StepResult collect(Ticket) override { return {}; }
+  Ticket launch(std::span<const engine_core::SequenceStep>) override { return 0; }
+  engine_core::StepResult collect(Ticket) override { return {}; }
   std::span<const float> logits(int64_t, int64_t) const override { return {}; }
   void rewind(int64_t, int64_t) override {}
   bool can_rebuild() const override { return true; }
@@ -86,14 +88,14 @@ class Rebuilds final : public Runner {
 void check_policy(const model::ModelConfig& config,
                   Numerics numerics,
                   bool with_mtp,
-                  WindowPolicy policy,
+                  engine_core::WindowPolicy policy,
                   const std::string& folder) {
   KvCache memory(config, {.numerics = numerics,
                           .num_pages = kPages + 1,
                           .num_slots = 1,
                           .slack = kSlack,
                           .with_mtp = with_mtp,
-                          .whole_windows = policy == WindowPolicy::kFull});
+                          .whole_windows = policy == engine_core::WindowPolicy::kFull});
   Rebuilds runner;
   const int64_t page_tokens = memory.page_tokens();
   ASSERT_EQ(page_tokens, 256);
@@ -101,7 +103,8 @@ void check_policy(const model::ModelConfig& config,
   const Bytes bytes(config, numerics, layers, page_tokens);
   const int64_t window = page_tokens * layers * bytes.window_row + bytes.inputs;
   const int64_t snapshot = config.window_size * layers * bytes.window_row + bytes.inputs;
-  const bool full = policy == WindowPolicy::kFull, periodic = policy == WindowPolicy::kPeriodic;
+  const bool full = policy == engine_core::WindowPolicy::kFull,
+             periodic = policy == engine_core::WindowPolicy::kPeriodic;
   EXPECT_EQ(memory.page_bytes(), bytes.page);
   const int64_t held = full ? std::max(config.window_size, page_tokens) : config.window_size;
   EXPECT_EQ(memory.state_bytes(), layers * (held + kSlack) * bytes.window_row + bytes.rings);
@@ -110,31 +113,32 @@ void check_policy(const model::ModelConfig& config,
   EXPECT_EQ(memory.allocated_bytes(),
             memory.num_pages() * memory.page_bytes() + memory.state_bytes());
 
-  DiskStore store({.folder = folder,
-                   .identity = "test",
-                   .page_tokens = page_tokens,
-                   .policy = policy,
-                   .period = kPeriodPages * page_tokens,
-                   .window_pages = memory.window_pages()});
-  SequenceCache cache(memory, runner, {}, &store);
-  SequenceCache::Opened opened;
+  engine_core::DiskStore store({.folder = folder,
+                                .identity = "test",
+                                .page_tokens = page_tokens,
+                                .policy = policy,
+                                .period = kPeriodPages * page_tokens,
+                                .window_pages = memory.window_pages()});
+  engine_core::SequenceCache cache(memory, runner, {}, &store);
+  engine_core::SequenceCache::Opened opened;
   pass(cache, text(), opened);
   store.flush();
-  const DiskStoreStats written = store.stats();
-  EXPECT_EQ(written.of(RecordKind::kPage).written_bytes, kPages * bytes.page);
-  EXPECT_EQ(written.of(RecordKind::kWindow).written_bytes, full ? kPages * window : 0);
-  EXPECT_EQ(written.of(RecordKind::kSnapshot).written_bytes,
+  const engine_core::DiskStoreStats written = store.stats();
+  EXPECT_EQ(written.of(engine_core::RecordKind::kPage).written_bytes, kPages * bytes.page);
+  EXPECT_EQ(written.of(engine_core::RecordKind::kWindow).written_bytes, full ? kPages * window : 0);
+  EXPECT_EQ(written.of(engine_core::RecordKind::kSnapshot).written_bytes,
             periodic ? kPages / kPeriodPages * snapshot : 0);
 
   // The hit of another process.
-  SequenceCache other(memory, runner, {}, &store);
+  engine_core::SequenceCache other(memory, runner, {}, &store);
   pass(other, text(), opened);
   const int64_t found = periodic ? kPages / kPeriodPages * kPeriodPages : kPages;
   EXPECT_EQ(opened.disk_tokens, found * page_tokens);
-  const DiskStoreStats read = store.stats();
-  EXPECT_EQ(read.of(RecordKind::kPage).read_bytes, found * bytes.page);
-  EXPECT_EQ(read.of(RecordKind::kWindow).read_bytes, full ? memory.window_pages() * window : 0);
-  EXPECT_EQ(read.of(RecordKind::kSnapshot).read_bytes, periodic ? snapshot : 0);
+  const engine_core::DiskStoreStats read = store.stats();
+  EXPECT_EQ(read.of(engine_core::RecordKind::kPage).read_bytes, found * bytes.page);
+  EXPECT_EQ(read.of(engine_core::RecordKind::kWindow).read_bytes,
+            full ? memory.window_pages() * window : 0);
+  EXPECT_EQ(read.of(engine_core::RecordKind::kSnapshot).read_bytes, periodic ? snapshot : 0);
   store.flush();
   EXPECT_EQ(store.stats().record_bytes_written, written.record_bytes_written) << "written twice";
 }
@@ -143,8 +147,9 @@ TEST(DiskBytes, AreTheClosedFormsOfEachPolicy) {
   const std::string folder = (std::filesystem::temp_directory_path() / "hadal-disk-bytes").string();
   model::ModelConfig long_window = testing::tiny_config();
   long_window.window_size = 600;  // three pages
-  for (const WindowPolicy policy :
-       {WindowPolicy::kFull, WindowPolicy::kPeriodic, WindowPolicy::kZero}) {
+  for (const engine_core::WindowPolicy policy :
+       {engine_core::WindowPolicy::kFull, engine_core::WindowPolicy::kPeriodic,
+        engine_core::WindowPolicy::kZero}) {
     for (const auto& [config, numerics, with_mtp] :
          {std::tuple{testing::nano_config(), Numerics::kReleased, false},
           std::tuple{testing::small_config(), Numerics::kReleased, true},

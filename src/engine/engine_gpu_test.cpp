@@ -65,7 +65,7 @@ class EngineOnGpu : public ::testing::TestWithParam<Case> {
     const auto end = static_cast<int64_t>(tokens.size());
     for (int64_t at = start; at < end; at += piece) {
       const int64_t count = std::min(piece, end - at);
-      const SequenceStep step{
+      const engine_core::SequenceStep step{
           .slot = slot,
           .start = at,
           .tokens = tokens.subspan(static_cast<size_t>(at), static_cast<size_t>(count)),
@@ -140,7 +140,7 @@ TEST_P(RecordedStep, LayersCopyNothingToTheHost) {
     run(runner, 1, std::span(tokens).first(static_cast<size_t>(start)), 0, pages, 86);
     const auto part =
         std::span(tokens).subspan(static_cast<size_t>(start), static_cast<size_t>(count));
-    const SequenceStep step{.slot = 1, .start = start, .tokens = part, .pages = pages};
+    const engine_core::SequenceStep step{.slot = 1, .start = start, .tokens = part, .pages = pages};
     const at::Tensor ids =
         at::tensor(std::vector<int64_t>(part.begin(), part.end()), at::kLong).to(at::kCUDA);
     const auto forward = [&](const ops::Batch& batch) {

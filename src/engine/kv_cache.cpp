@@ -207,7 +207,7 @@ int64_t KvCache::rebuild_tokens(int64_t layer) const {
   return (layers - layer) * (config_.window_size - 1);
 }
 
-ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
+ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps) {
   step_.reset();
   std::vector<int64_t> lengths, starts;
   ops::StepPlaces places{.slots = {},
@@ -217,7 +217,7 @@ ops::Batch KvCache::begin(std::span<const SequenceStep> steps) {
                          .ratios = ratios_,
                          .ring_sizes = ring_sizes_};
   std::vector<bool> used(static_cast<size_t>(num_slots()), false);
-  for (const SequenceStep& step : steps) {
+  for (const engine_core::SequenceStep& step : steps) {
     const auto length = static_cast<int64_t>(step.tokens.size());
     HADAL_CHECK(step.slot >= 0 && step.slot < num_slots() && !used[static_cast<size_t>(step.slot)],
                 "kv_cache: slot ", step.slot, " of ", num_slots(), " is unknown or used twice");

@@ -44,7 +44,7 @@ struct KvCacheOptions {
   bool lazy = false;
 };
 
-class KvCache final : public CacheMemory, public model::KvAccess {
+class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
  public:
   /// Errors: Error for counts below 1.
   KvCache(const model::ModelConfig& config, const KvCacheOptions& options);
@@ -87,7 +87,7 @@ class KvCache final : public CacheMemory, public model::KvAccess {
 
   /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
   /// too few pages, numbers out of range.
-  ops::Batch begin(std::span<const SequenceStep> steps);
+  ops::Batch begin(std::span<const engine_core::SequenceStep> steps);
 
   ops::RingView ring(int64_t block, model::RingKind kind) override;
   ops::BlockView append_blocks(int64_t block,

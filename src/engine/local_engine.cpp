@@ -28,9 +28,9 @@ std::string identity_of(const std::string& digest, const KvCache& cache) {
 int64_t cuts_bytes(int64_t cache_bytes) { return cache_bytes / 256; }
 
 /// Compiled grammars are remembered beside the cache, in proportion to it.
-GrammarLimits grammar_limits(int64_t cache_bytes) {
+engine_core::GrammarLimits grammar_limits(int64_t cache_bytes) {
   constexpr int64_t kLeast = int64_t{2} << 20;
-  GrammarLimits limits;
+  engine_core::GrammarLimits limits;
   limits.cache_bytes = static_cast<size_t>(
       std::clamp(cache_bytes / 32, kLeast, static_cast<int64_t>(limits.cache_bytes)));
   return limits;
@@ -38,13 +38,13 @@ GrammarLimits grammar_limits(int64_t cache_bytes) {
 
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
   const bool drafts = options.max_drafts > 0 && config.n_mtp_layers > 0;
-  KvCacheOptions sizes{
-      .numerics = options.numerics,
-      .num_pages = 1,
-      .num_slots = 1,
-      .slack = std::max<int64_t>(options.max_drafts, 1),
-      .with_mtp = drafts,
-      .whole_windows = !options.disk.folder.empty() && options.disk.policy == WindowPolicy::kFull};
+  KvCacheOptions sizes{.numerics = options.numerics,
+                       .num_pages = 1,
+                       .num_slots = 1,
+                       .slack = std::max<int64_t>(options.max_drafts, 1),
+                       .with_mtp = drafts,
+                       .whole_windows = !options.disk.folder.empty() &&
+                                        options.disk.policy == engine_core::WindowPolicy::kFull};
   if (options.cache_tokens > 0) {
     sizes.num_slots = options.max_running;
     sizes.num_pages = pages_for_context(config, options.cache_tokens, sizes);
@@ -66,7 +66,7 @@ void warm_up(ModelRunner& runner, const KvCache& cache, int64_t most) {
   std::vector<int64_t> pages(static_cast<size_t>(ceil_div(most + 1, cache.page_tokens())));
   std::iota(pages.begin(), pages.end(), int64_t{0});
   const auto run = [&](int64_t start, int64_t count) {
-    const SequenceStep step{
+    const engine_core::SequenceStep step{
         .slot = 0,
         .start = start,
         .tokens = std::span(tokens).subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
@@ -88,13 +88,13 @@ struct LocalEngine::Parts {
   KvCache cache;
   ModelSampler sampler;
   ModelRunner runner;
-  TextFilters filters;
+  engine_core::TextFilters filters;
   std::unique_ptr<MtpDrafter> drafter;
-  std::unique_ptr<DiskStore> disk;
-  AnswerCuts cuts;
+  std::unique_ptr<engine_core::DiskStore> disk;
+  engine_core::AnswerCuts cuts;
   model::ModelConfig config;
   std::shared_ptr<const model::Transformer> updated;  // null: still the first model
-  std::unique_ptr<ServingLoop> loop;                  // last: its thread uses the others
+  std::unique_ptr<engine_core::ServingLoop> loop;     // last: its thread uses the others
 
   Parts(const model::Transformer& model,
         const text::Tokenizer& tokenizer,
@@ -117,11 +117,11 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   if (parts_->runner.drafts())
     parts_->drafter = std::make_unique<MtpDrafter>(parts_->runner, parts_->sampler);
   if (!options.disk.folder.empty()) {
-    DiskStoreOptions disk = options.disk;
+    engine_core::DiskStoreOptions disk = options.disk;
     disk.identity = identity_of(weights_digest, cache);
     disk.page_tokens = cache.page_tokens();
     disk.window_pages = cache.window_pages();
-    parts_->disk = std::make_unique<DiskStore>(disk);
+    parts_->disk = std::make_unique<engine_core::DiskStore>(disk);
   }
   if (options.warm_up) {
     touch_weights(model);
@@ -137,14 +137,14 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   int64_t context =
       std::min(config.max_position_embeddings, (cache.num_pages() - 1) * cache.page_tokens());
   if (options.max_context > 0) context = std::min(context, options.max_context);
-  const EngineInfo info{.model_name = options.model_name,
-                        .vocab_size = tokenizer.vocab_size(),
-                        .max_context = context,
-                        .max_choices = options.max_running,
-                        .eos_token = config.eos_token_id,
-                        .weights_bytes = weights,
-                        .weights = weights_digest};
-  SchedulerOptions scheduling;
+  const engine_core::EngineInfo info{.model_name = options.model_name,
+                                     .vocab_size = tokenizer.vocab_size(),
+                                     .max_context = context,
+                                     .max_choices = options.max_running,
+                                     .eos_token = config.eos_token_id,
+                                     .weights_bytes = weights,
+                                     .weights = weights_digest};
+  engine_core::SchedulerOptions scheduling;
   scheduling.max_running = std::min(options.max_running, cache.num_slots());
   scheduling.max_waiting = options.max_waiting;
   scheduling.step_tokens = options.step_tokens;
@@ -161,19 +161,20 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   if (scheduling.max_running < options.max_running && options.cache_tokens == 0)
     log::info("engine", "at most ", scheduling.max_running, " sequences run at once, not ",
               options.max_running, ": more state slots would leave too little of the cache");
-  parts_->loop = std::make_unique<ServingLoop>(info, scheduling,
-                                               SchedulerParts{.runner = parts_->runner,
-                                                              .memory = cache,
-                                                              .filters = parts_->filters,
-                                                              .drafter = parts_->drafter.get(),
-                                                              .store = parts_->disk.get(),
-                                                              .cuts = &parts_->cuts});
+  parts_->loop = std::make_unique<engine_core::ServingLoop>(
+      info, scheduling,
+      engine_core::SchedulerParts{.runner = parts_->runner,
+                                  .memory = cache,
+                                  .filters = parts_->filters,
+                                  .drafter = parts_->drafter.get(),
+                                  .store = parts_->disk.get(),
+                                  .cuts = &parts_->cuts});
 }
 
 LocalEngine::~LocalEngine() = default;
 
 void LocalEngine::update_weights(std::shared_ptr<const model::Transformer> model,
-                                 const WeightsVersion& version) {
+                                 const engine_core::WeightsVersion& version) {
   HADAL_INPUT_CHECK(model != nullptr && model->config() == parts_->config,
                     "weights: of another configuration than the engine's");
   HADAL_INPUT_CHECK(parts_->disk == nullptr || !version.digest.empty(),
@@ -188,8 +189,8 @@ void LocalEngine::update_weights(std::shared_ptr<const model::Transformer> model
   parts_->loop->update_weights({.version = version, .swap = swap});
 }
 
-Engine& LocalEngine::engine() { return *parts_->loop; }
-ServingLoop& LocalEngine::loop() { return *parts_->loop; }
+engine_core::Engine& LocalEngine::engine() { return *parts_->loop; }
+engine_core::ServingLoop& LocalEngine::loop() { return *parts_->loop; }
 const KvCache& LocalEngine::cache() const { return parts_->cache; }
 
 std::string LocalEngine::capacity() const {
@@ -204,11 +205,11 @@ std::string LocalEngine::capacity() const {
                 cache.num_pages() * cache.page_tokens(), " tokens");
 }
 
-const DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
-TextStore* LocalEngine::texts() { return parts_->disk.get(); }
+const engine_core::DiskStore* LocalEngine::disk() const { return parts_->disk.get(); }
+engine_core::TextStore* LocalEngine::texts() { return parts_->disk.get(); }
 
 void LocalEngine::state_workspace() {
-  const EngineStats stats = parts_->loop->stats();
+  const engine_core::EngineStats stats = parts_->loop->stats();
   const bool on_cpu = parts_->cache.options().device.is_cpu();
   const int64_t beside = on_cpu ? stats.weights_bytes + stats.cache_bytes : 0;
   parts_->loop->state_workspace(std::max<int64_t>(resident_bytes() - beside, 0));

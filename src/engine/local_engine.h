@@ -34,7 +34,7 @@ struct LocalEngineOptions {
   /// A few tokens are run at the start, so that what steps need is in memory and can be stated.
   bool warm_up = false;
   /// Empty folder: no store on disk. Its identity, page and window are filled in.
-  DiskStoreOptions disk;
+  engine_core::DiskStoreOptions disk;
 };
 
 class LocalEngine {
@@ -54,17 +54,17 @@ class LocalEngine {
   /// Errors: InputError for another configuration, a version that is not above the last, or, with a
   /// store on disk, no digest.
   void update_weights(std::shared_ptr<const model::Transformer> model,
-                      const WeightsVersion& version);
+                      const engine_core::WeightsVersion& version);
 
-  Engine& engine();
-  ServingLoop& loop();
+  engine_core::Engine& engine();
+  engine_core::ServingLoop& loop();
   const KvCache& cache() const;
   /// What fits into the cache, in words.
   std::string capacity() const;
   /// Null without one.
-  const DiskStore* disk() const;
+  const engine_core::DiskStore* disk() const;
   /// Where that store keeps texts; null without one.
-  TextStore* texts();
+  engine_core::TextStore* texts();
   /// What the process takes now beside weights and cache is what the engine's stats state from here
   /// on: at the end of a start.
   void state_workspace();

@@ -20,7 +20,7 @@ namespace {
 struct Choice {
   std::string text, stop;
   std::vector<int64_t> tokens;
-  FinishReason finish = FinishReason::kError;
+  engine_core::FinishReason finish = engine_core::FinishReason::kError;
   friend bool operator==(const Choice&, const Choice&) = default;
 };
 void PrintTo(const Choice& choice, std::ostream* out) {
@@ -29,12 +29,12 @@ void PrintTo(const Choice& choice, std::ostream* out) {
        << ::testing::PrintToString(choice.text);
 }
 
-class Collected final : public Sink {
+class Collected final : public engine_core::Sink {
  public:
-  void on_update(Update update) override {
+  void on_update(engine_core::Update update) override {
     const std::lock_guard lock(mutex_);
     Choice& choice = choices_[update.choice];
-    for (const OutputToken& token : update.tokens) {
+    for (const engine_core::OutputToken& token : update.tokens) {
       choice.tokens.push_back(token.token);
       choice.text += token.text;
     }
@@ -77,14 +77,15 @@ class Speculation : public ::testing::Test {
     options.always_draft = drafts;
     return options;
   }
-  std::vector<std::map<int64_t, Choice>> answers(const std::vector<Request>& requests,
+  std::vector<std::map<int64_t, Choice>> answers(const std::vector<engine_core::Request>& requests,
                                                  bool drafts) {
     LocalEngine engine(model_, tokenizer_, "", options(drafts));
     std::vector<std::shared_ptr<Collected>> sinks;
-    for (const Request& request : requests) {
+    for (const engine_core::Request& request : requests) {
       uint64_t id = 0;
       sinks.push_back(std::make_shared<Collected>());
-      EXPECT_EQ(engine.engine().submit(request, sinks.back(), &id), Submitted::kAccepted);
+      EXPECT_EQ(engine.engine().submit(request, sinks.back(), &id),
+                engine_core::Submitted::kAccepted);
     }
     std::vector<std::map<int64_t, Choice>> result;
     for (size_t i = 0; i < sinks.size(); ++i) result.push_back(sinks[i]->wait(requests[i].n));
@@ -96,14 +97,14 @@ class Speculation : public ::testing::Test {
 
   text::Tokenizer tokenizer_;
   model::Transformer model_;
-  EngineStats stats_;
+  engine_core::EngineStats stats_;
 };
 
 TEST_F(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
   std::mt19937 random(3);
-  std::vector<Request> requests;
+  std::vector<engine_core::Request> requests;
   for (int i = 0; i < 10; ++i) {
-    Request request;
+    engine_core::Request request;
     for (auto length = 1 + random() % 300; length > 0; --length)
       request.prompt.push_back(3 + static_cast<int64_t>(random() % 256));
     request.max_tokens = 40;
@@ -129,7 +130,7 @@ TEST_F(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
   int64_t stopped = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(found[i], wanted[i]) << "request " << i;
-    stopped += found[i].at(0).finish == FinishReason::kStopString ? 1 : 0;
+    stopped += found[i].at(0).finish == engine_core::FinishReason::kStopString ? 1 : 0;
   }
   EXPECT_GT(stopped, 5);
 }
@@ -137,7 +138,7 @@ TEST_F(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
 TEST_F(Speculation, DraftsOfSampledRequestsUseTheSamplersOwnRandomness) {
   // So hot that the noise decides almost alone: a draft by the same noise is mostly right, one by
   // the largest logit would hardly ever be.
-  Request request;
+  engine_core::Request request;
   request.prompt = {7, 8, 9};
   request.max_tokens = 200;
   request.ignore_eos = true;

@@ -36,7 +36,7 @@ void plan_cache(const model::ModelConfig& config,
                 KvCacheOptions& options) {
   const KvCache one = smallest(config, options);
   const int64_t slot = slot_bytes(config, one);
-  const int64_t page = one.page_bytes() + SequenceCache::book_bytes(one.page_tokens());
+  const int64_t page = one.page_bytes() + engine_core::SequenceCache::book_bytes(one.page_tokens());
   options.num_slots = std::clamp<int64_t>(budget / kSlotsShare / slot, 1, max_running);
   options.num_pages = (budget - options.num_slots * slot) / page;
   HADAL_INPUT_CHECK(options.num_pages >= 2, "engine: a cache of ", budget,

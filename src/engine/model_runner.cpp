@@ -19,7 +19,9 @@ constexpr int64_t kScoredRows = 32;  ///< of logits that exist at once: 17 MB at
 
 }  // namespace
 
-ModelRunner::ModelRunner(const model::Transformer& model, KvCache& cache, Sampler& sampler)
+ModelRunner::ModelRunner(const model::Transformer& model,
+                         KvCache& cache,
+                         engine_core::Sampler& sampler)
     : model_(&model),
       cache_(cache),
       sampler_(sampler),
@@ -39,19 +41,19 @@ at::Tensor ModelRunner::on_device(const std::vector<int64_t>& numbers) const {
   return at::tensor(numbers, at::kLong).to(cache_.options().device);
 }
 
-Runner::Ticket ModelRunner::launch(std::span<const SequenceStep> steps) {
+engine_core::Runner::Ticket ModelRunner::launch(std::span<const engine_core::SequenceStep> steps) {
   HADAL_CHECK(!steps.empty(), "model_runner: a step without sequences");
   HADAL_CHECK(in_flight_.empty(), "model_runner: two steps at once");
-  for (const SequenceStep& step : steps) {
+  for (const engine_core::SequenceStep& step : steps) {
     const auto count = std::ssize(step.tokens);
     HADAL_CHECK(step.num_logits >= 0 && step.num_logits <= count, "model_runner: ", step.num_logits,
                 " rows of ", count, " tokens");
     for (const int64_t id : step.tokens)
       HADAL_CHECK(id >= 0 && id < vocab_size(), "model_runner: token ", id, " of ", vocab_size());
-    for (const Draw& draw : step.draws)
+    for (const engine_core::Draw& draw : step.draws)
       HADAL_CHECK(draw.row >= 0 && draw.row < step.num_logits, "model_runner: a draw from row ",
                   draw.row, " of ", step.num_logits);
-    const ScoredTokens& scored = step.scored;
+    const engine_core::ScoredTokens& scored = step.scored;
     HADAL_CHECK(scored.from >= 0 && scored.from + std::ssize(scored.targets) <= count,
                 "model_runner: scores of ", scored.targets.size(), " tokens behind row ",
                 scored.from, " of ", count);
@@ -60,14 +62,14 @@ Runner::Ticket ModelRunner::launch(std::span<const SequenceStep> steps) {
   return ++ticket_;
 }
 
-StepResult ModelRunner::collect(Ticket ticket) {
+engine_core::StepResult ModelRunner::collect(Ticket ticket) {
   HADAL_CHECK(ticket == ticket_ && !in_flight_.empty(), "model_runner: no step ", ticket);
   const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
   latest_ = std::exchange(in_flight_, {});
-  const std::span<const SequenceStep> steps = latest_;
+  const std::span<const engine_core::SequenceStep> steps = latest_;
   logits_ = at::Tensor();
   const at::Tensor streams = run_model(steps);
-  StepResult result;
+  engine_core::StepResult result;
   result.sequences.resize(steps.size());
   int64_t row = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
@@ -83,10 +85,10 @@ StepResult ModelRunner::collect(Ticket ticket) {
   return result;
 }
 
-at::Tensor ModelRunner::run_model(std::span<const SequenceStep> steps) {
+at::Tensor ModelRunner::run_model(std::span<const engine_core::SequenceStep> steps) {
   const ops::Batch batch = cache_.begin(steps);
   std::vector<int64_t> ids;
-  for (const SequenceStep& step : steps)
+  for (const engine_core::SequenceStep& step : steps)
     ids.insert(ids.end(), step.tokens.begin(), step.tokens.end());
   model::ForwardContext context;
   context.batch = &batch;
@@ -110,7 +112,7 @@ at::Tensor ModelRunner::run_model(std::span<const SequenceStep> steps) {
     for (auto& [block, selection] : *selections)
       selection = selection.index_select(0, on_device(last));
   int64_t row = 0;
-  for (const SequenceStep& step : steps) {
+  for (const engine_core::SequenceStep& step : steps) {
     if (step.num_logits == 0) continue;
     seen_[static_cast<size_t>(step.slot)] = {
         .tokens = step.start + std::ssize(step.tokens), .row = row++, .selections = selections};
@@ -119,11 +121,12 @@ at::Tensor ModelRunner::run_model(std::span<const SequenceStep> steps) {
   return streams;
 }
 
-void ModelRunner::make_logits(std::span<const SequenceStep> steps, const at::Tensor& streams) {
+void ModelRunner::make_logits(std::span<const engine_core::SequenceStep> steps,
+                              const at::Tensor& streams) {
   std::vector<int64_t> asked;
   first_logits_.assign(1, 0);
   int64_t end = 0;
-  for (const SequenceStep& step : steps) {
+  for (const engine_core::SequenceStep& step : steps) {
     end += std::ssize(step.tokens);
     for (int64_t row = end - step.num_logits; row < end; ++row) asked.push_back(row);
     first_logits_.push_back(std::ssize(asked));
@@ -134,13 +137,14 @@ void ModelRunner::make_logits(std::span<const SequenceStep> steps, const at::Ten
   logits_ = model_->logits(model_->head_input(rows, numerics_), numerics_).cpu().contiguous();
 }
 
-void ModelRunner::draw_tokens(std::span<const SequenceStep> steps, StepResult& result) {
-  std::vector<DrawInput> inputs;
+void ModelRunner::draw_tokens(std::span<const engine_core::SequenceStep> steps,
+                              engine_core::StepResult& result) {
+  std::vector<engine_core::DrawInput> inputs;
   for (size_t i = 0; i < steps.size(); ++i)
-    for (const Draw& draw : steps[i].draws)
+    for (const engine_core::Draw& draw : steps[i].draws)
       inputs.push_back({.draw = draw, .logits = row(i, draw.row)});
   if (inputs.empty()) return;
-  std::vector<Sampled> sampled(inputs.size());
+  std::vector<engine_core::Sampled> sampled(inputs.size());
   sampler_.sample(inputs, sampled);
   auto next = std::make_move_iterator(sampled.begin());
   for (size_t i = 0; i < steps.size(); ++i) {
@@ -150,9 +154,9 @@ void ModelRunner::draw_tokens(std::span<const SequenceStep> steps, StepResult& r
   }
 }
 
-void ModelRunner::score(const ScoredTokens& scored,
+void ModelRunner::score(const engine_core::ScoredTokens& scored,
                         const at::Tensor& streams,
-                        SequenceResult& result) const {
+                        engine_core::SequenceResult& result) const {
   const int64_t count = std::ssize(scored.targets);
   result.scores.resize(scored.targets.size());
   for (int64_t first = 0; first < count; first += kScoredRows) {
@@ -204,7 +208,7 @@ void ModelRunner::rebuild(int64_t slot,
     explicit Given(KvCache& c) : cache(c) { cache.give_pages(true); }
     ~Given() { cache.give_pages(false); }
   } given(cache_);
-  SequenceStep step{
+  engine_core::SequenceStep step{
       .slot = slot,
       .start = start,
       .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(count)),
@@ -242,27 +246,27 @@ std::span<const float> ModelRunner::row(size_t sequence, int64_t token) const {
 }
 
 std::span<const float> ModelRunner::logits(int64_t sequence, int64_t token) const {
-  const SequenceStep& step = latest_.at(static_cast<size_t>(sequence));
+  const engine_core::SequenceStep& step = latest_.at(static_cast<size_t>(sequence));
   HADAL_CHECK(step.shows_logits && logits_.defined() && token >= 0 && token < step.num_logits,
               "model_runner: no logits ", token, " of sequence ", sequence);
   return row(static_cast<size_t>(sequence), token);
 }
 
-std::shared_ptr<const ContextView> ModelRunner::context_view(int64_t slot) const {
+std::shared_ptr<const engine_core::ContextView> ModelRunner::context_view(int64_t slot) const {
   const Seen& seen = seen_.at(static_cast<size_t>(slot));
   if (seen.tokens == 0) return nullptr;
   const model::ModelConfig& config = model_->config();
-  auto view = std::make_shared<ContextView>();
+  auto view = std::make_shared<engine_core::ContextView>();
   view->tokens = seen.tokens;
   view->window = config.window_size;
   view->index_topk = config.index_topk;
   for (int64_t layer = 0; layer < config.n_layers; ++layer) {
     const int64_t ratio = config.ratio(layer);
-    ContextView::Layer entry{.layer = layer,
-                             .ratio = ratio,
-                             .selects = config.kind(layer) == model::LayerKind::kCsa,
-                             .blocks = ratio > 0 ? seen.tokens / ratio : 0,
-                             .selected = {}};
+    engine_core::ContextView::Layer entry{.layer = layer,
+                                          .ratio = ratio,
+                                          .selects = config.kind(layer) == model::LayerKind::kCsa,
+                                          .blocks = ratio > 0 ? seen.tokens / ratio : 0,
+                                          .selected = {}};
     if (entry.selects) {
       const auto found = seen.selections->find(layer);
       if (found == seen.selections->end()) {
@@ -298,10 +302,11 @@ int64_t ModelRunner::stream_row(int64_t slot, int64_t pos) const {
   return slot * kept_streams_ + pos % kept_streams_;
 }
 
-void ModelRunner::keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams) {
+void ModelRunner::keep_streams(std::span<const engine_core::SequenceStep> steps,
+                               const at::Tensor& streams) {
   std::vector<int64_t> from, to;
   int64_t row = 0;
-  for (const SequenceStep& step : steps) {
+  for (const engine_core::SequenceStep& step : steps) {
     const auto count = static_cast<int64_t>(step.tokens.size()), end = step.start + count;
     Followed& done = followed_[static_cast<size_t>(step.slot)];
     // A new sequence, or one that comes from elsewhere.
@@ -321,7 +326,7 @@ void ModelRunner::keep_streams(std::span<const SequenceStep> steps, const at::Te
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
   HADAL_CHECK(drafts_, "model_runner: no room for the MTP block");
   const c10::InferenceMode inference;
-  std::vector<SequenceStep> parts;
+  std::vector<engine_core::SequenceStep> parts;
   std::vector<int64_t> rows, ids, last;
   for (const DraftStep& step : steps) {
     const int64_t pos = std::ssize(step.tokens) - 1;

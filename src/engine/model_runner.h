@@ -30,22 +30,22 @@ struct DraftStep {
   std::span<const int64_t> pages;   ///< as for the step that will run the last
 };
 
-class ModelRunner final : public Runner {
+class ModelRunner final : public engine_core::Runner {
  public:
   /// All must outlive the runner. Drafts when the cache has room for the MTP block.
-  ModelRunner(const model::Transformer& model, KvCache& cache, Sampler& sampler);
+  ModelRunner(const model::Transformer& model, KvCache& cache, engine_core::Sampler& sampler);
 
   int64_t vocab_size() const override { return model_->config().vocab_size; }
   int64_t slack() const override { return cache_.options().slack; }
   /// Errors: Error for an id outside the vocabulary or a draw outside its sequence's rows.
-  Ticket launch(std::span<const SequenceStep> steps) override;
+  Ticket launch(std::span<const engine_core::SequenceStep> steps) override;
   /// Errors: Error for a step that the cache refuses.
-  StepResult collect(Ticket ticket) override;
+  engine_core::StepResult collect(Ticket ticket) override;
   std::span<const float> logits(int64_t sequence, int64_t token) const override;
   /// Rings are addressed by position, so nothing moves.
   void rewind(int64_t slot, int64_t pos) override;
 
-  std::shared_ptr<const ContextView> context_view(int64_t slot) const override;
+  std::shared_ptr<const engine_core::ContextView> context_view(int64_t slot) const override;
   void rest() override;
 
   bool can_rebuild() const override { return true; }
@@ -72,24 +72,27 @@ class ModelRunner final : public Runner {
  private:
   const model::Transformer* model_;
   KvCache& cache_;
-  Sampler& sampler_;
+  engine_core::Sampler& sampler_;
   ops::Numerics numerics_;
   Ticket ticket_ = 0;
-  std::vector<SequenceStep> in_flight_;
-  std::vector<SequenceStep> latest_;   // of the step whose logits are there
-  at::Tensor logits_;                  // [rows, vocab] FP32
-  std::vector<int64_t> first_logits_;  // [sequences + 1]
+  std::vector<engine_core::SequenceStep> in_flight_;
+  std::vector<engine_core::SequenceStep> latest_;  // of the step whose logits are there
+  at::Tensor logits_;                              // [rows, vocab] FP32
+  std::vector<int64_t> first_logits_;              // [sequences + 1]
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
   /// The streams [tokens, hc_mult, dim] behind the step.
-  at::Tensor run_model(std::span<const SequenceStep> steps);
-  void make_logits(std::span<const SequenceStep> steps, const at::Tensor& streams);
+  at::Tensor run_model(std::span<const engine_core::SequenceStep> steps);
+  void make_logits(std::span<const engine_core::SequenceStep> steps, const at::Tensor& streams);
   std::span<const float> row(size_t sequence, int64_t token) const;
-  void draw_tokens(std::span<const SequenceStep> steps, StepResult& result);
+  void draw_tokens(std::span<const engine_core::SequenceStep> steps,
+                   engine_core::StepResult& result);
   /// Piece by piece, so that no more than a piece's rows of logits exist at once.
-  void score(const ScoredTokens& scored, const at::Tensor& streams, SequenceResult& result) const;
+  void score(const engine_core::ScoredTokens& scored,
+             const at::Tensor& streams,
+             engine_core::SequenceResult& result) const;
   /// Keeps the streams of the step just run.
-  void keep_streams(std::span<const SequenceStep> steps, const at::Tensor& streams);
+  void keep_streams(std::span<const engine_core::SequenceStep> steps, const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.
   int64_t stream_row(int64_t slot, int64_t pos) const;
   /// The selections of a slot's latest step with logits: tensors shared with the step's others.

@@ -6,10 +6,10 @@
 
 namespace hadal::engine {
 
-void MtpDrafter::draft(std::span<DraftRequest> requests) {
+void MtpDrafter::draft(std::span<engine_core::DraftRequest> requests) {
   std::vector<DraftStep> steps;
-  std::vector<DraftRequest*> asked;
-  for (DraftRequest& request : requests) {
+  std::vector<engine_core::DraftRequest*> asked;
+  for (engine_core::DraftRequest& request : requests) {
     request.drafts.clear();
     const auto pos = static_cast<int64_t>(request.tokens.size()) - 1;
     if (request.max_drafts < 1 || pos < 1 || !runner_.can_draft(request.slot, pos)) continue;
@@ -20,10 +20,10 @@ void MtpDrafter::draft(std::span<DraftRequest> requests) {
   const at::Tensor logits = runner_.draft(steps);  // [steps, vocab]
   const auto vocab = static_cast<size_t>(logits.size(1));
   const std::span rows(logits.const_data_ptr<float>(), asked.size() * vocab);
-  std::vector<DrawInput> inputs;
+  std::vector<engine_core::DrawInput> inputs;
   for (size_t i = 0; i < asked.size(); ++i)
     inputs.push_back({.draw = asked[i]->next, .logits = rows.subspan(i * vocab, vocab)});
-  std::vector<Sampled> sampled(inputs.size());
+  std::vector<engine_core::Sampled> sampled(inputs.size());
   sampler_.sample(inputs, sampled);
   for (size_t i = 0; i < asked.size(); ++i) asked[i]->drafts.push_back(sampled[i].token);
 }

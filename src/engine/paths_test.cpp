@@ -90,7 +90,7 @@ class EnginePaths : public ::testing::TestWithParam<Setup> {
 
   /// Runs tokens of the given sequences in one step and compares every logit.
   void step(const std::vector<std::pair<Live*, int64_t>>& parts) {
-    std::vector<SequenceStep> steps;
+    std::vector<engine_core::SequenceStep> steps;
     for (const auto& [live, count] : parts) {
       const auto& ids = sequences_[live->sequence];
       steps.push_back({.slot = live->slot,

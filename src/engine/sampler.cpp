@@ -11,12 +11,13 @@ namespace hadal::engine {
 namespace {
 
 /// The tokens of a choice, counted once.
-struct Counted final : SamplerMemory {
+struct Counted final : engine_core::SamplerMemory {
   ops::TokenHistory history;
   size_t answer = 0;  ///< tokens of the answer that are counted
 };
 
-const ops::TokenHistory& history_of(const Draw& draw, std::unique_ptr<SamplerMemory>& memory) {
+const ops::TokenHistory& history_of(const engine_core::Draw& draw,
+                                    std::unique_ptr<engine_core::SamplerMemory>& memory) {
   auto* counted = dynamic_cast<Counted*>(memory.get());
   if (counted == nullptr || counted->answer > draw.answer.size()) {
     auto fresh = std::make_unique<Counted>();
@@ -36,7 +37,9 @@ std::span<const float> ModelSampler::with_text(std::span<const float> logits) co
   return logits.first(static_cast<size_t>(std::min(vocab_size_, std::ssize(logits))));
 }
 
-TokenScore ModelSampler::score(std::span<const float> logits, int64_t token, int64_t top) const {
+engine_core::TokenScore ModelSampler::score(std::span<const float> logits,
+                                            int64_t token,
+                                            int64_t top) const {
   const std::span<const float> row = with_text(logits);
   const float own = row[static_cast<size_t>(token)];
   const ops::LogSoftmax model(row);
@@ -45,13 +48,14 @@ TokenScore ModelSampler::score(std::span<const float> logits, int64_t token, int
           .top = model.top(top)};
 }
 
-void ModelSampler::sample(std::span<const DrawInput> inputs, std::span<Sampled> sampled) {
+void ModelSampler::sample(std::span<const engine_core::DrawInput> inputs,
+                          std::span<engine_core::Sampled> sampled) {
   std::vector<ops::DrawRow> rows;
-  std::vector<std::unique_ptr<SamplerMemory>> forgotten;  // of draws without a memory
+  std::vector<std::unique_ptr<engine_core::SamplerMemory>> forgotten;  // of draws without a memory
   rows.reserve(inputs.size());
   forgotten.reserve(inputs.size());
-  for (const DrawInput& input : inputs) {
-    const Draw& draw = input.draw;
+  for (const engine_core::DrawInput& input : inputs) {
+    const engine_core::Draw& draw = input.draw;
     const ops::TokenHistory* history = nullptr;
     if (ops::has_penalties(*draw.sampling))
       history = &history_of(draw, draw.memory != nullptr ? *draw.memory : forgotten.emplace_back());

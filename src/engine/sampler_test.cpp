@@ -31,18 +31,18 @@ TEST(ModelSampler, WhatItRemembersChangesNoToken) {
     std::vector<int64_t> tokens;
     for (int i = 0; i < 30; ++i) tokens.push_back(static_cast<int64_t>(random() % kVocab));
     const size_t prompt_size = tokens.size();
-    std::unique_ptr<SamplerMemory> memory;
+    std::unique_ptr<engine_core::SamplerMemory> memory;
     for (int token = 0; token < 50; ++token) {
       const std::vector<float> row = random_row(random), other = random_row(random);
       const std::span<const int64_t> all = tokens;
-      Draw draw{.sampling = &sampling,
-                .choice = 1,
-                .pos = static_cast<int64_t>(tokens.size()),
-                .prompt = all.first(prompt_size),
-                .answer = all.subspan(prompt_size)};
+      engine_core::Draw draw{.sampling = &sampling,
+                             .choice = 1,
+                             .pos = static_cast<int64_t>(tokens.size()),
+                             .prompt = all.first(prompt_size),
+                             .answer = all.subspan(prompt_size)};
       const auto sample = [&](const std::vector<float>& logits) {
-        const DrawInput input{.draw = draw, .logits = logits};
-        Sampled sampled;
+        const engine_core::DrawInput input{.draw = draw, .logits = logits};
+        engine_core::Sampled sampled;
         sampler.sample({&input, 1}, {&sampled, 1});
         return sampled.token;
       };

@@ -25,11 +25,11 @@ namespace {
 
 using Tokens = std::vector<int64_t>;
 
-class Collected final : public Sink {
+class Collected final : public engine_core::Sink {
  public:
-  void on_update(Update update) override {
+  void on_update(engine_core::Update update) override {
     const std::lock_guard lock(mutex_);
-    for (const OutputToken& token : update.tokens) tokens.push_back(token.token);
+    for (const engine_core::OutputToken& token : update.tokens) tokens.push_back(token.token);
     if (update.weights != nullptr) {
       one_version = one_version && (version < 0 || version == update.weights->number);
       version = update.weights->number;
@@ -49,7 +49,7 @@ class Collected final : public Sink {
   int64_t version = -1;
   bool one_version = true;
   std::string digest, error;
-  CacheReport cache;
+  engine_core::CacheReport cache;
 
  private:
   std::mutex mutex_;
@@ -72,7 +72,7 @@ class UpdateWeights : public ::testing::Test {
     Tokens shared(260);
     for (int64_t& id : shared) id = token();
     for (int64_t i = 0; i < kRequests; ++i) {
-      Request request;
+      engine_core::Request request;
       // The last one shares its beginning with nobody.
       if (i + 1 < kRequests) request.prompt = shared;
       while (std::ssize(request.prompt) < 262 + 3 * i) request.prompt.push_back(token());
@@ -84,8 +84,8 @@ class UpdateWeights : public ::testing::Test {
     }
     for (const auto& model : models_) {
       LocalEngine engine(*model, tokenizer_, "", options());
-      for (const Request& request : requests_) {
-        Request alone = request;
+      for (const engine_core::Request& request : requests_) {
+        engine_core::Request alone = request;
         alone.use_prefix_cache = false;
         wanted_[model.get()].push_back(ask(engine, alone)->tokens);
       }
@@ -102,10 +102,10 @@ class UpdateWeights : public ::testing::Test {
     options.cache_tokens = 8192;
     return options;
   }
-  static std::shared_ptr<Collected> ask(LocalEngine& engine, const Request& request) {
+  static std::shared_ptr<Collected> ask(LocalEngine& engine, const engine_core::Request& request) {
     auto sink = std::make_shared<Collected>();
     uint64_t id = 0;
-    EXPECT_EQ(engine.engine().submit(request, sink, &id), Submitted::kAccepted);
+    EXPECT_EQ(engine.engine().submit(request, sink, &id), engine_core::Submitted::kAccepted);
     sink->wait();
     return sink;
   }
@@ -139,7 +139,8 @@ class UpdateWeights : public ::testing::Test {
             request = random() % (kRequests - 1);
             sink = std::make_shared<Collected>();
             uint64_t id = 0;
-            EXPECT_EQ(engine.engine().submit(requests_[request], sink, &id), Submitted::kAccepted);
+            EXPECT_EQ(engine.engine().submit(requests_[request], sink, &id),
+                      engine_core::Submitted::kAccepted);
           }
           for (const auto& [request, sink] : asked) {
             sink->wait();
@@ -179,7 +180,7 @@ class UpdateWeights : public ::testing::Test {
 
   text::Tokenizer tokenizer_;
   std::vector<std::shared_ptr<model::Transformer>> models_;
-  std::vector<Request> requests_;
+  std::vector<engine_core::Request> requests_;
   std::map<const model::Transformer*, std::vector<Tokens>> wanted_;
 };
 

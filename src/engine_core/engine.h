@@ -10,7 +10,7 @@
 #include "base/check.h"
 #include "engine_core/request.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 enum class Submitted : uint8_t { kAccepted, kQueueFull, kStopping };
 
@@ -78,4 +78,4 @@ class Engine {
   virtual std::vector<int64_t> as_written(std::vector<int64_t> prompt) const { return prompt; }
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

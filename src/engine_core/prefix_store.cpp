@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 std::optional<StoredPrefix> PrefixStore::load(std::span<const int64_t> tokens,
                                               int64_t from_page,
@@ -20,4 +20,4 @@ std::optional<StoredPrefix> PrefixStore::load(std::span<const int64_t> tokens,
   return found;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

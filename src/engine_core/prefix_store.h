@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 enum class WindowPolicy : uint8_t { kFull, kPeriodic, kZero };
 
@@ -81,4 +81,4 @@ class PrefixStore {
                            [[maybe_unused]] std::span<const std::byte> window) {}
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -12,7 +12,7 @@
 
 #include "base/sampling.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What the text of an answer must be (after `</think>` in thinking mode).
 struct Grammar {
@@ -151,4 +151,4 @@ class Sink {
   virtual void on_update(Update update) = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -17,7 +17,7 @@
 #include "engine_core/request.h"
 #include "engine_core/sampler.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class CacheMemory {
  public:
@@ -121,4 +121,4 @@ class Runner {
                        int64_t /*count*/) {}
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 
 #include "engine_core/request.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What a sampler keeps of one choice between its tokens, so as not to read all of them again. It
 /// saves time and decides nothing.
@@ -115,4 +115,4 @@ class Drafter {
   virtual void draft(std::span<DraftRequest> requests) = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

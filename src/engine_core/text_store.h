@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Thread-safe. What cannot be written or read is a text that is not there: logged, never thrown.
 class TextStore {
@@ -21,4 +21,4 @@ class TextStore {
   virtual bool erase_text(const std::string& name) = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

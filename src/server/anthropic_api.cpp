@@ -12,7 +12,7 @@
 namespace hadal::server {
 namespace {
 
-const char* error_type(int status) {
+const char* anthropic_error_type(int status) {
   switch (status) {
     case 401:
       return "authentication_error";
@@ -36,7 +36,7 @@ const char* error_type(int status) {
 Json error_json(const RequestError& error, const std::string& request_id) {
   std::string message = text::repair_utf8(error.what());
   return Json::object({{"type", js("error")},
-                       {"error", Json::object({{"type", js(error_type(error.status()))},
+                       {"error", Json::object({{"type", js(anthropic_error_type(error.status()))},
                                                {"message", js(message)}})},
                        {"request_id", js(request_id)}});
 }

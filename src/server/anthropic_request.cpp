@@ -110,7 +110,7 @@ std::string unsealed(const Fields& block, std::string_view key) {
   return unseal_text(sealed->text()).value_or("");
 }
 
-Json read_call(const Fields& block) {
+Json read_tool_use(const Fields& block) {
   const Json* input = block.find("input");
   std::string arguments = "{}";
   if (input != nullptr) arguments = input->is_string() ? input->text() : input->dump();
@@ -134,7 +134,7 @@ Json read_assistant(const Fields& message, const Json& content) {
     } else if (type == "redacted_thinking") {
       append(reasoning, unsealed(block, "data"));
     } else if (type == "tool_use") {
-      calls.items().push_back(read_call(block));
+      calls.items().push_back(read_tool_use(block));
     } else if (type == "compaction") {
       append(text, block.string_or("content", ""));
     }

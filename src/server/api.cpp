@@ -181,7 +181,9 @@ std::shared_ptr<ResponseStore> responses_of(const ServerOptions& options) {
 }
 }  // namespace
 
-Api::Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options)
+Api::Api(engine_core::Engine& engine,
+         const text::Tokenizer& tokenizer,
+         const ServerOptions& options)
     : context_{engine, tokenizer, options, std::make_shared<CallMemory>(), responses_of(options)},
       access_(options),
       keys_(std::make_shared<Keys>(options)),
@@ -353,16 +355,16 @@ void Api::generate(const HttpRequest& request,
                        "", "concurrency_exceeded");
   }
   Job job = read(context_, parse_body(request.body, context_.options));
-  for (engine::Request& part : job.requests) part.client = concat("key", key);
+  for (engine_core::Request& part : job.requests) part.client = concat("key", key);
   job.format->name_request(request.id);
   if (job.chat) {
     job.requests.front().context_view = true;
-    job.on_view = [views = views_, id = job.id](const engine::ContextView& view) {
+    job.on_view = [views = views_, id = job.id](const engine_core::ContextView& view) {
       views->put(id, view);
     };
   }
-  const bool has_grammar = std::ranges::any_of(job.requests, [](const engine::Request& part) {
-    return part.grammar.kind != engine::Grammar::Kind::kNone;
+  const bool has_grammar = std::ranges::any_of(job.requests, [](const engine_core::Request& part) {
+    return part.grammar.kind != engine_core::Grammar::Kind::kNone;
   });
   const auto generation = std::make_shared<Generation>(
       context_.engine, context_.tokenizer, metrics_, responder, std::move(job), std::move(lease),

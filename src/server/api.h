@@ -21,7 +21,7 @@ namespace hadal::server {
 class Api final : public HttpHandler {
  public:
   /// All arguments outlive it. Errors: InputError for options that make no sense.
-  Api(engine::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options);
+  Api(engine_core::Engine& engine, const text::Tokenizer& tokenizer, const ServerOptions& options);
   ~Api() override;
 
   /// Where /metrics and /health learn about connections.

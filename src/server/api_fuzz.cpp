@@ -85,7 +85,7 @@ struct World {
                      std::vector<hadal::text::ToolCall>{{"f", R"({"a": "b", "c": [1.5]})"}});
     return text;
   }
-  static std::string answer(const hadal::engine::Request& request, int64_t choice) {
+  static std::string answer(const hadal::engine_core::Request& request, int64_t choice) {
     std::string text = request.thinking ? "so</think>" : "";
     if (request.prompt.size() % 3 == 1) return text + "ok" + call();
     return text + (choice == 1 ? "<think>" : "fine");

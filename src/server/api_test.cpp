@@ -49,7 +49,7 @@ class ApiTest : public ::testing::Test {
   ApiTest()
       : tokenizer_(text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny")),
         engine_(tokenizer_,
-                [this](const engine::Request&, int64_t choice) {
+                [this](const engine_core::Request&, int64_t choice) {
                   return answers_[static_cast<size_t>(choice) % answers_.size()];
                 },
                 {.max_context = 4096, .inline_steps = true}) {
@@ -110,13 +110,13 @@ class ApiTest : public ::testing::Test {
     return value->dump();
   }
   std::string prompt_of_last() const {
-    const engine::Request request = last();
+    const engine_core::Request request = last();
     return tokenizer_.decode(std::vector<int32_t>(request.prompt.begin(), request.prompt.end()));
   }
-  engine::Request last() const {
+  engine_core::Request last() const {
     const auto requests = engine_.requests();
     EXPECT_FALSE(requests.empty()) << "the engine got nothing";
-    return requests.empty() ? engine::Request() : requests.back();
+    return requests.empty() ? engine_core::Request() : requests.back();
   }
 
   static std::string calls() {
@@ -232,7 +232,7 @@ TEST_F(ApiTest, ToolCallsNeverLeakMarkup) {
             R"("{\"a\": \"x<y\", \"n\": 2}")");
   EXPECT_EQ(at(reply, "choices.0.message.tool_calls.1.function.arguments"), "\"{}\"");
   EXPECT_NE(prompt_of_last().find("### Available Tool Schemas"), std::string::npos);
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kNone);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kNone);
 
   std::map<std::string, std::string> arguments, names;
   const auto events = stream("/v1/chat/completions",
@@ -285,7 +285,7 @@ TEST_F(ApiTest, ToolChoice) {
   const Json thought =
       post("/v1/chat/completions", chat(R"("thinking": true, )" + choice + kTools));
   EXPECT_TRUE(last().thinking);
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kToolCalls);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kToolCalls);
   EXPECT_EQ(at(thought, "choices.0.message.tool_calls.0.function.name"), "\"f\"");
   answers_ = {"plain"};
   post("/v1/chat/completions",
@@ -298,7 +298,7 @@ TEST_F(ApiTest, ToolChoice) {
            R"("thinking": false, "tool_choice": "required", "tools": [{"type": "function",
     "function": {"name": "f", "strict": true, "parameters": {"type": "object", "b": 1,
     "a": 1.50}}}])"));
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kToolCalls);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kToolCalls);
   EXPECT_TRUE(last().grammar.must_call);
   EXPECT_EQ(
       last().grammar.text,
@@ -309,16 +309,16 @@ TEST_F(ApiTest, ToolChoice) {
 TEST_F(ApiTest, ResponseFormats) {
   post("/v1/chat/completions",
        chat(R"("thinking": false, "response_format": {"type": "json_object"})"));
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kJsonObject);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kJsonObject);
   post("/v1/chat/completions", chat(R"("thinking": false, "response_format": {"type": "json_schema",
       "json_schema": {"name": "x", "strict": true, "schema": {"type": "object", "z": 1,
     "a": 2}}})"));
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kJsonSchema);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kJsonSchema);
   EXPECT_EQ(last().grammar.text, R"({"type": "object", "z": 1, "a": 2})");
   EXPECT_NE(prompt_of_last().find(last().grammar.text), std::string::npos);
   post("/v1/chat/completions",
        chat(R"("thinking": false, "response_format": {"type": "regex", "regex": "a+"})"));
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kRegex);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kRegex);
 }
 
 TEST_F(ApiTest, SamplingReachesTheEngine) {
@@ -330,7 +330,7 @@ TEST_F(ApiTest, SamplingReachesTheEngine) {
     "logit_bias": {"5": -100},
   "stop": ["x", "yy"], "max_tokens": 9, "max_completion_tokens": 3, "n": 2, "priority": 3,
   "logprobs": true, "top_logprobs": 2)"));
-  const engine::Request request = last();
+  const engine_core::Request request = last();
   EXPECT_EQ(request.sampling.temperature, 0);
   EXPECT_EQ(request.sampling.top_p, 0.5);
   EXPECT_EQ(request.sampling.top_k, 5);
@@ -536,7 +536,7 @@ TEST_F(ApiTest, Responses) {
   post("/v1/responses",
        R"({"input": "x", "reasoning": {"effort": "none"},
     "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}})");
-  EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kJsonSchema);
+  EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kJsonSchema);
 }
 
 TEST_F(ApiTest, Messages) {

@@ -36,8 +36,8 @@ void look_for_marks(const Json& value, const std::string& path, std::optional<se
 
 }  // namespace
 
-engine::CacheKey read_cache_key(const Fields& body) {
-  engine::CacheKey key;
+engine_core::CacheKey read_cache_key(const Fields& body) {
+  engine_core::CacheKey key;
   for (const std::string_view field : {"prompt_cache_key", "session_id"}) {
     const std::string name = body.string_or(field, "");
     if (name.size() > kLongestName)
@@ -53,7 +53,7 @@ engine::CacheKey read_cache_key(const Fields& body) {
   return key;
 }
 
-engine::CacheKey read_cache_marks(const Fields& body, const std::vector<Json>& messages) {
+engine_core::CacheKey read_cache_marks(const Fields& body, const std::vector<Json>& messages) {
   std::optional<seconds> retention;
   for (const std::string_view holder : {"system", "tools", "messages"}) {
     if (const Json* value = body.find(holder)) look_for_marks(*value, body.path(holder), retention);
@@ -62,7 +62,7 @@ engine::CacheKey read_cache_marks(const Fields& body, const std::vector<Json>& m
   look_for_marks(Json::object({{"cache_control",
                                 body.has("cache_control") ? *body.find("cache_control") : Json()}}),
                  "", retention);
-  engine::CacheKey key;
+  engine_core::CacheKey key;
   if (!retention) return key;
   key.retention = *retention;
   key.name = "conversation ";

@@ -12,7 +12,7 @@ using std::chrono::seconds;
 
 class CacheKeyTest : public testing::ApiHarness {
  protected:
-  engine::CacheKey key_of(const std::string& path, const std::string& body) {
+  engine_core::CacheKey key_of(const std::string& path, const std::string& body) {
     const Json reply = post(path, body);
     EXPECT_EQ(status_, 200) << reply.dump();
     return last().cache_key;
@@ -38,7 +38,7 @@ TEST_F(CacheKeyTest, OpenAisKeyAndItsTime) {
       return key_of(api.path, concat("{", api.input, more, "}"));
     };
     EXPECT_EQ(key("").name, "");
-    const engine::CacheKey plain = key(R"(, "prompt_cache_key": "s1")");
+    const engine_core::CacheKey plain = key(R"(, "prompt_cache_key": "s1")");
     EXPECT_NE(plain.name.find("s1"), std::string::npos) << api.path;
     EXPECT_EQ(plain.retention, seconds(3600));
     EXPECT_EQ(key(R"(, "prompt_cache_key": "s1", "prompt_cache_retention": "24h")").retention,
@@ -74,10 +74,10 @@ constexpr const char* kNextTurn = R"(, {"role": "assistant", "content": "b"}, {"
 
 TEST_F(CacheKeyTest, AMarkedConversationIsItsOwnKey) {
   EXPECT_EQ(key_of(kMessages, messages("a", "", "")).name, "");
-  const engine::CacheKey first = key_of(kMessages, messages("a", "", kSystem));
+  const engine_core::CacheKey first = key_of(kMessages, messages("a", "", kSystem));
   EXPECT_NE(first.name, "");
   EXPECT_EQ(first.retention, seconds(300));
-  const engine::CacheKey next = key_of(kMessages, messages("a", kNextTurn, kSystem));
+  const engine_core::CacheKey next = key_of(kMessages, messages("a", kNextTurn, kSystem));
   EXPECT_EQ(next.name, first.name);
   EXPECT_EQ(next.retention, seconds(3600)) << "the longest of the marks";
   EXPECT_EQ(key_of(kMessages, messages("a", "", kHourly)).retention, seconds(3600));

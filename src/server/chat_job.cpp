@@ -139,8 +139,8 @@ Rendered render(const Context& context, const ChatJob& chat) {
 }
 
 /// What the answer must be: calls of the tools that may be called, text in a format, or either.
-engine::Grammar grammar_of(const ChatJob& chat) {
-  using Kind = engine::Grammar::Kind;
+engine_core::Grammar grammar_of(const ChatJob& chat) {
+  using Kind = engine_core::Grammar::Kind;
   const bool forced = is_forced(chat);
   const bool limited = !chat.allowed_tools.empty();
   const bool strict = std::any_of(chat.tools.begin(), chat.tools.end(), is_kept);
@@ -213,7 +213,7 @@ Job make_chat_job(const Context& context, ChatJob chat) {
   if (chat.tool_choice == ToolChoice::kNamed) check_name(chat.tool_name);
   for (const std::string& name : chat.allowed_tools) check_name(name);
   Rendered rendered = render(context, chat);
-  engine::Request request = std::move(chat.base);
+  engine_core::Request request = std::move(chat.base);
   request.prompt = std::move(rendered.tokens);
   request.thinking = rendered.mode == text::ThinkingMode::kThinking;
   request.structured = true;
@@ -228,7 +228,7 @@ Job make_chat_job(const Context& context, ChatJob chat) {
   job.mode = rendered.mode;
   job.requests.push_back(std::move(request));
   job.tools = std::make_shared<const text::ToolSchemas>(Json::array(chat.tools));
-  job.certain_calls = job.requests.front().grammar.kind == engine::Grammar::Kind::kToolCalls;
+  job.certain_calls = job.requests.front().grammar.kind == engine_core::Grammar::Kind::kToolCalls;
   job.one_call = !chat.parallel_calls;
   job.calls = context.calls;
   return job;
@@ -238,7 +238,7 @@ std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& c
   return render(context, chat).tokens;
 }
 
-void read_sampling(const Context& context, const Fields& body, engine::Request& request) {
+void read_sampling(const Context& context, const Fields& body, engine_core::Request& request) {
   const Sampling& model = context.options.default_sampling;
   Sampling& sampling = request.sampling;
   sampling.temperature = body.number_or("temperature", model.temperature, 0.0, 2.0);
@@ -299,7 +299,7 @@ ContextOverflow::ContextOverflow(int64_t prompt, int64_t context)
       prompt_tokens(prompt),
       max_context(context) {}
 
-void fit_context(const Context& context, engine::Request& request, Room room) {
+void fit_context(const Context& context, engine_core::Request& request, Room room) {
   const int64_t limit = context.max_context();
   const int64_t left = limit - std::ssize(request.prompt);
   if (left < (room == Room::kNone ? 0 : 1))
@@ -335,7 +335,7 @@ Json read_function(const Fields& function) {
 }
 
 void read_format(const Fields& format, const Fields& schema, ChatJob& chat) {
-  using Kind = engine::Grammar::Kind;
+  using Kind = engine_core::Grammar::Kind;
   const std::string type = format.string("type");
   if (type == "text") return;
   if (type == "json_object") {

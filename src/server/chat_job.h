@@ -17,7 +17,7 @@ class ResponseStore;
 
 /// What every request handler needs; outlives them.
 struct Context {
-  engine::Engine& engine;
+  engine_core::Engine& engine;
   const text::Tokenizer& tokenizer;
   const ServerOptions& options;
   std::shared_ptr<CallMemory> calls = nullptr;         ///< null: calls are not remembered
@@ -45,13 +45,13 @@ struct ChatJob {
   /// Reasoning gets half of the tokens at most, where nothing else limits it.
   bool halves_thinking = false;
   std::string effort;  ///< "" or as effort_of() takes it
-  engine::Grammar format;
+  engine_core::Grammar format;
   Json format_schema;         ///< shown to the model; null: none
   std::string task;           ///< a quick-instruction task, or empty
   bool drop_thinking = true;  ///< the reasoning of earlier turns, where there are no tools
   bool opens_turn = true;     ///< false: the prompt ends with the last message
   bool continues = true;      ///< a last message of the assistant's is gone on from
-  engine::Request base;       ///< sampling and limits; prompt, grammar, thinking are filled in here
+  engine_core::Request base;  ///< sampling and limits; prompt, grammar, thinking are filled in here
 };
 
 /// For a model that was not taught to think (its defaults say so), before make_chat_job(): an
@@ -64,7 +64,7 @@ Job make_chat_job(const Context& context, ChatJob chat);
 std::vector<int64_t> chat_prompt_tokens(const Context& context, const ChatJob& chat);
 
 /// temperature, top_p, ... seed of a request; what it leaves out is the model's own.
-void read_sampling(const Context& context, const Fields& body, engine::Request& request);
+void read_sampling(const Context& context, const Fields& body, engine_core::Request& request);
 /// A string or a list of them; at most options.max_stop_strings.
 std::vector<std::string> read_stop(const Fields& body,
                                    std::string_view key,
@@ -82,7 +82,7 @@ enum class Room : uint8_t {
   kNone,  ///< max_tokens 0 means none, not that nobody said anything
 };
 /// Clips max_tokens to what the context leaves. Errors: ContextOverflow when the prompt fills it.
-void fit_context(const Context& context, engine::Request& request, Room room = Room::kAnswer);
+void fit_context(const Context& context, engine_core::Request& request, Room room = Room::kAnswer);
 /// The model's name, checked. Errors: RequestError 404.
 std::string read_model(const Context& context, const Fields& body);
 /// {"name", "description", "parameters", "strict"} of a function, checked, as a tool.

@@ -82,7 +82,7 @@ std::vector<TextPrompt> read_prompts(const Context& context, const Fields& body)
 }
 
 /// `logprobs`: a number, or true for the token's own and the likeliest.
-void read_logprobs(const Fields& body, engine::Request& request, OpenAiFormatOptions& format) {
+void read_logprobs(const Fields& body, engine_core::Request& request, OpenAiFormatOptions& format) {
   const Json* value = body.find("logprobs");
   if (value == nullptr) return;
   if (value->kind() == Json::Kind::kBool) {
@@ -121,7 +121,7 @@ Job text_completion_job(const Context& context, const Json& json) {
   if (body.has("suffix") && !body.string("suffix").empty())
     body.fail("suffix", "insertion is not supported");
   refuse_unsupported(body, "completions");
-  engine::Request base;
+  engine_core::Request base;
   read_sampling(context, body, base);
   read_logit_bias(context, body, base);
   base.stop = read_stop(body, "stop", context.options);
@@ -143,7 +143,7 @@ Job text_completion_job(const Context& context, const Json& json) {
   format.choices_per_prompt = base.n;
   format.prompts = read_prompts(context, body);
   for (const TextPrompt& prompt : format.prompts) {
-    engine::Request request = base;
+    engine_core::Request request = base;
     request.prompt = prompt.tokens;
     fit_context(context, request, base.max_tokens == 0 ? Room::kNone : Room::kAnswer);
     job.requests.push_back(std::move(request));

@@ -231,7 +231,7 @@ TEST_F(CompletionsTest, FieldsThatSayWhatHappensAnywayAreFine) {
 }
 
 TEST_F(CompletionsTest, FormsOfTheAnswerInEveryDialect) {
-  using Kind = engine::Grammar::Kind;
+  using Kind = engine_core::Grammar::Kind;
   struct Case {
     const char* fields;
     Kind kind;

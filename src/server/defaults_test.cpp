@@ -26,7 +26,7 @@ class ModelDefaults : public ::testing::Test {
   ModelDefaults()
       : tokenizer_(text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny")),
         engine_(tokenizer_,
-                [](const engine::Request&, int64_t) { return "hi"; },
+                [](const engine_core::Request&, int64_t) { return "hi"; },
                 {.max_context = 4096, .inline_steps = true}) {
     options_.grammar_threads = 0;
     options_.default_thinking = false;
@@ -48,10 +48,10 @@ class ModelDefaults : public ::testing::Test {
     EXPECT_EQ(responder->reply.status, 200) << path << ": " << responder->reply.body;
     return responder->reply;
   }
-  engine::Request asked(const std::string& path, const std::string& body) {
+  engine_core::Request asked(const std::string& path, const std::string& body) {
     call("POST", path, body);
     const auto requests = engine_.requests();
-    return requests.empty() ? engine::Request() : requests.back();
+    return requests.empty() ? engine_core::Request() : requests.back();
   }
 
   text::Tokenizer tokenizer_;
@@ -68,7 +68,7 @@ const std::pair<const char*, const char*> kRequests[] = {
 
 TEST_F(ModelDefaults, AreThoseOfEveryApi) {
   for (const auto& [path, body] : kRequests) {
-    const engine::Request request = asked(path, body + std::string("}"));
+    const engine_core::Request request = asked(path, body + std::string("}"));
     EXPECT_FALSE(request.thinking) << path;
     EXPECT_EQ(request.sampling.temperature, 0.7) << path;
     EXPECT_EQ(request.sampling.top_p, 0.9) << path;
@@ -82,7 +82,7 @@ TEST_F(ModelDefaults, AreThoseOfEveryApi) {
 
 TEST_F(ModelDefaults, GiveWayToWhatARequestSays) {
   for (const auto& [path, body] : kRequests) {
-    const engine::Request request =
+    const engine_core::Request request =
         asked(path, body + std::string(R"(, "temperature": 0.2, "top_p": 0.5, "top_k": -1})"));
     EXPECT_EQ(request.sampling.temperature, 0.2) << path;
     EXPECT_EQ(request.sampling.top_p, 0.5) << path;

@@ -5,6 +5,8 @@
 namespace hadal::server {
 namespace {
 
+using testing::AnswerTest;
+
 class EffortLevelsOfTheServer : public AnswerTest {
  protected:
   std::string prompt(const std::string& effort) {

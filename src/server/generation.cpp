@@ -45,18 +45,18 @@ int64_t Answer::reasoning_tokens() const {
 }
 
 Ending Choice::ending() const {
-  if (finish == engine::FinishReason::kLength) return Ending::kLength;
+  if (finish == engine_core::FinishReason::kLength) return Ending::kLength;
   if (!calls.empty()) return Ending::kToolCalls;
-  if (finish == engine::FinishReason::kStopString) return Ending::kStopString;
+  if (finish == engine_core::FinishReason::kStopString) return Ending::kStopString;
   return malformed.empty() ? Ending::kStop : Ending::kMalformed;
 }
 
 /// Brings updates from the engine's thread to the answer's strand.
-class Generation::PostingSink final : public engine::Sink {
+class Generation::PostingSink final : public engine_core::Sink {
  public:
   PostingSink(std::shared_ptr<Generation> generation, size_t part)
       : generation_(std::move(generation)), part_(part) {}
-  void on_update(engine::Update update) override {
+  void on_update(engine_core::Update update) override {
     generation_->responder_->post(
         [generation = generation_, part = part_, update = std::move(update)] {
           generation->update(part, update);
@@ -68,7 +68,7 @@ class Generation::PostingSink final : public engine::Sink {
   size_t part_;
 };
 
-Generation::Generation(engine::Engine& engine,
+Generation::Generation(engine_core::Engine& engine,
                        const text::Tokenizer& tokenizer,
                        ApiMetrics& metrics,
                        std::shared_ptr<Responder> responder,
@@ -88,7 +88,7 @@ Generation::Generation(engine::Engine& engine,
   answer_.created = std::chrono::duration_cast<std::chrono::seconds>(
                         std::chrono::system_clock::now().time_since_epoch())
                         .count();
-  for (const engine::Request& request : job_.requests) {
+  for (const engine_core::Request& request : job_.requests) {
     parts_.push_back({.first_choice = open_choices_, .running = request.n});
     open_choices_ += static_cast<size_t>(request.n);
     answer_.prompt_tokens += std::ssize(request.prompt);
@@ -110,7 +110,7 @@ Generation::Generation(engine::Engine& engine,
 uint64_t Generation::submit_next() {
   const size_t part = num_submitted_;
   // Kept where it may be refused and tried again.
-  engine::Request request =
+  engine_core::Request request =
       parts_.size() > 1 ? job_.requests[part] : std::move(job_.requests[part]);
   // Counted before the first update can come.
   ++num_submitted_;
@@ -122,11 +122,11 @@ uint64_t Generation::submit_next() {
   };
   uint64_t id = 0;
   try {
-    const engine::Submitted submitted = engine_.submit(
+    const engine_core::Submitted submitted = engine_.submit(
         std::move(request), std::make_shared<PostingSink>(shared_from_this(), part), &id);
-    if (submitted == engine::Submitted::kStopping)
+    if (submitted == engine_core::Submitted::kStopping)
       refuse(RequestError(503, "the server is stopping"));
-    if (submitted == engine::Submitted::kQueueFull)
+    if (submitted == engine_core::Submitted::kQueueFull)
       refuse(RequestError(429, "the queue is full; try again later", "", "queue_full"));
   } catch (const RequestError&) {
     throw;
@@ -183,7 +183,7 @@ void Generation::accepted(std::vector<uint64_t> ids) {
   for (const auto& [part, news] : std::exchange(early_, {})) update(part, news);
 }
 
-void Generation::update(size_t part, const engine::Update& update) {
+void Generation::update(size_t part, const engine_core::Update& update) {
   if (over_) return;
   if (!accepted_) {
     early_.emplace_back(part, update);
@@ -191,11 +191,11 @@ void Generation::update(size_t part, const engine::Update& update) {
   }
   const size_t index = parts_[part].first_choice + static_cast<size_t>(update.choice);
   HADAL_CHECK(index < progress_.size(), "server: an update of choice ", update.choice);
-  if (update.finish == engine::FinishReason::kError)
+  if (update.finish == engine_core::FinishReason::kError)
     return fail(RequestError(500, update.error.empty() ? "the engine failed" : update.error));
-  if (update.finish == engine::FinishReason::kDeadline)
+  if (update.finish == engine_core::FinishReason::kDeadline)
     return fail(RequestError(504, "the request took longer than the server allows"));
-  if (update.finish == engine::FinishReason::kCancelled)
+  if (update.finish == engine_core::FinishReason::kCancelled)
     return fail(RequestError(503, "the request was cancelled"));
   if (first_) {
     first_ = false;
@@ -217,7 +217,7 @@ void Generation::update(size_t part, const engine::Update& update) {
   if (update.view && index == 0 && job_.on_view) job_.on_view(*update.view);
   if (!progress_[index].done) {
     answer_.choices[index].completion_tokens = update.completion_tokens;
-    for (const engine::OutputToken& token : update.tokens) {
+    for (const engine_core::OutputToken& token : update.tokens) {
       take_token(index, token);
       if (progress_[index].done) break;
     }
@@ -235,7 +235,7 @@ void Generation::update(size_t part, const engine::Update& update) {
   }
 }
 
-void Generation::take_token(size_t index, const engine::OutputToken& token) {
+void Generation::take_token(size_t index, const engine_core::OutputToken& token) {
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   if (job_.keep_token_ids) choice.token_ids.push_back(token.token);
@@ -281,12 +281,12 @@ void Generation::take_events(size_t index, std::vector<text::CompletionEvent>& e
     const bool is_content = event.kind == Format::Kind::kContent;
     (is_content ? choice.content : choice.reasoning) += event.text;
     auto& info = is_content ? choice.content_tokens_info : choice.reasoning_tokens_info;
-    for (engine::OutputToken& token : progress.pending) info.push_back(std::move(token));
+    for (engine_core::OutputToken& token : progress.pending) info.push_back(std::move(token));
     progress.pending.clear();
     if (streaming_) job_.format->text(answer_, index, event.kind, event.text, out_);
   }
   if (job_.one_call && !choice.calls.empty() && !progress.done)
-    finish_choice(index, engine::FinishReason::kStop);
+    finish_choice(index, engine_core::FinishReason::kStop);
 }
 
 void Generation::take_call_event(size_t index, const text::CompletionEvent& event) {
@@ -309,14 +309,14 @@ void Generation::take_call_event(size_t index, const text::CompletionEvent& even
   }
 }
 
-void Generation::finish_choice(size_t index, engine::FinishReason reason) {
+void Generation::finish_choice(size_t index, engine_core::FinishReason reason) {
   Progress& progress = progress_[index];
   Choice& choice = answer_.choices[index];
   progress.done = true;  // before events come that could end it again
   if (progress.parser) {
     std::vector<text::CompletionEvent> events;
     const bool whole =
-        reason == engine::FinishReason::kStop && !(job_.one_call && !choice.calls.empty());
+        reason == engine_core::FinishReason::kStop && !(job_.one_call && !choice.calls.empty());
     if (whole) events = progress.parser->push_special(text::kEos);
     const text::Completion completion = progress.parser->finish(events);
     take_events(index, events);

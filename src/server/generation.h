@@ -44,12 +44,14 @@ struct Choice {
   std::string reasoning, content;
   std::vector<CallRecord> calls;        ///< complete ones
   std::optional<CallRecord> open_call;  ///< under way, or what is there of it where the answer ends
-  std::vector<engine::OutputToken> reasoning_tokens_info, content_tokens_info;  ///< with logprobs
+  std::vector<engine_core::OutputToken> reasoning_tokens_info,
+      content_tokens_info;               ///< with logprobs
   std::vector<int64_t> token_ids;        ///< all that were drawn, with Job::keep_token_ids
   std::vector<double> sampled_logprobs;  ///< theirs, with Job::keep_sampled_logprobs
-  std::shared_ptr<const engine::WeightsVersion> weights;  ///< that drew them, from the first on
-  std::shared_ptr<const std::vector<engine::TokenScore>> prompt_scores;  ///< where asked for
-  std::optional<engine::FinishReason> finish;
+  std::shared_ptr<const engine_core::WeightsVersion>
+      weights;  ///< that drew them, from the first on
+  std::shared_ptr<const std::vector<engine_core::TokenScore>> prompt_scores;  ///< where asked for
+  std::optional<engine_core::FinishReason> finish;
   std::string matched_stop;
   int64_t stop_token = -1;  ///< one of the request's that ended it
   std::string malformed;    ///< what the model wrote that could not be delivered, and why; or empty
@@ -109,8 +111,8 @@ class Format {
 
 /// A request that passed all checks.
 struct Job {
-  std::vector<engine::Request> requests;  ///< one a prompt; choices are numbered through
-  bool chat = false;                      ///< the answer is reasoning, content and calls
+  std::vector<engine_core::Request> requests;  ///< one a prompt; choices are numbered through
+  bool chat = false;                           ///< the answer is reasoning, content and calls
   text::ThinkingMode mode = text::ThinkingMode::kChat;
   bool one_call = false;              ///< the answer ends behind its first call
   std::shared_ptr<CallMemory> calls;  ///< gets what is called; may be null
@@ -123,7 +125,7 @@ struct Job {
   std::string id, model;
   std::unique_ptr<Format> format;
   /// Gets the context view of the first choice, where its requests ask for one.
-  std::function<void(const engine::ContextView&)> on_view;
+  std::function<void(const engine_core::ContextView&)> on_view;
 };
 
 /// Counts a key's generations: given back when destroyed.
@@ -131,7 +133,7 @@ using Lease = std::shared_ptr<void>;
 
 class Generation : public std::enable_shared_from_this<Generation> {
  public:
-  Generation(engine::Engine& engine,
+  Generation(engine_core::Engine& engine,
              const text::Tokenizer& tokenizer,
              ApiMetrics& metrics,
              std::shared_ptr<Responder> responder,
@@ -146,7 +148,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
  private:
   struct Progress {
     std::optional<text::CompletionParser> parser;
-    std::vector<engine::OutputToken> pending;  ///< tokens whose text is held back
+    std::vector<engine_core::OutputToken> pending;  ///< tokens whose text is held back
     bool in_reasoning = false, started = false, done = false;
   };
   /// One of the job's requests.
@@ -158,14 +160,14 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
   uint64_t submit_next();
   void submit_more();
-  void update(size_t part, const engine::Update& update);
-  void take_token(size_t index, const engine::OutputToken& token);
+  void update(size_t part, const engine_core::Update& update);
+  void take_token(size_t index, const engine_core::OutputToken& token);
   void take_special(int64_t token,
                     text::CompletionParser& parser,
                     std::vector<text::CompletionEvent>& events);
   void take_events(size_t index, std::vector<text::CompletionEvent>& events);
   void take_call_event(size_t index, const text::CompletionEvent& event);
-  void finish_choice(size_t index, engine::FinishReason reason);
+  void finish_choice(size_t index, engine_core::FinishReason reason);
   void fail(const RequestError& error);
   void accepted(std::vector<uint64_t> ids);
   void begin_stream();
@@ -173,7 +175,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void close();
   void cancel_all();
 
-  engine::Engine& engine_;
+  engine_core::Engine& engine_;
   const text::Tokenizer& tokenizer_;
   ApiMetrics& metrics_;
   const std::shared_ptr<Responder> responder_;
@@ -188,7 +190,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   size_t num_submitted_ = 0;
   int64_t running_parts_ = 0;  ///< submitted and not ended
   std::vector<uint64_t> ids_;
-  std::vector<std::pair<size_t, engine::Update>> early_;  ///< of parts; came before acceptance
+  std::vector<std::pair<size_t, engine_core::Update>> early_;  ///< of parts; came before acceptance
   std::string out_;
   size_t open_choices_ = 0;
   bool accepted_ = false, streaming_ = false, begun_ = false, over_ = false, first_ = true;

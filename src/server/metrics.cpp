@@ -47,7 +47,7 @@ void ApiMetrics::count_response(std::string_view route, int status) {
   ++responses_[{std::string(route), status}];
 }
 
-std::string ApiMetrics::text(const engine::EngineStats& engine, const HttpStats& http) const {
+std::string ApiMetrics::text(const engine_core::EngineStats& engine, const HttpStats& http) const {
   std::string out;
   family(out, "http_requests_total", "counter", "requests by route and status of refusals");
   {

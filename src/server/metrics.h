@@ -45,7 +45,7 @@ struct ApiMetrics {
 
   void count_response(std::string_view route, int status);
   /// All of it as text/plain; version=0.0.4.
-  std::string text(const engine::EngineStats& engine, const HttpStats& http) const;
+  std::string text(const engine_core::EngineStats& engine, const HttpStats& http) const;
 
  private:
   mutable std::mutex mutex_;

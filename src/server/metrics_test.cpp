@@ -207,7 +207,7 @@ class Checker {
 
 TEST(MetricsPage, KeepTheRulesOfPrometheus) {
   ApiMetrics metrics;
-  const auto check = [&](const engine::EngineStats& stats) {
+  const auto check = [&](const engine_core::EngineStats& stats) {
     const std::string text = metrics.text(stats, {});
     const Checker checker(text);
     EXPECT_TRUE(checker.problems().empty()) << ::testing::PrintToString(checker.problems());
@@ -222,7 +222,7 @@ TEST(MetricsPage, KeepTheRulesOfPrometheus) {
   metrics.count_response("/v1/messages", 429);
   metrics.count_response("other", 404);
   metrics.finished.add(3);
-  engine::EngineStats stats;
+  engine_core::EngineStats stats;
   stats.model_seconds = 1.5e-7;
   stats.sampling_seconds = 1e17;
   stats.disk_bytes = int64_t{1} << 50;

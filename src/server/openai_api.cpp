@@ -47,7 +47,7 @@ Job chat_completion_job(const Context& context, const Json& json) {
   refuse_unsupported(body, "chat");
   OpenAiFormatOptions format;
   ChatJob chat = read_chat_completion(context, body, &format.notes, &format.custom_tools);
-  engine::Request& request = chat.base;
+  engine_core::Request& request = chat.base;
   read_sampling(context, body, request);
   read_logit_bias(context, body, request);
   request.stop = read_stop(body, "stop", context.options);

@@ -94,7 +94,7 @@ void refuse_unsupported(const Fields& body, std::string_view where) {
 
 void read_extensions(const Context& context,
                      const Fields& body,
-                     engine::Request& request,
+                     engine_core::Request& request,
                      OpenAiFormatOptions& format) {
   const int64_t vocab = context.engine.info().vocab_size;
   if (const Json* list = body.array_or_null("stop_token_ids")) {
@@ -122,7 +122,7 @@ void read_extensions(const Context& context,
   // Who salts the cache wants to share with nobody else.
   if (!body.string_or("cache_salt", "").empty()) request.use_prefix_cache = false;
   request.cache_key = read_cache_key(body);
-  const engine::EngineInfo& info = context.engine.info();
+  const engine_core::EngineInfo& info = context.engine.info();
   format.ends = request.stop_tokens;
   if (!request.ignore_eos) format.ends.push_back(info.eos_token);
 }
@@ -130,7 +130,7 @@ void read_extensions(const Context& context,
 namespace {
 
 /// One of the answers, literally.
-engine::Grammar choice_grammar(const Fields& fields, std::string_view key) {
+engine_core::Grammar choice_grammar(const Fields& fields, std::string_view key) {
   const Json* list = fields.array_or_null(key);
   if (list == nullptr || list->items().empty()) fields.fail(key, "expected at least one answer");
   std::string rule = "root ::= ";
@@ -140,7 +140,7 @@ engine::Grammar choice_grammar(const Fields& fields, std::string_view key) {
       fields.fail(key, "expected answers, each a text of at least one character");
     rule += concat(i > 0 ? " | " : "", text::quote_json(item.text()));
   }
-  return {engine::Grammar::Kind::kEbnf, std::move(rule)};
+  return {engine_core::Grammar::Kind::kEbnf, std::move(rule)};
 }
 
 /// A schema as an object or as the text of one.
@@ -155,7 +155,7 @@ void read_schema(const Fields& fields, std::string_view key, ChatJob& chat) {
     }
   }
   if (!schema.is_object()) fields.fail(key, "expected a JSON schema");
-  chat.format = {engine::Grammar::Kind::kJsonSchema, schema.dump()};
+  chat.format = {engine_core::Grammar::Kind::kJsonSchema, schema.dump()};
   chat.format_schema = std::move(schema);
 }
 
@@ -163,7 +163,7 @@ void read_constraint(const Fields& fields,
                      std::string_view key,
                      std::string_view kind,
                      ChatJob& chat) {
-  using Kind = engine::Grammar::Kind;
+  using Kind = engine_core::Grammar::Kind;
   if (kind == "json") {
     read_schema(fields, key, chat);
   } else if (kind == "regex") {
@@ -200,7 +200,7 @@ void read_structure(const Fields& body, ChatJob& chat) {
     const Fields format = body.object("response_format");
     const bool nested = format.string("type") == "json_schema";
     read_format(format, nested ? format.object("json_schema") : format, chat);
-    if (chat.format.kind != engine::Grammar::Kind::kNone) only("response_format");
+    if (chat.format.kind != engine_core::Grammar::Kind::kNone) only("response_format");
   }
   for (const Way& way : kWays) {
     if (!body.has(way.key)) continue;
@@ -219,7 +219,7 @@ void read_structure(const Fields& body, ChatJob& chat) {
   }
 }
 
-void read_logit_bias(const Context& context, const Fields& body, engine::Request& request) {
+void read_logit_bias(const Context& context, const Fields& body, engine_core::Request& request) {
   const Json* bias = body.object_or_null("logit_bias");
   if (bias == nullptr) return;
   if (bias->members().size() > 1024) body.fail("logit_bias", "more than 1024 tokens");

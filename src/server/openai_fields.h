@@ -15,14 +15,14 @@ void refuse_unsupported(const Fields& body, std::string_view where);
 /// and `format`. Behind request.stop, request.max_tokens and request.ignore_eos.
 void read_extensions(const Context& context,
                      const Fields& body,
-                     engine::Request& request,
+                     engine_core::Request& request,
                      OpenAiFormatOptions& format);
 
 /// What the answer's text must be, in any of the ways clients say it (response_format,
 /// structured_outputs, guided_*, regex, ebnf, json_schema): one of them, into chat.format.
 void read_structure(const Fields& body, ChatJob& chat);
 
-void read_logit_bias(const Context& context, const Fields& body, engine::Request& request);
+void read_logit_bias(const Context& context, const Fields& body, engine_core::Request& request);
 void read_stream_options(const Fields& body, OpenAiFormatOptions& format);
 
 }  // namespace hadal::server

@@ -58,7 +58,7 @@ Json TextLogprobs::top_of(int64_t token,
 }
 
 void TextLogprobs::add_prompt(const TextPrompt& prompt,
-                              const std::vector<engine::TokenScore>& scores) {
+                              const std::vector<engine_core::TokenScore>& scores) {
   HADAL_CHECK(scores.size() == prompt.tokens.size(), "server: ", scores.size(), " scores of ",
               prompt.tokens.size(), " tokens");
   for (size_t i = 0; i < scores.size(); ++i) {
@@ -73,7 +73,7 @@ void TextLogprobs::add_prompt(const TextPrompt& prompt,
   }
 }
 
-void TextLogprobs::add(const engine::OutputToken& token) {
+void TextLogprobs::add(const engine_core::OutputToken& token) {
   const bool hidden =
       std::ranges::count(options_->ends, token.token) > 0 ||
       (options_->hide_special && tokenizer_->is_added(static_cast<int32_t>(token.token)));
@@ -93,7 +93,7 @@ Json TextLogprobs::take() {
 Json prompt_logprobs_json(const text::Tokenizer& tokenizer,
                           const OpenAiFormatOptions& options,
                           const TextPrompt& prompt,
-                          const std::vector<engine::TokenScore>& scores) {
+                          const std::vector<engine_core::TokenScore>& scores) {
   Json list = Json::array();
   for (size_t i = 0; i < scores.size(); ++i) {
     if (i == 0) {

@@ -41,7 +41,7 @@ class TextFormat final : public OpenAiFormat {
       TextLogprobs lists(tokenizer_, options_);
       if (options_.logprobs) {
         if (options_.echo) add_prompt(choice, i, lists);
-        for (const engine::OutputToken& token : choice.content_tokens_info) lists.add(token);
+        for (const engine_core::OutputToken& token : choice.content_tokens_info) lists.add(token);
       }
       const std::string echo = options_.echo ? prompt_of(i).text : std::string();
       Json entry = Json::object({{"index", js(static_cast<int64_t>(i))},

@@ -26,7 +26,7 @@ void write_sse(std::string& out, const Json& data, std::string_view event = {});
 double finite_logprob(double logprob);
 /// Chat's list of tokens, from `from` on.
 Json logprob_list(const text::Tokenizer& tokenizer,
-                  const std::vector<engine::OutputToken>& tokens,
+                  const std::vector<engine_core::OutputToken>& tokens,
                   size_t from,
                   bool ids_as_tokens = false);
 Json id_list(const std::vector<int64_t>& ids, size_t from = 0);
@@ -67,8 +67,8 @@ class TextLogprobs {
  public:
   TextLogprobs(const text::Tokenizer& tokenizer, const OpenAiFormatOptions& options)
       : tokenizer_(&tokenizer), options_(&options) {}
-  void add_prompt(const TextPrompt& prompt, const std::vector<engine::TokenScore>& scores);
-  void add(const engine::OutputToken& token);
+  void add_prompt(const TextPrompt& prompt, const std::vector<engine_core::TokenScore>& scores);
+  void add(const engine_core::OutputToken& token);
   /// What was added since the last time; null: nothing.
   Json take();
 
@@ -88,6 +88,6 @@ class TextLogprobs {
 Json prompt_logprobs_json(const text::Tokenizer& tokenizer,
                           const OpenAiFormatOptions& options,
                           const TextPrompt& prompt,
-                          const std::vector<engine::TokenScore>& scores);
+                          const std::vector<engine_core::TokenScore>& scores);
 
 }  // namespace hadal::server

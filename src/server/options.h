@@ -57,7 +57,8 @@ struct ServerOptions {
   // Responses that clients want kept (/v1/responses with store).
   std::string response_folder;  ///< empty: they are kept in `texts`
   int64_t response_bytes = int64_t{256} << 20;
-  engine::TextStore* texts = nullptr;  ///< outlives the server; null, and no folder: none are kept
+  engine_core::TextStore* texts =
+      nullptr;  ///< outlives the server; null, and no folder: none are kept
 
   // Limits of a request.
   int max_json_depth = 64;

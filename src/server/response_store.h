@@ -58,13 +58,13 @@ class ResponseFolder final : public ResponseStore {
 class ResponseTexts final : public ResponseStore {
  public:
   /// `texts` outlives it.
-  explicit ResponseTexts(engine::TextStore& texts) : texts_(texts) {}
+  explicit ResponseTexts(engine_core::TextStore& texts) : texts_(texts) {}
   void put(const std::string& id, const Json& items, const Json& response) override;
   std::optional<Stored> find(const std::string& id) override;
   bool erase(const std::string& id) override;
 
  private:
-  engine::TextStore& texts_;
+  engine_core::TextStore& texts_;
 };
 
 }  // namespace hadal::server

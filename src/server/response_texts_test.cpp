@@ -14,8 +14,8 @@ class ResponseTextsTest : public testing::ApiHarness {
   void start() {
     api_.reset();
     store_.reset();  // one process has the folder
-    store_ = std::make_unique<engine::DiskStore>(
-        testing::disk_options(folder_.path(), engine::WindowPolicy::kPeriodic));
+    store_ = std::make_unique<engine_core::DiskStore>(
+        testing::disk_options(folder_.path(), engine_core::WindowPolicy::kPeriodic));
     options_.texts = store_.get();
   }
   Json respond(const std::string& input, const std::string& more = "") {
@@ -25,7 +25,7 @@ class ResponseTextsTest : public testing::ApiHarness {
     return reply;
   }
   testing::TemporaryFolder folder_;
-  std::unique_ptr<engine::DiskStore> store_;
+  std::unique_ptr<engine_core::DiskStore> store_;
 };
 
 TEST_F(ResponseTextsTest, AreGoneOnFromAlsoAfterARestart) {

@@ -197,7 +197,7 @@ void read_text_format(const Fields& body, ChatJob& chat, ResponseShape& shape) {
   const Fields text = body.object("text");
   if (!text.has("format")) return;
   const Fields format = text.object("format");
-  if (chat.format.kind != engine::Grammar::Kind::kNone && format.string("type") != "text")
+  if (chat.format.kind != engine_core::Grammar::Kind::kNone && format.string("type") != "text")
     text.fail("format", "the answer has a form already");
   read_format(format, format, chat);
   shape.format = format.json();

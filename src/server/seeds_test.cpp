@@ -54,7 +54,7 @@ TEST_F(SeedsTest, PromptsOfOneRequestShareItsSeed) {
   post("/v1/completions", R"({"prompt": ["a", "b", "a"], "seed": 9, "n": 2})");
   const auto requests = engine_.requests();
   ASSERT_EQ(requests.size(), 3u);
-  for (const engine::Request& request : requests) {
+  for (const engine_core::Request& request : requests) {
     EXPECT_EQ(request.sampling.seed, 9u);
     EXPECT_EQ(request.n, 2);
   }

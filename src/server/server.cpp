@@ -6,7 +6,7 @@
 
 namespace hadal::server {
 
-Server::Server(engine::Engine& engine, const text::Tokenizer& tokenizer, ServerOptions options)
+Server::Server(engine_core::Engine& engine, const text::Tokenizer& tokenizer, ServerOptions options)
     : options_(std::move(options)) {
   for (const std::string& key : options_.api_keys)
     HADAL_INPUT_CHECK(!key.empty(), "an API key is empty");

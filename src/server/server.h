@@ -10,7 +10,7 @@ class Server {
  public:
   /// Listens. The engine and the tokenizer outlive it; sinks that the engine calls later than that
   /// do nothing.
-  Server(engine::Engine& engine, const text::Tokenizer& tokenizer, ServerOptions options);
+  Server(engine_core::Engine& engine, const text::Tokenizer& tokenizer, ServerOptions options);
   ~Server();
   void start() { http_->start(); }  ///< serves from here on; once
   /// Pages to serve beside the APIs are named before start().

@@ -43,7 +43,7 @@ struct Fixture {
       : tokenizer(text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny")),
         engine(
             tokenizer,
-            [text = std::move(text)](const engine::Request&, int64_t) { return text; },
+            [text = std::move(text)](const engine_core::Request&, int64_t) { return text; },
             engine_options) {
     options.port = 0;
     server.emplace(engine, tokenizer, options);
@@ -84,14 +84,14 @@ TEST(Server, KeepsConnectionsAliveAndAnswersPipelinedRequestsInOrder) {
 }
 
 /// An engine whose grammars take until they are let go.
-class SlowGrammars final : public engine::Engine {
+class SlowGrammars final : public engine_core::Engine {
  public:
-  explicit SlowGrammars(engine::Engine& inner) : inner_(inner) {}
-  const engine::EngineInfo& info() const override { return inner_.info(); }
-  engine::Submitted submit(engine::Request request,
-                           std::shared_ptr<engine::Sink> sink,
-                           uint64_t* id) override {
-    if (request.grammar.kind != engine::Grammar::Kind::kNone) {
+  explicit SlowGrammars(engine_core::Engine& inner) : inner_(inner) {}
+  const engine_core::EngineInfo& info() const override { return inner_.info(); }
+  engine_core::Submitted submit(engine_core::Request request,
+                                std::shared_ptr<engine_core::Sink> sink,
+                                uint64_t* id) override {
+    if (request.grammar.kind != engine_core::Grammar::Kind::kNone) {
       ++begun;
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [&] { return free_; });
@@ -99,7 +99,7 @@ class SlowGrammars final : public engine::Engine {
     return inner_.submit(std::move(request), std::move(sink), id);
   }
   void cancel(uint64_t id) override { inner_.cancel(id); }
-  engine::EngineStats stats() const override { return inner_.stats(); }
+  engine_core::EngineStats stats() const override { return inner_.stats(); }
   void let_go() {
     const std::lock_guard lock(mutex_);
     free_ = true;
@@ -108,7 +108,7 @@ class SlowGrammars final : public engine::Engine {
   std::atomic<int> begun{0};
 
  private:
-  engine::Engine& inner_;
+  engine_core::Engine& inner_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool free_ = false;
@@ -116,7 +116,7 @@ class SlowGrammars final : public engine::Engine {
 
 TEST(Server, SlowGrammarsHoldUpNobodyElse) {
   const auto tokenizer = text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny");
-  ScriptedEngine inner(tokenizer, [](const engine::Request&, int64_t) { return "{}"; });
+  ScriptedEngine inner(tokenizer, [](const engine_core::Request&, int64_t) { return "{}"; });
   SlowGrammars engine(inner);
   ServerOptions options;
   options.port = 0;

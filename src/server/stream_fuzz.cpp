@@ -30,7 +30,7 @@ void require(bool right, const char* what) {
 }
 
 /// Answers every request at once with one text, in random pieces of whole characters.
-class PieceEngine final : public hadal::engine::Engine {
+class PieceEngine final : public hadal::engine_core::Engine {
  public:
   explicit PieceEngine(const hadal::text::Tokenizer& tokenizer) : tokenizer_(tokenizer) {
     info_.model_name = "pieces";
@@ -39,20 +39,20 @@ class PieceEngine final : public hadal::engine::Engine {
     info_.max_choices = 1;
     info_.eos_token = 1;
   }
-  void script(std::string text, unsigned seed, hadal::engine::FinishReason finish) {
+  void script(std::string text, unsigned seed, hadal::engine_core::FinishReason finish) {
     text_ = std::move(text);
     seed_ = seed;
     finish_ = finish;
   }
-  const hadal::engine::EngineInfo& info() const override { return info_; }
-  hadal::engine::Submitted submit(hadal::engine::Request,
-                                  std::shared_ptr<hadal::engine::Sink> sink,
-                                  uint64_t* id) override {
+  const hadal::engine_core::EngineInfo& info() const override { return info_; }
+  hadal::engine_core::Submitted submit(hadal::engine_core::Request,
+                                       std::shared_ptr<hadal::engine_core::Sink> sink,
+                                       uint64_t* id) override {
     *id = 1;
     std::minstd_rand random(++seed_);
     const size_t stride = 1 + random() % 64;
     for (size_t pos = 0; pos < text_.size();) {
-      hadal::engine::Update update;
+      hadal::engine_core::Update update;
       for (size_t tokens = 1 + random() % 3; tokens > 0 && pos < text_.size(); --tokens) {
         // Literals of special tokens are their tokens, before which the text is.
         const auto [offset, special] =
@@ -68,22 +68,22 @@ class PieceEngine final : public hadal::engine::Engine {
       }
       sink->on_update(std::move(update));
     }
-    hadal::engine::Update last;
+    hadal::engine_core::Update last;
     last.finish = finish_;
-    if (finish_ == hadal::engine::FinishReason::kStop)
+    if (finish_ == hadal::engine_core::FinishReason::kStop)
       last.tokens.push_back({info_.eos_token, "", 0, {}});
     sink->on_update(std::move(last));
-    return hadal::engine::Submitted::kAccepted;
+    return hadal::engine_core::Submitted::kAccepted;
   }
   void cancel(uint64_t) override {}
-  hadal::engine::EngineStats stats() const override { return {}; }
+  hadal::engine_core::EngineStats stats() const override { return {}; }
 
  private:
   const hadal::text::Tokenizer& tokenizer_;
-  hadal::engine::EngineInfo info_;
+  hadal::engine_core::EngineInfo info_;
   std::string text_;
   unsigned seed_ = 0;
-  hadal::engine::FinishReason finish_ = hadal::engine::FinishReason::kStop;
+  hadal::engine_core::FinishReason finish_ = hadal::engine_core::FinishReason::kStop;
 };
 
 class Recorder final : public hadal::server::Responder {
@@ -255,8 +255,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       (data[0] & 8) != 0 ? hadal::text::expand_markup(rest) : std::string(rest));
   if (text.size() > 500) return -1;  // a long answer has many events, all alike
   world.engine.script(text, data[1],
-                      (data[0] & 16) != 0 ? hadal::engine::FinishReason::kLength
-                                          : hadal::engine::FinishReason::kStop);
+                      (data[0] & 16) != 0 ? hadal::engine_core::FinishReason::kLength
+                                          : hadal::engine_core::FinishReason::kStop);
   std::string body = std::string(route.body) + route.thinks[thinks ? 1 : 0];
   // Where only one call may come, the answer ends behind it.
   if ((data[0] & 32) != 0 && data[0] % 3 != 2) body += R"(, "parallel_tool_calls": false)";

@@ -11,7 +11,7 @@ namespace {
 
 TEST(Structure, ChoicesAreWrittenToTheByte) {
   const auto tokenizer = text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny");
-  engine::GrammarCompiler compiler(tokenizer);
+  engine_core::GrammarCompiler compiler(tokenizer);
   const std::vector<std::string> choices = {
       "yes", "a \"b\"\n\\c\t", "Zürich 你好 🙂", "[x] (y) {z} | * + ? ^ $ . - / #", "\x01\x7f",
       " "};
@@ -23,7 +23,7 @@ TEST(Structure, ChoicesAreWrittenToTheByte) {
   const auto compiled = compiler.compile(chat.format);
   ASSERT_NE(compiled, nullptr);
   const auto writes = [&](const std::string& text) {
-    engine::GrammarSession session(compiled, false);
+    engine_core::GrammarSession session(compiled, false);
     for (const int32_t token : tokenizer.encode(text, text::SpecialTokens::kAsText)) {
       if (!session.accept(token)) return false;
     }

@@ -45,8 +45,8 @@ class ToolForms : public testing::ApiHarness {
   }
   /// Whether the grammar of the last request takes an answer that calls the tool; "": plain text.
   bool takes(const std::string& name, const std::string& arguments = R"({"a": "b"})") {
-    engine::GrammarCompiler compiler(tokenizer_);
-    engine::GrammarSession session(compiler.compile(last().grammar), last().thinking);
+    engine_core::GrammarCompiler compiler(tokenizer_);
+    engine_core::GrammarSession session(compiler.compile(last().grammar), last().thinking);
     text::ChatPrompt prompt;
     prompt.text = name.empty() ? "Hello" : "\n\n";
     if (!name.empty())
@@ -78,7 +78,7 @@ TEST_F(ToolForms, AllowedToolsInBothModes) {
                api.nested ? R"("allowed_tools": {"tools": []}})" : R"("tools": []})");
     post(api.path, body(api, tools(api) + no_mode));
     EXPECT_EQ(status_, 200);
-    EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kNone);
+    EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kNone);
   }
 }
 
@@ -136,7 +136,7 @@ TEST_F(ToolForms, ACustomToolsGrammarIsKept) {
     // Without a grammar any text will do.
     post(api.path, body(api, concat(R"("tools": [)", entry(api, "custom", custom("")), "]")));
     EXPECT_EQ(status_, 200);
-    EXPECT_EQ(last().grammar.kind, engine::Grammar::Kind::kNone);
+    EXPECT_EQ(last().grammar.kind, engine_core::Grammar::Kind::kNone);
   }
 }
 
@@ -160,7 +160,7 @@ TEST_F(ToolForms, ACustomToolsGrammarThatCannotBeKept) {
     for (const auto& [syntax, definition] : std::vector<std::pair<std::string, std::string>>{
              {"regex", "(?=a)b"}, {"lark", "start: x"}}) {
       ask(format_of(api.nested, syntax, definition));
-      engine::GrammarCompiler compiler(tokenizer_);
+      engine_core::GrammarCompiler compiler(tokenizer_);
       EXPECT_THROW(compiler.compile(last().grammar), InputError) << definition;
     }
   }

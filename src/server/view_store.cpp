@@ -4,7 +4,7 @@
 
 namespace hadal::server {
 
-void ViewStore::put(const std::string& id, const engine::ContextView& view) {
+void ViewStore::put(const std::string& id, const engine_core::ContextView& view) {
   JsonWriter json;
   json.begin_object()
       .field("id", id)
@@ -13,7 +13,7 @@ void ViewStore::put(const std::string& id, const engine::ContextView& view) {
       .field("index_topk", view.index_topk)
       .key("layers")
       .begin_array();
-  for (const engine::ContextView::Layer& layer : view.layers) {
+  for (const engine_core::ContextView::Layer& layer : view.layers) {
     json.begin_object()
         .field("layer", layer.layer)
         .field("kind", layer.ratio == 0 ? "window" : (layer.selects ? "csa" : "hca"))

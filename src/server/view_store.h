@@ -16,7 +16,7 @@ namespace hadal::server {
 class ViewStore {
  public:
   explicit ViewStore(size_t capacity = 64) : capacity_(capacity) {}
-  void put(const std::string& id, const engine::ContextView& view);
+  void put(const std::string& id, const engine_core::ContextView& view);
   /// JSON: {"id", "tokens", "window", "index_topk", "layers": [{"layer", "kind", "ratio", "blocks",
   /// "selected"}]}.
   std::optional<std::string> find(const std::string& id) const;

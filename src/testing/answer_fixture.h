@@ -15,7 +15,7 @@
 #include "testing/scripted_engine.h"
 #include "testing/tiny_tokenizer.h"
 
-namespace hadal::server {
+namespace hadal::testing {
 
 /// An answer of any API.
 struct SeenAnswer {
@@ -33,17 +33,17 @@ class AnswerTest : public ::testing::Test {
   static constexpr Route kRoutes[] = {Route::kChat, Route::kResponses, Route::kMessages};
 
   AnswerTest()
-      : tokenizer_(text::Tokenizer::from_json(testing::byte_tokenizer_json(), "tiny")),
+      : tokenizer_(text::Tokenizer::from_json(byte_tokenizer_json(), "tiny")),
         engine_(tokenizer_,
-                [this](const engine::Request&, int64_t) { return script_; },
+                [this](const engine_core::Request&, int64_t) { return script_; },
                 {.max_context = 65536, .inline_steps = true}) {
     options_.grammar_threads = 0;  // all is answered when handle() returns
   }
 
-  HttpResponse post(const std::string& path, const std::string& body) {
+  server::HttpResponse post(const std::string& path, const std::string& body) {
     if (!api_) api_.emplace(engine_, tokenizer_, options_);
     const auto recorder = std::make_shared<Recorder>();
-    HttpRequest request;
+    server::HttpRequest request;
     request.method = path == "/metrics" ? "GET" : "POST";
     request.path = path;
     request.body = body;
@@ -57,35 +57,35 @@ class AnswerTest : public ::testing::Test {
   /// The same whole and streamed, which must agree.
   SeenAnswer ask_both(Route route, bool thinks, const std::string& more = "");
   std::string metrics() { return post("/metrics", "").body; }
-  engine::Request last() const { return engine_.requests().back(); }
+  engine_core::Request last() const { return engine_.requests().back(); }
   std::string last_prompt() const {
-    const engine::Request request = last();
+    const engine_core::Request request = last();
     return tokenizer_.decode(std::vector<int32_t>(request.prompt.begin(), request.prompt.end()));
   }
 
   text::Tokenizer tokenizer_;
-  ServerOptions options_;
+  server::ServerOptions options_;
   std::string script_;
   std::string functions_ = R"({"name": "f", "PARAMETERS": {"type": "object"}}, {"name": "g"})";
-  testing::ScriptedEngine engine_;
-  std::optional<Api> api_;
+  ScriptedEngine engine_;
+  std::optional<server::Api> api_;
 
  private:
-  class Recorder final : public Responder {
+  class Recorder final : public server::Responder {
    public:
     void post(std::function<void()> work) override { work(); }
-    void send(HttpResponse response) override {
+    void send(server::HttpResponse response) override {
       reply = std::move(response);
       ++ended;
     }
-    void begin_stream(HttpResponse head) override { reply = std::move(head); }
+    void begin_stream(server::HttpResponse head) override { reply = std::move(head); }
     void write(std::string bytes) override { reply.body += bytes; }
     void end_stream() override { ++ended; }
     void when_silent(std::chrono::milliseconds, std::function<void()>) override {}
     void on_close(std::function<void()>) override {}
-    HttpResponse reply;
+    server::HttpResponse reply;
     int ended = 0;
   };
 };
 
-}  // namespace hadal::server
+}  // namespace hadal::testing

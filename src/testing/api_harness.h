@@ -58,7 +58,7 @@ class ApiHarness : public ::testing::Test {
   ApiHarness()
       : tokenizer_(text::Tokenizer::from_json(byte_tokenizer_json(), "tiny")),
         engine_(tokenizer_,
-                [this](const engine::Request&, int64_t choice) {
+                [this](const engine_core::Request&, int64_t choice) {
                   return answers_[static_cast<size_t>(choice) % answers_.size()];
                 },
                 {.max_context = 4096, .inline_steps = true}) {
@@ -120,13 +120,13 @@ class ApiHarness : public ::testing::Test {
     }
     return value->dump();
   }
-  engine::Request last() const {
+  engine_core::Request last() const {
     const auto requests = engine_.requests();
     EXPECT_FALSE(requests.empty()) << "the engine got nothing";
-    return requests.empty() ? engine::Request() : requests.back();
+    return requests.empty() ? engine_core::Request() : requests.back();
   }
   std::string prompt_of_last() const {
-    const engine::Request request = last();
+    const engine_core::Request request = last();
     return tokenizer_.decode(std::vector<int32_t>(request.prompt.begin(), request.prompt.end()));
   }
 

@@ -21,7 +21,7 @@
 #include "engine_core/schedule/scheduler.h"
 #include "testing/scripted_model.h"
 
-namespace hadal::engine::traffic {
+namespace hadal::testing::traffic {
 
 using Tokens = std::vector<int64_t>;
 
@@ -42,7 +42,7 @@ inline constexpr Shape kNano{.page_bytes = 52'656,
                              .hca_row = 3'072};
 
 /// Pages and slots without bytes, a model without numbers.
-class Nothing final : public CacheMemory, public Runner {
+class Nothing final : public engine_core::CacheMemory, public engine_core::Runner {
  public:
   Nothing(const Shape& shape, int64_t num_pages, int64_t num_slots, int64_t vocab_size = 8)
       : shape_(shape), num_pages_(num_pages), num_slots_(num_slots), vocab_size_(vocab_size) {}
@@ -61,17 +61,17 @@ class Nothing final : public CacheMemory, public Runner {
 
   int64_t vocab_size() const override { return vocab_size_; }
   int64_t slack() const override { return 0; }
-  Ticket launch(std::span<const SequenceStep> steps) override {
+  Ticket launch(std::span<const engine_core::SequenceStep> steps) override {
     in_flight_ = steps;
     return 0;
   }
   /// Draws what `answers` says of the seed.
-  StepResult collect(Ticket) override {
-    StepResult result;
-    for (const SequenceStep& step : in_flight_) {
+  engine_core::StepResult collect(Ticket) override {
+    engine_core::StepResult result;
+    for (const engine_core::SequenceStep& step : in_flight_) {
       computed += std::ssize(step.tokens);
-      SequenceResult& own = result.sequences.emplace_back();
-      for (const Draw& draw : step.draws)
+      engine_core::SequenceResult& own = result.sequences.emplace_back();
+      for (const engine_core::Draw& draw : step.draws)
         own.drawn.push_back({.token = (*answers.at(draw.sampling->seed))[draw.answer.size()]});
     }
     return result;
@@ -85,7 +85,7 @@ class Nothing final : public CacheMemory, public Runner {
  private:
   Shape shape_;
   int64_t num_pages_, num_slots_, vocab_size_;
-  std::span<const SequenceStep> in_flight_;
+  std::span<const engine_core::SequenceStep> in_flight_;
 };
 
 /// One turn: all tokens so far and the answer that follows.
@@ -93,7 +93,7 @@ struct Turn {
   int64_t conversation = 0, family = -1;  ///< -1: shares its beginning with nobody
   int64_t shared = 0;                     ///< tokens of the family's beginning
   Tokens prompt, answer;
-  CacheKey key = {};
+  engine_core::CacheKey key = {};
 };
 /// Turns of a batch run together, batches one behind the other.
 using Traffic = std::vector<std::vector<Turn>>;
@@ -144,9 +144,9 @@ class Served {
   Served(const Shape& shape,
          int64_t num_pages,
          int64_t num_slots,
-         const SchedulerOptions& options,
+         const engine_core::SchedulerOptions& options,
          int64_t vocab_size = 8,
-         AnswerCuts* cuts = nullptr)
+         engine_core::AnswerCuts* cuts = nullptr)
       : nothing_(shape, num_pages, num_slots, vocab_size),
         scheduler_({.model_name = "nothing",
                     .vocab_size = vocab_size,
@@ -157,10 +157,10 @@ class Served {
                    {.runner = nothing_, .memory = nothing_, .filters = filters_, .cuts = cuts}) {}
 
   /// Reports of a batch, in order.
-  std::vector<CacheReport> run(const std::vector<Turn>& batch) {
+  std::vector<engine_core::CacheReport> run(const std::vector<Turn>& batch) {
     std::vector<std::shared_ptr<Reader>> readers;
     for (const Turn& turn : batch) {
-      Request request;
+      engine_core::Request request;
       request.prompt = turn.prompt;
       request.max_tokens = std::ssize(turn.answer);
       request.ignore_eos = true;
@@ -175,7 +175,7 @@ class Served {
     }
     scheduler_.check_integrity();
     nothing_.answers.clear();
-    std::vector<CacheReport> reports;
+    std::vector<engine_core::CacheReport> reports;
     for (const auto& reader : readers) {
       EXPECT_EQ(reader->error, "");
       reports.push_back(reader->report);
@@ -185,27 +185,27 @@ class Served {
   Counts run(const Traffic& all) {
     Counts counts;
     for (const std::vector<Turn>& batch : all) {
-      for (const CacheReport& report : run(batch)) {
+      for (const engine_core::CacheReport& report : run(batch)) {
         counts.prompt += report.prompt_tokens;
         counts.cached += report.cached_tokens;
       }
     }
     return counts;
   }
-  const Scheduler& scheduler() const { return scheduler_; }
+  const engine_core::Scheduler& scheduler() const { return scheduler_; }
 
  private:
-  struct Reader final : Sink {
-    void on_update(Update update) override {
+  struct Reader final : engine_core::Sink {
+    void on_update(engine_core::Update update) override {
       report = update.cache;
       error += update.error;
     }
-    CacheReport report;
+    engine_core::CacheReport report;
     std::string error;
   };
   Nothing nothing_;
   ScriptedFilters filters_;
-  Scheduler scheduler_;
+  engine_core::Scheduler scheduler_;
   uint64_t last_id_ = 0;
 };
 
@@ -419,4 +419,4 @@ inline Traffic people(int64_t requests, int64_t active, uint64_t seed) {
   return all;
 }
 
-}  // namespace hadal::engine::traffic
+}  // namespace hadal::testing::traffic

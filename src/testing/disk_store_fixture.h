@@ -49,9 +49,9 @@ class TemporaryFolder {
 inline constexpr int64_t kPageTokens = 8;
 inline constexpr int64_t kPageBytes = 3000, kWindowBytes = 5000, kSnapshotBytes = 1500;
 
-inline engine::DiskStoreOptions disk_options(const std::string& folder,
-                                             engine::WindowPolicy policy) {
-  engine::DiskStoreOptions options;
+inline engine_core::DiskStoreOptions disk_options(const std::string& folder,
+                                                  engine_core::WindowPolicy policy) {
+  engine_core::DiskStoreOptions options;
   options.folder = folder;
   options.identity = "test model";
   options.page_tokens = kPageTokens;
@@ -63,10 +63,11 @@ inline engine::DiskStoreOptions disk_options(const std::string& folder,
   return options;
 }
 
-inline std::vector<std::byte> bytes_for(engine::RecordKind kind, std::span<const int64_t> prefix) {
-  const int64_t size = kind == engine::RecordKind::kPage     ? kPageBytes
-                       : kind == engine::RecordKind::kWindow ? kWindowBytes
-                                                             : kSnapshotBytes;
+inline std::vector<std::byte> bytes_for(engine_core::RecordKind kind,
+                                        std::span<const int64_t> prefix) {
+  const int64_t size = kind == engine_core::RecordKind::kPage     ? kPageBytes
+                       : kind == engine_core::RecordKind::kWindow ? kWindowBytes
+                                                                  : kSnapshotBytes;
   const auto raw = std::as_bytes(prefix);
   uint64_t state = fnv1a64({reinterpret_cast<const char*>(raw.data()), raw.size()}) +
                    static_cast<uint64_t>(kind);
@@ -95,17 +96,17 @@ inline std::vector<int64_t> prompt(uint64_t seed,
 }
 
 /// Everything a caller offers for a prompt, page by page.
-inline void save_all(engine::PrefixStore& store, std::span<const int64_t> tokens) {
+inline void save_all(engine_core::PrefixStore& store, std::span<const int64_t> tokens) {
   for (int64_t pages = 1; pages * kPageTokens <= std::ssize(tokens); ++pages) {
     const auto prefix = first_pages(tokens, pages);
-    store.save_page(prefix, bytes_for(engine::RecordKind::kPage, prefix));
-    store.save_window(prefix, bytes_for(engine::RecordKind::kWindow, prefix));
-    store.save_snapshot(prefix, bytes_for(engine::RecordKind::kSnapshot, prefix));
+    store.save_page(prefix, bytes_for(engine_core::RecordKind::kPage, prefix));
+    store.save_window(prefix, bytes_for(engine_core::RecordKind::kWindow, prefix));
+    store.save_snapshot(prefix, bytes_for(engine_core::RecordKind::kSnapshot, prefix));
   }
 }
 
 /// Loads and checks every byte of what comes; returns the position, 0 for a miss.
-inline int64_t load_checked(engine::PrefixStore& store,
+inline int64_t load_checked(engine_core::PrefixStore& store,
                             std::span<const int64_t> tokens,
                             int64_t from_page,
                             int64_t max_pos,
@@ -119,22 +120,23 @@ inline int64_t load_checked(engine::PrefixStore& store,
   EXPECT_EQ(std::ssize(found->pages), std::max<int64_t>(0, pages - from_page));
   for (int64_t i = 0; i < std::ssize(found->pages); ++i)
     EXPECT_EQ(found->pages[static_cast<size_t>(i)],
-              bytes_for(engine::RecordKind::kPage, first_pages(tokens, from_page + i + 1)));
-  if (store.policy() == engine::WindowPolicy::kPeriodic)
+              bytes_for(engine_core::RecordKind::kPage, first_pages(tokens, from_page + i + 1)));
+  if (store.policy() == engine_core::WindowPolicy::kPeriodic)
     EXPECT_EQ(found->snapshot,
-              bytes_for(engine::RecordKind::kSnapshot, first_pages(tokens, pages)));
+              bytes_for(engine_core::RecordKind::kSnapshot, first_pages(tokens, pages)));
   else
     EXPECT_TRUE(found->snapshot.empty());
   const int64_t windows =
-      store.policy() == engine::WindowPolicy::kFull ? std::min(pages, window_pages) : 0;
+      store.policy() == engine_core::WindowPolicy::kFull ? std::min(pages, window_pages) : 0;
   EXPECT_EQ(std::ssize(found->windows), windows);
   for (int64_t i = 0; i < std::min(windows, std::ssize(found->windows)); ++i)
-    EXPECT_EQ(found->windows[static_cast<size_t>(i)],
-              bytes_for(engine::RecordKind::kWindow, first_pages(tokens, pages - windows + i + 1)));
+    EXPECT_EQ(
+        found->windows[static_cast<size_t>(i)],
+        bytes_for(engine_core::RecordKind::kWindow, first_pages(tokens, pages - windows + i + 1)));
   return found->pos;
 }
 
-inline int64_t load_all(engine::PrefixStore& store, std::span<const int64_t> tokens) {
+inline int64_t load_all(engine_core::PrefixStore& store, std::span<const int64_t> tokens) {
   return load_checked(store, tokens, 0, std::ssize(tokens));
 }
 

@@ -17,7 +17,7 @@
 #include "text/chat_tokens.h"
 #include "text/tokenizer.h"
 
-namespace hadal::engine::walks {
+namespace hadal::testing::walks {
 
 using Words = std::vector<uint32_t>;
 
@@ -45,13 +45,13 @@ inline const text::Tokenizer& tokenizer() {
   static const text::Tokenizer rare = rare_tokens();
   return rare;
 }
-inline GrammarCompiler& compiler() {
-  static GrammarCompiler rare(tokenizer(), 0, {.time = std::chrono::minutes(2)});
+inline engine_core::GrammarCompiler& compiler() {
+  static engine_core::GrammarCompiler rare(tokenizer(), 0, {.time = std::chrono::minutes(2)});
   return rare;
 }
 inline int32_t eos() { return static_cast<int32_t>(tokenizer().id_of(text::kEos)); }
 
-inline GrammarSession start(Grammar::Kind kind, const std::string& text) {
+inline engine_core::GrammarSession start(engine_core::Grammar::Kind kind, const std::string& text) {
   return {compiler().compile({kind, text}), false};
 }
 
@@ -59,7 +59,7 @@ inline bool bit(const Words& words, int64_t token) {
   const auto place = static_cast<size_t>(token);
   return (words[place / 32] >> place % 32 & 1u) != 0;
 }
-inline Words mask_of(GrammarSession& session) {
+inline Words mask_of(engine_core::GrammarSession& session) {
   Words words(compiler().mask_words());
   session.mask(words);
   return words;
@@ -113,7 +113,8 @@ inline int64_t pick(const Words& words, Random& random) {
 }
 
 /// Every token is taken or refused as the mask says, and taking it back leaves no trace.
-inline void expect_mask_is_acceptance(GrammarSession& session, const std::string& text) {
+inline void expect_mask_is_acceptance(engine_core::GrammarSession& session,
+                                      const std::string& text) {
   const Words words = mask_of(session);
   for (int64_t token = 0; token < tokenizer().vocab_size(); ++token) {
     const bool taken = session.accept(token);
@@ -124,7 +125,9 @@ inline void expect_mask_is_acceptance(GrammarSession& session, const std::string
 }
 
 /// A walk to the end; "" if it takes too long. Masks are what accept() does, drafts leave no trace.
-inline std::string walk(GrammarSession& session, Random& random, double all_tokens = 0.05) {
+inline std::string walk(engine_core::GrammarSession& session,
+                        Random& random,
+                        double all_tokens = 0.05) {
   std::string text;
   for (int step = 0; step < 300 && !::testing::Test::HasFailure(); ++step) {
     if (random.chance(all_tokens)) expect_mask_is_acceptance(session, text);
@@ -176,7 +179,7 @@ inline std::vector<int64_t> cut(const std::string& text, Random& random) {
   return out;
 }
 
-inline bool takes(GrammarSession session, const std::string& text, Random& random) {
+inline bool takes(engine_core::GrammarSession session, const std::string& text, Random& random) {
   Words words(compiler().mask_words());
   const std::vector<int64_t> tokens = cut(text, random);
   for (int64_t i = 0; i < std::ssize(tokens); ++i) {
@@ -196,4 +199,4 @@ inline double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-}  // namespace hadal::engine::walks
+}  // namespace hadal::testing::walks

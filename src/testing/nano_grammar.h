@@ -14,9 +14,9 @@ inline const text::Tokenizer& nano_tokenizer() {
   return nano;
 }
 
-inline engine::GrammarCompiler& nano_compiler() {
+inline engine_core::GrammarCompiler& nano_compiler() {
   // Sanitizers on a busy machine take many times as long.
-  static engine::GrammarCompiler nano(nano_tokenizer(), 0, {.time = std::chrono::minutes(2)});
+  static engine_core::GrammarCompiler nano(nano_tokenizer(), 0, {.time = std::chrono::minutes(2)});
   return nano;
 }
 

@@ -17,26 +17,26 @@
 #include "engine_core/schedule/scheduler.h"
 #include "testing/scripted_model.h"
 
-namespace hadal::engine::scripted {
+namespace hadal::testing::scripted {
 
 using Tokens = std::vector<int64_t>;
 
 struct Answer {
   Tokens tokens;
   std::string text;
-  std::optional<FinishReason> finish;
+  std::optional<engine_core::FinishReason> finish;
   std::string matched_stop, error;
   int64_t stop_token = -1;
   friend bool operator==(const Answer&, const Answer&) = default;
 };
 
 // All choices of one request; complains about updates after the end.
-class Recorder : public Sink {
+class Recorder : public engine_core::Sink {
  public:
-  void on_update(Update update) override {
+  void on_update(engine_core::Update update) override {
     Answer& answer = answers[update.choice];
     EXPECT_FALSE(answer.finish) << "an update after the last";
-    for (const OutputToken& token : update.tokens) {
+    for (const engine_core::OutputToken& token : update.tokens) {
       answer.tokens.push_back(token.token);
       answer.text += token.text;
     }
@@ -56,8 +56,8 @@ class Recorder : public Sink {
     if (throws) throw std::runtime_error("sink: gone");
   }
   std::map<int64_t, Answer> answers;
-  CacheReport cache;
-  std::vector<TokenScore> scores;
+  engine_core::CacheReport cache;
+  std::vector<engine_core::TokenScore> scores;
   int64_t weights = -1;
   int64_t finished = 0, updates = 0;
   bool throws = false;
@@ -65,56 +65,58 @@ class Recorder : public Sink {
 
 // What one choice must be, computed without any cache or schedule.
 inline Answer expected_answer(const ScriptedModel& model,
-                              const Request& request,
+                              const engine_core::Request& request,
                               int64_t choice,
                               int64_t max_context) {
   ScriptedFilters filters;
-  const std::unique_ptr<AnswerFilter> filter = filters.create(request);
+  const std::unique_ptr<engine_core::AnswerFilter> filter = filters.create(request);
   Tokens tokens = request.prompt;
   Answer answer;
-  if (request.max_tokens == 0) answer.finish = FinishReason::kLength;
+  if (request.max_tokens == 0) answer.finish = engine_core::FinishReason::kLength;
   Tokens ends = request.stop_tokens;
   if (!request.ignore_eos) ends.push_back(0);
   while (!answer.finish) {
     const bool early = std::ssize(answer.tokens) < request.min_tokens;
     const std::vector<float> logits = model.reference(tokens);
-    const Draw draw{.sampling = &request.sampling,
-                    .choice = choice,
-                    .pos = static_cast<int64_t>(tokens.size()),
-                    .prompt = {},
-                    .answer = {},
-                    .mask = filter->masks({}).front(),
-                    .avoided = early ? std::span<const int64_t>(ends) : std::span<const int64_t>()};
+    const engine_core::Draw draw{
+        .sampling = &request.sampling,
+        .choice = choice,
+        .pos = static_cast<int64_t>(tokens.size()),
+        .prompt = {},
+        .answer = {},
+        .mask = filter->masks({}).front(),
+        .avoided = early ? std::span<const int64_t>(ends) : std::span<const int64_t>()};
     const int64_t token = ScriptedSampler::sample(draw, logits).token;
     tokens.push_back(token);
     answer.tokens.push_back(token);
     if (std::ranges::count(ends, token) > 0) {
       if (token != 0) answer.stop_token = token;
       answer.text += filter->finish();
-      answer.finish = FinishReason::kStop;
+      answer.finish = engine_core::FinishReason::kStop;
       break;
     }
-    const AnswerFilter::Accepted accepted = filter->accept(token);
+    const engine_core::AnswerFilter::Accepted accepted = filter->accept(token);
     answer.text += accepted.text;
-    if (accepted.verdict == AnswerFilter::Verdict::kStopString) {
+    if (accepted.verdict == engine_core::AnswerFilter::Verdict::kStopString) {
       answer.matched_stop = accepted.matched_stop;
-      answer.finish = FinishReason::kStopString;
-    } else if (accepted.verdict == AnswerFilter::Verdict::kComplete) {
+      answer.finish = engine_core::FinishReason::kStopString;
+    } else if (accepted.verdict == engine_core::AnswerFilter::Verdict::kComplete) {
       answer.text += filter->finish();
-      answer.finish = FinishReason::kStop;
+      answer.finish = engine_core::FinishReason::kStop;
     } else if (static_cast<int64_t>(answer.tokens.size()) == request.max_tokens ||
                static_cast<int64_t>(tokens.size()) == max_context) {
       answer.text += filter->finish();
-      answer.finish = FinishReason::kLength;
+      answer.finish = engine_core::FinishReason::kLength;
     }
   }
   return answer;
 }
 
 // What the tokens of a prompt must score.
-inline std::vector<TokenScore> expected_scores(const ScriptedModel& model, const Request& request) {
+inline std::vector<engine_core::TokenScore> expected_scores(const ScriptedModel& model,
+                                                            const engine_core::Request& request) {
   const ScriptedSampler sampler;
-  std::vector<TokenScore> scores;
+  std::vector<engine_core::TokenScore> scores;
   if (request.prompt_logprobs < 0) return scores;
   for (size_t i = 0; i < request.prompt.size(); ++i) {
     scores.emplace_back();
@@ -127,11 +129,12 @@ inline std::vector<TokenScore> expected_scores(const ScriptedModel& model, const
 
 struct Config {
   ScriptedOptions model;
-  SchedulerOptions scheduler;
+  engine_core::SchedulerOptions scheduler;
   uint64_t drafts_right = 200;  ///< of 256
   int64_t max_context = 200;
   bool store = false;
-  WindowPolicy policy = WindowPolicy::kPeriodic;  ///< kFull: with model.whole_windows
+  engine_core::WindowPolicy policy =
+      engine_core::WindowPolicy::kPeriodic;  ///< kFull: with model.whole_windows
 };
 
 class World {
@@ -153,7 +156,7 @@ class World {
                    .drafter = &drafter,
                    .store = config.store ? &store : nullptr}) {}
 
-  std::shared_ptr<Recorder> add(const Request& request) {
+  std::shared_ptr<Recorder> add(const engine_core::Request& request) {
     auto sink = std::make_shared<Recorder>();
     scheduler.add(++last_id, scheduler.prepare(request, sink));
     return sink;
@@ -164,7 +167,7 @@ class World {
       ASSERT_NO_THROW(scheduler.check_integrity());
     }
   }
-  Answer expected(const Request& request, int64_t choice = 0) const {
+  Answer expected(const engine_core::Request& request, int64_t choice = 0) const {
     return expected_answer(model, request, choice,
                            std::min(info.max_context, model.num_pages() * model.page_tokens()));
   }
@@ -173,13 +176,13 @@ class World {
   ScriptedFilters filters;
   ScriptedDrafter drafter;
   ScriptedStore store;
-  EngineInfo info;
-  Scheduler scheduler;
+  engine_core::EngineInfo info;
+  engine_core::Scheduler scheduler;
   uint64_t last_id = 0;
 };
 
-inline Request plain(Tokens prompt, int64_t max_tokens) {
-  Request request;
+inline engine_core::Request plain(Tokens prompt, int64_t max_tokens) {
+  engine_core::Request request;
   request.prompt = std::move(prompt);
   request.max_tokens = max_tokens;
   request.ignore_eos = true;
@@ -193,4 +196,4 @@ inline Tokens counting(int64_t count, int64_t first = 1) {
   return tokens;
 }
 
-}  // namespace hadal::engine::scripted
+}  // namespace hadal::testing::scripted

@@ -22,16 +22,16 @@
 
 namespace hadal::testing {
 
-using engine::Request;
+using engine_core::Request;
 
 namespace {
 
 /// Samples as the engine does and remembers.
-class RecordingSampler final : public engine::Sampler {
+class RecordingSampler final : public engine_core::Sampler {
  public:
   explicit RecordingSampler(int64_t vocab) : sampler_(vocab) {}
-  void sample(std::span<const engine::DrawInput> inputs,
-              std::span<engine::Sampled> sampled) override {
+  void sample(std::span<const engine_core::DrawInput> inputs,
+              std::span<engine_core::Sampled> sampled) override {
     sampler_.sample(inputs, sampled);
     for (size_t i = 0; i < inputs.size(); ++i) {
       const auto& [draw, logits] = inputs[i];
@@ -40,9 +40,9 @@ class RecordingSampler final : public engine::Sampler {
       drawn[{draw.sampling->seed, draw.choice, draw.pos}] = {fnv1a64(bytes), sampled[i].token};
     }
   }
-  engine::TokenScore score(std::span<const float> logits,
-                           int64_t token,
-                           int64_t top) const override {
+  engine_core::TokenScore score(std::span<const float> logits,
+                                int64_t token,
+                                int64_t top) const override {
     return sampler_.score(logits, token, top);
   }
   std::map<Schedules::Key, Drawn> drawn;
@@ -51,7 +51,7 @@ class RecordingSampler final : public engine::Sampler {
   engine::ModelSampler sampler_;
 };
 
-class NoFilter final : public engine::AnswerFilter {
+class NoFilter final : public engine_core::AnswerFilter {
  public:
   std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
     return std::vector<std::span<const int32_t>>(1 + draft.size());
@@ -59,17 +59,17 @@ class NoFilter final : public engine::AnswerFilter {
   Accepted accept(int64_t) override { return {}; }
   std::string finish() override { return {}; }
 };
-class NoFilters final : public engine::AnswerFilters {
+class NoFilters final : public engine_core::AnswerFilters {
  public:
-  std::unique_ptr<engine::AnswerFilter> create(const Request&) override {
+  std::unique_ptr<engine_core::AnswerFilter> create(const Request&) override {
     return std::make_unique<NoFilter>();
   }
 };
 
-struct Answer final : engine::Sink {
-  void on_update(engine::Update update) override {
+struct Answer final : engine_core::Sink {
+  void on_update(engine_core::Update update) override {
     if (!update.error.empty()) error = update.error;
-    for (const engine::OutputToken& token : update.tokens)
+    for (const engine_core::OutputToken& token : update.tokens)
       tokens[update.choice].push_back(token.token);
     cached = update.cache.cached_tokens;
     disk = update.cache.disk_tokens;
@@ -77,7 +77,7 @@ struct Answer final : engine::Sink {
     if (update.finish) ++finished;
   }
   std::map<int64_t, std::vector<int64_t>> tokens;
-  std::shared_ptr<const std::vector<engine::TokenScore>> scores;
+  std::shared_ptr<const std::vector<engine_core::TokenScore>> scores;
   std::string error;
   int64_t cached = 0, disk = 0;
   int finished = 0;
@@ -92,29 +92,30 @@ struct Schedules::Machine {
   engine::ModelRunner runner;
   NoFilters filters;
   std::unique_ptr<engine::MtpDrafter> drafter;
-  std::unique_ptr<engine::Scheduler> scheduler;
+  std::unique_ptr<engine_core::Scheduler> scheduler;
   uint64_t next_id = 1;
 
   Machine(const model::Transformer& model,
           const engine::KvCacheOptions& memory,
-          const engine::SchedulerOptions& options,
-          engine::PrefixStore* store)
+          const engine_core::SchedulerOptions& options,
+          engine_core::PrefixStore* store)
       : cache(model.config(), memory),
         sampler(model.config().vocab_size),
         runner(model, cache, sampler) {
     if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner, sampler);
-    const engine::EngineInfo info{
+    const engine_core::EngineInfo info{
         .model_name = "test",
         .vocab_size = model.config().vocab_size,
         .max_context = std::min<int64_t>(memory.num_pages * cache.page_tokens(), 4096),
         .max_choices = 4,
         .eos_token = -1};
-    scheduler = std::make_unique<engine::Scheduler>(info, options,
-                                                    engine::SchedulerParts{.runner = runner,
-                                                                           .memory = cache,
-                                                                           .filters = filters,
-                                                                           .drafter = drafter.get(),
-                                                                           .store = store});
+    scheduler = std::make_unique<engine_core::Scheduler>(
+        info, options,
+        engine_core::SchedulerParts{.runner = runner,
+                                    .memory = cache,
+                                    .filters = filters,
+                                    .drafter = drafter.get(),
+                                    .store = store});
   }
   std::shared_ptr<Answer> add(const Request& request) {
     auto answer = std::make_shared<Answer>();
@@ -190,15 +191,16 @@ void Schedules::run() {
   // three have a store on disk, the second of them finds what the first left.
   const int64_t round = counts_.schedules;
   const bool crowd = round % 4 == 0;
-  engine::SchedulerOptions options;
+  engine_core::SchedulerOptions options;
   options.max_running = crowd
                             ? shape_.max_company
                             : static_cast<int64_t>(std::exp2(static_cast<double>(random(0, 1000)) /
                                                              1000 * std::log2(shape_.max_company)));
   options.step_tokens = 4 + random(0, 120);
   options.prompt_tokens = options.step_tokens + random(0, 300);
-  constexpr std::array kPolicies = {engine::WindowPolicy::kFull, engine::WindowPolicy::kPeriodic,
-                                    engine::WindowPolicy::kZero};
+  constexpr std::array kPolicies = {engine_core::WindowPolicy::kFull,
+                                    engine_core::WindowPolicy::kPeriodic,
+                                    engine_core::WindowPolicy::kZero};
   const auto policy = static_cast<size_t>(round / 3) % kPolicies.size();
   const bool on_disk = round % 3 != 0;
   const bool drafts = on_disk ? round / 3 / std::ssize(kPolicies) % 2 == 1 : random(0, 1) == 1;
@@ -214,13 +216,13 @@ void Schedules::run() {
       .num_slots = options.max_running + 2,
       .slack = 3,
       .with_mtp = drafts,
-      .whole_windows = on_disk && kPolicies[policy] == engine::WindowPolicy::kFull};
+      .whole_windows = on_disk && kPolicies[policy] == engine_core::WindowPolicy::kFull};
 
-  std::unique_ptr<engine::DiskStore> store;
+  std::unique_ptr<engine_core::DiskStore> store;
   int64_t* from_disk = nullptr;
   if (on_disk) {
     from_disk = std::array{&counts_.full, &counts_.periodic, &counts_.zero}[policy];
-    engine::DiskStoreOptions disk;
+    engine_core::DiskStoreOptions disk;
     disk.policy = kPolicies[policy];
     // What is stored with the MTP block's rows is another layout.
     disk.folder = concat(folder_, "/", policy, drafts ? "-drafts" : "");
@@ -229,7 +231,7 @@ void Schedules::run() {
     disk.period = disk.page_tokens;
     disk.window_pages = ceil_div(model_.config().window_size, disk.page_tokens);
     std::filesystem::create_directories(folder_);
-    store = std::make_unique<engine::DiskStore>(disk);
+    store = std::make_unique<engine_core::DiskStore>(disk);
   }
   Machine machine(model_, memory, options, store.get());
   int64_t tokens_from_disk = 0;
@@ -267,7 +269,7 @@ void Schedules::run() {
     ASSERT_EQ(drawn, wanted->second)
         << "seed " << std::get<0>(key) << " position " << std::get<2>(key);
   }
-  const engine::EngineStats stats = machine.scheduler->stats();
+  const engine_core::EngineStats stats = machine.scheduler->stats();
   counts_.preempted += stats.preemptions;
   counts_.drafted += stats.drafted;
   counts_.accepted += stats.accepted;

@@ -60,7 +60,7 @@ class Schedules {
 
  private:
   struct Machine;
-  engine::Request draw_request(uint64_t seed, const std::vector<int64_t>& shared);
+  engine_core::Request draw_request(uint64_t seed, const std::vector<int64_t>& shared);
   int64_t random(int64_t least, int64_t most);
 
   const model::Transformer& model_;
@@ -68,10 +68,10 @@ class Schedules {
   ScheduleShape shape_;
   std::mt19937_64 random_;
   std::string folder_;
-  std::vector<engine::Request> requests_;
+  std::vector<engine_core::Request> requests_;
   std::map<Key, Drawn> alone_;
   std::vector<std::map<int64_t, std::vector<int64_t>>> tokens_;
-  std::vector<std::shared_ptr<const std::vector<engine::TokenScore>>> scores_;
+  std::vector<std::shared_ptr<const std::vector<engine_core::TokenScore>>> scores_;
   ScheduleCounts counts_;
 };
 

@@ -9,7 +9,7 @@
 
 namespace hadal::testing {
 
-using engine::FinishReason;
+using engine_core::FinishReason;
 
 namespace {
 
@@ -51,9 +51,9 @@ ScriptedEngine::~ScriptedEngine() {
   if (thread_.joinable()) thread_.join();
 }
 
-engine::Submitted ScriptedEngine::submit(engine::Request request,
-                                         std::shared_ptr<engine::Sink> sink,
-                                         uint64_t* id) {
+engine_core::Submitted ScriptedEngine::submit(engine_core::Request request,
+                                              std::shared_ptr<engine_core::Sink> sink,
+                                              uint64_t* id) {
   HADAL_INPUT_CHECK(!request.prompt.empty() && request.max_tokens >= 0, "an empty request");
   HADAL_INPUT_CHECK(std::ssize(request.prompt) + request.max_tokens <= info_.max_context,
                     "the context is too long");
@@ -66,12 +66,12 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
     } else {
       state.tokens = script_tokens(tokenizer_, text);
     }
-    state.text = std::make_unique<engine::AnswerText>(tokenizer_, request);
+    state.text = std::make_unique<engine_core::AnswerText>(tokenizer_, request);
     running.choices.push_back(std::move(state));
   }
   // Of the i-th token -i, that the likeliest is the token's predecessor.
   if (request.prompt_logprobs >= 0) {
-    auto scores = std::make_shared<std::vector<engine::TokenScore>>(request.prompt.size());
+    auto scores = std::make_shared<std::vector<engine_core::TokenScore>>(request.prompt.size());
     for (size_t i = 1; i < scores->size(); ++i) {
       (*scores)[i] = {.logprob = -static_cast<double>(i), .rank = 2, .top = {}};
       if (request.prompt_logprobs > 0)
@@ -81,7 +81,7 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
   }
   running.sink = std::move(sink);
   const std::lock_guard lock(mutex_);
-  if (running_.size() >= options_.max_requests) return engine::Submitted::kQueueFull;
+  if (running_.size() >= options_.max_requests) return engine_core::Submitted::kQueueFull;
   if (seen_.size() >= 1000) seen_.erase(seen_.begin(), seen_.begin() + 500);
   seen_.push_back(request);
   stats_.prompt_tokens += std::ssize(request.prompt);
@@ -90,11 +90,11 @@ engine::Submitted ScriptedEngine::submit(engine::Request request,
   if (options_.inline_steps) {
     while (!step(running)) {
     }
-    return engine::Submitted::kAccepted;
+    return engine_core::Submitted::kAccepted;
   }
   running_.emplace(*id, std::move(running));
   changed_.notify_all();
-  return engine::Submitted::kAccepted;
+  return engine_core::Submitted::kAccepted;
 }
 
 void ScriptedEngine::cancel(uint64_t id) {
@@ -106,9 +106,9 @@ void ScriptedEngine::cancel(uint64_t id) {
   changed_.notify_all();
 }
 
-engine::EngineStats ScriptedEngine::stats() const {
+engine_core::EngineStats ScriptedEngine::stats() const {
   const std::lock_guard lock(mutex_);
-  engine::EngineStats stats = stats_;
+  engine_core::EngineStats stats = stats_;
   stats.running = std::ssize(running_);
   return stats;
 }
@@ -131,13 +131,13 @@ bool ScriptedEngine::wait_running(int64_t count) const {
                            [&] { return std::ssize(running_) >= count; });
 }
 
-std::vector<engine::Request> ScriptedEngine::requests() const {
+std::vector<engine_core::Request> ScriptedEngine::requests() const {
   const std::lock_guard lock(mutex_);
   return seen_;
 }
 
-engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& choice) {
-  engine::Update update;
+engine_core::Update ScriptedEngine::next_token(const Running& running, ChoiceState& choice) {
+  engine_core::Update update;
   update.cache = {std::ssize(running.request.prompt), std::ssize(running.request.prompt) / 2, 0,
                   "tail"};
   update.prompt_scores = running.scores;
@@ -150,7 +150,7 @@ engine::Update ScriptedEngine::next_token(const Running& running, ChoiceState& c
   } else if (static_cast<int64_t>(choice.next) >= running.request.max_tokens) {
     update.finish = FinishReason::kLength;
   } else {
-    engine::OutputToken token;
+    engine_core::OutputToken token;
     const bool ends = choice.next >= choice.tokens.size();
     token.token = ends ? info_.eos_token : choice.tokens[choice.next];
     ++choice.next;
@@ -189,7 +189,7 @@ bool ScriptedEngine::step(Running& running) {
   for (size_t i = 0; i < running.choices.size(); ++i) {
     ChoiceState& choice = running.choices[i];
     if (choice.done) continue;
-    engine::Update update = next_token(running, choice);
+    engine_core::Update update = next_token(running, choice);
     update.choice = static_cast<int64_t>(i);
     choice.done = update.finish.has_value();
     over = over && choice.done;

@@ -27,20 +27,20 @@ struct ScriptedEngineOptions {
 /// The script maps a request and a choice to the text of the answer, chat markup included; EOS
 /// follows it. Literals of special tokens become them, except behind a byte 0x1A ("\x1a"), which is
 /// left out. A text that begins with "!" ends the choice with the error behind it.
-class ScriptedEngine final : public engine::Engine {
+class ScriptedEngine final : public engine_core::Engine {
  public:
-  using Script = std::function<std::string(const engine::Request&, int64_t choice)>;
+  using Script = std::function<std::string(const engine_core::Request&, int64_t choice)>;
   ScriptedEngine(const text::Tokenizer& tokenizer,
                  Script script,
                  ScriptedEngineOptions options = {});
   ~ScriptedEngine() override;
 
-  const engine::EngineInfo& info() const override { return info_; }
-  engine::Submitted submit(engine::Request request,
-                           std::shared_ptr<engine::Sink> sink,
-                           uint64_t* id) override;
+  const engine_core::EngineInfo& info() const override { return info_; }
+  engine_core::Submitted submit(engine_core::Request request,
+                                std::shared_ptr<engine_core::Sink> sink,
+                                uint64_t* id) override;
   void cancel(uint64_t id) override;
-  engine::EngineStats stats() const override;
+  engine_core::EngineStats stats() const override;
 
   /// While held, no step is taken.
   void hold(bool held);
@@ -48,39 +48,39 @@ class ScriptedEngine final : public engine::Engine {
   bool wait_cancelled(int64_t count) const;
   bool wait_running(int64_t count) const;
   /// The last requests, at least 500, as they came.
-  std::vector<engine::Request> requests() const;
+  std::vector<engine_core::Request> requests() const;
 
  private:
   struct ChoiceState {
     std::vector<int32_t> tokens;
     std::string error;
-    std::unique_ptr<engine::AnswerText> text;
+    std::unique_ptr<engine_core::AnswerText> text;
     size_t next = 0;
     bool done = false;
   };
   struct Running {
-    engine::Request request;
-    std::shared_ptr<engine::Sink> sink;
+    engine_core::Request request;
+    std::shared_ptr<engine_core::Sink> sink;
     std::vector<ChoiceState> choices;
-    std::shared_ptr<const std::vector<engine::TokenScore>> scores;
+    std::shared_ptr<const std::vector<engine_core::TokenScore>> scores;
     bool cancelled = false;
   };
   void loop();
   /// One token of every choice; whether the request is over. Under the lock.
   bool step(Running& running);
-  engine::Update next_token(const Running& running, ChoiceState& choice);
+  engine_core::Update next_token(const Running& running, ChoiceState& choice);
 
   const text::Tokenizer& tokenizer_;
   const Script script_;
   const ScriptedEngineOptions options_;
-  engine::EngineInfo info_;
-  std::shared_ptr<const engine::WeightsVersion> weights_ =
-      std::make_shared<engine::WeightsVersion>();
+  engine_core::EngineInfo info_;
+  std::shared_ptr<const engine_core::WeightsVersion> weights_ =
+      std::make_shared<engine_core::WeightsVersion>();
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::map<uint64_t, Running> running_;
-  std::vector<engine::Request> seen_;
-  engine::EngineStats stats_;
+  std::vector<engine_core::Request> seen_;
+  engine_core::EngineStats stats_;
   uint64_t next_id_ = 1;
   bool held_ = false, stop_ = false;
   std::thread thread_;

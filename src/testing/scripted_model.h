@@ -25,7 +25,7 @@
 #include "engine_core/runner.h"
 #include "testing/scripted_sampler.h"
 
-namespace hadal::engine {
+namespace hadal::testing {
 
 struct ScriptedOptions {
   int64_t page_tokens = 4;
@@ -37,7 +37,7 @@ struct ScriptedOptions {
   bool whole_windows = false;  ///< the ring holds a page
 };
 
-class ScriptedModel : public CacheMemory, public Runner {
+class ScriptedModel : public engine_core::CacheMemory, public engine_core::Runner {
  public:
   explicit ScriptedModel(const ScriptedOptions& options)
       : options_(options),
@@ -47,7 +47,7 @@ class ScriptedModel : public CacheMemory, public Runner {
   }
 
   /// Before each step is computed; may throw.
-  std::function<void(std::span<const SequenceStep>)> on_run;
+  std::function<void(std::span<const engine_core::SequenceStep>)> on_run;
   std::function<void()> on_launch;
   bool in_flight() const { return !in_flight_.empty(); }
   uint64_t weights = 0;  ///< bears on every token's hash
@@ -165,32 +165,32 @@ class ScriptedModel : public CacheMemory, public Runner {
 
   int64_t vocab_size() const override { return options_.vocab_size; }
   int64_t slack() const override { return options_.slack; }
-  Ticket launch(std::span<const SequenceStep> steps) override {
+  Ticket launch(std::span<const engine_core::SequenceStep> steps) override {
     HADAL_CHECK(in_flight_.empty(), "scripted: two steps at once");
     in_flight_.assign(steps.begin(), steps.end());
     given_ = digest_of(steps);
     if (on_launch) on_launch();
     return ++ticket_;
   }
-  StepResult collect(Ticket ticket) override {
-    const std::vector<SequenceStep> steps = std::exchange(in_flight_, {});
+  engine_core::StepResult collect(Ticket ticket) override {
+    const std::vector<engine_core::SequenceStep> steps = std::exchange(in_flight_, {});
     HADAL_CHECK(ticket == ticket_ && !steps.empty(), "scripted: no step ", ticket);
     HADAL_CHECK(digest_of(steps) == given_, "scripted: a step was changed while it ran");
     if (on_run) on_run(steps);
     return run_part(steps);
   }
   /// A step without on_run.
-  StepResult run_part(std::span<const SequenceStep> steps) {
+  engine_core::StepResult run_part(std::span<const engine_core::SequenceStep> steps) {
     logits_.assign(steps.size(), {});
-    StepResult result;
+    engine_core::StepResult result;
     result.sequences.resize(steps.size());
     for (size_t i = 0; i < steps.size(); ++i) {
       Rows all;
       run_one(steps[i], logits_[i], all);
-      for (const Draw& draw : steps[i].draws)
+      for (const engine_core::Draw& draw : steps[i].draws)
         result.sequences[i].drawn.push_back(
             ScriptedSampler::sample(draw, logits_[i].at(static_cast<size_t>(draw.row))));
-      const ScoredTokens& scored = steps[i].scored;
+      const engine_core::ScoredTokens& scored = steps[i].scored;
       for (size_t t = 0; t < scored.targets.size(); ++t)
         result.sequences[i].scores.push_back(ScriptedSampler().score(
             all.at(static_cast<size_t>(scored.from) + t), scored.targets[t], scored.top));
@@ -233,14 +233,14 @@ class ScriptedModel : public CacheMemory, public Runner {
   }
 
   /// Of all that must not change while a step runs: all but the masks.
-  static uint64_t digest_of(std::span<const SequenceStep> steps) {
+  static uint64_t digest_of(std::span<const engine_core::SequenceStep> steps) {
     uint64_t digest = 0;
     const auto add = [&](std::span<const int64_t> numbers) {
       for (const int64_t number : numbers) digest = mix(digest, static_cast<uint64_t>(number));
     };
-    for (const SequenceStep& step : steps) {
+    for (const engine_core::SequenceStep& step : steps) {
       for (const auto numbers : {step.tokens, step.pages, step.scored.targets}) add(numbers);
-      for (const Draw& draw : step.draws) {
+      for (const engine_core::Draw& draw : step.draws) {
         for (const auto numbers : {draw.prompt, draw.answer, draw.ahead, draw.avoided})
           add(numbers);
         const int64_t numbers[] = {draw.row, draw.choice, draw.pos, draw.top_logprobs};
@@ -252,12 +252,12 @@ class ScriptedModel : public CacheMemory, public Runner {
   }
   /// Nobody may touch a state or a page that a step in flight has.
   void check_free(int64_t slot) const {
-    for (const SequenceStep& step : in_flight_)
+    for (const engine_core::SequenceStep& step : in_flight_)
       HADAL_CHECK(step.slot != slot, "scripted: slot ", slot, " is used while its step runs");
   }
 
   using Rows = std::vector<std::vector<float>>;
-  void run_one(const SequenceStep& step, Rows& logits, Rows& scored) {
+  void run_one(const engine_core::SequenceStep& step, Rows& logits, Rows& scored) {
     State& state = states_.at(static_cast<size_t>(step.slot));
     const auto count = static_cast<int64_t>(step.tokens.size());
     HADAL_CHECK(count > 0 && step.num_logits <= count, "scripted: empty step");
@@ -298,17 +298,17 @@ class ScriptedModel : public CacheMemory, public Runner {
   std::vector<State> states_;
   std::vector<Rows> logits_;
   Ticket ticket_ = 0;
-  std::vector<SequenceStep> in_flight_;
+  std::vector<engine_core::SequenceStep> in_flight_;
   uint64_t given_ = 0;  ///< a digest of the step in flight
 };
 
 /// Guesses right with a chance of `right` in 256, by knowing the model and the sampling of greedy
 /// requests.
-class ScriptedDrafter : public Drafter {
+class ScriptedDrafter : public engine_core::Drafter {
  public:
   ScriptedDrafter(const ScriptedModel& model, uint64_t right) : model_(model), right_(right) {}
-  void draft(std::span<DraftRequest> requests) override {
-    for (DraftRequest& request : requests) {
+  void draft(std::span<engine_core::DraftRequest> requests) override {
+    for (engine_core::DraftRequest& request : requests) {
       std::vector<int64_t> tokens(request.tokens.begin(), request.tokens.end());
       for (int64_t i = 0; i < request.max_drafts; ++i) {
         const std::vector<float> logits = model_.reference(tokens);
@@ -328,10 +328,10 @@ class ScriptedDrafter : public Drafter {
 };
 
 /// A prefix store in memory that can be made to throw and to damage what it gives.
-class ScriptedStore : public PrefixStore {
+class ScriptedStore : public engine_core::PrefixStore {
  public:
   explicit ScriptedStore(int64_t page_tokens,
-                         WindowPolicy policy = WindowPolicy::kPeriodic,
+                         engine_core::WindowPolicy policy = engine_core::WindowPolicy::kPeriodic,
                          int64_t window_pages = 1)
       : page_tokens_(page_tokens), policy_(policy), window_pages_(window_pages) {}
 
@@ -339,9 +339,9 @@ class ScriptedStore : public PrefixStore {
   void set_identity(const std::string&) override {
     for (auto* entries : {&pages_, &snapshots_, &windows_}) entries->clear();
   }
-  std::unique_ptr<PrefixLoad> begin_load(std::span<const int64_t> tokens,
-                                         int64_t from_page,
-                                         int64_t max_pos) override {
+  std::unique_ptr<engine_core::PrefixLoad> begin_load(std::span<const int64_t> tokens,
+                                                      int64_t from_page,
+                                                      int64_t max_pos) override {
     if (throws) throw std::runtime_error("store: gone");
     return std::make_unique<Load>(*this, key(tokens, max_pos / page_tokens_ * page_tokens_),
                                   from_page);
@@ -360,8 +360,10 @@ class ScriptedStore : public PrefixStore {
       for (const auto& [tokens, entry] : *entries) bytes += std::ssize(entry);
     return bytes;
   }
-  WindowPolicy policy() const override { return policy_; }
-  bool wants_snapshot(int64_t /*pos*/) const override { return policy_ == WindowPolicy::kPeriodic; }
+  engine_core::WindowPolicy policy() const override { return policy_; }
+  bool wants_snapshot(int64_t /*pos*/) const override {
+    return policy_ == engine_core::WindowPolicy::kPeriodic;
+  }
   void save_window(std::span<const int64_t> tokens, std::span<const std::byte> bytes) override {
     windows_[Tokens(tokens.begin(), tokens.end())].assign(bytes.begin(), bytes.end());
   }
@@ -374,7 +376,7 @@ class ScriptedStore : public PrefixStore {
  private:
   using Tokens = std::vector<int64_t>;
 
-  class Load : public PrefixLoad {
+  class Load : public engine_core::PrefixLoad {
    public:
     Load(ScriptedStore& store, Tokens tokens, int64_t from_page)
         : store_(store), tokens_(std::move(tokens)), from_page_(from_page), pos_(ssize(tokens_)) {}
@@ -382,7 +384,7 @@ class ScriptedStore : public PrefixStore {
     bool advance(int64_t max_pages, std::vector<std::vector<std::byte>>& pages) override {
       if (store_.throws) throw std::runtime_error("store: gone");
       for (int64_t num_read = 0; pos_ > 0; pos_ -= store_.page_tokens_) {
-        StoredPrefix found{.pos = pos_, .pages = {}, .snapshot = {}};
+        engine_core::StoredPrefix found{.pos = pos_, .pages = {}, .snapshot = {}};
         if (!store_.find_state(tokens_, found)) continue;
         const int64_t end = pos_ / store_.page_tokens_;
         while (from_page_ < end) {
@@ -402,13 +404,13 @@ class ScriptedStore : public PrefixStore {
       }
       return false;
     }
-    std::optional<StoredPrefix> take_result() override { return std::move(result_); }
+    std::optional<engine_core::StoredPrefix> take_result() override { return std::move(result_); }
 
    private:
     ScriptedStore& store_;
     Tokens tokens_;
     int64_t from_page_, pos_;
-    std::optional<StoredPrefix> result_;
+    std::optional<engine_core::StoredPrefix> result_;
   };
 
   static Tokens key(std::span<const int64_t> tokens, int64_t count) {
@@ -416,9 +418,9 @@ class ScriptedStore : public PrefixStore {
   }
 
   // What resumes at found.pos, by the policy.
-  bool find_state(std::span<const int64_t> tokens, StoredPrefix& found) const {
-    if (policy_ == WindowPolicy::kZero) return true;
-    if (policy_ == WindowPolicy::kPeriodic) {
+  bool find_state(std::span<const int64_t> tokens, engine_core::StoredPrefix& found) const {
+    if (policy_ == engine_core::WindowPolicy::kZero) return true;
+    if (policy_ == engine_core::WindowPolicy::kPeriodic) {
       const auto snapshot = snapshots_.find(key(tokens, found.pos));
       if (snapshot == snapshots_.end()) return false;
       if (!forgets_states) found.snapshot = snapshot->second;
@@ -435,9 +437,9 @@ class ScriptedStore : public PrefixStore {
   }
 
   int64_t page_tokens_;
-  WindowPolicy policy_;
+  engine_core::WindowPolicy policy_;
   int64_t window_pages_;
   std::map<Tokens, std::vector<std::byte>> pages_, snapshots_, windows_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::testing

@@ -11,7 +11,7 @@
 
 #include "engine_core/sampler.h"
 
-namespace hadal::engine {
+namespace hadal::testing {
 
 inline uint64_t scripted_mix(uint64_t state, uint64_t value) {
   state = (state ^ (value + 0x9e3779b97f4a7c15ull)) * 0xbf58476d1ce4e5b9ull;
@@ -19,14 +19,15 @@ inline uint64_t scripted_mix(uint64_t state, uint64_t value) {
 }
 
 /// The largest of logit + temperature x noise of (seed, choice, position, token).
-class ScriptedSampler : public Sampler {
+class ScriptedSampler : public engine_core::Sampler {
  public:
-  void sample(std::span<const DrawInput> inputs, std::span<Sampled> sampled) override {
+  void sample(std::span<const engine_core::DrawInput> inputs,
+              std::span<engine_core::Sampled> sampled) override {
     for (size_t i = 0; i < inputs.size(); ++i)
       sampled[i] = sample(inputs[i].draw, inputs[i].logits);
   }
-  static Sampled sample(const Draw& draw, std::span<const float> logits) {
-    Sampled best;
+  static engine_core::Sampled sample(const engine_core::Draw& draw, std::span<const float> logits) {
+    engine_core::Sampled best;
     double best_score = 0;
     bool any = false;
     for (size_t token = 0; token < logits.size(); ++token) {
@@ -49,12 +50,14 @@ class ScriptedSampler : public Sampler {
     return best;
   }
   /// The logit itself, and a digest of all as the rank.
-  TokenScore score(std::span<const float> logits, int64_t token, int64_t top) const override {
+  engine_core::TokenScore score(std::span<const float> logits,
+                                int64_t token,
+                                int64_t top) const override {
     uint64_t all = 0;
     for (const float logit : logits) all = scripted_mix(all, static_cast<uint64_t>(logit));
-    TokenScore score{.logprob = logits[static_cast<size_t>(token)],
-                     .rank = static_cast<int64_t>(all >> 1),
-                     .top = {}};
+    engine_core::TokenScore score{.logprob = logits[static_cast<size_t>(token)],
+                                  .rank = static_cast<int64_t>(all >> 1),
+                                  .top = {}};
     for (int64_t other = 0; other < top; ++other)
       score.top.push_back({.token = other, .logprob = logits[static_cast<size_t>(other)]});
     return score;
@@ -63,21 +66,21 @@ class ScriptedSampler : public Sampler {
 
 /// Every token's text is one letter; Request::stop are matched without holding back. With a grammar
 /// the i-th token is one of those equal to i modulo 3, and nine tokens are complete.
-class ScriptedFilters : public AnswerFilters {
+class ScriptedFilters : public engine_core::AnswerFilters {
  public:
-  std::unique_ptr<AnswerFilter> create(const Request& request) override {
+  std::unique_ptr<engine_core::AnswerFilter> create(const engine_core::Request& request) override {
     return std::make_unique<Filter>(*this, request);
   }
   /// For each answer with a grammar that is asked for masks: may throw; false: nothing may follow.
   std::function<bool()> on_masks;
 
  private:
-  class Filter : public AnswerFilter {
+  class Filter : public engine_core::AnswerFilter {
    public:
-    Filter(const ScriptedFilters& filters, const Request& request)
+    Filter(const ScriptedFilters& filters, const engine_core::Request& request)
         : filters_(filters),
           stop_(request.stop),
-          grammar_(request.grammar.kind != Grammar::Kind::kNone) {}
+          grammar_(request.grammar.kind != engine_core::Grammar::Kind::kNone) {}
     std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
       std::vector<std::span<const int32_t>> all(1 + draft.size());
       if (!grammar_) return all;
@@ -116,4 +119,4 @@ class ScriptedFilters : public AnswerFilters {
   };
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::testing

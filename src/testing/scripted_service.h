@@ -28,7 +28,9 @@ class ScriptedService {
                            ScriptedEngineOptions engine_options = {.max_context = 1 << 20})
       : tokenizer(text::Tokenizer::from_json(byte_tokenizer_json(), "tiny")),
         engine(
-            tokenizer, [this](const engine::Request&, int64_t) { return answer; }, engine_options) {
+            tokenizer,
+            [this](const engine_core::Request&, int64_t) { return answer; },
+            engine_options) {
     options.port = 0;
     server.emplace(engine, tokenizer, options);
     server->start();

@@ -9,13 +9,14 @@
 namespace hadal::text {
 namespace {
 
-using Kind = PyJson::Kind;
+using JsonKind = PyJson::Kind;
 
-constexpr int kMaxDepth = 32;  ///< of references and alternatives; beyond it anything is allowed
+constexpr int kMaxSchemaDepth =
+    32;  ///< of references and alternatives; beyond it anything is allowed
 
 /// Python reads NaN and infinities, which are no JSON.
 bool is_finite_json(const PyJson& value) {
-  if (value.kind() == Kind::kFloat) {
+  if (value.kind() == JsonKind::kFloat) {
     const std::string text = value.dump();
     return text != "NaN" && text != "Infinity" && text != "-Infinity";
   }
@@ -36,19 +37,19 @@ std::optional<PyJson> read_json(std::string_view text) {
 
 bool is_of_type(const PyJson& value, std::string_view type) {
   switch (value.kind()) {
-    case Kind::kNull:
+    case JsonKind::kNull:
       return type == "null";
-    case Kind::kBool:
+    case JsonKind::kBool:
       return type == "boolean";
-    case Kind::kInteger:
+    case JsonKind::kInteger:
       return type == "integer" || type == "number";
-    case Kind::kFloat:
+    case JsonKind::kFloat:
       return type == "number" || (type == "integer" && value.dump().ends_with(".0"));
-    case Kind::kString:
+    case JsonKind::kString:
       return type == "string";
-    case Kind::kArray:
+    case JsonKind::kArray:
       return type == "array";
-    case Kind::kObject:
+    case JsonKind::kObject:
       return type == "object";
   }
   return false;
@@ -68,7 +69,7 @@ const PyJson* resolve(const PyJson& reference, const PyJson& root) {
 
 /// Whether a schema allows a value of this kind; what is not understood allows anything.
 bool allows(const PyJson& schema, const PyJson& root, const PyJson& value, int depth = 0) {
-  if (!schema.is_object() || depth > kMaxDepth) return true;
+  if (!schema.is_object() || depth > kMaxSchemaDepth) return true;
   if (const PyJson* reference = schema.find("$ref")) {
     const PyJson* target = resolve(*reference, root);
     return target == nullptr || allows(*target, root, value, depth + 1);
@@ -86,7 +87,7 @@ bool allows(const PyJson& schema, const PyJson& root, const PyJson& value, int d
   // Values stand for their types here: what a model should have written is not ours to decide.
   const auto same_type = [&](const PyJson& known) {
     return known.kind() == value.kind() ||
-           (known.kind() == Kind::kFloat && is_of_type(value, "number"));
+           (known.kind() == JsonKind::kFloat && is_of_type(value, "number"));
   };
   if (const PyJson* known = schema.find("const"); known != nullptr && !same_type(*known))
     return false;

@@ -9,7 +9,7 @@
 namespace hadal::text {
 namespace {
 
-using Kind = CompletionEvent::Kind;
+using EventKind = CompletionEvent::Kind;
 
 constexpr size_t kMaxGap = 256;   ///< bytes of white space held back before what may be a tag
 constexpr size_t kMaxTag = 8192;  ///< bytes of a tag
@@ -118,7 +118,7 @@ void CompletionParser::take_text(std::string_view text, Events& events) {
   if (shown > 0) {
     if (in_block_ || after_markup_) irregular("text stands between or behind the tool calls");
     after_markup_ = false;
-    emit(reasoning_ ? Kind::kReasoning : Kind::kContent, text.substr(0, shown), events);
+    emit(reasoning_ ? EventKind::kReasoning : EventKind::kContent, text.substr(0, shown), events);
   }
   if (pending_.empty()) {
     pending_ = text.substr(shown);
@@ -277,7 +277,8 @@ void CompletionParser::begin_markup(Events& events) {
     // All of it, but of a regular blank line only that.
     if (pending_.ends_with("\n\n")) {
       pending_.resize(pending_.size() - 2);
-      if (!pending_.empty()) emit(reasoning_ ? Kind::kReasoning : Kind::kContent, pending_, events);
+      if (!pending_.empty())
+        emit(reasoning_ ? EventKind::kReasoning : EventKind::kContent, pending_, events);
     }
   }
   pending_.clear();
@@ -356,7 +357,7 @@ void CompletionParser::begin_call(const dsml::Tag& tag, Events& events) {
   recording_ = true;
   call_.raw.text = concat(dsml::kInvoke, " name=\"", call_.name, "\">");
   call_.raw.special.push_back({1, 1 + kDsml.size()});
-  CompletionEvent begin{Kind::kCallBegin, {}, {}};
+  CompletionEvent begin{EventKind::kCallBegin, {}, {}};
   begin.call.name = call_.name;
   held_.push_back(std::move(begin));
 }
@@ -411,7 +412,7 @@ void CompletionParser::end_call(Events& events) {
   }
   release(events);
   // The markup is the event's alone: it is long, and the result's readers do not need it.
-  CompletionEvent end{Kind::kToolCall, {}, {}};
+  CompletionEvent end{EventKind::kToolCall, {}, {}};
   end.call.raw = std::exchange(call_.raw, {});
   end.call.name = call_.name;
   end.call.arguments = call_.arguments;
@@ -422,7 +423,7 @@ void CompletionParser::end_call(Events& events) {
 /// The call under way is left out; what follows of it is skipped.
 void CompletionParser::drop_call(std::string_view why, Events& events) {
   lose(why);
-  if (begun_) events.push_back({Kind::kCallDropped, {}, {}});
+  if (begun_) events.push_back({EventKind::kCallDropped, {}, {}});
   begun_ = false;
   held_.clear();
   mode_ = Mode::kSkip;
@@ -447,7 +448,7 @@ void CompletionParser::release(Events& events) {
 }
 
 void CompletionParser::emit(CompletionEvent::Kind kind, std::string_view text, Events& events) {
-  (kind == Kind::kReasoning ? result_.reasoning : result_.content) += text;
+  (kind == EventKind::kReasoning ? result_.reasoning : result_.content) += text;
   if (!events.empty() && events.back().kind == kind) {
     events.back().text += text;
   } else {
@@ -460,17 +461,17 @@ void CompletionParser::emit_arguments(std::string text, Events& events) {
   call_.arguments += text;
   if (!begun_ && call_.arguments.size() > options_.hold_bytes) release(events);
   Events& target = begun_ ? events : held_;
-  if (!target.empty() && target.back().kind == Kind::kArguments) {
+  if (!target.empty() && target.back().kind == EventKind::kArguments) {
     target.back().text += text;
   } else {
-    target.push_back({Kind::kArguments, std::move(text), {}});
+    target.push_back({EventKind::kArguments, std::move(text), {}});
   }
 }
 
 void CompletionParser::flush_text(Events& events) {
   const bool blank = after_markup_ && is_blank(pending_);
   if (!pending_.empty() && !blank)
-    emit(reasoning_ ? Kind::kReasoning : Kind::kContent, pending_, events);
+    emit(reasoning_ ? EventKind::kReasoning : EventKind::kContent, pending_, events);
   if (!pending_.empty() && after_markup_) irregular("text follows the tool calls");
   pending_.clear();
 }

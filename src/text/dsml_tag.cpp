@@ -6,7 +6,7 @@ namespace hadal::text::dsml {
 namespace {
 
 bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
-bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+bool is_tag_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
 bool is_block(std::string_view name) { return name == "tool_calls" || name == "function_calls"; }
 
@@ -16,7 +16,7 @@ std::string_view name_of(std::string_view text) {
 }
 
 std::string_view skip_space(std::string_view text) {
-  while (!text.empty() && is_space(text.front())) text.remove_prefix(1);
+  while (!text.empty() && is_tag_space(text.front())) text.remove_prefix(1);
   return text;
 }
 
@@ -34,10 +34,11 @@ bool read_attributes(std::string_view rest, Tag& tag) {
       if (end == std::string_view::npos) return false;
       value = rest.substr(1, end - 1);
       rest.remove_prefix(end + 1);
-      if (!rest.empty() && !is_space(rest.front())) return false;
+      if (!rest.empty() && !is_tag_space(rest.front())) return false;
     } else {
       value = rest.substr(
-          0, static_cast<size_t>(std::find_if(rest.begin(), rest.end(), is_space) - rest.begin()));
+          0,
+          static_cast<size_t>(std::find_if(rest.begin(), rest.end(), is_tag_space) - rest.begin()));
       if (value.find_first_of("\"'") != std::string_view::npos) return false;
       rest.remove_prefix(value.size());
     }

@@ -2,6 +2,7 @@
 // What the script answers follows from the prompt, so that clients can ask for every kind: the
 // first tool that is offered is called once, a schema is filled with the plainest values, and
 // everything else is greeted.
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <iostream>
@@ -19,7 +20,7 @@
 
 namespace {
 
-using hadal::engine::Grammar;
+using hadal::engine_core::Grammar;
 using json = nlohmann::ordered_json;
 
 /// A value that fits a schema as clients write them.
@@ -75,28 +76,28 @@ std::string call_of(const json& tool) {
       std::vector<hadal::text::ToolCall>{{tool.at("name").get<std::string>(), arguments.dump()}});
 }
 
-/// The tool to call: a forced one, the first before any result, or behind a result one that is
-/// there to bring the end (as frameworks name it).
+/// The tool to call: the first that is allowed, behind a result one that is there to bring the end
+/// (as frameworks name it); behind a result none where none must be called.
 const json* tool_to_call(const std::vector<json>& tools,
                          const std::string& prompt,
                          const Grammar& grammar) {
-  if (grammar.kind == Grammar::Kind::kToolCalls && grammar.must_call) {
-    json allowed = json::parse(grammar.text);
-    if (allowed.is_object()) allowed = allowed.at("tools");
-    for (const json& tool : tools) {
-      if (tool.at("name") == allowed.at(0).at("name")) return &tool;
-    }
+  const bool forced = grammar.kind == Grammar::Kind::kToolCalls && grammar.must_call;
+  json allowed = forced ? json::parse(grammar.text) : json(tools);
+  if (allowed.is_object()) allowed = allowed.at("tools");
+  const bool has_result = prompt.find("<tool_result>") != std::string::npos;
+  const json* first = nullptr;
+  for (const json& one : allowed) {
+    const auto tool = std::ranges::find_if(
+        tools, [&](const json& offered) { return offered.at("name") == one.at("name"); });
+    if (tool == tools.end()) continue;
+    if (has_result && tool->at("name").get<std::string>().starts_with("final")) return &*tool;
+    if (first == nullptr) first = &*tool;
   }
-  if (tools.empty()) return nullptr;
-  if (grammar.must_call || prompt.find("<tool_result>") == std::string::npos) return &tools.front();
-  for (const json& tool : tools) {
-    if (tool.at("name").get<std::string>().starts_with("final")) return &tool;
-  }
-  return nullptr;
+  return has_result && !forced ? nullptr : first;
 }
 
 std::string answer(const hadal::text::Tokenizer& tokenizer,
-                   const hadal::engine::Request& request,
+                   const hadal::engine_core::Request& request,
                    int64_t choice) {
   std::vector<int32_t> ids(request.prompt.begin(), request.prompt.end());
   const std::string prompt = tokenizer.decode(ids);

@@ -4,7 +4,7 @@
 #include <mutex>
 #include <string_view>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 uint64_t chain(uint64_t state, int64_t token) {
@@ -108,4 +108,4 @@ std::vector<int64_t> AnswerCuts::recall(std::span<const int64_t> prompt) const {
   return out;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -19,7 +19,7 @@
 
 #include "text/tokenizer.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class AnswerCuts {
  public:
@@ -50,4 +50,4 @@ class AnswerCuts {
   int64_t bytes_ = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

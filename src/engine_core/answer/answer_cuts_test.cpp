@@ -8,12 +8,12 @@
 #include "testing/cache_traffic.h"
 #include "text/chat_tokens.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using Tokens = std::vector<int64_t>;
 
-class AnswerCutsTest : public testing::Test {
+class AnswerCutsTest : public ::testing::Test {
  protected:
   Tokens encode(const std::string& text,
                 text::SpecialTokens special = text::SpecialTokens::kRecognise) const {
@@ -113,7 +113,8 @@ TEST_F(AnswerCutsTest, WhatWasRememberedFirstGoesFirst) {
 TEST_F(AnswerCutsTest, TheNextTurnComputesNothingTwice) {
   for (const bool recalls : {false, true}) {
     AnswerCuts known(tokenizer, 1 << 20);
-    traffic::Served served(traffic::kNano, 100, 2, {}, tokenizer.vocab_size(), &known);
+    testing::traffic::Served served(testing::traffic::kNano, 100, 2, {}, tokenizer.vocab_size(),
+                                    &known);
     const Tokens written = joined(cut(answer), encode(eos));
     served.run({{.prompt = encode(asked), .answer = written}});
     Tokens history = encode(asked + answer + eos + next);
@@ -129,4 +130,4 @@ TEST_F(AnswerCutsTest, TheNextTurnComputesNothingTwice) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

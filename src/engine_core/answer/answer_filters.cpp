@@ -9,7 +9,7 @@
 #include "engine_core/answer/answer_text.h"
 #include "text/chat_tokens.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 class TextFilter final : public AnswerFilter {
@@ -100,4 +100,4 @@ std::unique_ptr<AnswerFilter> TextFilters::create(const Request& request) {
                                       compiler_.mask_words());
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

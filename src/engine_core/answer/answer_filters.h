@@ -9,7 +9,7 @@
 #include "engine_core/sampler.h"
 #include "text/tokenizer.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class TextFilters final : public AnswerFilters {
  public:
@@ -27,4 +27,4 @@ class TextFilters final : public AnswerFilters {
   GrammarCompiler compiler_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -6,7 +6,7 @@
 #include "text/chat_tokens.h"
 #include "text/completion_parser.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 std::shared_ptr<const StopSet> stops_of(const Request& request) {
@@ -72,4 +72,4 @@ std::string AnswerText::finish() {
   return out + stream_.finish();
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -16,7 +16,7 @@
 #include "engine_core/request.h"
 #include "text/tokenizer.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class AnswerText {
  public:
@@ -50,4 +50,4 @@ class AnswerText {
   std::string gap_;         ///< white space and a bracket that may belong to a call
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 #include "testing/tiny_tokenizer.h"
 #include "text/chat_tokens.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 const text::Tokenizer& tokenizer() {
@@ -114,4 +114,4 @@ TEST(AnswerText, AnEndInsideTheReasoningClosesItWhereAsked) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

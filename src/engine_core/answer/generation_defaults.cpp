@@ -8,19 +8,19 @@
 #include "base/check.h"
 #include "base/file.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
-using Json = nlohmann::json;
+using Json = nlohmann::ordered_json;
 
 /// A value as it stands in the file, short enough for a message.
 std::string shown(const Json& value) {
   return value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 60);
 }
 
-class Reader {
+class DefaultsReader {
  public:
-  Reader(const Json& object, const std::string& where) : object_(object), where_(where) {}
+  DefaultsReader(const Json& object, const std::string& where) : object_(object), where_(where) {}
 
   double number(const char* key, double otherwise, double least, double most) const {
     const Json* value = find(key);
@@ -64,7 +64,7 @@ class Reader {
 GenerationDefaults parse_generation_defaults(std::string_view json, const std::string& where) {
   const Json object = Json::parse(json, nullptr, /*allow_exceptions=*/false);
   HADAL_INPUT_CHECK(object.is_object(), where, ": expected a JSON object");
-  const Reader read(object, where);
+  const DefaultsReader read(object, where);
   GenerationDefaults defaults;
   Sampling& sampling = defaults.sampling;
   sampling.temperature = read.number("temperature", 1.0, 0.0, 2.0);
@@ -86,4 +86,4 @@ GenerationDefaults load_generation_defaults(const std::string& folder) {
   return parse_generation_defaults(read_file(path, int64_t{1} << 20), path);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 
 #include "engine_core/request.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct GenerationDefaults {
   Sampling sampling;
@@ -25,4 +25,4 @@ GenerationDefaults parse_generation_defaults(std::string_view json, const std::s
 /// Of a checkpoint's folder; what the architecture has where there is no such file.
 GenerationDefaults load_generation_defaults(const std::string& folder);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 TEST(GenerationDefaults, AreWhatTheFileSays) {
@@ -76,4 +76,4 @@ TEST(GenerationDefaults, AFolderWithoutTheFileHasThePlainOnesAndADamagedFileIsNa
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

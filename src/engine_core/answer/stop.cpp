@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 StopSet::StopSet(std::span<const std::string> stops) : nodes_(1) {
   for (const std::string& stop : stops) {
@@ -96,4 +96,4 @@ std::string StopStream::take(std::string text) {
   return out;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

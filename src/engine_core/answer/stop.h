@@ -19,7 +19,7 @@
 
 #include "text/utf8.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// The stop strings of a request, compiled once and shared by its choices: an Aho-Corasick
 /// automaton over bytes. Immutable, safe from many threads.
@@ -80,4 +80,4 @@ class StopStream {
   std::optional<std::string> matched_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -6,7 +6,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 std::shared_ptr<const StopSet> stop_set(const std::vector<std::string>& stops) {
@@ -122,4 +122,4 @@ TEST(StopStream, EqualsTheSearchOfTheWholeText) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

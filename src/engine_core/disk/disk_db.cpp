@@ -20,7 +20,7 @@
 #include "base/log.h"
 #include "engine_core/disk/freezing_file_system.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr const char* kRecords = "records";
@@ -355,4 +355,4 @@ void DiskDb::compact() {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -23,7 +23,7 @@ namespace rocksdb {
 class Env;
 }
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What happens to a database in the folder that is no disk store, or one of another version.
 enum class ForeignStore : uint8_t {
@@ -87,4 +87,4 @@ class DiskDb {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

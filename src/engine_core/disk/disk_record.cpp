@@ -7,7 +7,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "the format is little-endian");
@@ -129,4 +129,4 @@ std::optional<IndexEntry> parse_index_entry(std::span<const std::byte> bytes) {
   return entry;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

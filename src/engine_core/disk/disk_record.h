@@ -25,7 +25,7 @@
 
 #include "engine_core/prefix/prefix_key.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 enum class RecordKind : uint8_t { kPage = 0, kWindow = 1, kSnapshot = 2, kText = 3 };
 inline constexpr int kRecordKinds = 4;
@@ -66,4 +66,4 @@ std::optional<IndexEntry> parse_index_entry(std::span<const std::byte> bytes);
 /// The checksum that ends both.
 uint64_t record_checksum(std::span<const std::byte> bytes);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

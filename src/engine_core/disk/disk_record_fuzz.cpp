@@ -20,10 +20,10 @@ bool equal(const std::string& encoded, std::span<const std::byte> bytes) {
 }
 
 void check(std::span<const std::byte> bytes) {
-  const engine::ParsedRecord parsed = engine::parse_record(bytes);
+  const engine_core::ParsedRecord parsed = engine_core::parse_record(bytes);
   if (parsed.record.has_value() == !std::string_view(parsed.fault).empty()) std::abort();
   if (parsed.record) {
-    const engine::Record& record = *parsed.record;
+    const engine_core::Record& record = *parsed.record;
     std::vector<int64_t> tokens(record.tokens.size() / 4);
     bool storable = true;
     for (size_t i = 0; i < tokens.size(); ++i) {
@@ -32,14 +32,14 @@ void check(std::span<const std::byte> bytes) {
       tokens[i] = token;
       storable = storable && token <= 0x7fffffffu;
     }
-    if (!engine::same_tokens(record, tokens)) std::abort();
-    if (storable && !equal(engine::encode_record(record.kind, record.pos, record.digest, tokens,
-                                                 record.payload),
+    if (!engine_core::same_tokens(record, tokens)) std::abort();
+    if (storable && !equal(engine_core::encode_record(record.kind, record.pos, record.digest,
+                                                      tokens, record.payload),
                            bytes))
       std::abort();
   }
-  if (const auto entry = engine::parse_index_entry(bytes)) {
-    if (!equal(engine::encode_index_entry(*entry), bytes)) std::abort();
+  if (const auto entry = engine_core::parse_index_entry(bytes)) {
+    if (!equal(engine_core::encode_index_entry(*entry), bytes)) std::abort();
   }
 }
 
@@ -50,13 +50,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 8) return 0;
   std::vector<uint8_t> sealed(data, data + size);
   const uint64_t checksum =
-      engine::record_checksum(std::as_bytes(std::span(sealed)).first(size - 8));
+      engine_core::record_checksum(std::as_bytes(std::span(sealed)).first(size - 8));
   std::memcpy(sealed.data() + size - 8, &checksum, 8);
   check(std::as_bytes(std::span(sealed)));
   // The magic and the version too, which a fuzzer takes long to guess.
   if (size < 16) return 0;
   std::memcpy(sealed.data(), "HDPR\1\0", 6);
-  const uint64_t again = engine::record_checksum(std::as_bytes(std::span(sealed)).first(size - 8));
+  const uint64_t again =
+      engine_core::record_checksum(std::as_bytes(std::span(sealed)).first(size - 8));
   std::memcpy(sealed.data() + size - 8, &again, 8);
   check(std::as_bytes(std::span(sealed)));
   return 0;

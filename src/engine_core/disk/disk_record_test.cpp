@@ -8,7 +8,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr std::array<int64_t, 4> kTokens = {7, 0, 129279, 2147483647};
@@ -71,4 +71,4 @@ TEST(DiskRecord, ANewerVersionIsNamed) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 #include "base/log.h"
 #include "engine_core/disk/disk_store_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -524,4 +524,4 @@ bool DiskStore::wants_snapshot(int64_t pos) const {
 void DiskStore::flush() { impl_->flush(); }
 DiskStoreStats DiskStore::stats() const { return impl_->stats(); }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

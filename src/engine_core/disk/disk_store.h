@@ -21,7 +21,7 @@
 #include "engine_core/prefix_store.h"
 #include "engine_core/text_store.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct DiskStoreOptions {
   std::string folder;  ///< made when absent
@@ -99,4 +99,4 @@ class DiskStore : public PrefixStore, public TextStore {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 
 #include "testing/disk_store_fixture.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using hadal::testing::bytes_for;
@@ -358,4 +358,4 @@ TEST(DiskStoreFaults, AFolderThatCannotBeMadeTurnsTheStoreOff) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

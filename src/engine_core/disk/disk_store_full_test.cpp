@@ -15,7 +15,7 @@
 
 #include "testing/disk_store_fixture.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using hadal::testing::disk_options;
@@ -202,4 +202,4 @@ TEST(DiskStoreFull, EveryChangeOfAFileMayBeTheOneThatIsRefused) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 #include "base/check.h"
 #include "testing/disk_store_fixture.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using hadal::testing::disk_options;
@@ -142,4 +142,4 @@ TEST(DiskStoreKill, TwentyFiveKillsCorruptNothingUnderPeriodic) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

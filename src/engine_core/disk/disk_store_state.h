@@ -15,7 +15,7 @@
 #include "engine_core/disk/write_behind.h"
 #include "engine_core/prefix/prefix_key.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 inline std::string key_of(RecordKind kind, const PrefixDigest& digest) {
   std::string key(1, static_cast<char>(kind));
@@ -83,4 +83,4 @@ class DiskStore::Impl {
   std::unique_ptr<WriteBehind> queue_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

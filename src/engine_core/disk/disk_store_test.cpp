@@ -9,7 +9,7 @@
 #include "base/check.h"
 #include "testing/disk_store_fixture.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using hadal::testing::bytes_for;
@@ -359,4 +359,4 @@ TEST(DiskStore, ImpossibleOptionsAreRefused) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -2,7 +2,7 @@
 #include "base/log.h"
 #include "engine_core/disk/disk_store_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 bool DiskStore::Impl::put_text(const std::string& name, const std::string& text) {
   const PrefixDigest digest = text_digest(name);
@@ -89,4 +89,4 @@ bool DiskStore::Impl::erase_text(const std::string& name) {
   return true;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -9,7 +9,7 @@
 #include "base/log.h"
 #include "testing/disk_store_fixture.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using hadal::testing::disk_options;
@@ -160,4 +160,4 @@ TEST_F(FaultyDiskTexts, DamageIsAMiss) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -3,7 +3,7 @@
 #include <limits>
 #include <utility>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using rocksdb::FSWritableFile;
@@ -214,4 +214,4 @@ IOStatus FreezingFileSystem::LinkFile(const std::string& from,
   return change([&] { return target()->LinkFile(from, to, options, debug); });
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

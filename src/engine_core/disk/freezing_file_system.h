@@ -14,7 +14,7 @@
 #include <rocksdb/file_system.h>
 #include <string>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class FreezingFileSystem final : public rocksdb::FileSystemWrapper {
  public:
@@ -93,4 +93,4 @@ class FreezingFileSystem final : public rocksdb::FileSystemWrapper {
   std::string reason_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 bool RecencyIndex::Rank::operator<(const Rank& other) const {
   if (last_used != other.last_used) return last_used < other.last_used;
@@ -99,4 +99,4 @@ void RecencyIndex::check_integrity() const {
   HADAL_CHECK(bytes == bytes_, "recency_index: ", bytes_, " bytes counted, ", bytes, " held");
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

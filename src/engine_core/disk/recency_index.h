@@ -17,7 +17,7 @@
 
 #include "engine_core/disk/disk_record.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class RecencyIndex {
  public:
@@ -72,4 +72,4 @@ class RecencyIndex {
   uint64_t now_ = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -6,7 +6,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 TEST(RecencyIndex, GoesByUseThenDepthThenSize) {
@@ -102,4 +102,4 @@ TEST(RecencyIndex, RandomUseKeepsItsSumsAndARestoredOneItsOrder) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -5,7 +5,7 @@
 
 #include "base/log.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// What an item holds in memory, about.
@@ -92,4 +92,4 @@ void WriteBehind::run() {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

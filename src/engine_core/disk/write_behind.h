@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct WriteItem {
   enum class Kind : uint8_t {
@@ -66,4 +66,4 @@ class WriteBehind {
   std::thread thread_;  // last: starts when the rest is there
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

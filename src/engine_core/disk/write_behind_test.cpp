@@ -13,7 +13,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using std::chrono::milliseconds;
@@ -95,4 +95,4 @@ TEST(WriteBehindThread, IdleRunsBetweenBatchesAndAnExceptionEndsNothing) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 Ranges normalised(Ranges ranges) {
   std::sort(ranges.begin(), ranges.end());
@@ -49,4 +49,4 @@ Ranges letter_class(char kind) {
   return kind == lower ? ranges : complement(ranges);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

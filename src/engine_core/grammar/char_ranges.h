@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Characters [first, second], ascending, with gaps between them.
 using Ranges = std::vector<std::pair<uint32_t, uint32_t>>;
@@ -21,4 +21,4 @@ bool holds(const Ranges& ranges, uint32_t code);
 /// What \d, \w, \s and their complements stand for, in ASCII.
 Ranges letter_class(char kind);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

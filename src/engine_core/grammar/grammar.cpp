@@ -29,7 +29,7 @@
 #include "engine_core/grammar/grammar_vocabulary.h"
 #include "text/chat_tokens.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr size_t kMaxCompiling = 2;
@@ -483,4 +483,4 @@ bool GrammarSession::completed() const {
 
 int64_t GrammarSession::length() const { return static_cast<int64_t>(impl_->steps.size()); }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

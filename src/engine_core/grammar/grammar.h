@@ -38,7 +38,7 @@
 #include "engine_core/request.h"
 #include "text/tokenizer.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct GrammarLimits {
   size_t text_bytes = size_t{256} << 10;      ///< of one grammar's text
@@ -109,4 +109,4 @@ class GrammarSession {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

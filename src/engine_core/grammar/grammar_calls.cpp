@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr std::string_view kParameter = "parameter name=\"", kInvoke = "invoke name=\"",
@@ -116,4 +116,4 @@ void CallTracker::end_tag(State& state) const {
   state.tail.erase(0, state.tail.size() - std::min(state.tail.size(), kTail));
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

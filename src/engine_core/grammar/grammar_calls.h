@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What a tool's calls may hold.
 struct CallParameters {
@@ -51,4 +51,4 @@ class CallTracker {
   std::shared_ptr<const State> state_;  ///< null: before the first marker
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -2,7 +2,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 thread_local const GrammarDeadline* current = nullptr;
 }  // namespace
@@ -21,12 +21,12 @@ bool GrammarDeadline::passed() const {
 GrammarDeadlineScope::GrammarDeadlineScope(const GrammarDeadline& deadline) { current = &deadline; }
 GrammarDeadlineScope::~GrammarDeadlineScope() { current = nullptr; }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core
 
 namespace xgrammar {
 
 void CheckCompileTime() {
-  const hadal::engine::GrammarDeadline* const deadline = hadal::engine::current;
+  const hadal::engine_core::GrammarDeadline* const deadline = hadal::engine_core::current;
   if (deadline != nullptr && deadline->passed()) throw hadal::InputError(deadline->message());
 }
 

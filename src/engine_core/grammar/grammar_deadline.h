@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Of one compilation; whoever waits for it may put it off. Safe from many threads.
 class GrammarDeadline {
@@ -38,4 +38,4 @@ class GrammarDeadlineScope {
   GrammarDeadlineScope& operator=(const GrammarDeadlineScope&) = delete;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -10,7 +10,7 @@
 #include "base/check.h"
 #include "engine_core/grammar/grammar_pattern.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// What a text needs to be matched: a rule, all of some parts, one of them, or nothing that could
@@ -202,4 +202,4 @@ void check_ends(std::string_view grammar, std::string_view where) {
                           " has no end: it always needs itself, or what no text can be"));
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

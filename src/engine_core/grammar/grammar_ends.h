@@ -7,10 +7,10 @@
 
 #include <string_view>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// `grammar`: as xgrammar prints it. Errors: InputError beginning with `where` that names the rule
 /// without an end.
 void check_ends(std::string_view grammar, std::string_view where);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

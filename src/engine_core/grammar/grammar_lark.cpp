@@ -11,10 +11,10 @@
 #include "engine_core/grammar/grammar_regex.h"
 #include "text/utf8.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
-constexpr int kDeepest = 64;
+constexpr int kDeepestRule = 64;
 
 /// lark's common terminals, as regular expressions.
 struct Common {
@@ -51,7 +51,7 @@ constexpr std::array<Common, 24> kCommon = {{
 bool is_upper(char c) { return c >= 'A' && c <= 'Z'; }
 bool is_lower(char c) { return c >= 'a' && c <= 'z'; }
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
-bool is_name(char c) { return is_upper(c) || is_lower(c) || is_digit(c) || c == '_'; }
+bool is_rule_name(char c) { return is_upper(c) || is_lower(c) || is_digit(c) || c == '_'; }
 
 bool is_terminal(std::string_view name) {
   const auto letter = std::ranges::find_if(name, [](char c) { return is_upper(c) || is_lower(c); });
@@ -134,7 +134,7 @@ class Lark {
     return true;
   }
   std::string_view take_name() {
-    const size_t size = std::ranges::find_if_not(rest_, is_name) - rest_.begin();
+    const size_t size = std::ranges::find_if_not(rest_, is_rule_name) - rest_.begin();
     const std::string_view name = rest_.substr(0, size);
     check(size > 0 && !is_digit(name.front()),
           concat("a name was expected before '", shown(), "'"));
@@ -160,7 +160,7 @@ class Lark {
     while (text.starts_with('(') && text.ends_with(')')) text = text.substr(1, text.size() - 2);
     // A terminal may name another, or itself.
     const auto rule = rules_.find(std::string(text));
-    if (rule != rules_.end() && depth < kDeepest) return repeated(rule->second, depth + 1);
+    if (rule != rules_.end() && depth < kDeepestRule) return repeated(rule->second, depth + 1);
     const bool is_run = text.starts_with('[') && text.find(']') + 2 == text.size() &&
                         (text.ends_with('+') || text.ends_with('*'));
     return is_run ? std::string(text.substr(0, text.size() - 1)) : expression;
@@ -230,7 +230,7 @@ class Lark {
   }
 
   std::string alternatives(int depth) {
-    check(depth < kDeepest, concat("more than ", kDeepest, " levels of brackets"));
+    check(depth < kDeepestRule, concat("more than ", kDeepestRule, " levels of brackets"));
     skip_to_more(depth);  // a | in front leaves nothing as the first choice
     std::string out = concat("(", sequence(depth));
     for (skip_to_more(depth); take("|"); skip_to_more(depth)) out += concat(" | ", sequence(depth));
@@ -253,7 +253,7 @@ class Lark {
   bool begins_item() const {
     if (rest_.empty()) return false;
     const char c = rest_.front();
-    return is_name(c) || c == '"' || c == '/' || c == '(' || c == '[';
+    return is_rule_name(c) || c == '"' || c == '/' || c == '(' || c == '[';
   }
 
   std::string item(int depth) {
@@ -332,7 +332,7 @@ class Lark {
 
   std::string literal() {
     const std::string text = quoted();
-    const bool any_case = rest_.starts_with('i') && (rest_.size() == 1 || !is_name(rest_[1]));
+    const bool any_case = rest_.starts_with('i') && (rest_.size() == 1 || !is_rule_name(rest_[1]));
     if (any_case) rest_.remove_prefix(1);
     const auto before = std::pair(rest_, line_);
     skip_blank(false);
@@ -390,4 +390,4 @@ std::string regex_to_ebnf(std::string_view pattern, const std::string& where) {
   return concat("root ::= ", regex_expression(pattern, false, where), "\n");
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// From the rule `start`. Errors: InputError beginning with `where`.
 std::string lark_to_ebnf(std::string_view grammar, const std::string& where);
@@ -20,4 +20,4 @@ std::string lark_to_ebnf(std::string_view grammar, const std::string& where);
 /// The whole text matches. Without borders, look-around and references back. Errors: the same.
 std::string regex_to_ebnf(std::string_view pattern, const std::string& where);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -13,7 +13,7 @@
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using nlohmann::json;
@@ -244,4 +244,4 @@ TEST(GrammarLark, TheMarkupsMarkerStaysOut) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,26 +11,26 @@
 #include "testing/grammar_walks.h"
 #include "text/tool_calls.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using nlohmann::json;
 using Kind = Grammar::Kind;
-using walks::bit;
-using walks::bytes_of;
-using walks::compiler;
-using walks::cut;
-using walks::eos;
-using walks::expect_mask_is_acceptance;
-using walks::mask_of;
-using walks::pick;
-using walks::Random;
-using walks::seconds_since;
-using walks::start;
-using walks::takes;
-using walks::tokenizer;
-using walks::walk;
-using walks::Words;
+using testing::walks::bit;
+using testing::walks::bytes_of;
+using testing::walks::compiler;
+using testing::walks::cut;
+using testing::walks::eos;
+using testing::walks::expect_mask_is_acceptance;
+using testing::walks::mask_of;
+using testing::walks::pick;
+using testing::walks::Random;
+using testing::walks::seconds_since;
+using testing::walks::start;
+using testing::walks::takes;
+using testing::walks::tokenizer;
+using testing::walks::walk;
+using testing::walks::Words;
 
 GrammarSession start(const json& schema) { return start(Kind::kJsonSchema, schema.dump()); }
 
@@ -449,4 +449,4 @@ TEST(GrammarLengths, CompilingStopsWhenNobodyWaits) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

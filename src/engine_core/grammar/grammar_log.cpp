@@ -4,7 +4,7 @@
 
 #include "base/log.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 thread_local GrammarWarnings* collector = nullptr;
 }  // namespace
@@ -29,7 +29,7 @@ std::string grammar_message(const std::exception& error) {
   return text;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core
 
 // Declared by xgrammar's logging.h for whoever sets XGRAMMAR_LOG_CUSTOMIZE.
 namespace xgrammar {
@@ -39,8 +39,8 @@ namespace xgrammar {
 }
 
 void LogMessageImpl(const std::string&, int, int level, const std::string& message) {
-  if (hadal::engine::collector != nullptr && level == XGRAMMAR_LOG_LEVEL_WARNING) {
-    hadal::engine::collector->add(message);
+  if (hadal::engine_core::collector != nullptr && level == XGRAMMAR_LOG_LEVEL_WARNING) {
+    hadal::engine_core::collector->add(message);
   } else {
     hadal::log::debug("grammar", message);
   }

@@ -8,7 +8,7 @@
 #include <exception>
 #include <string>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Collects the warnings of this thread while it lives.
 class GrammarWarnings {
@@ -29,4 +29,4 @@ class GrammarWarnings {
 /// The message without the place in xgrammar's source where it arose.
 std::string grammar_message(const std::exception& error);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -7,7 +7,7 @@
 #include <string>
 #include <string_view>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What stands before the marker of a block.
 inline constexpr std::string_view kBlockBegin = "\n\n<";
@@ -40,4 +40,4 @@ class MarkerGuard {
   std::string tail_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

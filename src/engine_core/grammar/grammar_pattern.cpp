@@ -12,7 +12,7 @@
 #include "base/check.h"
 #include "engine_core/grammar/char_ranges.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -284,4 +284,4 @@ bool prepare_strings(Json& schema, const std::string& where) {
   return changed;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

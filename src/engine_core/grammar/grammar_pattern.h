@@ -11,7 +11,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct JsonPattern {
   std::string text;
@@ -26,4 +26,4 @@ JsonPattern json_pattern(std::string_view pattern, const std::string& where);
 /// anything. Errors: InputError for a pattern that cannot be.
 bool prepare_strings(nlohmann::ordered_json& schema, const std::string& where);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

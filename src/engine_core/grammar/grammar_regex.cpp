@@ -9,7 +9,7 @@
 #include "base/check.h"
 #include "text/utf8.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr int kDeepest = 64;
@@ -262,4 +262,4 @@ std::string regex_expression(std::string_view pattern, bool dot_all, const std::
   return Reader(pattern, dot_all, where).read();
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -6,7 +6,7 @@
 
 #include "engine_core/grammar/char_ranges.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// In parentheses. `dot_all`: `.` matches a newline, too. Errors: InputError beginning with
 /// `where` for what no grammar can say, or what has no meaning.
@@ -17,4 +17,4 @@ std::string class_expression(const Ranges& ranges, const std::string& where);
 /// The text itself.
 std::string literal_expression(std::string_view text, bool any_case, const std::string& where);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

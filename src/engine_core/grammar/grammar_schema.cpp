@@ -8,7 +8,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using nlohmann::json;
@@ -213,4 +213,4 @@ void check_schema(const json& schema, const std::string& where) {
   check_object(schema, where);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -10,11 +10,11 @@
 
 #include <nlohmann/json_fwd.hpp>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// A regular expression or a grammar. Errors: InputError beginning with `where`.
 void check_pattern(std::string_view text, const std::string& where);
 /// A JSON schema with all below it. Errors: InputError beginning with `where` and the path.
 void check_schema(const nlohmann::json& schema, const std::string& where);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

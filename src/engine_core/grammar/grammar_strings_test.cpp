@@ -10,7 +10,7 @@
 #include "text/completion_check.h"
 #include "text/tool_calls.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using nlohmann::json;
@@ -243,4 +243,4 @@ TEST(GrammarStrings, GrammarsWithoutAnEndAreRefusedByTheirRule) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -17,7 +17,7 @@
 #include "text/chat_tokens.h"
 #include "text/tool_calls.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using nlohmann::json;
@@ -729,4 +729,4 @@ TEST(Grammar, MasksThatTakeTooLongEndTheAnswer) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -18,7 +18,7 @@
 #include "engine_core/grammar/grammar_schema.h"
 #include "engine_core/grammar/grammar_vocabulary.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr const char* kPrefer = "prefer";
@@ -343,4 +343,4 @@ ToolGrammar read_tool_grammar(std::string_view text, bool prefer) {
   return result;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 #include "engine_core/grammar/grammar_calls.h"
 #include "engine_core/grammar/grammar_marker.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct ToolGrammar {
   std::string structural_tag;
@@ -25,4 +25,4 @@ ToolGrammar read_tool_grammar(std::string_view text, bool prefer);
 /// Most characters of white space in a row in JSON: a model can write runs of them for ever.
 inline constexpr int kMaxWhitespace = 1;
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 int8_t step_byte(int8_t state, uint8_t byte) {
@@ -96,4 +96,4 @@ std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& 
   return result;
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

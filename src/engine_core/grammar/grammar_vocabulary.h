@@ -15,7 +15,7 @@
 #include "text/chat_tokens.h"
 #include "text/tokenizer.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Where a text stands between two characters (kWhole) or inside one: what may follow is UTF-8 or
 /// it is not (Unicode 16, table 3-7). -1: it cannot be.
@@ -59,4 +59,4 @@ struct GrammarVocabulary {
 std::shared_ptr<const GrammarVocabulary> make_vocabulary(const text::Tokenizer& tokenizer,
                                                          int64_t size);
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 // Descending, so that the first pages handed out are the lowest numbers.
@@ -131,4 +131,4 @@ void SlotPool::check_integrity(std::span<const int64_t> held) const {
               held.size(), " held of ", used_.size());
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class PagePool {
  public:
@@ -66,4 +66,4 @@ class SlotPool {
   std::vector<int64_t> free_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -7,7 +7,7 @@
 #include "base/check.h"
 #include "base/philox.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 TEST(PagePool, CountsReferencesAndCachedPages) {
@@ -75,4 +75,4 @@ TEST(SlotPool, HandsOutEachSlotOnce) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

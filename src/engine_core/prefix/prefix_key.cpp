@@ -7,7 +7,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "digests are of little-endian integers");
@@ -121,4 +121,4 @@ void PrefixKeys::forget_old() {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

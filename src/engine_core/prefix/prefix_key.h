@@ -16,7 +16,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 using PrefixDigest = std::array<std::byte, 32>;
 
@@ -55,4 +55,4 @@ class PrefixKeys {
   int64_t hashed_pages_ = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

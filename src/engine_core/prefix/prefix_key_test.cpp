@@ -5,7 +5,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 std::vector<int64_t> random_tokens(std::mt19937_64& random, size_t count) {
@@ -61,4 +61,4 @@ TEST(PrefixKeys, AGrowingPromptIsHashedOnce) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -9,7 +9,7 @@
 
 #include "engine_core/prefix/prefix_tree.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct PrefixNode {
   explicit PrefixNode(std::pmr::memory_resource* memory)
@@ -42,4 +42,4 @@ struct PrefixNode {
   bool has_state() const { return !snapshot.empty(); }
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

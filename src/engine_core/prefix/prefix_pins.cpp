@@ -5,7 +5,7 @@
 #include "base/check.h"
 #include "engine_core/prefix/prefix_node.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// However few pages they hold: fewer than the states among which the tree looks for the least
@@ -106,4 +106,4 @@ void PrefixPins::check_integrity() const {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -19,7 +19,7 @@
 
 #include "engine_core/request.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct PrefixNode;
 
@@ -63,4 +63,4 @@ class PrefixPins {
   Clock::time_point earliest_ = Clock::time_point::max();  ///< no key expires before
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -4,8 +4,17 @@
 #include "engine_core/prefix/prefix_tree.h"
 #include "testing/cache_traffic.h"
 
-namespace hadal::engine::traffic {
+namespace hadal::engine_core {
 namespace {
+
+using testing::traffic::Counts;
+using testing::traffic::kNano;
+using testing::traffic::Served;
+using testing::traffic::Talk;
+using testing::traffic::Tokens;
+using testing::traffic::Traffic;
+using testing::traffic::Turn;
+using testing::traffic::Writer;
 
 using Clock = PrefixPins::Clock;
 
@@ -129,7 +138,7 @@ TEST(PrefixPins, AFloodOfKeysTakesNoOtherClientsKey) {
   EXPECT_EQ(served.run(mine.turn(100, true)).cached, 3 * (2000 + 60 - 1));
 }
 
-class PinnedTree : public testing::Test {
+class PinnedTree : public ::testing::Test {
  protected:
   // A state of one page behind so many tokens of one value.
   void add(int64_t value, const CacheKey* key = nullptr, Clock::time_point now = {}) {
@@ -211,4 +220,4 @@ TEST_F(PinnedTree, TwoClientsWithOneNameHaveTwoKeys) {
 }
 
 }  // namespace
-}  // namespace hadal::engine::traffic
+}  // namespace hadal::engine_core

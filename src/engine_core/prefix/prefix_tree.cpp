@@ -7,7 +7,7 @@
 #include "base/math.h"
 #include "engine_core/prefix/prefix_node.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr int64_t kLeastRemembered = 1 << 10;  ///< evicted prefixes whose return is recognised
@@ -571,4 +571,4 @@ void PrefixTree::check_integrity(std::span<int64_t> expected) const {
   pins_.check_integrity();
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

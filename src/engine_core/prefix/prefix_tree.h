@@ -30,7 +30,7 @@
 #include "engine_core/prefix/prefix_pins.h"
 #include "engine_core/prefix/state_value.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct PrefixNode;
 
@@ -167,4 +167,4 @@ class PrefixTree {
   uint64_t last_node_ = 0;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

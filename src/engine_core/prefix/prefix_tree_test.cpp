@@ -7,12 +7,12 @@
 #include "base/check.h"
 #include "base/philox.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using Tokens = std::vector<int64_t>;
 
-class PrefixTreeTest : public testing::Test {
+class PrefixTreeTest : public ::testing::Test {
  protected:
   // Inserts as a sequence would and gives its references back; with a state of so many pages.
   int64_t insert(const Tokens& tokens, int64_t state, StateKind kind = StateKind::kEnd) {
@@ -209,4 +209,4 @@ TEST(PrefixTree, LongestPrefixOfRandomConversations) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -7,7 +7,7 @@
 #include "base/log.h"
 #include "base/math.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// Pages saved at once besides those since the last snapshot: what a store refused before.
@@ -471,4 +471,4 @@ void SequenceCache::check_integrity(std::span<const CachedSequence* const> open)
   slots_.check_integrity(slots);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -24,7 +24,7 @@
 #include "engine_core/prefix_store.h"
 #include "engine_core/runner.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// What a running sequence holds. Positions [0, pos) are computed.
 struct CachedSequence {
@@ -170,4 +170,4 @@ class SequenceCache {
   Counters counters_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

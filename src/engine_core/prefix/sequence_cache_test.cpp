@@ -11,8 +11,12 @@
 #include "base/philox.h"
 #include "testing/scripted_model.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
+
+using testing::ScriptedModel;
+using testing::ScriptedOptions;
+using testing::ScriptedStore;
 
 using Tokens = std::vector<int64_t>;
 
@@ -265,4 +269,4 @@ TEST(SequenceCache, ALoneSequenceTakesOverItsTail) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

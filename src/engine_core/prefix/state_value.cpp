@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr double kMostAgainst = 64;  ///< or a kind that is never kept could never prove useful
@@ -32,4 +32,4 @@ double StateOdds::against(StateKind kind) const {
   return std::min((count.used + count.passed) / count.used, kMostAgainst);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -11,7 +11,7 @@
 #include <array>
 #include <cstdint>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 enum class StateKind : uint8_t {
   kPage,    ///< on the way, at a page's end: for those that begin alike and go on otherwise
@@ -39,4 +39,4 @@ class StateOdds {
   std::array<Count, 4> counts_ = {{{1, 15}, {1, 3}, {1, 0}, {1, 7}}};
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

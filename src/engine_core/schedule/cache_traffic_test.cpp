@@ -4,8 +4,17 @@
 #include <cmath>
 #include <cstdio>
 
-namespace hadal::engine::traffic {
+namespace hadal::engine_core {
 namespace {
+
+using testing::traffic::Counts;
+using testing::traffic::in_turns;
+using testing::traffic::kNano;
+using testing::traffic::oracle;
+using testing::traffic::people;
+using testing::traffic::Served;
+using testing::traffic::Traffic;
+using testing::traffic::with_beginning;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
@@ -60,4 +69,4 @@ INSTANTIATE_TEST_SUITE_P(Conversations,
                          });
 
 }  // namespace
-}  // namespace hadal::engine::traffic
+}  // namespace hadal::engine_core

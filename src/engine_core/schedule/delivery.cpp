@@ -8,7 +8,7 @@
 #include "base/check.h"
 #include "base/log.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class Delivery::Keeper final : public Sink, public std::enable_shared_from_this<Keeper> {
  public:
@@ -91,4 +91,4 @@ void Delivery::run() {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

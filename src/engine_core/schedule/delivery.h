@@ -10,7 +10,7 @@
 
 #include "engine_core/request.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class Delivery {
  public:
@@ -42,4 +42,4 @@ class Delivery {
   std::thread thread_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr double kAssumedCost = 0.3;    ///< of one draft and its row, before there are figures
@@ -162,4 +162,4 @@ void DraftPolicy::add(DraftAcceptance& sequence, int64_t drafted, int64_t accept
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -14,7 +14,7 @@
 #include <map>
 #include <vector>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 /// Of one sequence: that a draft is right given that those before it are. Few drafts say little,
 /// and old ones are forgotten, so it stays near what holds for all until it has its own figures.
@@ -82,4 +82,4 @@ class DraftPolicy {
   double drafts_ = 16, right_ = 9.6;  ///< of all sequences; an assumption until there are some
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

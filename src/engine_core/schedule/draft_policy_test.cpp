@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// Steps of one sequence whose drafts cost and are right as told.
@@ -139,4 +139,4 @@ TEST(DraftPolicy, OtherNumbersOfSequencesGetTheirOwnTrial) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

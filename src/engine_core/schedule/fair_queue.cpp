@@ -4,7 +4,7 @@
 
 #include "base/check.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr size_t kMaxIdleClients = 1024;
@@ -78,4 +78,4 @@ void FairQueue::forget_idle() {
   });
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -15,7 +15,7 @@
 #include <string>
 #include <unordered_map>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class FairQueue {
  public:
@@ -58,4 +58,4 @@ class FairQueue {
   int64_t now_ = 0;  ///< service of the client whose turn came last
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <bit>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
-constexpr double kKeep = 0.8;      ///< of a figure after one more step
+constexpr double kKeepTime = 0.8;  ///< of a figure after one more step
 constexpr double kMostAtOnce = 2;  ///< a step that was held up counts at most as so much of usual
 
 int64_t log2_of(int64_t answers) { return std::bit_width(static_cast<uint64_t>(answers)); }
@@ -15,7 +15,7 @@ void note(double seconds, double* usual) {
   if (*usual <= 0) {
     *usual = seconds;
   } else {
-    *usual = kKeep * *usual + (1 - kKeep) * std::min(seconds, kMostAtOnce * *usual);
+    *usual = kKeepTime * *usual + (1 - kKeepTime) * std::min(seconds, kMostAtOnce * *usual);
   }
 }
 
@@ -46,4 +46,4 @@ void PromptPace::end_step(int64_t answers, int64_t prompt_rows, double seconds) 
   note(std::max(seconds - rest, 0.1 * seconds) / static_cast<double>(prompt_rows), &row_);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <map>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class PromptPace {
  public:
@@ -26,4 +26,4 @@ class PromptPace {
   double row_ = 0;                   ///< seconds of one row of a prompt, lately; 0: not known
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

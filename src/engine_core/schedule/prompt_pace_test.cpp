@@ -4,7 +4,7 @@
 
 #include <gtest/gtest.h>
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// Steps with a prompt without end beside `answers`; the seconds of the last.
@@ -67,4 +67,4 @@ TEST(PromptPace, RowsThatGrowDearerBecomeFewer) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

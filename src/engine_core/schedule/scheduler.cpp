@@ -11,7 +11,7 @@
 #include "engine_core/answer/answer_cuts.h"
 #include "engine_core/schedule/scheduler_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 constexpr int kChoiceBits = 16;  ///< of an arrival number; the rest is the request's
@@ -482,4 +482,4 @@ void Scheduler::check_integrity() const {
   cache_.check_integrity(open);
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -38,7 +38,7 @@
 #include "engine_core/schedule/fair_queue.h"
 #include "engine_core/schedule/prompt_pace.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct SchedulerOptions {
   int64_t max_running = 64;      ///< sequences in a step; at most the memory's slots count
@@ -210,4 +210,4 @@ class Scheduler {
   uint64_t blocked_front_ = 0;  ///< 0: none
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

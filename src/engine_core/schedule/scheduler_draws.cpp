@@ -8,7 +8,7 @@
 #include "engine_core/schedule/scheduler.h"
 #include "engine_core/schedule/scheduler_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 // The tokens whose states may come from elsewhere. A token's score needs the row of the one before
 // it, so a prompt that is to be scored starts where its scores end, whatever the tree knows.
@@ -90,4 +90,4 @@ void Scheduler::take_scores(RequestState& request, std::vector<TokenScore> score
              std::make_move_iterator(scores.end()));
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -5,8 +5,18 @@
 #include "base/check.h"
 #include "testing/scheduler_world.h"
 
-namespace hadal::engine::scripted {
+namespace hadal::engine_core {
 namespace {
+
+using testing::ScriptedModel;
+using testing::scripted::Answer;
+using testing::scripted::Config;
+using testing::scripted::counting;
+using testing::scripted::expected_answer;
+using testing::scripted::plain;
+using testing::scripted::Recorder;
+using testing::scripted::Tokens;
+using testing::scripted::World;
 
 Request with_grammar(Tokens prompt, int64_t max_tokens) {
   Request request = plain(std::move(prompt), max_tokens);
@@ -153,4 +163,4 @@ TEST(Scheduler, WeightsThatCannotBeSwappedLeaveTheOldOnes) {
 }
 
 }  // namespace
-}  // namespace hadal::engine::scripted
+}  // namespace hadal::engine_core

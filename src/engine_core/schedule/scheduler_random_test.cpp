@@ -12,8 +12,15 @@
 #include "base/philox.h"
 #include "testing/scheduler_world.h"
 
-namespace hadal::engine::scripted {
+namespace hadal::engine_core {
 namespace {
+
+using testing::scripted::Answer;
+using testing::scripted::Config;
+using testing::scripted::expected_scores;
+using testing::scripted::Recorder;
+using testing::scripted::Tokens;
+using testing::scripted::World;
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr uint64_t kSchedules = 100;  // sanitizers make everything slow
@@ -187,4 +194,4 @@ TEST(Scheduler, RandomSchedulesGiveTheTokensOfEachRequestAlone) {
 }
 
 }  // namespace
-}  // namespace hadal::engine::scripted
+}  // namespace hadal::engine_core

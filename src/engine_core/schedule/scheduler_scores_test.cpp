@@ -6,8 +6,16 @@
 #include "base/log.h"
 #include "testing/scheduler_world.h"
 
-namespace hadal::engine::scripted {
+namespace hadal::engine_core {
 namespace {
+
+using testing::scripted::Answer;
+using testing::scripted::Config;
+using testing::scripted::counting;
+using testing::scripted::expected_scores;
+using testing::scripted::plain;
+using testing::scripted::Tokens;
+using testing::scripted::World;
 
 Request scored(Tokens prompt, int64_t max_tokens, int64_t top) {
   Request request = plain(std::move(prompt), max_tokens);
@@ -136,4 +144,4 @@ TEST(Scheduler, StopTokensEndAnAnswerAndMinTokensPutItOff) {
 }
 
 }  // namespace
-}  // namespace hadal::engine::scripted
+}  // namespace hadal::engine_core

@@ -7,7 +7,7 @@
 #include "engine_core/schedule/scheduler.h"
 #include "engine_core/schedule/scheduler_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 // Up to where `leader` computes what `sequence` needs; 0: it does not.
 int64_t Scheduler::shared_tokens(const Sequence& leader, const Sequence& sequence) const {
@@ -103,4 +103,4 @@ void Scheduler::leave_followers(const Sequence& leader) {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

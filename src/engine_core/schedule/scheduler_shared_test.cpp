@@ -6,8 +6,16 @@
 #include "base/log.h"
 #include "testing/scheduler_world.h"
 
-namespace hadal::engine::scripted {
+namespace hadal::engine_core {
 namespace {
+
+using testing::scripted::Config;
+using testing::scripted::counting;
+using testing::scripted::expected_scores;
+using testing::scripted::plain;
+using testing::scripted::Recorder;
+using testing::scripted::Tokens;
+using testing::scripted::World;
 
 /// A model whose computed rows are counted.
 struct Counting {
@@ -156,4 +164,4 @@ TEST(SharedPrompts, WhoWantsNoSharingOrComesFirstDoesNotWait) {
 }
 
 }  // namespace
-}  // namespace hadal::engine::scripted
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 
 #include "engine_core/schedule/scheduler.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 struct Scheduler::Prepared {
   Request request;
@@ -83,4 +83,4 @@ struct Scheduler::RequestState {
   }
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -10,7 +10,7 @@
 #include "engine_core/schedule/scheduler.h"
 #include "engine_core/schedule/scheduler_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 using Seconds = std::chrono::duration<double>;
@@ -436,4 +436,4 @@ void Scheduler::keep_state(Sequence& sequence, bool ends) {
                  ends ? StateKind::kEnd : (before_last ? StateKind::kPrompt : StateKind::kPage));
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

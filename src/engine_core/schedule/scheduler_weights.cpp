@@ -5,7 +5,7 @@
 #include "engine_core/schedule/scheduler.h"
 #include "engine_core/schedule/scheduler_state.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 void Scheduler::hold_waiting() {
   if (std::exchange(holds_waiting_, true)) return;
@@ -37,4 +37,4 @@ void Scheduler::update_weights(const WeightsUpdate& update) {
   let_begin();
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -8,7 +8,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
 
 /// Without anything to do, until memory is given back that the next step would take again.
@@ -220,4 +220,4 @@ void ServingLoop::run() {
   }
 }
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -18,7 +18,7 @@
 #include "engine_core/schedule/delivery.h"
 #include "engine_core/schedule/scheduler.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 
 class ServingLoop : public Engine {
  public:
@@ -74,4 +74,4 @@ class ServingLoop : public Engine {
   std::thread thread_;
 };
 
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core

@@ -14,8 +14,11 @@
 #include "base/philox.h"
 #include "testing/scripted_model.h"
 
-namespace hadal::engine {
+namespace hadal::engine_core {
 namespace {
+
+using testing::ScriptedFilters;
+using testing::ScriptedModel;
 
 using Tokens = std::vector<int64_t>;
 
@@ -306,4 +309,4 @@ TEST(ServingLoop, EndsWithItsRequestsCancelled) {
 }
 
 }  // namespace
-}  // namespace hadal::engine
+}  // namespace hadal::engine_core
