@@ -21,15 +21,22 @@ class OpenAiFormat : public Format {
   }
 
  protected:
-  void write_chunk(const Answer& answer, const char* object, Json choices, std::string& out) const {
-    Json chunk = frame(answer, object);
-    chunk.set("choices", std::move(choices));
+  /// As write_sse() of a frame with choices and usage, without making again what all chunks share.
+  void write_chunk(const Answer& answer,
+                   const char* object,
+                   const Json& choices,
+                   std::string& out) {
+    out += "data: ";
+    out += head_of(answer, object);
+    out += ", \"choices\": ";
+    choices.dump_to(out);
     if (options_.usage_in_chunks) {
-      chunk.set("usage", openai_usage(answer));
+      out += ", \"usage\": ";
+      openai_usage(answer).dump_to(out);
     } else if (options_.include_usage) {
-      chunk.set("usage", Json());
+      out += ", \"usage\": null";
     }
-    write_sse(out, chunk);
+    out += "}\n\n";
   }
   void write_end(const Answer& answer, const char* object, std::string& out) const {
     if (options_.include_usage) {
@@ -79,6 +86,20 @@ class OpenAiFormat : public Format {
 
   const text::Tokenizer& tokenizer_;
   const OpenAiFormatOptions options_;
+
+ private:
+  /// frame() without its last brace.
+  const std::string& head_of(const Answer& answer, const char* object) {
+    const void* weights = answer.choices.front().weights.get();
+    if (head_.empty() || weights != head_weights_) {
+      head_ = frame(answer, object).dump();
+      head_.pop_back();
+      head_weights_ = weights;
+    }
+    return head_;
+  }
+  std::string head_;  ///< of chunks of one kind: a format writes no others
+  const void* head_weights_ = nullptr;
 };
 
 }  // namespace hadal::server
