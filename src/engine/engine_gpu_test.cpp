@@ -15,6 +15,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
 #include "engine/sampler.h"
@@ -28,8 +29,21 @@ using ops::Numerics;
 
 struct Case {
   Numerics numerics;
-  double tolerance;  ///< root mean square of what is apart, relative to that of the logits
+  double tolerance;     ///< root mean square of what is apart, relative to that of the logits
+  bool packed = false;  ///< matrices as the Hopper kernels read them
+  bool wide = false;    ///< heads of the official width, which the attention kernel reads
 };
+
+model::ModelConfig config_of(const Case& c) {
+  model::ModelConfig config = testing::small_config();
+  if (c.wide) {
+    config.head_dim = 512;
+    config.n_heads = 64;
+    config.o_groups = 8;
+    config.index_n_heads = 8;
+  }
+  return config;
+}
 
 class EngineOnGpu : public ::testing::TestWithParam<Case> {
  protected:
@@ -38,11 +52,22 @@ class EngineOnGpu : public ::testing::TestWithParam<Case> {
   }
   static model::Transformer make(at::Device device) {
     const Numerics numerics = GetParam().numerics;
-    model::Transformer model(testing::random_model(testing::small_config(), 21, at::kFloat));
+    model::Transformer model(testing::random_model(config_of(GetParam()), 21, at::kFloat));
     model.visit([&](model::Parameter& p) {
       const bool rounded = p.is_matrix() || p.kind == model::ParamKind::kEmbedding ||
                            p.kind == model::ParamKind::kHead;
       if (rounded && numerics != Numerics::kIdeal) p.value = p.operand(numerics).contiguous();
+      if (!GetParam().packed || !(p.is_matrix() || p.kind == model::ParamKind::kHead)) return;
+      const bool codes = numerics == Numerics::kReleased;
+      const ops::Weight dense(p.kind == model::ParamKind::kGroups
+                                  ? p.value.reshape({p.units, -1, p.value.size(-1)})
+                                  : p.value);
+      // In `bf16` experts stay dense.
+      if (auto packed = dense.to_sm90(codes ? p.storage : model::Storage::kBf16, p.role)) {
+        p.hold(std::move(*packed));
+      } else {
+        EXPECT_EQ(p.kind, model::ParamKind::kExperts) << p.name;
+      }
     });
     model::move_to(model, device);
     return model;
@@ -182,8 +207,47 @@ TEST_P(RecordedStep, LayersCopyNothingToTheHost) {
   }
 }
 
+/// Where every op that a token's company could touch is a Hopper kernel.
+class KernelsAlone : public EngineOnGpu {};
+
+TEST_P(KernelsAlone, ATokenKnowsNeitherItsCompanyNorItsChunks) {
+  std::mt19937 random(6);
+  std::vector<int64_t> tokens(300), others(300);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+  for (int64_t& id : others) id = static_cast<int64_t>(random() % 256);
+  const model::Transformer model = make(at::kCUDA);
+  KvCache cache(model.config(), sizes(at::kCUDA));
+  ModelSampler sampler(0);
+  ModelRunner runner(model, cache, sampler);
+  const std::vector<int64_t> pages = {4, 2}, other_pages = {0, 5};
+  const auto wanted = run(runner, 1, tokens, 0, pages, 300).back();
+  for (const int64_t piece : {7, 64, 100}) {
+    EXPECT_EQ(run(runner, 2, tokens, 0, pages, piece).back(), wanted) << piece;
+  }
+  run(runner, 1, std::span(tokens).first(299), 0, pages, 86);
+  EXPECT_EQ(run(runner, 1, tokens, 299, pages, 1).back(), wanted);
+  // The last token once more, beside 250 tokens of another sequence.
+  run(runner, 1, std::span(tokens).first(299), 0, pages, 299);
+  const SequenceStep steps[] = {{.slot = 0,
+                                 .start = 0,
+                                 .tokens = std::span(others).first(250),
+                                 .pages = other_pages,
+                                 .num_logits = 1,
+                                 .shows_logits = true},
+                                {.slot = 1,
+                                 .start = 299,
+                                 .tokens = std::span(tokens).last(1),
+                                 .pages = pages,
+                                 .num_logits = 1,
+                                 .shows_logits = true}};
+  runner.run(steps);
+  const auto found = runner.logits(1, 0);
+  EXPECT_EQ(std::vector<float>(found.begin(), found.end()), wanted);
+}
+
 std::string name_of(const ::testing::TestParamInfo<Case>& test) {
-  return ops::numerics_name(test.param.numerics);
+  return concat(ops::numerics_name(test.param.numerics), test.param.packed ? "Packed" : "",
+                test.param.wide ? "Wide" : "");
 }
 
 // A model with random weights in quantised numerics turns another order of sums into other choices
@@ -192,11 +256,22 @@ INSTANTIATE_TEST_SUITE_P(Numerics,
                          EngineOnGpu,
                          ::testing::Values(Case{Numerics::kIdeal, 1e-5},
                                            Case{Numerics::kBf16, 0.03},
-                                           Case{Numerics::kReleased, 0.35}),
+                                           Case{Numerics::kReleased, 0.35},
+                                           Case{Numerics::kBf16, 0.03, true},
+                                           Case{Numerics::kReleased, 0.35, true},
+                                           Case{Numerics::kReleased, 0.35, true, true}),
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          RecordedStep,
-                         ::testing::Values(Case{Numerics::kBf16, 0}, Case{Numerics::kReleased, 0}),
+                         ::testing::Values(Case{Numerics::kBf16, 0},
+                                           Case{Numerics::kReleased, 0},
+                                           Case{Numerics::kBf16, 0, true},
+                                           Case{Numerics::kReleased, 0, true},
+                                           Case{Numerics::kReleased, 0, true, true}),
+                         name_of);
+INSTANTIATE_TEST_SUITE_P(Numerics,
+                         KernelsAlone,
+                         ::testing::Values(Case{Numerics::kReleased, 0, true, true}),
                          name_of);
 
 }  // namespace

@@ -23,9 +23,9 @@ MoeOutput moe_forward(const Moe& moe,
   at::Tensor fixed = context.forced_of(block).experts;
   if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
   const ops::Routing routing =
-      fixed.defined()
-          ? ops::gate_fixed(logits, fixed, config.route_scale)
-          : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
+      fixed.defined() ? ops::gate_fixed(logits, fixed, config.route_scale, numerics)
+                      : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts,
+                                  config.route_scale, numerics);
   MoeAux aux;
   if (context.request.experts || context.request.routing) aux.routing.experts = routing.experts;
   if (context.request.routing) {

@@ -274,7 +274,9 @@ void launch(const HcPreSm90Params& p, Stream stream) {
 
 template <bool kHead>
 void launch_by_size(const HcPreSm90Params& p, Stream stream) {
-  if (p.tokens <= 4) return launch<kHead, true, 1, 1024>(p, stream);
+  // A piece is a part of the concatenated streams.
+  if (p.tokens <= 4 && p.dim % 256 == 0) return launch<kHead, true, 1, 1024>(p, stream);
+  if (p.tokens <= 4) return launch<kHead, true, 1, 512>(p, stream);
   if (p.tokens <= 256) return launch<kHead, false, 1, 512>(p, stream);
   launch<kHead, false, 2, 512>(p, stream);
 }
@@ -310,7 +312,7 @@ namespace hadal::ops {
 
 void hc_pre_sm90(const HcPreSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  if (p.dim % 256 != 0) throw_kernel_error("hc_pre_sm90", "dim is not a multiple of 256");
+  if (p.dim % 128 != 0) throw_kernel_error("hc_pre_sm90", "dim is not a multiple of 128");
   p.head ? cuda::launch_by_size<true>(p, stream) : cuda::launch_by_size<false>(p, stream);
 }
 
