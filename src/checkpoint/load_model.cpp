@@ -123,7 +123,9 @@ class Loader {
           fp8 ? ops::pack_fp8(codes->data, codes->scale) : ops::pack_fp4(codes->data, codes->scale);
       if (panels) return ops::Weight(std::move(*panels));
     }
-    if (codes && target_.held == Held::kAccelerator) {
+    // Of experts an accelerator multiplies FP4 alone.
+    const bool multiplies = !fp8 || parameter.kind != ParamKind::kExperts;
+    if (codes && multiplies && target_.held == Held::kAccelerator) {
       const bool widened = parameter.role == ops::GemmRole::kBf16;
       auto matrices = !fp8      ? ops::pack_sm90_fp4(codes->data, codes->scale)
                       : widened ? ops::pack_sm90_widened(codes->data, codes->scale)
@@ -221,8 +223,7 @@ void load_weights(model::Transformer& model,
   if (target.held == Held::kAccelerator && loader.num_without_form() > 0) {
     log::warn(
         "checkpoint", loader.num_without_form(),
-        " parameters in FP8 or FP4 have no exact form in the accelerator's layout and are held "
-        "in BF16");
+        " parameters in FP8 or FP4 have no form in the accelerator's layout and are held in BF16");
   }
 }
 

@@ -36,6 +36,7 @@ struct Case {
 
 model::ModelConfig config_of(const Case& c) {
   model::ModelConfig config = testing::small_config();
+  config.expert_dtype = model::ExpertDtype::kFp4;
   if (c.wide) {
     config.head_dim = 512;
     config.n_heads = 64;
@@ -251,7 +252,8 @@ std::string name_of(const ::testing::TestParamInfo<Case>& test) {
 }
 
 // A model with random weights in quantised numerics turns another order of sums into other choices
-// of experts and blocks: 0.24 on an H200. Unrelated logits are 1.4 apart.
+// of experts and blocks: 0.24 on an H200, 0.52 where heads are wide. Unrelated logits are 1.4
+// apart. What the kernels compute is held to bits where they are tested one by one.
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          EngineOnGpu,
                          ::testing::Values(Case{Numerics::kIdeal, 1e-5},
@@ -259,7 +261,7 @@ INSTANTIATE_TEST_SUITE_P(Numerics,
                                            Case{Numerics::kReleased, 0.35},
                                            Case{Numerics::kBf16, 0.03, true},
                                            Case{Numerics::kReleased, 0.35, true},
-                                           Case{Numerics::kReleased, 0.35, true, true}),
+                                           Case{Numerics::kReleased, 0.8, true, true}),
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          RecordedStep,

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "ops/attention/rope.h"
+#include "ops/indexer/hadamard.h"
 #include "ops/mhc/hyper_connection.h"
 #include "ops/moe/gate.h"
 #include "ops/moe/gate_sm90.h"
@@ -91,9 +92,10 @@ TEST_P(Sm90RowsGpu, RoundTrips) {
   expect_bits_of_the_cpu(
       [](const auto& in) {
         return std::vector{fp8_round_trip(in[0], 128), fp4_round_trip(in[0], 32),
-                           fp8_round_trip_leading(in[0], 320, 64)};
+                           fp8_round_trip_leading(in[0], 320, 64),
+                           hadamard(in[0].narrow(1, 0, 128))};
       },
-      {low(at::randn({rows(), 384}) * at::exp(at::randn({rows(), 384})))});
+      {low(at::randn({rows(), 384}) * at::exp(at::randn({rows(), 384}) * 3))});
 }
 
 TEST_P(Sm90RowsGpu, GateIsTheTwins) {

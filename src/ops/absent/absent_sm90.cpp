@@ -31,6 +31,8 @@ void quantise_operand_sm90(const QuantiseSm90Params&, Stream) { absent(); }
 void bf16_operand_sm90(const Bf16OperandSm90Params&, Stream) { absent(); }
 void pad_groups_sm90(const PadGroupsSm90Params&, Stream) { absent(); }
 void swiglu_sm90(const SwigluSm90Params&, Stream) { absent(); }
+void route_sm90(const RouteSm90Params&, Stream) { absent(); }
+void swiglu_quantise_sm90(const SwigluQuantiseSm90Params&, Stream) { absent(); }
 void combine_sm90(const CombineSm90Params&, Stream) { absent(); }
 void gate_sm90(const GateSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }

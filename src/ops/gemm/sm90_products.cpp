@@ -14,31 +14,6 @@
 namespace hadal::ops {
 namespace {
 
-/// E4M3 rows as an operand.
-struct Quantised {
-  at::Tensor codes, scales;
-  int64_t x_groups;
-};
-
-/// Rows `source` of x [.., in], or all; `rows` of them.
-Quantised quantise(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
-  const int64_t in = x.size(1), x_groups = ceil_div(rows, sm90::kGroupRows);
-  Quantised q{.codes = at::empty({x_groups * sm90::kGroupRows * in}, x.options().dtype(at::kByte)),
-              .scales = at::empty({in / sm90::kFp8Chain, x_groups * sm90::kGroupRows},
-                                  x.options().dtype(at::kFloat)),
-              .x_groups = x_groups};
-  quantise_operand_sm90({.x = x.const_data_ptr(),
-                         .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
-                         .rows = rows,
-                         .in = in,
-                         .stride = in,
-                         .codes = q.codes.mutable_data_ptr<uint8_t>(),
-                         .scales = q.scales.mutable_data_ptr<float>(),
-                         .x_groups = x_groups},
-                        current_stream(x));
-  return q;
-}
-
 /// BF16 rows [rows, in] as an operand: [slabs of 64][row groups][8][64].
 at::Tensor bf16_operand(const at::Tensor& x, int64_t x_groups) {
   const int64_t in = x.size(1);
@@ -86,10 +61,10 @@ void multiply_bf16(const uint8_t* operand,
 }
 
 void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const Quantised q = quantise(x, {}, x.size(0));
+  const Sm90Rows q = quantise_rows_sm90(x, {}, x.size(0));
   linear_fp8_sm90({.x = q.codes.const_data_ptr<uint8_t>(),
                    .w = matrix_data(w, 0),
-                   .x_groups = q.x_groups,
+                   .x_groups = q.groups,
                    .w_groups = w.row_groups(),
                    .x_scale = q.scales.const_data_ptr<float>(),
                    .w_scale = w.scales.const_data_ptr<float>(),
@@ -126,6 +101,59 @@ int expert_tile(int64_t rows, int64_t experts) {
 }
 
 }  // namespace
+
+Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
+  const int64_t groups = ceil_div(rows, sm90::kGroupRows), padded = groups * sm90::kGroupRows;
+  const auto options = at::TensorOptions(device);
+  return {.codes = at::empty({padded * in}, options.dtype(at::kByte)),
+          .scales = at::empty({in / sm90::kFp8Chain, padded}, options.dtype(at::kFloat)),
+          .groups = groups};
+}
+
+Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
+  const int64_t in = x.size(1);
+  Sm90Rows q = empty_rows_sm90(rows, in, x.device());
+  quantise_operand_sm90({.x = x.const_data_ptr(),
+                         .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
+                         .rows = rows,
+                         .in = in,
+                         .stride = in,
+                         .codes = q.codes.mutable_data_ptr<uint8_t>(),
+                         .scales = q.scales.mutable_data_ptr<float>(),
+                         .x_groups = q.groups},
+                        current_stream(x));
+  return q;
+}
+
+ExpertRuns::ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device)
+    : runs(at::empty({std::min(num_rows, num_experts), 3},
+                     at::TensorOptions(device).dtype(at::kInt))),
+      count(at::empty({1}, runs.options())),
+      rows(num_rows) {
+  static_assert(sizeof(ExpertRun) == 3 * sizeof(int32_t));
+}
+
+ExpertRun* ExpertRuns::data() const {
+  return reinterpret_cast<ExpertRun*>(runs.mutable_data_ptr<int32_t>());
+}
+
+void multiply_experts_sm90(const Sm90Rows& x,
+                           const Sm90Matrices& w,
+                           const ExpertRuns& runs,
+                           const at::Tensor& y,
+                           int64_t first_column) {
+  experts_fp4_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
+                    .x_scale = x.scales.const_data_ptr<float>(),
+                    .x_groups = x.groups,
+                    .w = w.data.const_data_ptr<uint8_t>(),
+                    .outputs = w.out,
+                    .slabs = w.slabs(),
+                    .runs = runs.data(),
+                    .num_runs = runs.count.const_data_ptr<int32_t>(),
+                    .max_runs = runs.runs.size(0),
+                    .out = output_of(y, first_column)},
+                   current_stream(y), {.tile = expert_tile(runs.rows, runs.runs.size(0))});
+}
 
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {
   if (w.matrices != 1) return false;
@@ -170,34 +198,20 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   const int64_t rows = x.size(0);
   if (rows == 0) return at::empty({0, w.out}, x.options());
   const int64_t padded = max_routed_rows(rows, 1, w.matrices);
-  const int64_t max_runs = std::min(rows, w.matrices);
-  const auto ints = x.options().dtype(at::kInt);
-  const at::Tensor source = at::empty({padded}, ints), place = at::empty({rows}, ints),
-                   runs = at::empty({max_runs, 3}, ints), num_runs = at::empty({1}, ints);
-  static_assert(sizeof(ExpertRun) == 3 * sizeof(int32_t));
-  auto* run = reinterpret_cast<ExpertRun*>(runs.mutable_data_ptr<int32_t>());
+  const ExpertRuns runs(rows, w.matrices, x.device());
+  const at::Tensor source = at::empty({padded}, runs.runs.options()),
+                   place = at::empty({rows}, runs.runs.options());
   pad_groups_sm90({.offsets = offsets.const_data_ptr<int64_t>(),
                    .source = source.mutable_data_ptr<int32_t>(),
                    .place = place.mutable_data_ptr<int32_t>(),
-                   .runs = run,
-                   .num_runs = num_runs.mutable_data_ptr<int32_t>(),
+                   .runs = runs.data(),
+                   .num_runs = runs.count.mutable_data_ptr<int32_t>(),
                    .num_experts = w.matrices,
                    .count = rows,
                    .rows = padded},
                   current_stream(x));
-  const Quantised q = quantise(x, source, padded);
   const at::Tensor y = at::empty({padded, w.out}, x.options());
-  experts_fp4_sm90({.x = q.codes.const_data_ptr<uint8_t>(),
-                    .x_scale = q.scales.const_data_ptr<float>(),
-                    .x_groups = q.x_groups,
-                    .w = w.data.const_data_ptr<uint8_t>(),
-                    .outputs = w.out,
-                    .slabs = w.slabs(),
-                    .runs = run,
-                    .num_runs = num_runs.const_data_ptr<int32_t>(),
-                    .max_runs = max_runs,
-                    .out = output_of(y, 0)},
-                   current_stream(x), {.tile = expert_tile(rows, max_runs)});
+  multiply_experts_sm90(quantise_rows_sm90(x, source, padded), w, runs, y, 0);
   return y.index_select(0, place);
 }
 

@@ -10,6 +10,9 @@
 #include "ops/gemm/hopper_twin.h"
 #include "ops/gemm/sm90_products.h"
 #include "ops/gemm/weight.h"
+#include "ops/moe/permute.h"
+#include "ops/moe/sm90_experts.h"
+#include "ops/moe/swiglu.h"
 #include "testing/kernel_checks.h"
 #include "testing/stored_weights.h"
 
@@ -34,7 +37,8 @@ struct Codes {
             .reshape({n, slabs, 128});
     const auto [fraction, exponent] = at::frexp(groups.abs().amax(2, /*keepdim=*/true) / 448);
     const at::Tensor scale =
-        at::ldexp(at::ones({1}), exponent - fraction.eq(0.5f).to(at::kInt)).to(at::kFloat);
+        at::ldexp(at::ones_like(fraction), exponent - fraction.eq(0.5f).to(at::kInt))
+            .to(at::kFloat);
     const at::Tensor codes = (groups / scale).to(at::kFloat8_e4m3fn);
     EXPECT_TRUE(at::equal(codes.to(at::kFloat) * scale, groups));
     data = codes.view(at::kByte).reshape({n, slabs * 128}).contiguous();
@@ -152,6 +156,37 @@ TEST_P(Sm90ProductsGpu, ExpertsInFp4) {
   EXPECT_TRUE(
       same_bits(grouped_linear(x.to(at::kCUDA), there, offsets.to(at::kCUDA), GemmRole::kFp4).cpu(),
                 at::cat(expected).to(at::kBFloat16)));
+}
+
+// The fused chain against the ops one after the other, which the tests above hold to the twin.
+TEST_P(Sm90ProductsGpu, ExpertsAsOneChain) {
+  const int64_t experts = 9, topk = 3, dim = 256, inter = 128, tokens = GetParam();
+  const auto weights = [&](int64_t out, int64_t in, unsigned seed) {
+    std::vector<at::Tensor> data, scale;
+    for (unsigned e = 0; e < experts; ++e) {
+      const Stored w = near_fp4(out, in, seed + e);
+      data.push_back(w.data), scale.push_back(w.scale);
+    }
+    return Weight(*pack_sm90_fp4(data, scale)).to(at::kCUDA);
+  };
+  const Weight w1 = weights(inter, dim, 60), w3 = weights(inter, dim, 70),
+               w2 = weights(dim, inter, 80);
+  const at::Tensor x = (bf16_rows({tokens, dim}) * 0.01).to(at::kCUDA),
+                   shared = bf16_rows({tokens, dim}).to(at::kCUDA);
+  const Routing routing = gate((at::randn({tokens, experts}) * 3).to(at::kCUDA),
+                               at::zeros({experts}).to(at::kCUDA), topk, 1.5);
+  const Permutation order = permute_by_expert(routing.experts, experts);
+  const auto product = [&](const Weight& w, const at::Tensor& in) {
+    return grouped_linear(quantise_input(in, GemmRole::kFp4, Numerics::kReleased), w, order.offsets,
+                          GemmRole::kFp4);
+  };
+  const at::Tensor rows = permute_rows(x, order);
+  const at::Tensor hidden = swiglu(product(w1, rows), product(w3, rows),
+                                   routing.weights.flatten().index_select(0, order.slot), 2.0);
+  const at::Tensor expected = combine(product(w2, hidden), order, shared);
+  const RoutedExperts chain{.w1 = w1, .w3 = w3, .w2 = w2, .swiglu_limit = 2.0};
+  ASSERT_TRUE(serves_experts_sm90(x, chain));
+  EXPECT_TRUE(same_bits(experts_on_sm90(x, routing, chain, shared).cpu(), expected.cpu()));
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, Sm90ProductsGpu, ::testing::Values(1, 7, 40, 64, 300));

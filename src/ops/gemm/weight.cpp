@@ -224,14 +224,17 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) co
     return Weight(values()).to_sm90(OfficialStorage::kBf16, role);
   const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
-    if (panels().format == WeightFormat::kF32) return std::nullopt;
+    const WeightFormat format = panels().format;
+    if (format == WeightFormat::kF32 || (format == WeightFormat::kFp8 && role == GemmRole::kFp4))
+      return std::nullopt;
     packed = pack_sm90(panels(), widened);
   } else if (storage == OfficialStorage::kBf16) {
     if (dense().scalar_type() != at::kBFloat16 || role == GemmRole::kFp4) return std::nullopt;
     packed = pack_sm90_bf16(dense().detach().cpu());
   } else {
     const bool fp4 = storage == OfficialStorage::kFp4;
-    if ((!fp4 && storage != OfficialStorage::kFp8) || (fp4 && in() % 32 != 0)) return std::nullopt;
+    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8 || role == GemmRole::kFp4)
+      return std::nullopt;
     std::vector<at::Tensor> data, scale;
     for (int64_t matrix = 0; matrix < matrices(); ++matrix) {
       std::optional<StoredCodes> codes = exact_codes(values(matrix).detach().cpu(), storage);
@@ -257,8 +260,8 @@ Weight Weight::to(at::Device device, GemmRole role) const {
       if (device.is_cpu()) return *this;
       if (const auto packed = to_sm90(OfficialStorage::kBf16, role)) return packed->to(device);
       if (panels().format == WeightFormat::kFp8 || panels().format == WeightFormat::kFp4) {
-        log::warn("ops", "FP8 or FP4 weights whose scales lie too far apart for ", device.str(),
-                  " are held in BF16 there");
+        log::warn("ops", "FP8 or FP4 weights that ", device.str(),
+                  " has no form for are held in BF16 there");
       }
       return Weight(values().to(device));
     }

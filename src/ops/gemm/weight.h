@@ -84,7 +84,7 @@ class Weight {
   /// Of FP8, FP4 and BF16 panels, whatever `storage` says; of dense values on the CPU that lie on
   /// the grid of `storage`, kFp8 or kFp4, or are BF16 (kBf16). nullopt where the values have no
   /// exact form. `role` is that of the products: FP8 whose rows are BF16 (kBf16) is laid out to be
-  /// widened, and BF16 experts (kFp4) have no kernel.
+  /// widened, and experts (kFp4) have a kernel for FP4 alone.
   std::optional<Weight> to_sm90(OfficialStorage storage, GemmRole role = GemmRole::kFp8) const;
   /// On another device. Panels are for the CPU alone: elsewhere FP8, FP4 and BF16 become sm90
   /// without being made dense, and FP32 dense (what sm90 has no form for, too; of FP8 and FP4 a
