@@ -15,8 +15,7 @@ namespace hadal::ops {
 /// other FP8 of a multiple of 128 inputs.
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role);
 /// x [rows, in]; of FP8 that is not widened x is rounded by Q8_128, which leaves what went through
-/// quantise_input as it is. Result [rows, out] FP32 for kFp32, else BF16. Error for more than
-/// 65,528 BF16 rows.
+/// quantise_input as it is. Result [rows, out] FP32 for kFp32, else BF16.
 at::Tensor linear_sm90(const at::Tensor& x, const Sm90Matrices& w, GemmRole role);
 
 /// Whether grouped_linear_sm90 has a kernel for these: FP4, out a multiple of 64, in of 128, at

@@ -3,6 +3,7 @@
 #include "ops/cuda/block_sums.cuh"
 #include "ops/cuda/elementwise.cuh"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/rows.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -71,8 +72,8 @@ __global__ void swiglu_kernel(const __grid_constant__ SwigluSm90Params p) {
 __global__ void combine_kernel(const __grid_constant__ CombineSm90Params p) {
   wait_for_previous();
   launch_dependents();
-  const int64_t token = blockIdx.y;
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  const auto [token, piece] = row_piece((p.dim + 511) / 512);
+  const int64_t i = piece * int64_t{512} + threadIdx.x * 4;
   if (i >= p.dim) return;
   const auto add = [](float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -108,7 +109,7 @@ void swiglu_sm90(const SwigluSm90Params& p, Stream stream) {
 void combine_sm90(const CombineSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
   if (p.dim % 4 != 0) throw_kernel_error("combine_sm90", "rows of a multiple of 4 values");
-  const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
+  const unsigned grid = cuda::blocks_for(p.tokens * ((p.dim + 511) / 512), 1);
   cuda::launch_early(cuda::combine_kernel, {grid, 128}, stream, "combine_sm90", p);
 }
 
