@@ -263,15 +263,15 @@ std::string name_of(const ::testing::TestParamInfo<Case>& test) {
 }
 
 // A model with random weights in quantised numerics turns another order of sums into other choices
-// of experts and blocks: 0.24 on an H200, 0.52 where heads are wide. Unrelated logits are 1.4
-// apart. What the kernels compute is held to bits where they are tested one by one.
+// of experts and blocks: on an H200 0.24, with the products of packed weights 0.50. Unrelated
+// logits are 1.4 apart. What a kernel computes is held to bits where it is tested by itself.
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          EngineOnGpu,
                          ::testing::Values(Case{Numerics::kIdeal, 1e-5},
                                            Case{Numerics::kBf16, 0.03},
                                            Case{Numerics::kReleased, 0.35},
                                            Case{Numerics::kBf16, 0.03, true},
-                                           Case{Numerics::kReleased, 0.35, true},
+                                           Case{Numerics::kReleased, 0.8, true},
                                            Case{Numerics::kReleased, 0.8, true, true}),
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Numerics,
