@@ -263,8 +263,9 @@ std::string name_of(const ::testing::TestParamInfo<Case>& test) {
 }
 
 // A model with random weights in quantised numerics turns another order of sums into other choices
-// of experts and blocks: on an H200 0.24, with the products of packed weights 0.50. Unrelated
-// logits are 1.4 apart. What a kernel computes is held to bits where it is tested by itself.
+// of experts and blocks: on an H200 0.24, with the products of packed weights 0.50 (the CPU's
+// kernels against its references: 0.09 in the mean of 430 rows, 0.58 at most). Unrelated logits are
+// 1.4 apart. What a kernel computes is held to bits where it is tested by itself.
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          EngineOnGpu,
                          ::testing::Values(Case{Numerics::kIdeal, 1e-5},
