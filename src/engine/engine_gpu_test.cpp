@@ -240,18 +240,18 @@ TEST_P(KernelsAlone, ATokenKnowsNeitherItsCompanyNorItsChunks) {
   EXPECT_EQ(run(runner, 1, tokens, 299, pages, 1).back(), wanted);
   // The last token once more, beside 250 tokens of another sequence.
   run(runner, 1, std::span(tokens).first(299), 0, pages, 299);
-  const SequenceStep steps[] = {{.slot = 0,
-                                 .start = 0,
-                                 .tokens = std::span(others).first(250),
-                                 .pages = other_pages,
-                                 .num_logits = 1,
-                                 .shows_logits = true},
-                                {.slot = 1,
-                                 .start = 299,
-                                 .tokens = std::span(tokens).last(1),
-                                 .pages = pages,
-                                 .num_logits = 1,
-                                 .shows_logits = true}};
+  const engine_core::SequenceStep steps[] = {{.slot = 0,
+                                              .start = 0,
+                                              .tokens = std::span(others).first(250),
+                                              .pages = other_pages,
+                                              .num_logits = 1,
+                                              .shows_logits = true},
+                                             {.slot = 1,
+                                              .start = 299,
+                                              .tokens = std::span(tokens).last(1),
+                                              .pages = pages,
+                                              .num_logits = 1,
+                                              .shows_logits = true}};
   runner.run(steps);
   const auto found = runner.logits(1, 0);
   EXPECT_EQ(std::vector<float>(found.begin(), found.end()), wanted);
