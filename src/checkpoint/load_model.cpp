@@ -53,7 +53,7 @@ class Loader {
     parameter.as_stored = false;
     const bool ideal = numerics_ == ops::Numerics::kIdeal;
     const bool packs = target_.held != Held::kDense && serves_packed(parameter);
-    if (packs && !ideal && is_coded(tensors[0])) {
+    if (packs && reads_codes() && is_coded(tensors[0])) {
       if (ops::Weight weight = coded_weight(tensors, parameter); weight.defined()) {
         parameter.hold(std::move(weight));
         return;
@@ -67,16 +67,32 @@ class Loader {
       value = value.to(low ? at::kBFloat16 : at::kFloat).contiguous();
       parameter.as_stored = !ideal;
     }
+    if (packs && !ideal && target_.held == Held::kAccelerator) {
+      const auto packed = ops::Weight(matrices_of(value, parameter))
+                              .to_sm90(ops::OfficialStorage::kBf16, parameter.role);
+      if (packed) return parameter.hold(packed->to(target_.device));
+    }
     parameter.hold(value.to(target_.device));
     if (!packs || target_.held != Held::kPanels) return;
-    const bool groups = parameter.kind == ParamKind::kGroups;
-    parameter.hold(ops::Weight(ops::pack_panels(
-        groups ? value.reshape({parameter.local_units(), -1, value.size(-1)}) : value)));
+    parameter.hold(ops::Weight(ops::pack_panels(matrices_of(value, parameter))));
   }
 
   int64_t num_without_form() const { return without_form_; }
 
  private:
+  /// On an accelerator the products of codes round their rows, as `released` alone does.
+  bool reads_codes() const {
+    return numerics_ == ops::Numerics::kReleased ||
+           (numerics_ == ops::Numerics::kBf16 && target_.held == Held::kPanels);
+  }
+
+  /// [matrices, out, in] of wo_a, else the value itself.
+  static at::Tensor matrices_of(const at::Tensor& value, const Parameter& parameter) {
+    return parameter.kind == ParamKind::kGroups
+               ? value.reshape({parameter.local_units(), -1, value.size(-1)})
+               : value;
+  }
+
   /// The stored matrices of a parameter: one for each expert of its shard, else one.
   std::vector<CheckpointTensor> stored(const Parameter& parameter) const {
     const size_t star = parameter.name.find('*');
@@ -107,9 +123,13 @@ class Loader {
           fp8 ? ops::pack_fp8(codes->data, codes->scale) : ops::pack_fp4(codes->data, codes->scale);
       if (panels) return ops::Weight(std::move(*panels));
     }
-    if (codes && target_.held == Held::kAccelerator) {
-      auto matrices = fp8 ? ops::pack_sm90_fp8(codes->data, codes->scale)
-                          : ops::pack_sm90_fp4(codes->data, codes->scale);
+    // Of experts an accelerator multiplies FP4 alone.
+    const bool multiplies = !fp8 || parameter.kind != ParamKind::kExperts;
+    if (codes && multiplies && target_.held == Held::kAccelerator) {
+      const bool widened = parameter.role == ops::GemmRole::kBf16;
+      auto matrices = !fp8      ? ops::pack_sm90_fp4(codes->data, codes->scale)
+                      : widened ? ops::pack_sm90_widened(codes->data, codes->scale)
+                                : ops::pack_sm90_fp8(codes->data, codes->scale);
       if (matrices) return ops::Weight(matrices->to(target_.device));
     }
     ++without_form_;
@@ -175,7 +195,7 @@ ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint) {
 }
 
 LoadTarget serving_target(at::Device device) {
-  return {.held = device.is_cpu() ? Held::kPanels : Held::kDense, .device = device};
+  return {.held = device.is_cpu() ? Held::kPanels : Held::kAccelerator, .device = device};
 }
 
 model::Transformer load_model(const OfficialCheckpoint& checkpoint,
@@ -203,8 +223,7 @@ void load_weights(model::Transformer& model,
   if (target.held == Held::kAccelerator && loader.num_without_form() > 0) {
     log::warn(
         "checkpoint", loader.num_without_form(),
-        " parameters in FP8 or FP4 have no exact form in the accelerator's layout and are held "
-        "in BF16");
+        " parameters in FP8 or FP4 have no form in the accelerator's layout and are held in BF16");
   }
 }
 

@@ -15,8 +15,9 @@ ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint);
 enum class Held {
   kPanels,       ///< for the CPU's matrix kernel: FP4, FP8 and BF16 as stored; serves requests
   kDense,        ///< as tensors: for training, and for what a device's library multiplies
-  kAccelerator,  ///< FP4 and FP8 as stored, with scales as an accelerator reads them (ops::Weight's
-                 ///< sm90); the rest dense
+  kAccelerator,  ///< as an accelerator's kernels read them (ops::Weight's sm90): in `released` FP4
+                 ///< and FP8 as stored, with scales, and BF16; in `bf16` BF16 alone, experts dense;
+                 ///< the rest dense
 };
 
 struct LoadTarget {
@@ -24,9 +25,7 @@ struct LoadTarget {
   at::Device device = at::kCPU;  ///< kPanels: the CPU
 };
 
-/// Where what serves requests on a device is loaded to. Off the CPU that is dense as long as no
-/// kernel that the products call reads the accelerator's storage: made dense for every call, it
-/// would be smaller but many times slower.
+/// Where what serves requests on a device is loaded to.
 LoadTarget serving_target(at::Device device);
 
 /// Fills a model with the checkpoint's values, none of them rounded: FP32 in `ideal`; otherwise

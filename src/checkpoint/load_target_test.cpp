@@ -33,6 +33,9 @@ at::Tensor logits(const model::Transformer& model, Numerics numerics) {
   return model.logits(model.head_input(streams, numerics), numerics);
 }
 
+/// What products multiply by.
+bool is_product(const Parameter& p) { return p.is_matrix() || p.kind == ParamKind::kHead; }
+
 /// An official checkpoint, FP4 experts and FP8 matrices, of a random model.
 class LoadTargets : public ::testing::Test {
  protected:
@@ -55,23 +58,29 @@ class LoadTargets : public ::testing::Test {
   std::optional<OfficialCheckpoint> checkpoint_;
 };
 
-TEST_F(LoadTargets, AnAcceleratorHoldsFourAndEightBitsAWeight) {
+TEST_F(LoadTargets, AnAcceleratorHoldsFourEightAndSixteenBitsAWeight) {
   const model::Transformer model = load(Numerics::kReleased, Held::kAccelerator);
   int64_t experts = 0, matrices = 0;
   model.visit([&](const Parameter& p) {
     const bool fp4 = p.kind == ParamKind::kExperts;
-    EXPECT_EQ(p.weight.form(),
-              p.storage == model::Storage::kFp8 || fp4 ? WeightForm::kSm90 : WeightForm::kNone)
+    const bool low = p.storage == model::Storage::kBf16 && is_product(p);
+    EXPECT_EQ(p.weight.form(), p.storage == model::Storage::kFp8 || fp4 || low ? WeightForm::kSm90
+                                                                               : WeightForm::kNone)
         << p.name;
     EXPECT_NE(p.value.defined(), p.weight.defined()) << p.name;
     if (!p.weight.defined()) return;
+    EXPECT_EQ(p.weight.sm90().widened, p.kind == ParamKind::kGroups) << p.name;
     int64_t weights = 1;
     for (const int64_t size : p.shape) weights *= size;
     // FP4: half a byte, and four bytes for the four scales of 128 inputs: 4.25 bits. FP8: a byte,
     // and four for the scale of each 128 x 128.
     const int64_t out = p.weight.out(), in = p.weight.in(), count = p.weight.matrices();
     const int64_t blocks = (out + 127) / 128 * ((in + 127) / 128);
-    EXPECT_EQ(p.weight.num_bytes(), fp4 ? weights * 17 / 32 : weights + count * blocks * 4)
+    // BF16: rows in tiles of 64, inputs in slabs of 64.
+    const int64_t tiles = count * ((out + 63) / 64) * ((in + 63) / 64) * 64 * 64 * 2;
+    EXPECT_EQ(p.weight.num_bytes(), low   ? tiles
+                                    : fp4 ? weights * 17 / 32
+                                          : weights + count * blocks * 4)
         << p.name;
     EXPECT_EQ(p.num_bytes(), p.weight.num_bytes());
     ++(fp4 ? experts : matrices);
@@ -107,7 +116,7 @@ TEST_F(LoadTargets, MovingPanelsToADeviceKeepsTheirBits) {
   load(Numerics::kReleased, Held::kPanels).visit([&](const Parameter& p) {
     if (p.weight.form() != WeightForm::kPanels) return;
     // What Weight::to does on its way to a device, as far as there is none.
-    const std::optional<ops::Weight> moved = p.weight.to_sm90(p.storage);
+    const std::optional<ops::Weight> moved = p.weight.to_sm90(p.storage, p.role);
     ASSERT_EQ(moved.has_value(), expected[p.name].defined()) << p.name;
     if (!moved) return;
     EXPECT_TRUE(at::equal(moved->sm90().data, expected[p.name].sm90().data)) << p.name;
@@ -135,10 +144,7 @@ TEST_F(LoadTargets, AnExpertRangeLoadsExactlyThoseExperts) {
     int64_t sharded = 0;
     part.visit([&](Parameter& p) {
       const bool coded = p.weight.defined();
-      EXPECT_EQ(coded, held != Held::kDense && (p.is_matrix() || p.kind == ParamKind::kHead) &&
-                           (held == Held::kPanels || p.storage == model::Storage::kFp8 ||
-                            p.kind == ParamKind::kExperts))
-          << p.name;
+      EXPECT_EQ(coded, held != Held::kDense && is_product(p)) << p.name;
       p.hold_dense();
       if (p.kind != ParamKind::kExperts) {
         EXPECT_TRUE(p.shard.whole());
@@ -157,12 +163,13 @@ TEST_F(LoadTargets, AnExpertRangeLoadsExactlyThoseExperts) {
 TEST_F(LoadTargets, ShardsOfRowsAndInputs) {
   struct Case {
     int64_t axis, part, parts;
-    WeightForm form;  ///< of FP8 matrices held for an accelerator
+    ops::WeightFormat format;  ///< of FP8 matrices held for an accelerator
   };
-  // 128 rows of a matrix of 256 keep their codes; 64 cut through the grid of scales, as inputs do.
-  for (const Case& c : {Case{0, 1, 2, WeightForm::kSm90},
-                        {0, 1, 4, WeightForm::kNone},
-                        {1, 0, 2, WeightForm::kNone}}) {
+  // 128 rows of a matrix of 256 keep their codes; 64 cut through the grid of scales, as inputs do,
+  // and are held in BF16.
+  for (const Case& c : {Case{0, 1, 2, ops::WeightFormat::kFp8},
+                        {0, 1, 4, ops::WeightFormat::kBf16},
+                        {1, 0, 2, ops::WeightFormat::kBf16}}) {
     model::Transformer whole = load(Numerics::kReleased, Held::kDense);
     model::Transformer part(checkpoint_->config());
     const auto cut = [&](const Parameter& p) {
@@ -180,7 +187,8 @@ TEST_F(LoadTargets, ShardsOfRowsAndInputs) {
     part.visit([&](Parameter& p) {
       if (!cut(p)) return;
       ++found;
-      EXPECT_EQ(p.weight.form(), c.form) << p.name;
+      ASSERT_EQ(p.weight.form(), WeightForm::kSm90) << p.name;
+      EXPECT_EQ(p.weight.sm90().format, c.format) << p.name;
       p.hold_dense();
       EXPECT_TRUE(at::equal(p.value, p.shard.of(values[p.name]))) << p.name;
     });

@@ -58,8 +58,8 @@ ops::BlockView compress_step(const Compressor& compressor,
     kv_history = context.kv->ring(block, rings.kv);
     score_history = context.kv->ring(block, rings.score);
   }
-  const ops::Compressed result =
-      ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio);
+  const ops::Compressed result = ops::compress(kv, gate, compressor.ape.value, kv_history,
+                                               score_history, batch, ratio, context.numerics);
   const ops::BlockPlan& plan = batch.blocks(ratio);
   at::Tensor rows = result.pooled;
   // A step that completes no block, as most decode steps, has nothing to compute here.

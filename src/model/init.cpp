@@ -148,7 +148,8 @@ void require_gradients(Transformer& model) {
 
 void move_to(Transformer& model, at::Device device) {
   model.visit([&](Parameter& parameter) {
-    if (parameter.weight.defined()) return parameter.hold(parameter.weight.to(device));
+    if (parameter.weight.defined())
+      return parameter.hold(parameter.weight.to(device, parameter.role));
     const bool requires_grad = parameter.value.requires_grad();
     parameter.hold(parameter.value.detach().to(device).requires_grad_(requires_grad));
   });

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/moe/permute.h"
+#include "ops/moe/sm90_experts.h"
 #include "ops/moe/swiglu.h"
 #include "ops/rows/gather.h"
 
@@ -23,9 +24,9 @@ MoeOutput moe_forward(const Moe& moe,
   at::Tensor fixed = context.forced_of(block).experts;
   if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
   const ops::Routing routing =
-      fixed.defined()
-          ? ops::gate_fixed(logits, fixed, config.route_scale)
-          : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts, config.route_scale);
+      fixed.defined() ? ops::gate_fixed(logits, fixed, config.route_scale, numerics)
+                      : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts,
+                                  config.route_scale, numerics);
   MoeAux aux;
   if (context.request.experts || context.request.routing) aux.routing.experts = routing.experts;
   if (context.request.routing) {
@@ -34,6 +35,27 @@ MoeOutput moe_forward(const Moe& moe,
   }
 
   const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp4, numerics);
+  const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
+    if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
+    return ops::swiglu(gate, up, weight, config.swiglu_limit);
+  };
+  const auto shared_expert = [&] {
+    const at::Tensor hidden =
+        swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
+               apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor());
+    return apply_linear(moe.shared_w2, ops::quantise_input(hidden, GemmRole::kFp8, numerics),
+                        numerics);
+  };
+  const ops::RoutedExperts experts{.w1 = moe.w1.weight,
+                                   .w3 = moe.w3.weight,
+                                   .w2 = moe.w2.weight,
+                                   .swiglu_limit = config.swiglu_limit};
+  if (numerics == ops::Numerics::kReleased && !context.request.swiglu &&
+      ops::serves_experts_sm90(x_rounded, experts)) {
+    return {.out = ops::experts_on_sm90(x_rounded, routing, experts, shared_expert()),
+            .aux = std::move(aux)};
+  }
+
   const ops::Permutation order = ops::permute_by_expert(routing.experts, config.n_routed_experts);
   const at::Tensor rows = ops::permute_rows(x_rounded, order);  // [pairs, dim]
   const at::Tensor weights =
@@ -41,21 +63,11 @@ MoeOutput moe_forward(const Moe& moe,
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
     return apply_experts(w, input, order.offsets, numerics);
   };
-  const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
-    if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
-    return ops::swiglu(gate, up, weight, config.swiglu_limit);
-  };
   const at::Tensor hidden =
       swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);
   const at::Tensor routed =
       expert_linear(moe.w2, ops::quantise_input(hidden, GemmRole::kFp4, numerics));
-
-  const at::Tensor shared_hidden =
-      swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
-             apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor());
-  const at::Tensor shared = apply_linear(
-      moe.shared_w2, ops::quantise_input(shared_hidden, GemmRole::kFp8, numerics), numerics);
-  return {.out = ops::combine(routed, order, shared), .aux = std::move(aux)};
+  return {.out = ops::combine(routed, order, shared_expert()), .aux = std::move(aux)};
 }
 
 }  // namespace hadal::model

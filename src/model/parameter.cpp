@@ -63,7 +63,13 @@ at::Tensor Parameter::operand(ops::Numerics numerics) const {
 }
 
 ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
-  if (weight.defined()) return weight;
+  if (weight.defined()) {
+    // The kernels that read these codes on a GPU round rows to E4M3, which `released` alone does.
+    const bool rounds = weight.form() == ops::WeightForm::kSm90 && weight.sm90().rounds_rows();
+    return rounds && numerics != ops::Numerics::kReleased && !weight.device().is_cpu()
+               ? weight.to_dense()
+               : weight;
+  }
   const at::Tensor values = operand(numerics);
   // Masters under training change every step; what is rounded on the way is made anew.
   const bool constant = values.is_same(value) && !value.requires_grad() && value.is_cpu() &&

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "model/describe.h"
+#include "ops/sm90.h"
 
 namespace hadal::model {
 namespace {
@@ -65,6 +66,7 @@ struct RecomputedBlock : torch::autograd::Function<RecomputedBlock> {
                                const c10::intrusive_ptr<Call>& call,
                                const at::TensorList& inputs) {
     call->context.request.experts = call->context.request.selection = true;
+    const ops::DifferentiableGuard as_the_second_run;
     BlockOutput first = call->run(inputs[0]);
     // The second run is asked for what has gradients alone, and makes the first one's choices.
     std::vector<BlockChoices>& forced = call->context.forced;

@@ -1,9 +1,14 @@
 // The one place that asks LibTorch's CUDA side anything; a CPU build answers without it.
 #include "base/check.h"
 #include "ops/op.h"
+#include "ops/sm90.h"
 
 #ifdef HADAL_WITH_CUDA
+#include <array>
+#include <atomic>
+
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
 #endif
 
 namespace hadal::ops {
@@ -14,6 +19,25 @@ Stream current_stream(const at::Tensor& x) {
   return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
 #else
   throw Error("this build has no CUDA: configure with the cuda preset");
+#endif
+}
+
+void require_sm90(at::Device device) {
+#ifdef HADAL_WITH_CUDA
+  static std::array<std::atomic<bool>, 64> known{};
+  const auto index = static_cast<size_t>(device.index());
+  HADAL_CHECK(index < known.size(), "device ", device.str(), ": beyond the 64 that are known");
+  if (known[index]) return;
+  cudaDeviceProp properties{};
+  HADAL_CHECK(cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess, "device ",
+              device.str(), ": cannot be asked what it is");
+  HADAL_CHECK(properties.major == 9 && properties.minor == 0, "device ", device.str(), ", ",
+              properties.name, ", has compute capability ", properties.major, ".", properties.minor,
+              "; hadal's kernels are for 9.0 (Hopper)");
+  known[index] = true;
+#else
+  throw Error(
+      concat("device ", device.str(), ": this build has no CUDA: configure with the cuda preset"));
 #endif
 }
 

@@ -1,6 +1,7 @@
 // A thread a place of a token's list.
 #include "ops/attention/attn_lists_sm90.h"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/sm90.cuh"
 
 namespace hadal::ops::cuda {
@@ -18,14 +19,16 @@ __device__ __forceinline__ int64_t window_row(const AttnListsSm90Params& p,
   const int64_t position = own - behind;
   if (position < 0) return -1;
   const int64_t start = p.pos[first_row];
-  return position >= start ? p.step_row + first_row + position - start : p.ring.row(seq, position);
+  return position >= start ? p.step_row + first_row + position - start
+                           : p.ring_row + p.ring.row(seq, position);
 }
 
 __global__ void __launch_bounds__(kThreads)
     attn_lists_kernel(const __grid_constant__ AttnListsSm90Params p) {
   wait_for_previous();
   launch_dependents();
-  const int64_t token = blockIdx.y, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const auto [token, piece] = row_piece((p.window + p.block_places) / kThreads + 1);
+  const int64_t at = static_cast<int64_t>(piece) * kThreads + threadIdx.x;
   if (at < p.window) {
     p.window_row[token * p.window + at] = static_cast<int32_t>(window_row(p, token, at));
     return;
@@ -48,8 +51,8 @@ namespace hadal::ops {
 
 void attn_lists_sm90(const AttnListsSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  const dim3 grid(cuda::blocks_for(p.window + p.block_places + 1, cuda::kThreads),
-                  static_cast<unsigned>(p.tokens));
+  const unsigned grid =
+      cuda::blocks_for(p.tokens * ((p.window + p.block_places) / cuda::kThreads + 1), 1);
   cuda::launch_early(cuda::attn_lists_kernel, {grid, cuda::kThreads}, stream, "attn_lists_sm90", p);
 }
 

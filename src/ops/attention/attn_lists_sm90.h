@@ -25,6 +25,7 @@ struct AttnListsSm90Params {
   int32_t* block_row;        ///< [tokens, block_places]
   int32_t* num_blocks;       ///< [tokens]
   int64_t tokens, window, block_places;
+  int64_t ring_row = 0;  ///< the rings' first row
 };
 void attn_lists_sm90(const AttnListsSm90Params& p, Stream stream);
 

@@ -11,6 +11,7 @@
 #include "base/math.h"
 #include "base/parallel.h"
 #include "ops/attention/attention_cpu.h"
+#include "ops/attention/sm90_attention.h"
 #include "ops/attention/sparse_attn_kernels.h"
 #include "ops/rows/gather.h"
 
@@ -462,6 +463,8 @@ AttentionResult sparse_attn(const at::Tensor& q,
   check_shape(sink, {q.size(1)}, "sparse_attn: sink");
   if (selection.defined())
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
+  if (serves_attention_sm90(q, history, blocks, params))
+    return attention_on_sm90(q, kv, history, blocks, selection, sink, batch, params);
   if (use_cuda_kernel(q, history, selection, batch, params)) {
     // Window layers have no blocks; autograd wants a tensor in their place.
     const at::Tensor rows =

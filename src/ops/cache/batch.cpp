@@ -59,6 +59,10 @@ Batch::Batch(std::vector<int64_t> lengths,
   plan.pos = make_table({"pos", 0}, plan.host_pos, at::kLong, device, memory);
   plan.seq = make_table({"seq", 0}, seq, at::kLong, device, memory);
   plan.slots = make_table({"slots", 0}, plan.host_slots, at::kInt, device, memory);
+  // While a step is recorded nothing can be sent.
+  if (memory != nullptr)
+    plan.device_cu_seqlens =
+        make_table({"cu_seqlens", 0}, plan.cu_seqlens, at::kInt, device, memory);
   for (const int64_t ratio : places.ratios) plan_blocks(ratio, memory);
   for (const int64_t size : places.ring_sizes) plan_ring_writes(size, memory);
   if (memory != nullptr) memory->upload();

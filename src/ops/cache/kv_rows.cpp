@@ -5,7 +5,9 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "ops/cache/rows_sm90.h"
 #include "ops/op.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -80,6 +82,41 @@ at::Tensor pack_keys(const at::Tensor& rows, const RowFormat& format) {
   return at::cat({nibbles.select(2, 0) + nibbles.select(2, 1) * 16, scales}, 1);
 }
 
+/// Whether the Hopper kernels pack rows of this format.
+bool packs_on_sm90(const RowFormat& format) {
+  if (format.kind == RowKind::kIndexKey) return format.width == 128;
+  return format.rotary == kRotaryDim &&
+         (format.width == 128 || format.width == 256 || format.width == 512);
+}
+
+at::Tensor pack_on_sm90(const at::Tensor& rows_any, const RowFormat& format) {
+  const at::Tensor rows = kernel_input(rows_any);
+  at::Tensor bytes = at::empty({rows.size(0), format.bytes()}, rows.options().dtype(at::kByte));
+  if (format.kind == RowKind::kLatent) {
+    latent_rows_sm90({.x = bf16_data(rows),
+                      .weight = nullptr,
+                      .cos_sin = nullptr,
+                      .place = nullptr,
+                      .out = bytes.mutable_data_ptr<uint8_t>(),
+                      .rows = rows.size(0),
+                      .width = format.width,
+                      .stride = format.width,
+                      .eps = 0.0f},
+                     current_stream(rows));
+  } else {
+    index_rows_sm90({.x = bf16_data(rows),
+                     .weight = nullptr,
+                     .cos_sin = nullptr,
+                     .place = nullptr,
+                     .out = bytes.mutable_data_ptr<uint8_t>(),
+                     .rows = rows.size(0),
+                     .heads = 1,
+                     .eps = 0.0f},
+                    current_stream(rows));
+  }
+  return bytes;
+}
+
 }  // namespace
 
 namespace reference {
@@ -94,6 +131,7 @@ at::Tensor pack_rows(const at::Tensor& rows, const RowFormat& format) {
   check_shape(rows, {-1, format.width}, "pack_rows: rows");
   HADAL_CHECK(format.packed() && rows.scalar_type() == at::kBFloat16, "pack_rows: rows are ",
               rows.scalar_type(), ", expected BF16");
+  if (packs_on_sm90(format) && use_sm90(rows)) return pack_on_sm90(rows, format);
   if (!rows.is_cpu() || reference_forced()) return reference::pack_rows(rows, format);
   const at::Tensor source = rows.contiguous();
   at::Tensor bytes = at::empty({rows.size(0), format.bytes()}, at::kByte);

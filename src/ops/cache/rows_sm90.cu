@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   const uint16_t* x = p.x + from * p.stride;
   float v[kPer];
   load_piece(v, x);
-  normalise_piece(v, x, p.weight, p.eps);
-  rotate_piece<kRotary>(v, p.cos_sin + from * kRotary);
+  if (p.weight != nullptr) normalise_piece(v, x, p.weight, p.eps);
+  if (p.cos_sin != nullptr) rotate_piece<kRotary>(v, p.cos_sin + from * kRotary);
   const int64_t place = p.place != nullptr ? p.place[from] : from;
   const bool stored = row < p.rows && place >= 0;
   uint8_t* out = p.out + place * kBytes;
@@ -161,11 +161,13 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   float v[kPer];
   load_piece(v, x);
   if (p.weight != nullptr) normalise_piece(v, x, p.weight, p.eps);
-  rotate_piece<kRotary>(v, p.cos_sin + from / p.heads * kRotary);
-  hadamard_piece(v);
-  constexpr float kFactor = 0.08838834764831845f;  // 1 / sqrt(128)
+  if (p.cos_sin != nullptr) {
+    rotate_piece<kRotary>(v, p.cos_sin + from / p.heads * kRotary);
+    hadamard_piece(v);
+    constexpr float kFactor = 0.08838834764831845f;  // 1 / sqrt(128)
 #pragma unroll
-  for (int j = 0; j < kPer; ++j) v[j] = round_to<__nv_bfloat16>(v[j] * kFactor);
+    for (int j = 0; j < kPer; ++j) v[j] = round_to<__nv_bfloat16>(v[j] * kFactor);
+  }
   uint32_t codes[kPer];
   const int scale = round_e2m1<4>(v, codes);
   const int64_t place = p.place != nullptr ? p.place[from] : from;

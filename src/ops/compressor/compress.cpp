@@ -7,8 +7,10 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/compressor/compress_cpu.h"
+#include "ops/compressor/compress_sm90.h"
 #include "ops/op.h"
 #include "ops/rows/gather.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -149,6 +151,46 @@ std::vector<at::Tensor> run_cpu(const at::Tensor& kv_in,
   return {pooled, score};
 }
 
+const float* ring_data(const RingView& ring) {
+  return ring.rows.defined() ? ring.rows.const_data_ptr<float>() : nullptr;
+}
+
+Compressed run_sm90(const at::Tensor& kv_any,
+                    const at::Tensor& gate_any,
+                    const at::Tensor& ape_any,
+                    const RingView& kv_history,
+                    const RingView& score_history,
+                    const Batch& batch,
+                    int64_t ratio) {
+  const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
+                   ape = fp32_input(ape_any);
+  const bool continues = kv_history.rows.defined() && score_history.rows.defined();
+  HADAL_CHECK(continues || batch.whole(), "compress: a sequence continues without a history");
+  const BlockPlan& plan = batch.blocks(ratio);
+  const int64_t d = kv.size(1) / (ratio == 4 ? 2 : 1);
+  const at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options().dtype(at::kBFloat16));
+  compress_sm90(
+      {.rows = {.kv = kv.const_data_ptr<float>(),
+                .gate = gate.const_data_ptr<float>(),
+                .ape = ape.const_data_ptr<float>(),
+                .kv_ring = const_cast<float*>(ring_data(kv_history)),  // only read
+                .score_ring = const_cast<float*>(ring_data(score_history)),
+                .ring = continues
+                            ? kv_history.table()
+                            : RingRows{.slots = batch.slots().const_data_ptr<int32_t>(), .size = 1},
+                .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+                .pos = batch.pos().const_data_ptr<int64_t>(),
+                .stride = kv.size(1),
+                .ratio = ratio,
+                .d = d},
+       .block_seq = plan.seq.const_data_ptr<int64_t>(),
+       .block_pos = plan.pos.const_data_ptr<int64_t>(),
+       .pooled = mutable_bf16_data(pooled),
+       .blocks = plan.num_blocks()},
+      current_stream(kv));
+  return {.pooled = pooled, .score = gate + ape.index_select(0, batch.pos().remainder(ratio))};
+}
+
 }  // namespace
 
 Compressed compress(const at::Tensor& kv,
@@ -157,7 +199,8 @@ Compressed compress(const at::Tensor& kv,
                     const RingView& kv_history,
                     const RingView& score_history,
                     const Batch& batch,
-                    int64_t ratio) {
+                    int64_t ratio,
+                    Numerics numerics) {
   HADAL_CHECK(ratio > 0, "compress: ratio ", ratio);
   check_shape(kv, {batch.num_tokens(), -1}, "compress: kv");
   check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress: gate");
@@ -175,6 +218,9 @@ Compressed compress(const at::Tensor& kv,
         {kv, gate, ape});
     return {.pooled = out[0], .score = out[1]};
   }
+  const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
+  if (numerics != Numerics::kIdeal && use_sm90_fp32(kv) && !learns)
+    return run_sm90(kv, gate, ape, kv_history, score_history, batch, ratio);
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
 }
 

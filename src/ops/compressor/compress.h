@@ -5,12 +5,13 @@
 #include <ATen/core/Tensor.h>
 
 #include "ops/cache/batch.h"
+#include "ops/op.h"
 
 namespace hadal::ops {
 
 struct Compressed {
   at::Tensor pooled;  ///< [num_blocks, d] FP32: per channel softmax-weighted sums, before norm and
-                      ///< rotation
+                      ///< rotation; of the Hopper kernel rounded to BF16
   at::Tensor score;   ///< [tokens, o d] FP32: gate + ape, what the state keeps beside kv
 };
 
@@ -20,13 +21,15 @@ struct Compressed {
 ///   kv_history, score_history      rings of the rows before this step (score includes ape), of
 ///                                  length >= o * ratio - 1; undefined rows when every sequence
 ///                                  starts at 0
+///   numerics                       on a GPU the Hopper kernel serves all but `ideal`
 Compressed compress(const at::Tensor& kv,
                     const at::Tensor& gate,
                     const at::Tensor& ape,
                     const RingView& kv_history,
                     const RingView& score_history,
                     const Batch& batch,
-                    int64_t ratio);
+                    int64_t ratio,
+                    Numerics numerics = Numerics::kIdeal);
 
 namespace reference {
 Compressed compress(const at::Tensor& kv,

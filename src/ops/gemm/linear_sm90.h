@@ -91,6 +91,24 @@ void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream);
 struct ExpertRun {
   int32_t expert, first_row, rows;
 };
+/// Rows that any choice needs at most.
+constexpr int64_t max_routed_rows(int64_t tokens, int64_t topk, int64_t num_experts) {
+  const int64_t choices = tokens * topk;
+  return (choices + 7 * (choices < num_experts ? choices : num_experts) + 7) / 8 * 8;
+}
+/// Makes runs of rows that lie sorted by expert, one behind the other: every expert's go to places
+/// from a multiple of 8 on.
+struct PadGroupsSm90Params {
+  const int64_t* offsets;  ///< [num_experts + 1] first row of each expert
+  int32_t* source;         ///< [rows] sorted row of a padded one, -1 where there is none
+  int32_t* place;          ///< [count] padded row of a sorted one
+  ExpertRun* runs;         ///< [min(num_experts, count)]
+  int32_t* num_runs;       ///< [1]
+  int64_t num_experts;     ///< at most 1,024
+  int64_t count, rows;     ///< rows: at least max_routed_rows(count, 1, num_experts)
+};
+void pad_groups_sm90(const PadGroupsSm90Params& p, Stream stream);
+
 struct ExpertsFp4Sm90Params {
   const uint8_t* x;      ///< E4M3 K-major operand of x_groups row groups
   const float* x_scale;  ///< [slabs, 8 * x_groups]

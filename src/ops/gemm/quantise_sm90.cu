@@ -4,6 +4,7 @@
 
 #include "ops/cuda/elementwise.cuh"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
 #include "ops/gemm/linear_sm90.h"
@@ -82,8 +83,9 @@ __global__ void swiglu_quantise_kernel(const __grid_constant__ SwigluQuantiseSm9
 
 /// Eight values of a row a thread: a piece of the operand.
 __global__ void bf16_operand_kernel(const __grid_constant__ Bf16OperandSm90Params p) {
-  const int64_t slabs = (p.in + 63) / 64, row = blockIdx.y;
-  const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t slabs = (p.in + 63) / 64;
+  const auto [row, part] = row_piece((slabs * 8 + blockDim.x - 1) / blockDim.x);
+  const int64_t piece = static_cast<int64_t>(part) * blockDim.x + threadIdx.x;
   wait_for_previous();
   launch_dependents();
   if (piece >= slabs * 8) return;
@@ -119,7 +121,7 @@ void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream) {
     throw_kernel_error("bf16_operand_sm90", "rows of a multiple of 8 values");
   const int64_t pieces = sm90::round_up(p.in, 64) / 8;
   const auto threads = static_cast<unsigned>(pieces < 256 ? sm90::round_up(pieces, 32) : 256);
-  const dim3 grid(cuda::blocks_for(pieces, threads), static_cast<unsigned>(p.x_groups * 8));
+  const unsigned grid = cuda::blocks_for(p.x_groups * 8 * ((pieces + threads - 1) / threads), 1);
   cuda::launch_early(cuda::bf16_operand_kernel, {grid, threads}, stream, "bf16_operand_sm90", p);
 }
 

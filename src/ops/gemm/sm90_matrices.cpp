@@ -30,16 +30,23 @@ struct HostCodes {
   const uint8_t* scales() const { return scale.const_data_ptr<uint8_t>(); }
 };
 
+/// The largest power of two that a widened weight is multiplied by.
+constexpr int kMostWidened = 7;
+
 /// False when a value or a scale has no exact form.
 bool pack_fp8_matrix(const HostCodes& codes, const Sm90Matrices& w, int64_t matrix) {
   const int64_t columns = w.slabs(), out_blocks = ceil_div(w.out, int64_t{128});
   const at::Tensor magnitude = codes.data.bitwise_and(0x7f);
   if (magnitude.eq(0x7f).any().item<bool>()) return false;
-  const at::Tensor rows = at::constant_pad_nd(codes.data, {0, columns * 128 - w.in});
-  const std::vector<uint8_t> operand = sm90::pack_operand(
-      rows.const_data_ptr<uint8_t>(), w.out, columns * sm90::kSlabBytes, w.row_groups());
-  std::memcpy(w.data.mutable_data_ptr<uint8_t>() + matrix * w.data.stride(0), operand.data(),
-              operand.size());
+  uint8_t* data = w.data.mutable_data_ptr<uint8_t>() + matrix * w.data.stride(0);
+  if (w.widened) {
+    sm90::pack_widened(codes.bytes(), w.out, w.in, data);
+  } else {
+    const at::Tensor rows = at::constant_pad_nd(codes.data, {0, columns * 128 - w.in});
+    const std::vector<uint8_t> operand = sm90::pack_operand(
+        rows.const_data_ptr<uint8_t>(), w.out, columns * sm90::kSlabBytes, w.row_groups());
+    std::memcpy(data, operand.data(), operand.size());
+  }
   // Blocks of zeros do with any scale.
   const at::Tensor used =
       at::constant_pad_nd(magnitude, {0, columns * 128 - w.in, 0, out_blocks * 128 - w.out})
@@ -53,7 +60,7 @@ bool pack_fp8_matrix(const HostCodes& codes, const Sm90Matrices& w, int64_t matr
       const int64_t at = block * columns + slab;
       if (!used.const_data_ptr<bool>()[at]) continue;
       const uint8_t scale = codes.scales()[at];
-      if (!in_range(scale)) return false;
+      if (!in_range(scale) || (w.widened && scale > 127 + kMostWidened)) return false;
       scales[slab * out_blocks + block] = std::ldexp(1.0f, scale - 127);
     }
   }
@@ -96,9 +103,11 @@ bool pack_fp4_matrix(const HostCodes& codes, const Sm90Matrices& w, int64_t matr
                         w.data.mutable_data_ptr<uint8_t>() + matrix * w.data.stride(0)) == 0;
 }
 
-Sm90Matrices empty_matrices(WeightFormat format, size_t matrices, int64_t out, int64_t in) {
+Sm90Matrices empty_matrices(
+    WeightFormat format, size_t matrices, int64_t out, int64_t in, bool widened = false) {
   HADAL_CHECK(out > 0 && in > 0, "pack_sm90: a matrix of ", out, " x ", in);
   Sm90Matrices w{.format = format,
+                 .widened = widened,
                  .matrices = static_cast<int64_t>(matrices),
                  .out = out,
                  .in = in,
@@ -145,12 +154,28 @@ at::Tensor rows_of_operand(const at::Tensor& data, int64_t slabs, int64_t groups
       .reshape({groups * 8, slabs * 128});
 }
 
+/// Tiles of weights that are widened -> [out, in] bytes (sm90_layout.h).
+at::Tensor rows_of_tiles(const at::Tensor& data, const Sm90Matrices& w) {
+  // slab, tile, pair of steps, warp, g, q, step of the pair, half of the rows, upper inputs, i
+  return data.reshape({w.slabs(), w.out / sm90::kTileRows, 4, 4, 8, 4, 2, 2, 2, 2})
+      .permute({1, 3, 7, 4, 0, 2, 6, 8, 5, 9})
+      .reshape({w.out, w.in});
+}
+
+/// The values of BF16 matrices.
+at::Tensor unpack_bf16(const Sm90Matrices& w, int64_t matrix) {
+  return rows_of_operand(w.data[matrix], w.slabs(), w.row_groups())
+      .narrow(0, 0, w.out)
+      .narrow(1, 0, w.in * 2)
+      .contiguous()
+      .view(at::kBFloat16);
+}
+
 at::Tensor unpack_fp8(const Sm90Matrices& w, int64_t matrix) {
-  const at::Tensor codes = rows_of_operand(w.data[matrix], w.slabs(), w.row_groups())
-                               .narrow(0, 0, w.out)
-                               .narrow(1, 0, w.in)
-                               .contiguous()
-                               .view(at::kFloat8_e4m3fn);
+  const at::Tensor bytes = w.widened ? rows_of_tiles(w.data[matrix], w)
+                                     : rows_of_operand(w.data[matrix], w.slabs(), w.row_groups());
+  const at::Tensor codes =
+      bytes.narrow(0, 0, w.out).narrow(1, 0, w.in).contiguous().view(at::kFloat8_e4m3fn);
   const at::Tensor spread = w.scales[matrix]
                                 .t()
                                 .repeat_interleave(128, 0)
@@ -203,7 +228,9 @@ at::Tensor unpack_fp4(const Sm90Matrices& w, int64_t matrix) {
 
 }  // namespace
 
-int64_t Sm90Matrices::slabs() const { return ceil_div(in, sm90::kFp8Chain); }
+int64_t Sm90Matrices::slabs() const {
+  return ceil_div(in * (format == WeightFormat::kBf16 ? 2 : 1), sm90::kSlabBytes);
+}
 int64_t Sm90Matrices::row_groups() const {
   return sm90::round_up(out, sm90::kTileRows) / sm90::kGroupRows;
 }
@@ -235,24 +262,59 @@ std::optional<Sm90Matrices> pack_sm90_fp4(const std::vector<at::Tensor>& data,
                   pack_fp4_matrix);
 }
 
-std::optional<Sm90Matrices> pack_sm90(const Panels& panels) {
-  const bool fp4 = panels.format == WeightFormat::kFp4;
-  HADAL_CHECK(fp4 || panels.format == WeightFormat::kFp8, "pack_sm90: panels without codes");
-  Sm90Matrices w =
-      empty_matrices(panels.format, static_cast<size_t>(panels.matrices), panels.out, panels.in);
-  for (int64_t matrix = 0; matrix < panels.matrices; ++matrix) {
-    const StoredCodes codes = panel_codes(panels, matrix);
-    const HostCodes host(codes.data, codes.scale, codes.scale.size(0), codes.scale.size(1));
-    if (!(fp4 ? pack_fp4_matrix(host, w, matrix) : pack_fp8_matrix(host, w, matrix)))
-      return std::nullopt;
+std::optional<Sm90Matrices> pack_sm90_widened(const std::vector<at::Tensor>& data,
+                                              const std::vector<at::Tensor>& scale) {
+  HADAL_CHECK(!data.empty() && data[0].dim() == 2 && data.size() == scale.size(),
+              "pack_sm90_widened: ", data.size(), " matrices with ", scale.size(), " scales");
+  const int64_t out = data[0].size(0), in = data[0].size(1);
+  if (out % sm90::kTileRows != 0 || in % sm90::kFp8Chain != 0) return std::nullopt;
+  return pack_all(empty_matrices(WeightFormat::kFp8, data.size(), out, in, /*widened=*/true), data,
+                  scale, pack_fp8_matrix);
+}
+
+std::optional<Sm90Matrices> pack_sm90_bf16(const at::Tensor& values) {
+  HADAL_CHECK(values.is_cpu() && values.scalar_type() == at::kBFloat16 &&
+                  (values.dim() == 2 || values.dim() == 3),
+              "pack_sm90_bf16: BF16 matrices on the CPU, found ", values.scalar_type(), " ",
+              values.sizes(), " on ", values.device().str());
+  const at::Tensor all = (values.dim() == 3 ? values : values.unsqueeze(0)).contiguous();
+  if (all.size(2) % 8 != 0) return std::nullopt;
+  Sm90Matrices w = empty_matrices(WeightFormat::kBf16, static_cast<size_t>(all.size(0)),
+                                  all.size(1), all.size(2));
+  const auto* bytes = static_cast<const uint8_t*>(all.const_data_ptr());
+  for (int64_t matrix = 0; matrix < w.matrices; ++matrix) {
+    const std::vector<uint8_t> operand =
+        sm90::pack_operand(bytes + matrix * w.out * w.in * 2, w.out, w.in * 2, w.row_groups());
+    std::memcpy(w.data.mutable_data_ptr<uint8_t>() + matrix * w.data.stride(0), operand.data(),
+                operand.size());
   }
   return w;
+}
+
+std::optional<Sm90Matrices> pack_sm90(const Panels& panels, bool widened) {
+  const bool fp4 = panels.format == WeightFormat::kFp4;
+  HADAL_CHECK(fp4 || panels.format == WeightFormat::kFp8, "pack_sm90: panels without codes");
+  std::vector<at::Tensor> data, scale;
+  for (int64_t matrix = 0; matrix < panels.matrices; ++matrix) {
+    StoredCodes codes = panel_codes(panels, matrix);
+    data.push_back(std::move(codes.data));
+    scale.push_back(std::move(codes.scale));
+  }
+  if (fp4) return pack_sm90_fp4(data, scale);
+  return widened ? pack_sm90_widened(data, scale) : pack_sm90_fp8(data, scale);
 }
 
 at::Tensor unpack_sm90(const Sm90Matrices& w, int64_t matrix) {
   HADAL_CHECK(matrix >= 0 && matrix < w.matrices, "unpack_sm90: matrix ", matrix, " of ",
               w.matrices);
-  return w.format == WeightFormat::kFp4 ? unpack_fp4(w, matrix) : unpack_fp8(w, matrix);
+  switch (w.format) {
+    case WeightFormat::kFp4:
+      return unpack_fp4(w, matrix);
+    case WeightFormat::kBf16:
+      return unpack_bf16(w, matrix);
+    default:
+      return unpack_fp8(w, matrix);
+  }
 }
 
 }  // namespace hadal::ops

@@ -28,6 +28,17 @@ TEST(Sm90Matrices, HoldTheValuesOfTheirCodes) {
     EXPECT_TRUE(same_bits(unpack_sm90(*four, 1), a.values)) << out << " " << in;
     EXPECT_TRUE(same_bits(unpack_sm90(*eight, 0), b.values)) << out << " " << in;
   }
+  for (const auto& [out, in] : {std::tuple{64, 128}, {192, 640}}) {
+    const Stored b = make_fp8(out, in, 9);
+    const auto widened = pack_sm90_widened({b.data, b.data}, {b.scale, b.scale});
+    ASSERT_TRUE(widened) << out << " " << in;
+    EXPECT_TRUE(same_bits(unpack_sm90(*widened, 1), b.values)) << out << " " << in;
+    EXPECT_FALSE(widened->rounds_rows());
+  }
+  for (const auto& [out, in] : {std::tuple{1, 8}, {70, 160}, {128, 64}}) {
+    const at::Tensor values = at::randn({2, out, in}).to(at::kBFloat16);
+    EXPECT_TRUE(same_bits(unpack_sm90(*pack_sm90_bf16(values), 1), values[1])) << out << " " << in;
+  }
 }
 
 TEST(Sm90Matrices, HoldFourAndEightBitsAWeight) {
@@ -50,6 +61,15 @@ TEST(Sm90Matrices, RefuseWhatTheyCannotHold) {
   Stored nan = make_fp8(40, 200, 1);
   nan.data.view(at::kByte)[7][9] = 0xff;
   EXPECT_FALSE(pack_sm90_fp8({nan.data}, {nan.scale}).has_value());
+  EXPECT_FALSE(pack_sm90_bf16(at::zeros({8, 12}, at::kBFloat16)).has_value());
+  Stored large = make_fp8(64, 128, 1);
+  large.scale[0][0] = 127 + 8;
+  EXPECT_TRUE(pack_sm90_fp8({large.data}, {large.scale}).has_value());
+  EXPECT_FALSE(pack_sm90_widened({large.data}, {large.scale}).has_value());
+  for (const auto& [out, in] : {std::tuple{40, 128}, {64, 96}}) {
+    const Stored odd = make_fp8(out, in, 1);
+    EXPECT_FALSE(pack_sm90_widened({odd.data}, {odd.scale}).has_value());
+  }
   Stored wide = make_fp8(40, 200, 1);
   wide.scale[0][1] = 255;
   EXPECT_FALSE(pack_sm90_fp8({wide.data}, {wide.scale}).has_value());

@@ -8,6 +8,8 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "ops/gemm/sm90_products.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -16,14 +18,14 @@ at::Tensor as_matrices(const at::Tensor& values, int64_t matrices) {
   return values.reshape({matrices, -1, values.size(-1)});
 }
 
-/// No kernel that is called from here reads sm90 yet.
+/// On the CPU, and for what no Hopper kernel does.
 void warn_made_dense() {
   static std::atomic<bool> said = false;
   if (said.exchange(true)) return;
   log::warn(
       "ops",
-      "no kernel of this device reads FP8 and FP4 weights as they are held; each product makes "
-      "them dense first, which is slow");
+      "no kernel of this device does a product with weights as they are held; each such product "
+      "makes them dense first, which is slow");
 }
 
 /// Codes of values that lie on the grid of `storage`; nullopt for others. Zeros keep their sign,
@@ -215,16 +217,24 @@ Weight Weight::to_panels() const {
   return form() == WeightForm::kPanels ? *this : Weight(pack_panels(values()));
 }
 
-std::optional<Weight> Weight::to_sm90(OfficialStorage storage) const {
+std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) const {
   std::optional<Sm90Matrices> packed;
   if (form() == WeightForm::kSm90) return *this;
+  if (form() == WeightForm::kPanels && panels().format == WeightFormat::kBf16)
+    return Weight(values()).to_sm90(OfficialStorage::kBf16, role);
+  const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
-    if (panels().format != WeightFormat::kFp8 && panels().format != WeightFormat::kFp4)
+    const WeightFormat format = panels().format;
+    if (format == WeightFormat::kF32 || (format == WeightFormat::kFp8 && role == GemmRole::kFp4))
       return std::nullopt;
-    packed = pack_sm90(panels());
+    packed = pack_sm90(panels(), widened);
+  } else if (storage == OfficialStorage::kBf16) {
+    if (dense().scalar_type() != at::kBFloat16 || role == GemmRole::kFp4) return std::nullopt;
+    packed = pack_sm90_bf16(dense().detach().cpu());
   } else {
     const bool fp4 = storage == OfficialStorage::kFp4;
-    if ((!fp4 && storage != OfficialStorage::kFp8) || (fp4 && in() % 32 != 0)) return std::nullopt;
+    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8 || role == GemmRole::kFp4)
+      return std::nullopt;
     std::vector<at::Tensor> data, scale;
     for (int64_t matrix = 0; matrix < matrices(); ++matrix) {
       std::optional<StoredCodes> codes = exact_codes(values(matrix).detach().cpu(), storage);
@@ -232,13 +242,15 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage) const {
       data.push_back(std::move(codes->data));
       scale.push_back(std::move(codes->scale));
     }
-    packed = fp4 ? pack_sm90_fp4(data, scale) : pack_sm90_fp8(data, scale);
+    packed = fp4       ? pack_sm90_fp4(data, scale)
+             : widened ? pack_sm90_widened(data, scale)
+                       : pack_sm90_fp8(data, scale);
   }
   if (!packed) return std::nullopt;
   return Weight(std::move(*packed));
 }
 
-Weight Weight::to(at::Device device) const {
+Weight Weight::to(at::Device device, GemmRole role) const {
   switch (form()) {
     case WeightForm::kDense:
       return Weight(dense().to(device));
@@ -246,12 +258,10 @@ Weight Weight::to(at::Device device) const {
       return Weight(sm90().to(device));
     case WeightForm::kPanels: {
       if (device.is_cpu()) return *this;
-      const bool codes =
-          panels().format == WeightFormat::kFp8 || panels().format == WeightFormat::kFp4;
-      if (codes) {
-        if (auto packed = pack_sm90(panels())) return Weight(packed->to(device));
-        log::warn("ops", "FP8 or FP4 weights whose scales lie too far apart for ", device.str(),
-                  " are held in BF16 there");
+      if (const auto packed = to_sm90(OfficialStorage::kBf16, role)) return packed->to(device);
+      if (panels().format == WeightFormat::kFp8 || panels().format == WeightFormat::kFp4) {
+        log::warn("ops", "FP8 or FP4 weights that ", device.str(),
+                  " has no form for are held in BF16 there");
       }
       return Weight(values().to(device));
     }
@@ -267,7 +277,10 @@ at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role) {
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return linear(x, *panels, role);
   }
-  if (w.form() == WeightForm::kSm90) warn_made_dense();
+  if (w.form() == WeightForm::kSm90) {
+    if (use_sm90(x) && serves_linear_sm90(w.sm90(), role)) return linear_sm90(x, w.sm90(), role);
+    warn_made_dense();
+  }
   return linear(x, w.values(0), role);
 }
 
@@ -280,6 +293,8 @@ at::Tensor grouped_linear(const at::Tensor& x,
     if (const auto panels = w.kernel_panels()) return grouped_linear(x, *panels, offsets, role);
   }
   if (w.form() != WeightForm::kSm90) return grouped_linear(x, w.values(), offsets, role);
+  if (use_sm90(x) && serves_grouped_sm90(w.sm90()))
+    return grouped_linear_sm90(x, w.sm90(), offsets);
   warn_made_dense();
   check_shape(x, {-1, w.in()}, "grouped_linear: x");
   check_shape(offsets, {w.matrices() + 1}, "grouped_linear: offsets");
@@ -300,6 +315,7 @@ at::Tensor group_linear(const at::Tensor& x, const Weight& w) {
     if (const auto panels = w.kernel_panels()) return group_linear(x, *panels);
   }
   if (w.form() != WeightForm::kSm90) return group_linear(x, w.values());
+  if (use_sm90(x) && serves_groups_sm90(w.sm90())) return group_linear_sm90(x, w.sm90());
   warn_made_dense();
   check_shape(x, {-1, w.matrices(), w.in()}, "group_linear: x");
   std::vector<at::Tensor> parts;

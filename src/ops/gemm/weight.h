@@ -3,9 +3,10 @@
 //   dense   FP64, FP32 or BF16 values, [out, in] or [matrices, out, in]: training, references, and
 //           what a device's library multiplies
 //   panels  FP32, BF16, FP8 or FP4 for the CPU's matrix kernel (panels.h)
-//   sm90    FP8 or FP4 with scales as the Hopper kernels read them (sm90_matrices.h)
+//   sm90    FP8 or FP4 with scales, or BF16, as the Hopper kernels read them (sm90_matrices.h)
 //
-// All forms hold values exactly, and a product's bits do not depend on the form on the CPU. Panels
+// All forms hold values exactly, and a product's bits do not depend on the form on the CPU; on a
+// GPU sm90 alone has the bits of hopper_twin.h, others those of the device's library. Panels
 // and sm90 are constants. Weights are cheap to copy: copies share memory.
 #pragma once
 
@@ -80,13 +81,15 @@ class Weight {
   Weight to_dense() const;
   /// Error unless the values are FP32 or BF16 on the CPU; sm90 becomes BF16 panels.
   Weight to_panels() const;
-  /// Of FP8 and FP4 panels, whatever `storage` says; of dense values on the CPU that lie on the
-  /// grid of `storage`, kFp8 or kFp4. nullopt where the values have no exact form.
-  std::optional<Weight> to_sm90(OfficialStorage storage) const;
-  /// On another device. Panels are for the CPU alone: elsewhere FP8 and FP4 become sm90 without
-  /// being made dense, and BF16 and FP32 dense (FP8 and FP4 that sm90 has no exact form for, too;
-  /// a warning says so).
-  Weight to(at::Device device) const;
+  /// Of FP8, FP4 and BF16 panels, whatever `storage` says; of dense values on the CPU that lie on
+  /// the grid of `storage`, kFp8 or kFp4, or are BF16 (kBf16). nullopt where the values have no
+  /// exact form. `role` is that of the products: FP8 whose rows are BF16 (kBf16) is laid out to be
+  /// widened, and experts (kFp4) have a kernel for FP4 alone.
+  std::optional<Weight> to_sm90(OfficialStorage storage, GemmRole role = GemmRole::kFp8) const;
+  /// On another device. Panels are for the CPU alone: elsewhere FP8, FP4 and BF16 become sm90
+  /// without being made dense, and FP32 dense (what sm90 has no form for, too; of FP8 and FP4 a
+  /// warning says so).
+  Weight to(at::Device device, GemmRole role = GemmRole::kFp8) const;
 
  private:
   struct Dense {
@@ -101,10 +104,12 @@ class Weight {
       storage_;  ///< in the order of WeightForm
 };
 
-/// The products of linear.h; x and w lie on one device. Where no kernel of the device reads sm90,
-/// its matrices are made dense one by one for the call (those of experts without rows are not, for
-/// which the offsets are read on the host); a warning says so once. Panels are made dense for what
-/// their kernel does not do (FP64, gradients of x).
+/// The products of linear.h; x and w lie on one device. On a GPU the Hopper kernels read sm90
+/// (sm90_products.h): there FP8 that is not to be widened and FP4 take rows that went through
+/// quantise_input in `released`. What they do not do (FP32 rows, gradients of x, FP8 experts, other
+/// widths) and the CPU make its matrices dense one by one for the call (those of experts without
+/// rows are not, for which the offsets are read on the host); a warning says so once. Panels are
+/// made dense for what their kernel does not do (FP64, gradients of x).
 at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role);
 at::Tensor grouped_linear(const at::Tensor& x,
                           const Weight& w,

@@ -21,11 +21,13 @@ TEST(WeightGpu, CodesStayCodes) {
     EXPECT_EQ(on_gpu.form(), WeightForm::kSm90);
     EXPECT_TRUE(on_gpu.device().is_cuda());
     EXPECT_TRUE(same_bits(on_gpu.values(0).cpu(), on_cpu.values(0)));
-    const at::Tensor x = at::randn({5, panels.in}).to(at::kBFloat16).to(at::kCUDA);
-    const GemmRole role = panels.format == WeightFormat::kFp4 ? GemmRole::kFp4 : GemmRole::kFp8;
-    EXPECT_TRUE(same_bits(linear(x, on_gpu, role).cpu(),
-                          linear(x, on_cpu.values(0).to(at::kCUDA), role).cpu()));
   }
+  const Weight widened = Weight(testing::fp8(testing::make_fp8(192, 256, 3)));
+  EXPECT_TRUE(widened.to(at::kCUDA, GemmRole::kBf16).sm90().widened);
+  const Weight low(pack_panels(at::randn({16, 32}).to(at::kBFloat16)));
+  EXPECT_EQ(low.to(at::kCUDA).form(), WeightForm::kSm90);
+  EXPECT_TRUE(same_bits(low.to(at::kCUDA).values(0).cpu(), low.values(0)));
+  EXPECT_EQ(low.to(at::kCUDA, GemmRole::kFp4).form(), WeightForm::kDense);
   EXPECT_EQ(Weight(pack_panels(at::randn({16, 32}))).to(at::kCUDA).form(), WeightForm::kDense);
 }
 

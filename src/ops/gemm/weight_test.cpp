@@ -44,11 +44,30 @@ TEST(Weight, FormsHoldTheSameValues) {
     }
     // Values off the grid have no codes.
     EXPECT_FALSE(Weight(values.to(at::kFloat) + 1e-3).to_sm90(storage).has_value());
-    EXPECT_FALSE(dense.to_sm90(OfficialStorage::kBf16).has_value());
+    const std::optional<Weight> low = dense.to_sm90(OfficialStorage::kBf16);
+    ASSERT_EQ(low.has_value(), values.size(1) % 8 == 0);
+    if (low) {
+      EXPECT_TRUE(same_bits(low->values(0), values));
+    }
   }
   const at::Tensor wide = at::randn({3, 70, 33});
   EXPECT_TRUE(same_bits(Weight(wide).to_panels().values(), wide));
   EXPECT_FALSE(Weight(wide).to_panels().to_sm90(OfficialStorage::kFp8).has_value());
+}
+
+TEST(Weight, TheRoleOfTheProductsChoosesTheLayout) {
+  const Stored b = make_fp8(64, 256, 5);
+  for (const Weight& w : {Weight(fp8(b)), Weight(b.values)}) {
+    const auto widened = w.to_sm90(OfficialStorage::kFp8, GemmRole::kBf16);
+    ASSERT_TRUE(widened.has_value());
+    EXPECT_TRUE(widened->sm90().widened);
+    EXPECT_TRUE(same_bits(widened->values(0), b.values));
+    EXPECT_FALSE(w.to_sm90(OfficialStorage::kFp8)->sm90().widened);
+    EXPECT_FALSE(w.to_sm90(OfficialStorage::kFp8, GemmRole::kFp4).has_value());  // experts
+  }
+  const Weight low(pack_panels(b.values));
+  EXPECT_EQ(low.to_sm90(OfficialStorage::kFp8)->sm90().format, WeightFormat::kBf16);
+  EXPECT_FALSE(low.to_sm90(OfficialStorage::kBf16, GemmRole::kFp4).has_value());
 }
 
 TEST(Weight, ProductsDoNotDependOnTheForm) {

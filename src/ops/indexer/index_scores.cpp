@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/indexer/index_scores_cpu.h"
+#include "ops/indexer/sm90_index.h"
 #include "ops/indexer/visible_blocks.h"
 
 namespace hadal::ops {
@@ -245,6 +246,8 @@ at::Tensor index_scores(const at::Tensor& q,
         },
         {q, w, keys.rows})[0];
   }
+  if (serves_index_sm90(q, w, keys, numerics))
+    return index_scores_on_sm90(q, w, keys, batch, ratio);
   const bool all_bf16 = q.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16 &&
                         keys.rows.scalar_type() == at::kBFloat16;
   if (q.is_cuda() && !reference_forced() && all_bf16 && keys.of_step) {

@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "ops/indexer/index_scores.h"
+#include "ops/indexer/sm90_index.h"
 #include "ops/indexer/visible_blocks.h"
 
 namespace hadal::ops {
@@ -81,6 +82,8 @@ at::Tensor index_topk(const at::Tensor& q,
                  });
     return selection;
   }
+  if (serves_index_sm90(q, w, keys, numerics))
+    return index_topk_on_sm90(q, w, keys, batch, ratio, k);
   return select_topk(index_scores(q, w, keys, batch, ratio, numerics), batch, ratio, k);
 }
 

@@ -80,6 +80,9 @@ INSTANTIATE_TEST_SUITE_P(Sizes,
                                            Size{5, 4096},
                                            Size{65, 1024},
                                            Size{130, 256},
+                                           Size{2, 384},
+                                           Size{70, 384},
+                                           Size{300, 128},
                                            Size{2, 7168}));
 
 TEST(RmsNormSm90, HasTheBitsOfTheCpu) {

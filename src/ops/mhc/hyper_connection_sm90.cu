@@ -4,6 +4,7 @@
 // The blocks exchange the 24 logits of each token, compute its gates alike, and mix a part of its
 // channels each.
 #include "ops/cuda/elementwise.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/rows.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -274,7 +275,9 @@ void launch(const HcPreSm90Params& p, Stream stream) {
 
 template <bool kHead>
 void launch_by_size(const HcPreSm90Params& p, Stream stream) {
-  if (p.tokens <= 4) return launch<kHead, true, 1, 1024>(p, stream);
+  // A piece is a part of the concatenated streams.
+  if (p.tokens <= 4 && p.dim % 256 == 0) return launch<kHead, true, 1, 1024>(p, stream);
+  if (p.tokens <= 4) return launch<kHead, true, 1, 512>(p, stream);
   if (p.tokens <= 256) return launch<kHead, false, 1, 512>(p, stream);
   launch<kHead, false, 2, 512>(p, stream);
 }
@@ -283,8 +286,8 @@ void launch_by_size(const HcPreSm90Params& p, Stream stream) {
 __global__ void hc_post_kernel(const __grid_constant__ HcPostSm90Params p) {
   wait_for_previous();
   launch_dependents();
-  const int64_t token = blockIdx.y;
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  const auto [token, piece] = row_piece((p.dim + 511) / 512);
+  const int64_t i = piece * int64_t{512} + threadIdx.x * 4;
   if (i >= p.dim) return;
   const auto* streams = static_cast<const __nv_bfloat16*>(p.streams) + token * kStreams * p.dim + i;
   auto* result = static_cast<__nv_bfloat16*>(p.result) + token * kStreams * p.dim + i;
@@ -310,13 +313,13 @@ namespace hadal::ops {
 
 void hc_pre_sm90(const HcPreSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  if (p.dim % 256 != 0) throw_kernel_error("hc_pre_sm90", "dim is not a multiple of 256");
+  if (p.dim % 128 != 0) throw_kernel_error("hc_pre_sm90", "dim is not a multiple of 128");
   p.head ? cuda::launch_by_size<true>(p, stream) : cuda::launch_by_size<false>(p, stream);
 }
 
 void hc_post_sm90(const HcPostSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
+  const unsigned grid = cuda::blocks_for(p.tokens * ((p.dim + 511) / 512), 1);
   cuda::launch_early(cuda::hc_post_kernel, {grid, 128}, stream, "hc_post_sm90", p);
 }
 

@@ -14,7 +14,7 @@ struct HcPreSm90Params {
   void* mixed;          ///< [tokens, dim] BF16
   float* post;          ///< [tokens, 4]; unused for the head
   float* comb;          ///< [tokens, 4, 4]; unused for the head
-  int64_t tokens, dim;  ///< dim: a multiple of 256
+  int64_t tokens, dim;  ///< dim: a multiple of 128
   int sinkhorn_iters;
   float norm_eps, hc_eps;
   bool head;  ///< collapse weights only

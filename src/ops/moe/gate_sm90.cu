@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
   launch_dependents();
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
     affinity[e] = sqrtf(static_cast<float>(softplus64(p.logits[token * experts + e])));
+    if (p.affinity != nullptr) p.affinity[token * experts + e] = affinity[e];
     if (p.bias != nullptr) scores[e] = ordered(affinity[e] + p.bias[e]);
   }
   __syncthreads();

@@ -17,6 +17,7 @@ struct GateSm90Params {
   float* weights;        ///< [tokens, topk] affinity over the sum of the chosen, times scale
   int64_t tokens, num_experts, topk;  ///< at most 1,024 experts, 32 of them chosen
   float scale;
+  float* affinity = nullptr;  ///< [tokens, num_experts], or null
 };
 void gate_sm90(const GateSm90Params& p, Stream stream);
 

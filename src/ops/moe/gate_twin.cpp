@@ -16,6 +16,7 @@ void gate_twin(const GateSm90Params& p) {
     for (size_t e = 0; e < experts; ++e) {
       const float logit = p.logits[static_cast<size_t>(token) * experts + e];
       affinity[e] = std::sqrt(static_cast<float>(softplus64(logit)));
+      if (p.affinity != nullptr) p.affinity[static_cast<size_t>(token) * experts + e] = affinity[e];
       if (p.bias == nullptr) continue;
       const float biased = affinity[e] + p.bias[e];
       score[e] = std::isnan(biased) ? -INFINITY : biased;

@@ -1,5 +1,9 @@
 // Routing by one block, a thread an expert: each reads all choices, so that the order within an
 // expert is that of the tokens without any sorting.
+#include "ops/cuda/block_sums.cuh"
+#include "ops/cuda/elementwise.cuh"
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/rows.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -9,23 +13,6 @@ namespace hadal::ops::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kPiece = 8192;
-
-/// Sum of `value` over the threads before this one; `warps` has a place for each warp.
-__device__ int sum_before(int value, int* warps) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  for (int i = 0; i < warp; ++i) before += warps[i];
-  __syncthreads();
-  return before + sum - value;
-}
 
 __global__ void __launch_bounds__(kThreads)
     route_kernel(const __grid_constant__ RouteSm90Params p) {
@@ -68,11 +55,25 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// Four channels a thread.
+__global__ void swiglu_kernel(const __grid_constant__ SwigluSm90Params p) {
+  wait_for_previous();
+  launch_dependents();
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (at >= p.rows * p.inter) return;
+  const float4 g = load4(static_cast<const __nv_bfloat16*>(p.gate) + at);
+  const float4 u = load4(static_cast<const __nv_bfloat16*>(p.up) + at);
+  const float w = p.weight != nullptr ? p.weight[at / p.inter] : 1.0f;
+  store4(static_cast<__nv_bfloat16*>(p.out) + at,
+         make_float4(swiglu_exact(g.x, u.x, w, p.limit), swiglu_exact(g.y, u.y, w, p.limit),
+                     swiglu_exact(g.z, u.z, w, p.limit), swiglu_exact(g.w, u.w, w, p.limit)));
+}
+
+/// Four channels a thread.
 __global__ void combine_kernel(const __grid_constant__ CombineSm90Params p) {
   wait_for_previous();
   launch_dependents();
-  const int64_t token = blockIdx.y;
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  const auto [token, piece] = row_piece((p.dim + 511) / 512);
+  const int64_t i = piece * int64_t{512} + threadIdx.x * 4;
   if (i >= p.dim) return;
   const auto add = [](float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -98,9 +99,17 @@ void route_sm90(const RouteSm90Params& p, Stream stream) {
   cuda::launch_early(cuda::route_kernel, {1, cuda::kThreads}, stream, "route_sm90", p);
 }
 
+void swiglu_sm90(const SwigluSm90Params& p, Stream stream) {
+  if (p.rows == 0) return;
+  if (p.inter % 4 != 0) throw_kernel_error("swiglu_sm90", "rows of a multiple of 4 values");
+  cuda::launch_early(cuda::swiglu_kernel, {cuda::blocks_for(p.rows * p.inter, 1024), 256}, stream,
+                     "swiglu_sm90", p);
+}
+
 void combine_sm90(const CombineSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  const dim3 grid(cuda::blocks_for(p.dim, 512), static_cast<unsigned>(p.tokens));
+  if (p.dim % 4 != 0) throw_kernel_error("combine_sm90", "rows of a multiple of 4 values");
+  const unsigned grid = cuda::blocks_for(p.tokens * ((p.dim + 511) / 512), 1);
   cuda::launch_early(cuda::combine_kernel, {grid, 128}, stream, "combine_sm90", p);
 }
 

@@ -19,12 +19,17 @@ struct RouteSm90Params {
   int64_t tokens, topk, num_experts;  ///< num_experts: at most 1,024
   int64_t rows;                       ///< of source and row_weight: at least max_routed_rows
 };
-/// Rows that any choice needs at most.
-constexpr int64_t max_routed_rows(int64_t tokens, int64_t topk, int64_t num_experts) {
-  const int64_t choices = tokens * topk;
-  return (choices + 7 * (choices < num_experts ? choices : num_experts) + 7) / 8 * 8;
-}
 void route_sm90(const RouteSm90Params& p, Stream stream);
+
+/// SwiGLU of rows (swiglu.h), in BF16.
+struct SwigluSm90Params {
+  const void *gate, *up;  ///< [rows, inter] BF16
+  const float* weight;    ///< [rows], or null for ones
+  void* out;              ///< [rows, inter] BF16
+  int64_t rows, inter;    ///< inter: a multiple of 4
+  float limit;
+};
+void swiglu_sm90(const SwigluSm90Params& p, Stream stream);
 
 /// out[t] = the rows of t's choices in order, then the shared expert's, added in FP32; one
 /// rounding.

@@ -10,7 +10,9 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
+#include "ops/moe/moe_sm90.h"
 #include "ops/op.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -131,6 +133,24 @@ struct Combine : torch::autograd::Function<Combine> {
   }
 };
 
+at::Tensor combine_on_sm90(const at::Tensor& rows_any,
+                           const at::Tensor& place_any,
+                           const at::Tensor& shared_any) {
+  const at::Tensor rows = kernel_input(rows_any), shared = kernel_input(shared_any);
+  const at::Tensor place = place_any.to(at::kInt).contiguous();
+  at::Tensor out = at::empty_like(shared);
+  const int64_t tokens = shared.size(0);
+  combine_sm90({.rows = rows.const_data_ptr(),
+                .place = place.const_data_ptr<int32_t>(),
+                .shared = shared.const_data_ptr(),
+                .out = out.mutable_data_ptr(),
+                .tokens = tokens,
+                .topk = tokens == 0 ? 0 : place.size(0) / tokens,
+                .dim = shared.size(1)},
+               current_stream(shared));
+  return out;
+}
+
 }  // namespace
 
 constinit CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
@@ -164,6 +184,7 @@ at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::T
       !wants_gradient(rows) && !wants_gradient(shared)) {
     return run_cpu(rows, order.place, shared);
   }
+  if (use_sm90(shared) && use_sm90(rows)) return combine_on_sm90(rows, order.place, shared);
   return Combine::apply(rows, shared, order.place, order.token);
 }
 

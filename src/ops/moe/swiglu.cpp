@@ -7,8 +7,10 @@
 
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
+#include "ops/moe/moe_sm90.h"
 #include "ops/moe/swiglu_kernels.h"
 #include "ops/op.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 
@@ -110,6 +112,24 @@ at::Tensor run_cpu(const at::Tensor& gate,
   return out;
 }
 
+at::Tensor run_sm90(const at::Tensor& gate_any,
+                    const at::Tensor& up_any,
+                    const at::Tensor& weight_any,
+                    double limit) {
+  const at::Tensor gate = kernel_input(gate_any), up = kernel_input(up_any);
+  const at::Tensor weight = weight_any.defined() ? fp32_input(weight_any) : weight_any;
+  at::Tensor out = at::empty_like(gate);
+  swiglu_sm90({.gate = gate.const_data_ptr(),
+               .up = up.const_data_ptr(),
+               .weight = float_data(weight),
+               .out = out.mutable_data_ptr(),
+               .rows = gate.size(0),
+               .inter = gate.size(1),
+               .limit = static_cast<float>(limit)},
+              current_stream(gate));
+  return out;
+}
+
 }  // namespace
 
 at::Tensor swiglu(const at::Tensor& gate,
@@ -118,6 +138,8 @@ at::Tensor swiglu(const at::Tensor& gate,
                   double limit) {
   check_shape(up, {gate.size(0), gate.size(1)}, "swiglu: up");
   if (weight.defined()) check_shape(weight, {gate.size(0)}, "swiglu: weight");
+  const bool learns = weight.defined() && at::GradMode::is_enabled() && weight.requires_grad();
+  if (use_sm90(gate) && use_sm90(up) && !learns) return run_sm90(gate, up, weight, limit);
   if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
       up.scalar_type() == gate.scalar_type()) {
     std::optional<at::Tensor> w;

@@ -10,6 +10,8 @@
 #include "base/parallel.h"
 #include "ops/norm/rms_norm_cpu.h"
 #include "ops/norm/rms_norm_kernels.h"
+#include "ops/norm/rms_norm_sm90.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 
@@ -148,10 +150,31 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bo
   return out;
 }
 
+/// The norm that learns nothing, with the bits of run_cpu.
+at::Tensor run_sm90(const at::Tensor& x_any,
+                    const at::Tensor& weight_any,
+                    double eps,
+                    bool bf16_chain) {
+  const at::Tensor x = kernel_input(x_any);
+  const at::Tensor weight = weight_any.defined() ? fp32_input(weight_any) : weight_any;
+  at::Tensor out = at::empty_like(x);
+  rms_norm_sm90({.x = x.const_data_ptr(),
+                 .weight = float_data(weight),
+                 .out = out.mutable_data_ptr(),
+                 .rows = x.numel() / x.size(-1),
+                 .dim = x.size(-1),
+                 .eps = static_cast<float>(eps),
+                 .bf16_chain = bf16_chain},
+                current_stream(x));
+  return out;
+}
+
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
+  const bool learns = at::GradMode::is_enabled() && weight.requires_grad();
+  if (use_sm90(x) && !learns) return run_sm90(x, weight, eps, false);
   if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
     return with_reference_gradient(
@@ -164,6 +187,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 
 at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   check_shape(x, {-1, -1, -1}, "head_norm: x");
+  if (use_sm90(x)) return run_sm90(x, at::Tensor(), eps, numerics == Numerics::kReleased);
   // The gradient of the released chain is that of the FP32 norm: its roundings pass it through.
   if (use_kernel(x)) {
     return RmsNorm::apply(x, std::optional<at::Tensor>(), eps, numerics == Numerics::kReleased);

@@ -41,7 +41,8 @@ __device__ inline float round_value(float x, float scale, float inverse) {
   const float largest = kFp4 ? 6.0f : 448.0f;
   const float magnitude = fabsf(x) * inverse;
   const float bounded = magnitude > largest ? largest : magnitude;
-  return copysignf(round_magnitude<kFp4>(bounded) * scale, x);
+  const float rounded = round_magnitude<kFp4>(bounded) * scale;
+  return rounded == 0.0f ? 0.0f : copysignf(rounded, x);  // as the CPU's: no zero is negative
 }
 
 /// An item is a group of a row, or the row's channels beyond `dim`.

@@ -1,0 +1,30 @@
+// Attention of tensors on a GPU by the Hopper kernels (sparse_attn_sm90.h), over latents as they
+// are cached.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/attention/sparse_attn.h"
+
+namespace hadal::ops {
+
+/// `released`, BF16 queries of a multiple of 64 heads and 512 channels, packed latents with 64
+/// rotary channels in rings and blocks, a window of a multiple of 64. (Without a cache, and for
+/// other widths, there is no Hopper kernel yet.)
+bool serves_attention_sm90(const at::Tensor& q,
+                           const RingView& history,
+                           const BlockView& blocks,
+                           const AttentionParams& params);
+
+/// As ops::sparse_attn, whose arguments these are; the bits of sparse_attn_twin, of lists whose
+/// places are attn_lists_sm90's.
+AttentionResult attention_on_sm90(const at::Tensor& q,
+                                  const at::Tensor& kv,
+                                  const RingView& history,
+                                  const BlockView& blocks,
+                                  const at::Tensor& selection,
+                                  const at::Tensor& sink,
+                                  const Batch& batch,
+                                  const AttentionParams& params);
+
+}  // namespace hadal::ops

@@ -1,0 +1,242 @@
+#include "ops/gemm/sm90_products.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "base/math.h"
+#include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/sm90_layout.h"
+#include "ops/op.h"
+#include "ops/sm90.h"
+
+namespace hadal::ops {
+namespace {
+
+/// BF16 rows [rows, in] as an operand: [slabs of 64][row groups][8][64].
+at::Tensor bf16_operand(const at::Tensor& x, int64_t x_groups) {
+  const int64_t in = x.size(1);
+  at::Tensor operand =
+      at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * x_groups * sm90::kGroupRows},
+                x.options().dtype(at::kByte));
+  bf16_operand_sm90({.x = x.const_data_ptr(),
+                     .rows = x.size(0),
+                     .in = in,
+                     .stride = in,
+                     .operand = operand.mutable_data_ptr<uint8_t>(),
+                     .x_groups = x_groups},
+                    current_stream(x));
+  return operand;
+}
+
+Sm90Output output_of(const at::Tensor& y, int64_t first_column) {
+  auto* data = static_cast<char*>(y.mutable_data_ptr()) + first_column * y.element_size();
+  return {.y = data, .stride = y.size(1), .type = element_type(y)};
+}
+
+const uint8_t* matrix_data(const Sm90Matrices& w, int64_t matrix) {
+  return w.data.const_data_ptr<uint8_t>() + matrix * w.data.stride(0);
+}
+
+/// y columns from first_column on = w[matrix] times the rows of an operand.
+void multiply_bf16(const uint8_t* operand,
+                   int64_t x_groups,
+                   int64_t rows,
+                   const Sm90Matrices& w,
+                   int64_t matrix,
+                   const at::Tensor& y,
+                   int64_t first_column) {
+  linear_bf16_sm90({.x = operand,
+                    .w = matrix_data(w, matrix),
+                    .x_groups = x_groups,
+                    .w_groups = w.row_groups(),
+                    .x_scale = nullptr,
+                    .w_scale = nullptr,
+                    .rows = rows,
+                    .outputs = w.out,
+                    .slabs = w.slabs(),
+                    .out = output_of(y, first_column)},
+                   current_stream(y));
+}
+
+void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
+  const Sm90Rows q = quantise_rows_sm90(x, {}, x.size(0));
+  linear_fp8_sm90({.x = q.codes.const_data_ptr<uint8_t>(),
+                   .w = matrix_data(w, 0),
+                   .x_groups = q.groups,
+                   .w_groups = w.row_groups(),
+                   .x_scale = q.scales.const_data_ptr<float>(),
+                   .w_scale = w.scales.const_data_ptr<float>(),
+                   .rows = x.size(0),
+                   .outputs = w.out,
+                   .slabs = w.slabs(),
+                   .out = output_of(y, 0)},
+                  current_stream(x));
+}
+
+void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
+  const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
+  // K of the whole row is K of one group behind another's.
+  const at::Tensor operand = bf16_operand(x, x_groups);
+  widened_sm90({.x = operand.const_data_ptr<uint8_t>(),
+                .x_groups = x_groups,
+                .w = matrix_data(w, 0),
+                .scales = w.scales.const_data_ptr<float>(),
+                .rows = x.size(0),
+                .groups = w.matrices,
+                .outputs = w.out,
+                .slabs = w.slabs(),
+                .out = mutable_bf16_data(y),
+                .stride = y.size(1)},
+               current_stream(x));
+}
+
+/// Rows of x in a tile for so many rows an expert on average; changes no bit.
+int expert_tile(int64_t rows, int64_t experts) {
+  const int64_t each = ceil_div(rows, experts);
+  for (const int tile : {8, 16, 32, 64})
+    if (each <= tile) return tile;
+  return 128;
+}
+
+}  // namespace
+
+Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
+  const int64_t groups = ceil_div(rows, sm90::kGroupRows), padded = groups * sm90::kGroupRows;
+  const auto options = at::TensorOptions(device);
+  return {.codes = at::empty({padded * in}, options.dtype(at::kByte)),
+          .scales = at::empty({in / sm90::kFp8Chain, padded}, options.dtype(at::kFloat)),
+          .groups = groups};
+}
+
+Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
+  const int64_t in = x.size(1);
+  Sm90Rows q = empty_rows_sm90(rows, in, x.device());
+  quantise_operand_sm90({.x = x.const_data_ptr(),
+                         .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
+                         .rows = rows,
+                         .in = in,
+                         .stride = in,
+                         .codes = q.codes.mutable_data_ptr<uint8_t>(),
+                         .scales = q.scales.mutable_data_ptr<float>(),
+                         .x_groups = q.groups},
+                        current_stream(x));
+  return q;
+}
+
+ExpertRuns::ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device)
+    : runs(at::empty({std::min(num_rows, num_experts), 3},
+                     at::TensorOptions(device).dtype(at::kInt))),
+      count(at::empty({1}, runs.options())),
+      rows(num_rows) {
+  static_assert(sizeof(ExpertRun) == 3 * sizeof(int32_t));
+}
+
+ExpertRun* ExpertRuns::data() const {
+  return reinterpret_cast<ExpertRun*>(runs.mutable_data_ptr<int32_t>());
+}
+
+void multiply_experts_sm90(const Sm90Rows& x,
+                           const Sm90Matrices& w,
+                           const ExpertRuns& runs,
+                           const at::Tensor& y,
+                           int64_t first_column) {
+  experts_fp4_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
+                    .x_scale = x.scales.const_data_ptr<float>(),
+                    .x_groups = x.groups,
+                    .w = w.data.const_data_ptr<uint8_t>(),
+                    .outputs = w.out,
+                    .slabs = w.slabs(),
+                    .runs = runs.data(),
+                    .num_runs = runs.count.const_data_ptr<int32_t>(),
+                    .max_runs = runs.runs.size(0),
+                    .out = output_of(y, first_column)},
+                   current_stream(y), {.tile = expert_tile(runs.rows, runs.runs.size(0))});
+}
+
+bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {
+  if (w.matrices != 1) return false;
+  if (w.format == WeightFormat::kBf16) return true;
+  if (w.format != WeightFormat::kFp8) return false;
+  return w.widened ? role == GemmRole::kBf16 : w.in % sm90::kFp8Chain == 0;
+}
+
+at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole role) {
+  check_shape(x_any, {-1, w.in}, "linear: x");
+  HADAL_CHECK(serves_linear_sm90(w, role), "linear: no kernel for these weights");
+  const at::Tensor x = kernel_input(x_any);
+  at::Tensor y = at::empty({x.size(0), w.out},
+                           x.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
+  if (x.size(0) == 0) return y;
+  if (w.format == WeightFormat::kBf16) {
+    const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
+    const at::Tensor operand = bf16_operand(x, x_groups);
+    multiply_bf16(operand.const_data_ptr<uint8_t>(), x_groups, x.size(0), w, 0, y, 0);
+  } else if (w.widened) {
+    multiply_widened(x, w, y);
+  } else {
+    multiply_fp8(x, w, y);
+  }
+  return y;
+}
+
+bool serves_grouped_sm90(const Sm90Matrices& w) {
+  return w.format == WeightFormat::kFp4 && w.out % sm90::kTileRows == 0 &&
+         w.in % sm90::kFp8Chain == 0 && w.matrices <= 1024;
+}
+
+at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
+                               const Sm90Matrices& w,
+                               const at::Tensor& offsets) {
+  check_shape(x_any, {-1, w.in}, "grouped_linear: x");
+  HADAL_CHECK(serves_grouped_sm90(w), "grouped_linear: no kernel for these weights");
+  check_shape(offsets, {w.matrices + 1}, "grouped_linear: offsets");
+  HADAL_CHECK(offsets.is_cuda() && offsets.scalar_type() == at::kLong && offsets.is_contiguous(),
+              "grouped_linear: offsets are I64 on the GPU");
+  const at::Tensor x = kernel_input(x_any);
+  const int64_t rows = x.size(0);
+  if (rows == 0) return at::empty({0, w.out}, x.options());
+  const int64_t padded = max_routed_rows(rows, 1, w.matrices);
+  const ExpertRuns runs(rows, w.matrices, x.device());
+  const at::Tensor source = at::empty({padded}, runs.runs.options()),
+                   place = at::empty({rows}, runs.runs.options());
+  pad_groups_sm90({.offsets = offsets.const_data_ptr<int64_t>(),
+                   .source = source.mutable_data_ptr<int32_t>(),
+                   .place = place.mutable_data_ptr<int32_t>(),
+                   .runs = runs.data(),
+                   .num_runs = runs.count.mutable_data_ptr<int32_t>(),
+                   .num_experts = w.matrices,
+                   .count = rows,
+                   .rows = padded},
+                  current_stream(x));
+  const at::Tensor y = at::empty({padded, w.out}, x.options());
+  multiply_experts_sm90(quantise_rows_sm90(x, source, padded), w, runs, y, 0);
+  return y.index_select(0, place);
+}
+
+bool serves_groups_sm90(const Sm90Matrices& w) {
+  return w.widened || (w.format == WeightFormat::kBf16 && w.in % 64 == 0);
+}
+
+at::Tensor group_linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w) {
+  check_shape(x_any, {-1, w.matrices, w.in}, "group_linear: x");
+  HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
+  const at::Tensor x = kernel_input(x_any.flatten(1));
+  const int64_t tokens = x.size(0);
+  const at::Tensor y = at::empty({tokens, w.matrices * w.out}, x.options());
+  if (tokens > 0 && w.widened) {
+    multiply_widened(x, w, y);
+  } else if (tokens > 0) {
+    const int64_t x_groups = ceil_div(tokens, sm90::kGroupRows);
+    const at::Tensor operand = bf16_operand(x, x_groups);
+    for (int64_t group = 0; group < w.matrices; ++group) {
+      const uint8_t* k =
+          operand.const_data_ptr<uint8_t>() + group * w.in * 2 * x_groups * sm90::kGroupRows;
+      multiply_bf16(k, x_groups, tokens, w, group, y, group * w.out);
+    }
+  }
+  return y.reshape({tokens, w.matrices, w.out});
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,62 @@
+// Products of tensors on a GPU by the Hopper kernels (linear_sm90.h): x is BF16, weights lie as
+// these kernels read them. Every result has the bits of hopper_twin.h, whatever rows come along.
+// Nothing here waits for the device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/gemm/linear.h"
+#include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/sm90_matrices.h"
+
+namespace hadal::ops {
+
+/// Whether linear_sm90 has a kernel for one such matrix: BF16, widened FP8 with a BF16 result, and
+/// other FP8 of a multiple of 128 inputs.
+bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role);
+/// x [rows, in]; of FP8 that is not widened x is rounded by Q8_128, which leaves what went through
+/// quantise_input as it is. Result [rows, out] FP32 for kFp32, else BF16.
+at::Tensor linear_sm90(const at::Tensor& x, const Sm90Matrices& w, GemmRole role);
+
+/// Whether grouped_linear_sm90 has a kernel for these: FP4, out a multiple of 64, in of 128, at
+/// most 1,024 experts.
+bool serves_grouped_sm90(const Sm90Matrices& w);
+/// Rows sorted by expert (ops::grouped_linear); x as above. offsets [experts + 1] I64 on the GPU.
+at::Tensor grouped_linear_sm90(const at::Tensor& x,
+                               const Sm90Matrices& w,
+                               const at::Tensor& offsets);
+
+/// E4M3 rows as an operand: what these products are made of.
+struct Sm90Rows {
+  at::Tensor codes, scales;
+  int64_t groups;  ///< of 8 rows
+};
+/// in: a multiple of 128.
+Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device);
+/// x [.., in] contiguous, by Q8_128: rows `source` [rows] I32 of it, -1 for zeros; undefined: its
+/// first rows.
+Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows);
+
+/// Which expert rows belong to, as a kernel writes it on the GPU.
+struct ExpertRuns {
+  at::Tensor runs, count;  ///< [at most, 3] and [1] I32
+  int64_t rows = 0;        ///< that belong to anybody
+
+  ExpertRuns() = default;
+  ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device);
+  ExpertRun* data() const;
+};
+/// y [rows, *] BF16: columns from first_column on become FP4 weights times rows of x. One kernel
+/// must have been launched since the one that wrote `runs`.
+void multiply_experts_sm90(const Sm90Rows& x,
+                           const Sm90Matrices& w,
+                           const ExpertRuns& runs,
+                           const at::Tensor& y,
+                           int64_t first_column);
+
+/// Whether group_linear_sm90 has a kernel for these: widened FP8, or BF16 with in a multiple of 64.
+bool serves_groups_sm90(const Sm90Matrices& w);
+/// x [tokens, groups, in], result [tokens, groups, out] BF16 (ops::group_linear).
+at::Tensor group_linear_sm90(const at::Tensor& x, const Sm90Matrices& w);
+
+}  // namespace hadal::ops

@@ -1,0 +1,93 @@
+#include "ops/indexer/sm90_index.h"
+
+#include <algorithm>
+#include <limits>
+
+#include <ATen/ATen.h>
+
+#include "base/math.h"
+#include "ops/indexer/index_scores_sm90.h"
+#include "ops/indexer/visible_blocks.h"
+#include "ops/sm90.h"
+
+namespace hadal::ops {
+namespace {
+
+struct Scores {
+  at::Tensor scores;   ///< [tokens, stride] BF16, written up to `visible`
+  at::Tensor visible;  ///< [tokens] I32
+};
+
+Scores score(const at::Tensor& q_any,
+             const at::Tensor& w_any,
+             const BlockView& keys,
+             const Batch& batch,
+             int64_t ratio) {
+  const int64_t tokens = q_any.size(0), heads = q_any.size(1);
+  const at::Tensor q = pack_rows(q_any.reshape({tokens * heads, kIndexDim}), keys.format),
+                   w = kernel_input(w_any);
+  const at::Tensor line = keys.slots.index_select(0, batch.seq());  // of the page table
+  const int64_t stride = align_up(std::max<int64_t>(max_visible(batch, ratio), 1), 8);
+  Scores result{.scores = at::empty({tokens, stride}, w.options()),
+                .visible = (batch.pos() + 1).div(ratio, "floor").to(at::kInt)};
+  index_scores_sm90({.q = q.const_data_ptr<uint8_t>(),
+                     .w = bf16_data(w),
+                     .keys = keys.rows.const_data_ptr<uint8_t>(),
+                     .pages = keys.pages.const_data_ptr<int32_t>(),
+                     .sequence = line.const_data_ptr<int32_t>(),
+                     .visible = result.visible.const_data_ptr<int32_t>(),
+                     .scores = mutable_bf16_data(result.scores),
+                     .tokens = tokens,
+                     .heads = heads,
+                     .max_pages = keys.pages.stride(0),
+                     .stride = stride},
+                    current_stream(q));
+  return result;
+}
+
+}  // namespace
+
+bool serves_index_sm90(const at::Tensor& q,
+                       const at::Tensor& w,
+                       const BlockView& keys,
+                       Numerics numerics) {
+  const int64_t heads = q.size(1);
+  return numerics == Numerics::kReleased && keys.format.kind == RowKind::kIndexKey &&
+         keys.format.width == kIndexDim && keys.page_blocks == kIndexPageRows &&
+         keys.page_rows == kIndexPageRows &&
+         (heads == 8 || heads == 16 || heads == 32 || heads == 64) && use_sm90(q) && use_sm90(w);
+}
+
+at::Tensor index_scores_on_sm90(const at::Tensor& q,
+                                const at::Tensor& w,
+                                const BlockView& keys,
+                                const Batch& batch,
+                                int64_t ratio) {
+  const Scores s = score(q, w, keys, batch, ratio);
+  const int64_t columns = max_visible(batch, ratio);
+  const at::Tensor hidden =
+      at::arange(columns, s.visible.options()).unsqueeze(0) >= s.visible.unsqueeze(1);
+  return s.scores.narrow(1, 0, columns)
+      .to(at::kFloat)
+      .masked_fill(hidden, -std::numeric_limits<double>::infinity());
+}
+
+at::Tensor index_topk_on_sm90(const at::Tensor& q,
+                              const at::Tensor& w,
+                              const BlockView& keys,
+                              const Batch& batch,
+                              int64_t ratio,
+                              int64_t k) {
+  const Scores s = score(q, w, keys, batch, ratio);
+  at::Tensor selection = at::empty({q.size(0), k}, s.visible.options());
+  index_topk_sm90({.scores = bf16_data(s.scores),
+                   .visible = s.visible.const_data_ptr<int32_t>(),
+                   .blocks = selection.mutable_data_ptr<int32_t>(),
+                   .tokens = q.size(0),
+                   .stride = s.scores.size(1),
+                   .k = k},
+                  current_stream(q));
+  return selection;
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,31 @@
+// The indexer of tensors on a GPU by the Hopper kernels (index_scores_sm90.h), over keys as they
+// are cached.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/cache/batch.h"
+#include "ops/op.h"
+
+namespace hadal::ops {
+
+/// `released`, BF16 queries of 8, 16, 32 or 64 heads and 128 channels, packed keys in pages of 64.
+bool serves_index_sm90(const at::Tensor& q,
+                       const at::Tensor& w,
+                       const BlockView& keys,
+                       Numerics numerics);
+
+/// As ops::index_scores and ops::index_topk, whose arguments these are.
+at::Tensor index_scores_on_sm90(const at::Tensor& q,
+                                const at::Tensor& w,
+                                const BlockView& keys,
+                                const Batch& batch,
+                                int64_t ratio);
+at::Tensor index_topk_on_sm90(const at::Tensor& q,
+                              const at::Tensor& w,
+                              const BlockView& keys,
+                              const Batch& batch,
+                              int64_t ratio,
+                              int64_t k);
+
+}  // namespace hadal::ops

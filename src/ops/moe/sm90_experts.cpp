@@ -1,0 +1,99 @@
+#include "ops/moe/sm90_experts.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+#include "ops/gemm/sm90_products.h"
+#include "ops/moe/moe_sm90.h"
+#include "ops/sm90.h"
+
+namespace hadal::ops {
+namespace {
+
+/// Where the rows of a step's choices go (route_sm90).
+struct Route {
+  at::Tensor source, weight, place;
+  ExpertRuns runs;
+  int64_t rows;
+
+  Route(const Routing& routing, int64_t num_experts) {
+    const at::Tensor experts = routing.experts.to(at::kInt).contiguous(),
+                     weights = fp32_input(routing.weights);
+    const int64_t tokens = experts.size(0), topk = experts.size(1);
+    rows = max_routed_rows(tokens, topk, num_experts);
+    source = at::empty({rows}, experts.options());
+    weight = at::empty({rows}, weights.options());
+    place = at::empty_like(experts);
+    runs = ExpertRuns(tokens * topk, num_experts, experts.device());
+    route_sm90({.experts = experts.const_data_ptr<int32_t>(),
+                .weights = weights.const_data_ptr<float>(),
+                .source = source.mutable_data_ptr<int32_t>(),
+                .row_weight = weight.mutable_data_ptr<float>(),
+                .place = place.mutable_data_ptr<int32_t>(),
+                .runs = runs.data(),
+                .num_runs = runs.count.mutable_data_ptr<int32_t>(),
+                .tokens = tokens,
+                .topk = topk,
+                .num_experts = num_experts,
+                .rows = rows},
+               current_stream(experts));
+  }
+};
+
+}  // namespace
+
+bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts) {
+  for (const Weight* w : {&experts.w1, &experts.w3, &experts.w2}) {
+    if (w->form() != WeightForm::kSm90 || !serves_grouped_sm90(w->sm90())) return false;
+  }
+  return x.size(1) % 4 == 0 && use_sm90(x);
+}
+
+at::Tensor experts_on_sm90(const at::Tensor& x_any,
+                           const Routing& routing,
+                           const RoutedExperts& experts,
+                           const at::Tensor& shared_any) {
+  const Sm90Matrices &w1 = experts.w1.sm90(), &w3 = experts.w3.sm90(), &w2 = experts.w2.sm90();
+  const int64_t tokens = x_any.size(0), dim = w1.in, inter = w1.out;
+  check_shape(x_any, {-1, dim}, "experts: x");
+  check_shape(shared_any, {tokens, dim}, "experts: shared");
+  check_shape(routing.experts, {tokens, -1}, "experts: choices");
+  HADAL_CHECK(w3.in == dim && w3.out == inter && w2.in == inter && w2.out == dim &&
+                  w1.matrices == w2.matrices && w1.matrices == w3.matrices,
+              "experts: matrices that do not belong together");
+  const at::Tensor x = kernel_input(x_any), shared = kernel_input(shared_any);
+  if (tokens == 0) return shared;
+  const Route route(routing, w1.matrices);
+  const Stream stream = current_stream(x);
+
+  const Sm90Rows rows = quantise_rows_sm90(x, route.source, route.rows);
+  const at::Tensor gate_up = at::empty({route.rows, 2 * inter}, x.options());
+  multiply_experts_sm90(rows, w1, route.runs, gate_up, 0);
+  multiply_experts_sm90(rows, w3, route.runs, gate_up, inter);
+  const Sm90Rows hidden = empty_rows_sm90(route.rows, inter, x.device());
+  swiglu_quantise_sm90({.gate_up = gate_up.const_data_ptr(),
+                        .weight = route.weight.const_data_ptr<float>(),
+                        .limit = static_cast<float>(experts.swiglu_limit),
+                        .rows = route.rows,
+                        .inter = inter,
+                        .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
+                        .scales = hidden.scales.mutable_data_ptr<float>(),
+                        .x_groups = hidden.groups},
+                       stream);
+  const at::Tensor y = at::empty({route.rows, dim}, x.options());
+  multiply_experts_sm90(hidden, w2, route.runs, y, 0);
+  const at::Tensor out = at::empty_like(shared);
+  combine_sm90({.rows = y.const_data_ptr(),
+                .place = route.place.const_data_ptr<int32_t>(),
+                .shared = shared.const_data_ptr(),
+                .out = out.mutable_data_ptr(),
+                .tokens = tokens,
+                .topk = route.place.size(1),
+                .dim = dim},
+               stream);
+  return out;
+}
+
+}  // namespace hadal::ops

@@ -1,0 +1,28 @@
+// The routed experts of a layer on a GPU as one chain of Hopper kernels (moe_sm90.h): rows are
+// sorted, rounded and multiplied without going back to the order of tokens in between. The bits of
+// permute_rows, grouped_linear, swiglu and combine one after the other.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/gemm/weight.h"
+#include "ops/moe/gate.h"
+
+namespace hadal::ops {
+
+struct RoutedExperts {
+  const Weight &w1, &w3, &w2;  ///< [experts, inter, dim] twice, [experts, dim, inter]
+  double swiglu_limit;
+};
+
+/// BF16 x, FP4 weights of kernel's widths (serves_grouped_sm90), dim a multiple of 4.
+bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts);
+
+/// sum over a token's experts of weight * expert(x), plus `shared`.
+///   x, shared  [tokens, dim] BF16; x is rounded by Q8_128
+at::Tensor experts_on_sm90(const at::Tensor& x,
+                           const Routing& routing,
+                           const RoutedExperts& experts,
+                           const at::Tensor& shared);
+
+}  // namespace hadal::ops

@@ -1,0 +1,213 @@
+// Ops that read the caches, on a GPU: the bits of the CPU's kernels or of their twins, over the
+// same cached rows.
+#include <vector>
+
+#include <ATen/ATen.h>
+
+#include <gtest/gtest.h>
+
+#include "ops/attention/sparse_attn.h"
+#include "ops/attention/sparse_attn_sm90.h"
+#include "ops/cache/kv_rows.h"
+#include "ops/compressor/compress.h"
+#include "ops/indexer/index_scores.h"
+#include "ops/indexer/index_scores_sm90.h"
+#include "ops/indexer/index_topk.h"
+#include "ops/quant/round_trip.h"
+#include "testing/kernel_checks.h"
+
+namespace hadal::ops {
+namespace {
+
+using testing::same_bits;
+
+constexpr RowFormat kLatents{.kind = RowKind::kLatent, .width = 512, .rotary = 64};
+constexpr RowFormat kKeys{.kind = RowKind::kIndexKey, .width = 128};
+
+/// Rows that went through their round trip, of many magnitudes.
+at::Tensor rounded_rows(int64_t rows, const RowFormat& format) {
+  const at::Tensor x =
+      (at::randn({rows, format.width}) * at::exp(at::randn({rows, 1}))).to(at::kBFloat16);
+  if (format.kind == RowKind::kIndexKey) return fp4_round_trip(x, 32);
+  return fp8_round_trip_leading(x, format.width - format.rotary, 64);
+}
+
+RingView moved(RingView ring, at::Device device) {
+  ring.rows = ring.rows.to(device);
+  ring.slots = ring.slots.to(device);
+  return ring;
+}
+BlockView moved(BlockView blocks, at::Device device) {
+  blocks.rows = blocks.rows.to(device);
+  blocks.slots = blocks.slots.to(device);
+  blocks.pages = blocks.pages.to(device);
+  return blocks;
+}
+
+/// Pages of 64 rows in no order, for sequences of up to `blocks` blocks each.
+BlockView paged(const at::Tensor& bytes,
+                int64_t sequences,
+                int64_t blocks,
+                const RowFormat& format) {
+  const int64_t each = (blocks + 63) / 64, all = bytes.size(0) / 64;
+  EXPECT_GE(all, sequences * each);
+  const at::Tensor order = at::randperm(all);
+  std::vector<std::vector<int64_t>> pages(static_cast<size_t>(sequences));
+  for (int64_t i = 0; i < sequences * each; ++i)
+    pages[static_cast<size_t>(i / each)].push_back(order[i].item<int64_t>());
+  BlockView view = BlockView::paged(bytes, pages, 64);
+  view.format = format;
+  return view;
+}
+
+struct Runs {
+  std::vector<int64_t> lengths, starts;
+  Batch on(at::Device device) const { return {lengths, starts, device, {.slots = {2, 0, 1}}}; }
+};
+
+TEST(Sm90CacheGpu, PackedRowsHaveTheBytesOfTheCpu) {
+  at::manual_seed(3);
+  for (const RowFormat& format :
+       {kLatents, kKeys, RowFormat{.kind = RowKind::kLatent, .width = 128, .rotary = 64}}) {
+    for (const int64_t rows : {1, 70, 1000}) {
+      const at::Tensor x = rounded_rows(rows, format);
+      EXPECT_TRUE(at::equal(pack_rows(x.to(at::kCUDA), format).cpu(), pack_rows(x, format)))
+          << format.width << " " << rows;
+    }
+  }
+}
+
+TEST(Sm90CacheGpu, PoolingHasTheBitsOfTheCpu) {
+  at::manual_seed(4);
+  const int64_t d = 128;
+  for (const auto& [ratio, ring] : {std::pair<int64_t, int64_t>{4, 9}, {128, 131}}) {
+    const int64_t width = ratio == 4 ? 2 * d : d;
+    for (const Runs& runs : {Runs{{5, 1, 140}, {6, 3, 250}}, Runs{{260, 4, 129}, {0, 0, 0}}}) {
+      const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
+      const at::Tensor kv = at::randn({here.num_tokens(), width}),
+                       gate = at::randn({here.num_tokens(), width}) * 2,
+                       ape = at::randn({ratio, width});
+      const RingView kv_ring = RingView::of_slots(at::randn({3 * ring, width}), {2, 0, 1}, ring),
+                     score_ring = RingView::of_slots(at::randn({3 * ring, width}), {2, 0, 1}, ring);
+      const Compressed wanted =
+          compress(kv, gate, ape, kv_ring, score_ring, here, ratio, Numerics::kReleased);
+      const Compressed found = compress(kv.to(at::kCUDA), gate.to(at::kCUDA), ape.to(at::kCUDA),
+                                        moved(kv_ring, at::kCUDA), moved(score_ring, at::kCUDA),
+                                        there, ratio, Numerics::kReleased);
+      EXPECT_TRUE(same_bits(found.pooled.cpu(), wanted.pooled.to(at::kBFloat16))) << ratio;
+      EXPECT_TRUE(same_bits(found.score.cpu(), wanted.score)) << ratio;
+    }
+  }
+}
+
+TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
+  at::manual_seed(5);
+  const int64_t ratio = 4, k = 50;
+  const Runs runs{{3, 1, 20}, {700, 1000, 5}};
+  const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
+  const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
+  const at::Tensor bytes = pack_rows(rounded_rows(64 * 20, kKeys), kKeys);
+  const BlockView keys = paged(bytes, 3, columns, kKeys);
+  for (const int64_t heads : {8, 64}) {
+    const at::Tensor q = rounded_rows(tokens * heads, kKeys).reshape({tokens, heads, 128}),
+                     w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
+    const at::Tensor q_bytes = pack_rows(q.reshape({-1, 128}), kKeys);
+    at::Tensor twin = at::full({tokens, columns}, -INFINITY);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t seq = here.seq()[t].item<int64_t>();
+      for (int64_t c = 0; c < (here.host_pos()[static_cast<size_t>(t)] + 1) / ratio; ++c) {
+        twin[t][c] = index_score_twin(
+            q_bytes.const_data_ptr<uint8_t>() + t * heads * kIndexRowBytes,
+            reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()) + t * heads,
+            bytes.const_data_ptr<uint8_t>() + keys.table().row(seq, c) * kIndexRowBytes, heads);
+      }
+    }
+    const BlockView keys_there = moved(keys, at::kCUDA);
+    const at::Tensor q_there = q.to(at::kCUDA), w_there = w.to(at::kCUDA);
+    EXPECT_TRUE(same_bits(
+        index_scores(q_there, w_there, keys_there, there, ratio, Numerics::kReleased).cpu(), twin))
+        << heads;
+    EXPECT_TRUE(at::equal(
+        index_topk(q_there, w_there, keys_there, there, ratio, k, Numerics::kReleased).cpu(),
+        reference::select_topk(twin, here, ratio, k)))
+        << heads;
+  }
+}
+
+/// The latents of a token's places as attn_lists_sm90 lays them out.
+std::vector<const uint8_t*> places_of(const Batch& batch,
+                                      int64_t token,
+                                      const at::Tensor& own,
+                                      const RingView& ring,
+                                      const BlockView& blocks,
+                                      const at::Tensor& selection,
+                                      const AttentionParams& params) {
+  const int64_t seq = batch.seq()[token].item<int64_t>(), start = batch.start(seq);
+  const int64_t pos = batch.host_pos()[static_cast<size_t>(token)];
+  const auto row = [](const at::Tensor& rows, int64_t index) {
+    return rows.const_data_ptr<uint8_t>() + index * kLatentRowBytes;
+  };
+  std::vector<const uint8_t*> places(static_cast<size_t>(params.window));
+  for (int64_t p = std::max<int64_t>(0, pos - params.window + 1); p <= pos; ++p) {
+    places[static_cast<size_t>(p % params.window)] = p >= start
+                                                         ? row(own, batch.begin(seq) + p - start)
+                                                         : row(ring.rows, ring.table().row(seq, p));
+  }
+  const int64_t visible = params.ratio == 0 ? 0 : (pos + 1) / params.ratio;
+  for (int64_t c = 0; c < visible; ++c) {
+    const int64_t block = !selection.defined()    ? c
+                          : c < selection.size(1) ? selection[token][c].item<int64_t>()
+                                                  : -1;
+    if (block >= 0) places.push_back(row(blocks.rows, blocks.table().row(seq, block)));
+  }
+  return places;
+}
+
+TEST(Sm90CacheGpu, AttentionIsTheTwins) {
+  at::manual_seed(6);
+  const int64_t heads = 64, window = 128, ring_size = 131, k = 70;
+  const Runs runs{{2, 1, 3}, {0, 400, 1022}};
+  const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
+  const int64_t tokens = here.num_tokens();
+  RingView ring = RingView::of_slots(pack_rows(rounded_rows(3 * ring_size, kLatents), kLatents),
+                                     {2, 0, 1}, ring_size);
+  ring.format = kLatents;
+  const BlockView blocks =
+      paged(pack_rows(rounded_rows(64 * 16, kLatents), kLatents), 3, 300, kLatents);
+  const at::Tensor q = at::randn({tokens, heads, 512}).to(at::kBFloat16), sink = at::randn({heads}),
+                   kv = rounded_rows(tokens, kLatents), own = pack_rows(kv, kLatents);
+  const at::Tensor chosen =
+      reference::select_topk(at::randn({tokens, here.max_end_pos() / 4}), here, 4, k);
+  for (const auto& [ratio, selection] :
+       {std::pair<int64_t, at::Tensor>{0, {}}, {128, {}}, {4, {}}, {4, chosen}}) {
+    const AttentionParams params{.window = window,
+                                 .scale = 0.044194173824159216,
+                                 .ratio = ratio,
+                                 .numerics = Numerics::kReleased};
+    at::Tensor out = at::empty_like(q), stats = at::empty({tokens, heads, 2});
+    for (int64_t t = 0; t < tokens; ++t) {
+      const auto rows = places_of(here, t, own, ring, blocks, selection, params);
+      sparse_attn_twin({.q = reinterpret_cast<const uint16_t*>(q.const_data_ptr<at::BFloat16>()) +
+                             t * heads * 512,
+                        .sink = sink.const_data_ptr<float>(),
+                        .rows = rows.data(),
+                        .heads = heads,
+                        .places = std::ssize(rows),
+                        .scale = static_cast<float>(params.scale),
+                        .out = reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()) +
+                               t * heads * 512,
+                        .stats = stats.mutable_data_ptr<float>() + t * heads * 2});
+    }
+    const AttentionResult found = sparse_attn(
+        q.to(at::kCUDA), kv.to(at::kCUDA), moved(ring, at::kCUDA), moved(blocks, at::kCUDA),
+        selection.defined() ? selection.to(at::kCUDA) : selection, sink.to(at::kCUDA), there,
+        params);
+    EXPECT_TRUE(same_bits(found.out.cpu(), out)) << ratio << " " << selection.defined();
+    EXPECT_TRUE(
+        at::allclose(found.lse.cpu(), stats.select(2, 0) + stats.select(2, 1).log(), 1e-6, 1e-6))
+        << ratio;
+  }
+}
+
+}  // namespace
+}  // namespace hadal::ops
