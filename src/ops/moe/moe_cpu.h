@@ -17,16 +17,6 @@ struct SwigluCpuParams {
   ElementType dtype;
 };
 
-struct SwigluBackwardCpuParams {
-  const void *gate, *up, *grad_out;  ///< [rows, inter]
-  const float* weight;               ///< [rows]; null: none
-  void *grad_gate, *grad_up;         ///< [rows, inter]
-  float* grad_weight;                ///< [rows]; null: none
-  int64_t inter;
-  float limit;
-  ElementType dtype;
-};
-
 struct CombineCpuParams {
   const void* rows;      ///< [pairs, dim] in expert order
   const int64_t* place;  ///< [tokens * topk] row of each slot, experts ascending within a token
@@ -38,7 +28,6 @@ struct CombineCpuParams {
 
 /// Rows, tokens [begin, end).
 extern CpuSlot<void(const SwigluCpuParams&, int64_t, int64_t)> swiglu_cpu;
-extern CpuSlot<void(const SwigluBackwardCpuParams&, int64_t, int64_t)> swiglu_backward_cpu;
 extern CpuSlot<void(const CombineCpuParams&, int64_t, int64_t)> combine_cpu;
 
 }  // namespace hadal::ops

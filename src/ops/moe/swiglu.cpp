@@ -8,6 +8,7 @@
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
 #include "ops/moe/moe_sm90.h"
+#include "ops/moe/swiglu_backward_cpu.h"
 #include "ops/moe/swiglu_kernels.h"
 #include "ops/op.h"
 #include "ops/sm90.h"

@@ -9,6 +9,7 @@
 
 #include "base/math.h"
 #include "base/parallel.h"
+#include "ops/norm/rms_norm_backward_cpu.h"
 #include "ops/norm/rms_norm_cpu.h"
 #include "ops/norm/rms_norm_kernels.h"
 #include "ops/norm/rms_norm_sm90.h"
