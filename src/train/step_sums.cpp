@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "train/slots.h"
 
 namespace hadal::train {
 namespace {
@@ -39,6 +40,7 @@ StepSums::StepSums(const model::Transformer& model) {
   model.visit([&](const model::Parameter& parameter) {
     if (!parameter.value.defined() || !parameter.value.requires_grad()) return;
     parameters_.push_back(parameter.value);
+    on_cpu_ = on_cpu_ && parameter.value.is_cpu();
     parameter.value.mutable_grad().reset();
   });
 }
@@ -71,8 +73,8 @@ void StepSums::join() {
   Node right = std::move(nodes_.back());
   nodes_.pop_back();
   Node& left = nodes_.back();
-  for (size_t i = 0; i < parameters_.size(); ++i)
-    add_in_place(left.gradients[i], std::move(right.gradients[i]));
+  for_each_slot(parameters_.size(), on_cpu_,
+                [&](size_t i) { add_in_place(left.gradients[i], std::move(right.gradients[i])); });
   left.measures.add(right.measures);
 }
 

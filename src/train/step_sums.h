@@ -45,6 +45,7 @@ class StepSums {
   void join();  ///< the last two nodes
 
   std::vector<at::Tensor> parameters_;
+  bool on_cpu_ = true;
   std::vector<Node> nodes_;
   uint64_t leaves_ = 0;
 };
