@@ -481,7 +481,6 @@ AttentionResult sparse_attn(const at::Tensor& q,
       return run_cpu(in, {history, blocks, chosen, batch, params});
     };
     const std::vector<at::Tensor> inputs{q, kv, blocks.rows, sink};
-    // Training steps have a gradient of their own.
     const bool own = batch.whole() && (params.ratio == 0 || blocks.of_step);
     const auto backward = [history, blocks, chosen, batch, params](const auto& in) {
       BlockView view = blocks;
