@@ -269,6 +269,21 @@ TEST_F(TrainCli, KilledAtAnyMomentARunEndsWithTheSameBits) {
   }
 }
 
+// docs/decisions/0018-sums-over-tokens.md: five rows a step, in passes of one, of two and one, of
+// all.
+TEST_F(TrainCli, MicroBatchesAreNotSeenInTheBits) {
+  const std::vector<int> sizes = {32, 64, 160};
+  for (const int size : sizes) {
+    const std::string name = concat("micro", size);
+    Json run = run_json(name);
+    run["batch"][0]["tokens"] = 160;
+    run["micro_batch_tokens"] = size;
+    const CliResult result = train(write_run(run, name), size == 64 ? "--threads 3" : "");
+    ASSERT_EQ(result.code, 0) << result.error;
+    if (size != sizes[0]) expect_same_results(out(concat("micro", sizes[0])), out(name));
+  }
+}
+
 TEST_F(TrainCli, StoppedByASignalOrByTimeItGoesOnToTheSameBits) {
   ASSERT_EQ(train(write_run(run_json("whole"), "whole")).code, 0);
   const std::string config = write_run(run_json("stopped"), "stopped");

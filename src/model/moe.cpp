@@ -61,7 +61,7 @@ MoeOutput moe_forward(const Moe& moe,
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
-    return apply_experts(w, input, order.offsets, numerics);
+    return apply_experts(w, input, order, numerics);
   };
   const at::Tensor hidden =
       swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);

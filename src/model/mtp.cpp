@@ -21,7 +21,7 @@ MtpOutput mtp_forward(const Mtp& mtp,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const int64_t tokens = streams.size(0), n = config.hc_mult, dim = config.dim;
-  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed.operand(numerics)),
+  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed.operand(numerics), embed.value),
                                      mtp.enorm.value, config.norm_eps);
   const at::Tensor h =
       ops::rms_norm(streams, mtp.hnorm.value, config.norm_eps).reshape({tokens * n, dim});

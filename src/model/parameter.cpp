@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "ops/gemm/trained_product.h"
+#include "ops/moe/permute.h"
 
 namespace hadal::model {
 
@@ -80,18 +82,47 @@ ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
                          : values);
 }
 
+namespace {
+
+/// Whether the product is one of training on the CPU: then its gradient goes to the master in FP32,
+/// past the operand's rounding.
+bool trains(const Parameter& w, const at::Tensor& x) {
+  const auto served = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
+  };
+  return at::GradMode::is_enabled() && !w.weight.defined() && w.value.defined() &&
+         (x.requires_grad() || w.value.requires_grad()) && ops::use_cpu_kernel(x) &&
+         served(w.value) && w.value.is_contiguous();
+}
+
+/// The values that the product multiplies by, [matrices, out, in] of stacked ones.
+at::Tensor constant_operand(const Parameter& w, ops::Numerics numerics) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor values = w.operand(numerics);
+  return w.kind == ParamKind::kGroups ? values.reshape({w.local_matrices(), -1, values.size(-1)})
+                                      : values;
+}
+
+}  // namespace
+
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
+  if (trains(w, x)) return ops::trained_linear(x, constant_operand(w, numerics), w.value, w.role);
   return ops::linear(x, w.product_operand(numerics), w.role);
 }
 
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,
-                         const at::Tensor& offsets,
+                         const ops::Permutation& order,
                          ops::Numerics numerics) {
-  return ops::grouped_linear(x, w.product_operand(numerics), offsets, w.role);
+  if (trains(w, x)) {
+    return ops::trained_grouped_linear(x, constant_operand(w, numerics), w.value, order.offsets,
+                                       order.token, w.role);
+  }
+  return ops::grouped_linear(x, w.product_operand(numerics), order.offsets, w.role);
 }
 
 at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
+  if (trains(w, x)) return ops::trained_group_linear(x, constant_operand(w, numerics), w.value);
   return ops::group_linear(x, w.product_operand(numerics));
 }
 

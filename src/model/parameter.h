@@ -18,6 +18,10 @@
 #include "ops/gemm/weight.h"
 #include "ops/quant/official_storage.h"
 
+namespace hadal::ops {
+struct Permutation;
+}  // namespace hadal::ops
+
 namespace hadal::model {
 
 enum class ParamKind {
@@ -91,10 +95,10 @@ struct Parameter {
 
 /// y = x w^T with the parameter's role; x already through ops::quantise_input.
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
-/// Stacked experts: rows of x sorted by expert (ops::grouped_linear).
+/// Stacked experts: rows of x in the order of ops::permute_rows (ops::grouped_linear).
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,
-                         const at::Tensor& offsets,
+                         const ops::Permutation& order,
                          ops::Numerics numerics);
 /// wo_a: x [tokens, groups, in], group g times matrix g (ops::group_linear).
 at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);

@@ -56,7 +56,8 @@ void Transformer::ensure_rope(ForwardContext& context) const {
 }
 
 at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) const {
-  const at::Tensor embedded = ops::embedding(ids, parameters_.embed.operand(numerics));
+  const at::Tensor embedded =
+      ops::embedding(ids, parameters_.embed.operand(numerics), parameters_.embed.value);
   return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
 }
 

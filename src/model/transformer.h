@@ -49,6 +49,8 @@ class Transformer {
   at::Tensor head_operand(ops::Numerics numerics) const {
     return parameters_.head.operand(numerics);
   }
+  /// The values that it is made of: what the gradient of the head goes to.
+  const at::Tensor& head_master() const { return parameters_.head.value; }
   /// [tokens, dim] -> [tokens, vocab] FP32.
   at::Tensor logits(const at::Tensor& head_input, ops::Numerics numerics) const;
 

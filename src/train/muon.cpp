@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/optim/newton_schulz.h"
+#include "train/slots.h"
 
 namespace hadal::train {
 namespace {
@@ -22,18 +23,18 @@ at::Tensor logical_view(const at::Tensor& tensor, const model::Parameter& parame
 
 void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, double lr) {
   std::vector<OptimizerSlot*> moved;
-  std::vector<at::Tensor> momenta, grads;
   for (OptimizerSlot& slot : slots) {
-    if (slot.rule != UpdateRule::kMuon || !slot.parameter->value.grad().defined()) continue;
-    moved.push_back(&slot);
-    momenta.push_back(slot.momentum);
-    grads.push_back(slot.parameter->value.grad());
+    if (slot.rule == UpdateRule::kMuon && slot.parameter->value.grad().defined())
+      moved.push_back(&slot);
   }
   if (moved.empty()) return;
-  at::_foreach_mul_(momenta, params.muon_momentum);
-  at::_foreach_add_(momenta, grads);
-  std::vector<at::Tensor> ahead = at::_foreach_mul(momenta, params.muon_momentum);
-  at::_foreach_add_(ahead, grads);
+  const bool on_cpu = moved[0]->momentum.is_cpu();
+  std::vector<at::Tensor> ahead(moved.size());
+  for_each_slot(moved.size(), on_cpu, [&](size_t i) {
+    const at::Tensor& grad = moved[i]->parameter->value.grad();
+    moved[i]->momentum.mul_(params.muon_momentum).add_(grad);
+    ahead[i] = moved[i]->momentum.mul(params.muon_momentum).add_(grad);
+  });
 
   // Matrices of one shape, whichever way round, are orthogonalised together; each gets the bits it
   // would get alone.
@@ -42,13 +43,13 @@ void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, do
     const at::Tensor view = logical_view(ahead[i], *moved[i]->parameter);
     by_shape[{view.size(1), view.size(2)}].push_back(i);
   }
-  std::vector<at::Tensor> weights, steps;
   for (const auto& [shape, members] : by_shape) {
     const auto [rows, cols] = shape;
-    std::vector<at::Tensor> updates, values;
+    std::vector<at::Tensor> updates;
+    std::vector<int64_t> first{0};  // unit of each member
     for (const size_t i : members) {
       updates.push_back(logical_view(ahead[i], *moved[i]->parameter));
-      values.push_back(logical_view(moved[i]->parameter->value, *moved[i]->parameter));
+      first.push_back(first.back() + updates.back().size(0));
     }
     const at::Tensor u = at::cat(updates);
     const double size = static_cast<double>(rows * cols);
@@ -58,16 +59,18 @@ void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, do
             .to(u.scalar_type());
     const double factor =
         std::sqrt(static_cast<double>(std::max(rows, cols))) * params.muon_update_rms;
-    const at::Tensor direction = ops::newton_schulz(u, params.low_precision_muon) * factor;
-    const at::Tensor step = (direction + at::cat(values) * params.weight_decay) * moves * lr;
-    int64_t first = 0;
-    for (const at::Tensor& value : values) {
-      weights.push_back(value);
-      steps.push_back(step.narrow(0, first, value.size(0)));
-      first += value.size(0);
-    }
+    const at::Tensor direction = ops::newton_schulz(u, params.low_precision_muon);
+    for_each_slot(members.size(), on_cpu, [&](size_t m) {
+      const auto own = [&](const at::Tensor& x) {
+        return x.narrow(0, first[m], first[m + 1] - first[m]);
+      };
+      model::Parameter& parameter = *moved[members[m]]->parameter;
+      const at::Tensor value = logical_view(parameter.value, parameter);
+      const at::Tensor step =
+          own(direction).mul(factor).add_(value.mul(params.weight_decay)).mul_(own(moves)).mul_(lr);
+      value.sub_(step);
+    });
   }
-  at::_foreach_sub_(weights, steps);
 }
 
 }  // namespace hadal::train

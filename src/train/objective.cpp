@@ -12,6 +12,9 @@
 namespace hadal::train {
 namespace {
 
+/// Tokens whose logits are held at a time.
+constexpr int64_t kLossChunk = 4096;
+
 at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
   return at::tensor(values, at::kLong).to(device);
 }
@@ -68,6 +71,31 @@ struct AuxiliaryTerms {
 
 }  // namespace
 
+namespace {
+
+/// The rows, each by itself.
+std::vector<PackedRows> rows_of(const PackedRows& packed) {
+  std::vector<PackedRows> result;
+  size_t sample = 0;
+  for (int64_t row = 0; row < packed.rows; ++row) {
+    const auto begin = static_cast<std::ptrdiff_t>(row * packed.row_length),
+               end = begin + static_cast<std::ptrdiff_t>(packed.row_length);
+    PackedRows one{.rows = 1,
+                   .row_length = packed.row_length,
+                   .tokens = {packed.tokens.begin() + begin, packed.tokens.begin() + end},
+                   .scored = {packed.scored.begin() + begin, packed.scored.begin() + end},
+                   .sample_lengths = {}};
+    for (int64_t left = packed.row_length; left > 0; ++sample) {
+      one.sample_lengths.push_back(packed.sample_lengths.at(sample));
+      left -= one.sample_lengths.back();
+    }
+    result.push_back(std::move(one));
+  }
+  return result;
+}
+
+}  // namespace
+
 struct MicroBatch::Labels {
   std::vector<int64_t> ids, targets, next_ids, mtp_targets;
   int64_t num_targets = 0, num_mtp_targets = 0;
@@ -118,7 +146,10 @@ MicroBatch::MicroBatch(const PackedRows& packed, Labels labels, at::Device devic
       next_ids(upload(labels.next_ids, device)),
       mtp_targets(upload(labels.mtp_targets, device)),
       num_targets(labels.num_targets),
-      num_mtp_targets(labels.num_mtp_targets) {}
+      num_mtp_targets(labels.num_mtp_targets) {
+  if (!device.is_cpu() || rows == 1) return;
+  for (const PackedRows& row : rows_of(packed)) each_row.emplace_back(row, device);
+}
 
 void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) {
   targets += micro.num_targets;
@@ -134,11 +165,14 @@ void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) 
   }
 }
 
-void accumulate(const model::Transformer& model,
-                const MicroBatch& micro,
-                const StepCounts& counts,
-                const ObjectiveParams& params,
-                StepMeasures& measures) {
+namespace {
+
+/// One pass: gradients go to the parameters.
+StepMeasures run_pass(const model::Transformer& model,
+                      const MicroBatch& micro,
+                      const StepCounts& counts,
+                      const ObjectiveParams& params) {
+  StepMeasures measures;
   const model::ModelConfig& config = model.config();
   const double row_share = static_cast<double>(micro.rows) / static_cast<double>(counts.rows);
   measures.expert_load.resize(static_cast<size_t>(config.n_blocks()));
@@ -158,15 +192,18 @@ void accumulate(const model::Transformer& model,
     streams = std::move(block.streams);
   }
   const at::Tensor head = model.head_operand(params.numerics);
+  const auto cross_entropy = [&](const at::Tensor& hidden, const at::Tensor& targets) {
+    return ops::linear_cross_entropy(hidden, head, targets, kLossChunk, model.head_master());
+  };
   const at::Tensor main_loss =
-      ops::linear_cross_entropy(model.head_input(streams, params.numerics), head, micro.targets) /
+      cross_entropy(model.head_input(streams, params.numerics), micro.targets) /
       static_cast<double>(std::max<int64_t>(counts.targets, 1));
   at::Tensor total = main_loss;
   add_to(measures.main_loss, main_loss.detach());
   if (config.n_mtp_layers > 0 && params.mtp_weight != 0.0) {
     const model::MtpOutput mtp = model.mtp(streams, micro.next_ids, context);
     terms.add(config.n_layers, mtp.aux, config, micro.rows, counts, measures);
-    const at::Tensor mtp_loss = ops::linear_cross_entropy(mtp.head_input, head, micro.mtp_targets) /
+    const at::Tensor mtp_loss = cross_entropy(mtp.head_input, micro.mtp_targets) /
                                 static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
     total = total + mtp_loss * params.mtp_weight;
     add_to(measures.mtp_loss, mtp_loss.detach());
@@ -181,6 +218,28 @@ void accumulate(const model::Transformer& model,
     add_to(measures.index_loss, terms.index.detach());
   }
   if (total.requires_grad()) total.backward();
+  return measures;
+}
+
+}  // namespace
+
+void accumulate(const model::Transformer& model,
+                const MicroBatch& micro,
+                const StepCounts& counts,
+                const ObjectiveParams& params,
+                StepSums& sums) {
+  if (micro.each_row.empty()) sums.add(run_pass(model, micro, counts, params));
+  for (const MicroBatch& row : micro.each_row) accumulate(model, row, counts, params, sums);
+}
+
+void accumulate(const model::Transformer& model,
+                const MicroBatch& micro,
+                const StepCounts& counts,
+                const ObjectiveParams& params,
+                StepMeasures& measures) {
+  StepSums sums(model);
+  accumulate(model, micro, counts, params, sums);
+  measures = sums.finish();
 }
 
 void evaluate(const model::Transformer& model,
@@ -188,6 +247,10 @@ void evaluate(const model::Transformer& model,
               model::AttentionMode mode,
               ops::Numerics numerics,
               Evaluation& result) {
+  if (!micro.each_row.empty()) {
+    for (const MicroBatch& row : micro.each_row) evaluate(model, row, mode, numerics, result);
+    return;
+  }
   const at::NoGradGuard no_grad;
   const model::ModelConfig& config = model.config();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);

@@ -9,6 +9,7 @@
 
 #include "model/transformer.h"
 #include "ops/cache/batch.h"
+#include "train/step_sums.h"
 
 namespace hadal::train {
 
@@ -34,6 +35,8 @@ struct MicroBatch {
   at::Tensor next_ids;     ///< [tokens] input of the MTP block; 0 at the end of a sample
   at::Tensor mtp_targets;  ///< [tokens] the token after the next, -1 likewise
   int64_t num_targets = 0, num_mtp_targets = 0;
+  /// On the CPU, of several rows: each of them alone, as a pass takes it.
+  std::vector<MicroBatch> each_row;
 
  private:
   struct Labels;
@@ -63,17 +66,14 @@ struct StepCounts {
   void add(const MicroBatch& micro, const model::ModelConfig& config);
 };
 
-/// Sums over a step, kept on the device until somebody logs them.
-struct StepMeasures {
-  at::Tensor main_loss, mtp_loss, balance_loss, index_loss;  ///< [] each, already divided
-  std::vector<at::Tensor> expert_load;  ///< per block [experts] I64; undefined where hashed
-  /// [4] I64: gate above the limit, up above, up below, and the number of values looked at;
-  /// undefined when not asked for.
-  at::Tensor clamped;
-};
-
-/// Forward and backward of one micro-batch; gradients add up in the parameters, measures in
-/// `measures`.
+/// Forward and backward of one micro-batch: on the CPU a pass for each of its rows, elsewhere one
+/// for all. On the CPU a step has the same bits however its rows are cut into micro-batches.
+void accumulate(const model::Transformer& model,
+                const MicroBatch& micro,
+                const StepCounts& counts,
+                const ObjectiveParams& params,
+                StepSums& sums);
+/// The same of a step that is one micro-batch: gradients are in the parameters afterwards.
 void accumulate(const model::Transformer& model,
                 const MicroBatch& micro,
                 const StepCounts& counts,

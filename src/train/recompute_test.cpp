@@ -54,8 +54,10 @@ Gradients gradients(const model::ModelConfig& config,
   counts.add(second, config);
   params.recompute = recompute;
   Gradients result;
-  accumulate(model, first, counts, params, result.measures);
-  accumulate(model, second, counts, params, result.measures);
+  StepSums sums(model);
+  accumulate(model, first, counts, params, sums);
+  accumulate(model, second, counts, params, sums);
+  result.measures = sums.finish();
   model.visit([&](model::Parameter& parameter) {
     result.of.emplace_back(parameter.name, parameter.value.grad());
   });

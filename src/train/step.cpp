@@ -14,10 +14,9 @@ StepOutcome training_step(model::Transformer& model,
                           const StepRules& rules) {
   StepCounts counts;
   for (const MicroBatch& batch : batches) counts.add(batch, model.config());
-  StepOutcome outcome;
-  optimizer.zero_grad();
-  for (const MicroBatch& batch : batches)
-    accumulate(model, batch, counts, rules.objective, outcome.measures);
+  StepSums sums(model);
+  for (const MicroBatch& batch : batches) accumulate(model, batch, counts, rules.objective, sums);
+  StepOutcome outcome{.measures = sums.finish()};
   outcome.norm =
       (rules.clip_norm > 0.0 ? optimizer.clip_gradients(rules.clip_norm) : optimizer.grad_norm())
           .item<double>();

@@ -173,6 +173,25 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse)
   return out;
 }
 
+/// The CPU kernel; the gradient of a rotation is the inverse rotation.
+struct RopeCpu : torch::autograd::Function<RopeCpu> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const at::Tensor& cos_sin,
+                            bool inverse) {
+    context->save_for_backward({cos_sin});
+    context->set_materialize_grads(false);
+    context->saved_data["inverse"] = inverse;
+    return run_cpu(x, cos_sin, inverse);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return variable_list(3);
+    const at::Tensor cos_sin = context->get_saved_variables()[0];
+    const bool inverse = context->saved_data["inverse"].toBool();
+    return {run_cpu(grad_outputs[0], cos_sin, !inverse), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
@@ -183,10 +202,8 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos_sin, bool inverse) {
     return Rope::apply(x, kernel_input(cos_sin.to(at::kFloat)), inverse);
   }
   if (use_cpu_kernel(x)) {
-    return with_reference_gradient(
-        [inverse](const auto& in) { return std::vector{run_cpu(in[0], in[1], inverse)}; },
-        [inverse](const auto& in) { return std::vector{reference::rope(in[0], in[1], inverse)}; },
-        {x, cos_sin})[0];
+    const bool trains = at::GradMode::is_enabled() && x.requires_grad();
+    return trains ? RopeCpu::apply(x, cos_sin, inverse) : run_cpu(x, cos_sin, inverse);
   }
   return reference::rope(x, cos_sin, inverse);
 }

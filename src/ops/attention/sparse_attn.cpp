@@ -12,6 +12,7 @@
 #include "base/parallel.h"
 #include "ops/attention/attention_cpu.h"
 #include "ops/attention/sm90_attention.h"
+#include "ops/attention/sparse_attn_backward.h"
 #include "ops/attention/sparse_attn_kernels.h"
 #include "ops/rows/gather.h"
 
@@ -476,18 +477,21 @@ AttentionResult sparse_attn(const at::Tensor& q,
   }
   if (use_cpu_kernel(q)) {
     const at::Tensor chosen = selection.defined() ? selection.contiguous() : selection;
-    const std::vector<at::Tensor> results = with_reference_gradient(
-        [&](const auto& in) {
-          return run_cpu(in, {history, blocks, chosen, batch, params});
-        },
-        [history, blocks, chosen, batch, params](const auto& in) {
-          BlockView view = blocks;
-          view.rows = in[2];
-          const AttentionResult r =
-              reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], batch, params);
-          return std::vector{r.out, r.lse};
-        },
-        {q, kv, blocks.rows, sink});
+    const auto kernel = [&](const auto& in) {
+      return run_cpu(in, {history, blocks, chosen, batch, params});
+    };
+    const std::vector<at::Tensor> inputs{q, kv, blocks.rows, sink};
+    const bool own = batch.whole() && (params.ratio == 0 || blocks.of_step);
+    const auto backward = [history, blocks, chosen, batch, params](const auto& in) {
+      BlockView view = blocks;
+      view.rows = in[2];
+      const AttentionResult r =
+          reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], batch, params);
+      return std::vector{r.out, r.lse};
+    };
+    const std::vector<at::Tensor> results =
+        own ? with_attention_gradient(kernel, inputs, chosen, batch, params)
+            : with_reference_gradient(kernel, backward, inputs);
     return {.out = results[0], .lse = results[1]};
   }
   return reference::sparse_attn(q, kv, history, blocks, selection, sink, batch, params);

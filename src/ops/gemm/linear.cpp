@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/math.h"
 #include "base/parallel.h"
+#include "ops/gemm/trained_product.h"
 #include "ops/quant/round_trip.h"
 
 namespace hadal::ops {
@@ -330,6 +331,10 @@ bool use_gemm_kernel(const at::Tensor& x, const at::Tensor& w) {
   return use_cpu_kernel(x) && (w.scalar_type() == at::kFloat || w.scalar_type() == at::kBFloat16);
 }
 
+bool wants_gradient(const at::Tensor& x, const at::Tensor& w) {
+  return at::GradMode::is_enabled() && (x.requires_grad() || w.requires_grad());
+}
+
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role) {
@@ -339,10 +344,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, GemmRole role) {
     return role == GemmRole::kFp32 ? LinearFp32::apply(x, w) : at::linear(x, w);
   }
   if (use_gemm_kernel(x, w)) {
-    return with_reference_gradient(
-        [&](const auto& in) { return std::vector{linear_kernel(in[0], pack_panels(in[1]), role)}; },
-        [role](const auto& in) { return std::vector{reference::linear(in[0], in[1], role)}; },
-        {x, w})[0];
+    if (wants_gradient(x, w)) return trained_linear(x, w, w, role);
+    return linear_kernel(x, pack_panels(w), role);
   }
   return reference::linear(x, w, role);
 }
@@ -359,14 +362,8 @@ at::Tensor grouped_linear(const at::Tensor& x,
     return at::_grouped_mm(x, w.transpose(1, 2), ends);
   }
   if (use_gemm_kernel(x, w)) {
-    return with_reference_gradient(
-        [&](const auto& in) {
-          return std::vector{grouped_kernel(in[0], pack_panels(in[1]), offsets, role)};
-        },
-        [offsets, role](const auto& in) {
-          return std::vector{reference::grouped_linear(in[0], in[1], offsets, role)};
-        },
-        {x, w})[0];
+    if (wants_gradient(x, w)) return trained_grouped_linear(x, w, w, offsets, {}, role);
+    return grouped_kernel(x, pack_panels(w), offsets, role);
   }
   return reference::grouped_linear(x, w, offsets, role);
 }
@@ -378,10 +375,8 @@ at::Tensor group_linear(const at::Tensor& x, const at::Tensor& w) {
     return at::bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1);
   }
   if (use_gemm_kernel(x, w)) {
-    return with_reference_gradient(
-        [&](const auto& in) { return std::vector{group_kernel(in[0], pack_panels(in[1]))}; },
-        [](const auto& in) { return std::vector{reference::group_linear(in[0], in[1])}; },
-        {x, w})[0];
+    if (wants_gradient(x, w)) return trained_group_linear(x, w, w);
+    return group_kernel(x, pack_panels(w));
   }
   return reference::group_linear(x, w);
 }

@@ -73,15 +73,22 @@ template <typename T>
 void pack_dense_block(const Panels& panels, const T* w, uint8_t* matrix, int64_t block) {
   // BF16 keeps the two elements of a pair together, FP32 has one after the other.
   constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
-  for_each_lane(panels, matrix, block, kPair * static_cast<int64_t>(sizeof(T)),
-                [&](int64_t row, int64_t group, uint8_t* dst) {
-                  const int64_t first = group * kGroupInputs,
-                                count = std::min(kGroupInputs, panels.in - first);
-                  const T* source = w + row * panels.in + first;
-                  T* lane = reinterpret_cast<T*>(dst);
-                  for (int64_t i = 0; i < count; ++i)
-                    lane[i / kPair * kPair * kPanelWidth + i % kPair] = source[i];
-                });
+  const int64_t groups = panels.padded_in() / kGroupInputs, first = block * kBlockPanels;
+  const int64_t count = std::min(kBlockPanels, ceil_div(panels.out, kPanelWidth) - first);
+  T* out = reinterpret_cast<T*>(matrix) + first * groups * kGroupInputs * kPanelWidth;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t input = group * kGroupInputs;
+    const int64_t inputs = std::min(kGroupInputs, panels.in - input);
+    for (int64_t panel = first; panel < first + count; ++panel) {
+      const int64_t row = panel * kPanelWidth, rows = std::min(kPanelWidth, panels.out - row);
+      for (int64_t lane = 0; lane < rows; ++lane) {
+        const T* source = w + (row + lane) * panels.in + input;
+        for (int64_t i = 0; i < inputs; ++i)
+          out[i / kPair * kPair * kPanelWidth + lane * kPair + i % kPair] = source[i];
+      }
+      out += kGroupInputs * kPanelWidth;
+    }
+  }
 }
 
 /// Checks what the two packed forms share and returns the raw bytes of data and scales.

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
 #include "base/parallel.h"
@@ -46,15 +47,27 @@ at::Tensor run_cpu(const at::Tensor& x) {
   return out;
 }
 
+/// The rotation is symmetric: its gradient is itself.
+struct HadamardCpu : torch::autograd::Function<HadamardCpu> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x) {
+    context->set_materialize_grads(false);
+    return run_cpu(x);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return {at::Tensor()};
+    return {run_cpu(grad_outputs[0])};
+  }
+};
+
 }  // namespace
 
 at::Tensor hadamard(const at::Tensor& x) {
   const int64_t dim = x.size(-1);
   HADAL_CHECK(dim > 0 && (dim & (dim - 1)) == 0, "hadamard: dim ", dim, " is no power of two");
   if (use_cpu_kernel(x) && dim <= 1024) {
-    return with_reference_gradient(
-        [](const auto& in) { return std::vector{run_cpu(in[0])}; },
-        [](const auto& in) { return std::vector{reference::hadamard(in[0])}; }, {x})[0];
+    const bool trains = at::GradMode::is_enabled() && x.requires_grad();
+    return trains ? HadamardCpu::apply(x) : run_cpu(x);
   }
   return reference::hadamard(x);
 }

@@ -1,12 +1,17 @@
 #include "ops/loss/cross_entropy.h"
 
 #include <algorithm>
+#include <bit>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "base/parallel.h"
+#include "ops/gemm/trained_product.h"
+#include "ops/loss/cross_entropy_cpu.h"
 #include "ops/loss/cross_entropy_kernels.h"
 #include "ops/op.h"
+#include "ops/tensor_sums.h"
 
 namespace hadal::ops {
 
@@ -102,7 +107,62 @@ struct LinearCrossEntropyCuda : torch::autograd::Function<LinearCrossEntropyCuda
   }
 };
 
+/// FP32 or BF16 operands on the CPU: products by the matrix kernel, the logits' gradient in the
+/// hidden states' type, sums over tokens by their tree.
+struct LinearCrossEntropyCpu : torch::autograd::Function<LinearCrossEntropyCpu> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& hidden_any,
+                            const at::Tensor& master,
+                            const at::Tensor& head,
+                            const at::Tensor& targets_any,
+                            int64_t chunk,
+                            bool with_gradients) {
+    const at::Tensor hidden = hidden_any.contiguous(),
+                     targets = targets_any.to(at::kLong).contiguous();
+    const int64_t tokens = hidden.size(0), vocab = head.size(0);
+    const Panels panels = pack_panels(head);
+    Panels transposed;
+    if (with_gradients) transposed = pack_panels(head.t().contiguous());
+    const at::Tensor loss = at::empty({tokens}, hidden.options().dtype(at::kFloat));
+    at::Tensor grad_hidden;
+    if (with_gradients) grad_hidden = at::empty_like(hidden);
+    TensorSums grad_head;
+    // Whole subtrees of chunks at a time.
+    const int64_t piece =
+        std::max(kSumChunk, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(chunk))));
+    for (int64_t begin = 0; begin < tokens; begin += piece) {
+      const int64_t count = std::min(piece, tokens - begin);
+      const at::Tensor h = hidden.narrow(0, begin, count);
+      const at::Tensor logits = linear(h, panels, GemmRole::kFp32);
+      at::Tensor grad;
+      if (with_gradients) grad = at::empty({count, vocab}, hidden.options());
+      const CrossEntropyCpuParams params{.logits = logits.const_data_ptr<float>(),
+                                         .targets = targets.const_data_ptr<int64_t>() + begin,
+                                         .loss = loss.mutable_data_ptr<float>() + begin,
+                                         .grad = with_gradients ? grad.mutable_data_ptr() : nullptr,
+                                         .vocab = vocab,
+                                         .grad_type = element_type(hidden)};
+      parallel_for(count, 4,
+                   [&](int64_t from, int64_t to) { cross_entropy_cpu(params, from, to); });
+      if (!with_gradients) continue;
+      grad_hidden.narrow(0, begin, count).copy_(linear(grad, transposed, GemmRole::kBf16));
+      grad_head.add(weight_gradient(grad, h));
+    }
+    if (with_gradients)
+      context->save_for_backward({grad_hidden, grad_head.finish().reshape(master.sizes())});
+    context->set_materialize_grads(false);
+    return at::full({}, tree_sum(loss.const_data_ptr<float>(), tokens), loss.options());
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    if (!grad_outputs[0].defined()) return variable_list(6);
+    const variable_list saved = context->get_saved_variables();
+    return {saved[0] * grad_outputs[0], saved[1] * grad_outputs[0], {}, {}, {}, {}};
+  }
+};
+
 }  // namespace
+
+constinit CpuSlot<void(const CrossEntropyCpuParams&, int64_t, int64_t)> cross_entropy_cpu;
 
 namespace reference {
 
@@ -120,7 +180,8 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden,
 at::Tensor linear_cross_entropy(const at::Tensor& hidden,
                                 const at::Tensor& head,
                                 const at::Tensor& targets,
-                                int64_t chunk) {
+                                int64_t chunk,
+                                const at::Tensor& master) {
   check_shape(hidden, {-1, -1}, "linear_cross_entropy: hidden");
   check_shape(head, {-1, hidden.size(1)}, "linear_cross_entropy: head");
   check_shape(targets, {hidden.size(0)}, "linear_cross_entropy: targets");
@@ -129,6 +190,14 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden,
     const bool with_gradients =
         at::GradMode::is_enabled() && (hidden.requires_grad() || head.requires_grad());
     return LinearCrossEntropyCuda::apply(hidden, head, targets, chunk, with_gradients);
+  }
+  if (use_cpu_kernel(hidden) && use_cpu_kernel(head)) {
+    const at::Tensor& trained = master.defined() ? master : head;
+    check_shape(trained, {head.size(0), head.size(1)}, "linear_cross_entropy: master");
+    const bool with_gradients =
+        at::GradMode::is_enabled() && (hidden.requires_grad() || trained.requires_grad());
+    return LinearCrossEntropyCpu::apply(hidden, trained, head.detach(), targets, chunk,
+                                        with_gradients);
   }
   return LinearCrossEntropy::apply(hidden, head, targets, chunk);
 }

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/mhc/hc_math.h"
+#include "ops/mhc/hyper_connection_backward.h"
 #include "ops/mhc/hyper_connection_cpu.h"
 #include "ops/mhc/hyper_connection_kernels.h"
 #include "ops/mhc/hyper_connection_sm90.h"
@@ -384,8 +385,13 @@ HcPre hc_pre(const at::Tensor& streams,
     return run_pre_sm90(streams, fn, base, scale, params, /*head=*/false);
   if (use_pre_cuda(streams, params)) return run_pre_cuda(streams, fn, base, scale, params);
   if (use_kernel(streams)) {
+    const auto kernel = [params](const auto& in) { return run_pre_cpu(in, params, false); };
+    if (serves_hc_gradient(streams, params)) {
+      const auto out = with_hc_pre_gradient(kernel, {streams, fn, base, scale}, params, false);
+      return {.mixed = out[0], .post = out[1], .comb = out[2]};
+    }
     const std::vector<at::Tensor> out = with_reference_gradient(
-        [params](const auto& in) { return run_pre_cpu(in, params, false); },
+        kernel,
         [params](const auto& in) {
           const HcPre r = reference::hc_pre(in[0], in[1], in[2], in[3], params);
           return std::vector{r.mixed, r.post, r.comb};
@@ -412,6 +418,8 @@ at::Tensor hc_post(const at::Tensor& out,
     return HcPostFunction::apply(out, streams, post.to(at::kFloat), comb.to(at::kFloat));
   }
   if (use_kernel(streams)) {
+    if (serves_hc_gradient(streams, {}))
+      return with_hc_post_gradient(run_post_cpu, {out, streams, post, comb})[0];
     return with_reference_gradient(
         run_post_cpu,
         [](const auto& in) { return std::vector{reference::hc_post(in[0], in[1], in[2], in[3])}; },
@@ -443,8 +451,11 @@ at::Tensor hc_head(const at::Tensor& streams,
         .mixed;
   }
   if (use_kernel(streams)) {
+    const auto kernel = [params](const auto& in) { return run_pre_cpu(in, params, true); };
+    if (serves_hc_gradient(streams, collapse))
+      return with_hc_pre_gradient(kernel, {streams, fn, base, scale}, params, true)[0];
     return with_reference_gradient(
-        [params](const auto& in) { return run_pre_cpu(in, params, true); },
+        kernel,
         [params](const auto& in) {
           return std::vector{reference::hc_head(in[0], in[1], in[2], in[3], params)};
         },

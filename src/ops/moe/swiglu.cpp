@@ -8,6 +8,7 @@
 #include "base/parallel.h"
 #include "ops/moe/moe_cpu.h"
 #include "ops/moe/moe_sm90.h"
+#include "ops/moe/swiglu_backward_cpu.h"
 #include "ops/moe/swiglu_kernels.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
@@ -91,6 +92,7 @@ at::Tensor swiglu(const at::Tensor& gate,
 }  // namespace reference
 
 constinit CpuSlot<void(const SwigluCpuParams&, int64_t, int64_t)> swiglu_cpu;
+constinit CpuSlot<void(const SwigluBackwardCpuParams&, int64_t, int64_t)> swiglu_backward_cpu;
 
 namespace {
 
@@ -130,6 +132,48 @@ at::Tensor run_sm90(const at::Tensor& gate_any,
   return out;
 }
 
+/// The CPU kernels.
+struct SwigluCpu : torch::autograd::Function<SwigluCpu> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& gate,
+                            const at::Tensor& up,
+                            const std::optional<at::Tensor>& weight,
+                            double limit) {
+    const at::Tensor w = weight.value_or(at::Tensor());
+    context->save_for_backward({gate, up, w});
+    context->set_materialize_grads(false);
+    context->saved_data["limit"] = limit;
+    return run_cpu(gate, up, w, limit);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    variable_list grads(4);
+    if (!grad_outputs[0].defined()) return grads;
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor gate = saved[0].contiguous(), up = saved[1].contiguous(),
+                     grad_out = grad_outputs[0].contiguous();
+    const at::Tensor weight =
+        saved[2].defined() ? saved[2].to(at::kFloat).contiguous() : at::Tensor();
+    grads[0] = at::empty_like(gate);
+    grads[1] = at::empty_like(up);
+    if (weight.defined()) grads[2] = at::empty_like(weight);
+    const SwigluBackwardCpuParams params{
+        .gate = gate.const_data_ptr(),
+        .up = up.const_data_ptr(),
+        .grad_out = grad_out.const_data_ptr(),
+        .weight = float_data(weight),
+        .grad_gate = grads[0].mutable_data_ptr(),
+        .grad_up = grads[1].mutable_data_ptr(),
+        .grad_weight = weight.defined() ? grads[2].mutable_data_ptr<float>() : nullptr,
+        .inter = gate.size(1),
+        .limit = static_cast<float>(context->saved_data["limit"].toDouble()),
+        .dtype = element_type(gate)};
+    parallel_for(gate.size(0), 4,
+                 [&](int64_t begin, int64_t end) { swiglu_backward_cpu(params, begin, end); });
+    return grads;
+  }
+};
+
 }  // namespace
 
 at::Tensor swiglu(const at::Tensor& gate,
@@ -147,12 +191,12 @@ at::Tensor swiglu(const at::Tensor& gate,
     return Swiglu::apply(gate, up, w, limit);
   }
   if (use_cpu_kernel(gate)) {
-    return with_reference_gradient(
-        [limit](const auto& in) { return std::vector{run_cpu(in[0], in[1], in[2], limit)}; },
-        [limit](const auto& in) {
-          return std::vector{reference::swiglu(in[0], in[1], in[2], limit)};
-        },
-        {gate, up, weight})[0];
+    const bool trains =
+        at::GradMode::is_enabled() && (gate.requires_grad() || up.requires_grad() ||
+                                       (weight.defined() && weight.requires_grad()));
+    if (!trains) return run_cpu(gate, up, weight, limit);
+    return SwigluCpu::apply(gate, up, weight.defined() ? std::optional(weight) : std::nullopt,
+                            limit);
   }
   return reference::swiglu(gate, up, weight, limit);
 }

@@ -7,11 +7,15 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "base/math.h"
 #include "base/parallel.h"
+#include "ops/norm/rms_norm_backward_cpu.h"
 #include "ops/norm/rms_norm_cpu.h"
 #include "ops/norm/rms_norm_kernels.h"
 #include "ops/norm/rms_norm_sm90.h"
 #include "ops/sm90.h"
+#include "ops/sum_tree.h"
+#include "ops/tensor_sums.h"
 
 namespace hadal::ops {
 
@@ -110,6 +114,7 @@ at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
 }  // namespace reference
 
 constinit CpuSlot<void(const RmsNormCpuParams&, int64_t, int64_t)> rms_norm_cpu;
+constinit CpuSlot<void(const RmsNormBackwardCpuParams&, int64_t, int64_t)> rms_norm_backward_cpu;
 
 namespace {
 
@@ -169,6 +174,63 @@ at::Tensor run_sm90(const at::Tensor& x_any,
   return out;
 }
 
+/// The CPU kernels; weight absent for head norms. `bf16_chain` differentiates as the FP32 norm: its
+/// roundings pass gradients through.
+struct RmsNormCpu : torch::autograd::Function<RmsNormCpu> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const std::optional<at::Tensor>& weight_any,
+                            double eps,
+                            bool bf16_chain) {
+    const at::Tensor weight = weight_any.value_or(at::Tensor());
+    context->save_for_backward({x, weight});
+    context->set_materialize_grads(false);
+    context->saved_data["eps"] = eps;
+    return run_cpu(x, weight, eps, bf16_chain);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    variable_list grads(4);
+    if (!grad_outputs[0].defined()) return grads;
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor x = saved[0].contiguous(), grad_out = grad_outputs[0].contiguous();
+    const FloatWeight weight(saved[1]);
+    const int64_t dim = x.size(-1), rows = x.numel() / dim, chunks = ceil_div(rows, kSumChunk);
+    grads[0] = at::empty_like(x);
+    at::Tensor parts;  // [chunks, dim]
+    if (saved[1].defined()) parts = at::empty({chunks, dim}, x.options().dtype(at::kFloat));
+    parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        rms_norm_backward_cpu(
+            {.x = x.const_data_ptr(),
+             .grad_out = grad_out.const_data_ptr(),
+             .weight = weight.data(),
+             .grad_x = grads[0].mutable_data_ptr(),
+             .grad_weight =
+                 parts.defined() ? parts.mutable_data_ptr<float>() + chunk * dim : nullptr,
+             .dim = dim,
+             .eps = static_cast<float>(context->saved_data["eps"].toDouble()),
+             .dtype = element_type(x)},
+            chunk * kSumChunk, std::min(rows, (chunk + 1) * kSumChunk));
+      }
+    });
+    if (!parts.defined()) return grads;
+    if (chunks == 0) {
+      grads[1] = at::zeros({dim}, parts.options());
+      return grads;
+    }
+    TensorSums sums;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sums.add(parts[chunk]);
+    grads[1] = sums.finish();
+    return grads;
+  }
+};
+
+bool wants_gradient(const at::Tensor& x, const at::Tensor& weight) {
+  return at::GradMode::is_enabled() &&
+         (x.requires_grad() || (weight.defined() && weight.requires_grad()));
+}
+
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -177,10 +239,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   if (use_sm90(x) && !learns) return run_sm90(x, weight, eps, false);
   if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
-    return with_reference_gradient(
-        [eps](const auto& in) { return std::vector{run_cpu(in[0], in[1], eps, false)}; },
-        [eps](const auto& in) { return std::vector{reference::rms_norm(in[0], in[1], eps)}; },
-        {x, weight})[0];
+    if (wants_gradient(x, weight)) return RmsNormCpu::apply(x, std::optional(weight), eps, false);
+    return run_cpu(x, weight, eps, false);
   }
   return reference::rms_norm(x, weight, eps);
 }
@@ -194,14 +254,8 @@ at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   }
   if (use_cpu_kernel(x)) {
     const bool chain = numerics == Numerics::kReleased && x.scalar_type() == at::kBFloat16;
-    return with_reference_gradient(
-        [eps, chain](const auto& in) {
-          return std::vector{run_cpu(in[0], at::Tensor(), eps, chain)};
-        },
-        [eps, numerics](const auto& in) {
-          return std::vector{reference::head_norm(in[0], eps, numerics)};
-        },
-        {x})[0];
+    if (wants_gradient(x, {})) return RmsNormCpu::apply(x, std::optional<at::Tensor>(), eps, chain);
+    return run_cpu(x, at::Tensor(), eps, chain);
   }
   return reference::head_norm(x, eps, numerics);
 }

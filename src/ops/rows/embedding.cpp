@@ -21,4 +21,11 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table) {
   return gather_rows(table, ids);
 }
 
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, const at::Tensor& master) {
+  const bool trains = at::GradMode::is_enabled() && master.defined() && master.requires_grad();
+  if (!trains || table.is_same(master)) return ops::embedding(ids, table);
+  check_shape(master, {table.size(0), table.size(1)}, "embedding: master");
+  return straight_through(ops::embedding(ids, table.detach()), gather_rows(master, ids));
+}
+
 }  // namespace hadal::ops
