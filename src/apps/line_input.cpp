@@ -115,6 +115,9 @@ class EditedLines final : public LineInput {
     line.clear();
     prompt_ = prompt;
     for (;;) {
+      // By itself the library does so only behind the prompt; what is typed in between would be
+      // echoed and edited by the terminal, which takes back bytes, not characters.
+      el_set(editor_, EL_PREP_TERM, 1);
       set_paste_mode(true);
       int count = 0;
       errno = 0;

@@ -145,7 +145,7 @@ TEST(Tokenizer, OneLongWordIsNotQuadratic) {
   while (word.size() < 800'000) word.push_back(static_cast<char>('a' + random() % 26));
   // 16 times the letters: about 20 times the work where it is n log n, 256 times where quadratic.
   const double shorter = encode_seconds(tokenizer, word.substr(0, 50'000), 3);
-  EXPECT_LT(encode_seconds(tokenizer, word, 1), 80 * shorter);
+  EXPECT_LT(encode_seconds(tokenizer, word, 3), 100 * shorter);
   encode_seconds(tokenizer, std::string(800'000, 'a'), 1);
 }
 
