@@ -12,7 +12,7 @@
 
 namespace {
 
-namespace engine = hadal::engine;
+namespace engine_core = hadal::engine_core;
 
 bool equal(const std::string& encoded, std::span<const std::byte> bytes) {
   return encoded.size() == bytes.size() &&
