@@ -7,6 +7,8 @@
 
 #include "apps/interrupt.h"
 #include "base/check.h"
+#include "base/math.h"
+#include "engine/kv_cache.h"
 #include "engine/local_engine.h"
 
 namespace hadal::apps {
@@ -19,7 +21,13 @@ engine::LocalEngineOptions engine_options(const LoadedModel& loaded,
   engine::LocalEngineOptions result;
   result.numerics = loaded.numerics;
   result.max_running = options.at_once;
-  result.cache_tokens = loaded.config().max_position_embeddings;
+  // On the CPU memory is taken as it is used; elsewhere all of it at the start.
+  const int64_t page = engine::page_tokens_of(loaded.config());
+  result.cache_tokens = options.context > 0
+                            ? options.at_once * (align_up(options.context, page) + page)
+                            : loaded.config().max_position_embeddings;
+  result.max_context = options.context;
+  result.device = options.device;
   result.max_drafts = options.max_drafts;
   result.prompt_tokens = options.step_tokens;
   result.lazy_memory = true;

@@ -28,9 +28,11 @@ struct Answered {
 };
 
 struct AnswerEngineOptions {
-  int64_t at_once = 1;         ///< answers that are computed together
-  int64_t max_drafts = 0;      ///< no bit depends on it
-  int64_t step_tokens = 1024;  ///< rows of a step of prompts alone
+  int64_t at_once = 1;           ///< answers that are computed together
+  int64_t max_drafts = 0;        ///< no bit depends on it
+  int64_t step_tokens = 1024;    ///< rows of a step of prompts alone
+  at::Device device = at::kCPU;  ///< where the model lies
+  int64_t context = 0;           ///< of prompt and answer, at most; 0: what the model takes
 };
 
 /// Its memory is taken as it is used: any context that the model takes has its room.

@@ -96,7 +96,8 @@ int run(const EvalFlags& flags) {
   const LoadedModel loaded =
       load_with_tokenizer(flags.model, flags.numerics, cuda ? at::kCUDA : at::kCPU);
   const PerplexityOptions options{.context = context_of(flags, loaded.config()),
-                                  .step_tokens = flags.step_tokens};
+                                  .step_tokens = flags.step_tokens,
+                                  .cuda = cuda};
   AnswerEngine engine(loaded, scoring_engine(options));
   const bool many = holds_documents(flags);
   int64_t total_bytes = 0;

@@ -44,6 +44,9 @@ class PlainLines final : public LineInput {
   std::string buffer_;
 };
 
+/// Whether Ctrl-C ended the last read of a character. There is one terminal.
+bool read_interrupted = false;
+
 /// One character of the terminal: 1, 0 at the end of the input, -1 with EINTR at Ctrl-C. The
 /// library's own reader would try again after a signal.
 int read_character(EditLine*, wchar_t* out) {
@@ -55,6 +58,7 @@ int read_character(EditLine*, wchar_t* out) {
     if (held >= 0) {
       byte = static_cast<char>(std::exchange(held, -1));
     } else if (!wait_for_input(STDIN_FILENO)) {
+      read_interrupted = true;
       errno = EINTR;
       return -1;
     } else if (const ssize_t got = ::read(STDIN_FILENO, &byte, 1); got <= 0) {
@@ -120,12 +124,11 @@ class EditedLines final : public LineInput {
       el_set(editor_, EL_PREP_TERM, 1);
       set_paste_mode(true);
       int count = 0;
-      errno = 0;
-      paste_interrupted_ = false;
+      read_interrupted = false;
       const char* got = el_gets(editor_, &count);
       set_paste_mode(false);
       if (got == nullptr || count <= 0) {
-        const bool interrupted = count < 0 || paste_interrupted_;
+        const bool interrupted = std::exchange(read_interrupted, false);
         if (interrupted) el_reset(editor_);
         if (line.empty() || interrupted) return interrupted ? State::kInterrupted : State::kEnd;
         break;
@@ -156,10 +159,7 @@ class EditedLines final : public LineInput {
     std::wstring text;
     wchar_t character = 0;
     while (!text.ends_with(end)) {
-      if (const int got = read_character(editor, &character); got != 1) {
-        of(editor).paste_interrupted_ = got < 0;
-        return CC_EOF;
-      }
+      if (read_character(editor, &character) != 1) return CC_EOF;
       text.push_back(character == L'\r' ? L'\n' : character);
     }
     text.resize(text.size() - end.size());
@@ -203,7 +203,6 @@ class EditedLines final : public LineInput {
 
   std::vector<std::string> commands_;
   std::string file_, prompt_;
-  bool paste_interrupted_ = false;
   EditLine* editor_ = nullptr;
   History* history_ = nullptr;
   PlainLines plain_;

@@ -49,7 +49,9 @@ void check_text(const std::string& text, const std::string& name) {
 
 AnswerEngineOptions scoring_engine(const PerplexityOptions& options) {
   return {.at_once = std::max<int64_t>(1, options.step_tokens / options.context) + 1,
-          .step_tokens = options.step_tokens};
+          .step_tokens = options.step_tokens,
+          .device = options.cuda ? at::kCUDA : at::kCPU,
+          .context = options.context};
 }
 
 TextScore score_text(AnswerEngine& engine,

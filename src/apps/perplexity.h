@@ -29,6 +29,7 @@ struct TextScore {
 struct PerplexityOptions {
   int64_t context = 4096;
   int64_t step_tokens = 8192;  ///< rows of a step, of one window or of several
+  bool cuda = false;           ///< the model lies on the GPU
 };
 
 /// What a scoring engine needs: as many windows at once as fill a step.

@@ -154,8 +154,9 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.always_draft = options.always_draft;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
   if (options.device.is_cuda()) {
-    log::warn("engine", "products and attention run LibTorch's kernels on ", options.device.str(),
-              ", which are not batch-invariant: the bits of an answer may depend on the load");
+    log::warn(
+        "engine", "what docs/kernels.md leaves to LibTorch on ", options.device.str(),
+        " is not batch-invariant: where it runs, the bits of an answer may depend on the load");
   }
   log::info("engine", capacity(), ", context of at most ", context, " tokens");
   if (scheduling.max_running < options.max_running && options.cache_tokens == 0)

@@ -94,6 +94,7 @@ struct RecomputedBlock : torch::autograd::Function<RecomputedBlock> {
 
     const at::AutoGradMode enable_grad(true);
     const at::Tensor streams = saved[0].detach().requires_grad_(saved[0].requires_grad());
+    const ops::DifferentiableGuard as_the_first_run;  // also where a part has no gradient
     const BlockOutput second = call->run(streams);
     const variable_list outputs = differentiable(second.streams, second.aux);
     variable_list roots, root_grads, inputs;

@@ -90,7 +90,7 @@ class OpenAiFormat : public Format {
  private:
   /// frame() without its last brace.
   const std::string& head_of(const Answer& answer, const char* object) {
-    const void* weights = answer.choices.front().weights.get();
+    const auto& weights = answer.choices.front().weights;
     if (head_.empty() || weights != head_weights_) {
       head_ = frame(answer, object).dump();
       head_.pop_back();
@@ -99,7 +99,7 @@ class OpenAiFormat : public Format {
     return head_;
   }
   std::string head_;  ///< of chunks of one kind: a format writes no others
-  const void* head_weights_ = nullptr;
+  std::shared_ptr<const engine_core::WeightsVersion> head_weights_;
 };
 
 }  // namespace hadal::server

@@ -55,6 +55,11 @@ void StepSums::add(StepMeasures measures) {
   }
   nodes_.push_back(std::move(leaf));
   ++leaves_;
+  // Elsewhere bits depend on the cut anyway: one set of gradients is enough.
+  if (!on_cpu_) {
+    while (nodes_.size() > 1) join();
+    return;
+  }
   for (int level = std::countr_zero(leaves_); level > 0; --level) join();
 }
 

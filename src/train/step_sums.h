@@ -24,7 +24,8 @@ struct StepMeasures {
 
 /// Leaf i is the i-th pass of the step. Two sums meet at the level of the highest bit in which the
 /// numbers of their leaves differ, so a run of 2^k passes that begins at a multiple of 2^k is a
-/// subtree. At most log2(passes) + 1 sets of gradients are held.
+/// subtree. At most log2(passes) + 1 sets of gradients are held; on a GPU, where passes are added
+/// in their order, two.
 class StepSums {
  public:
   /// Drops the gradients that the parameters have.

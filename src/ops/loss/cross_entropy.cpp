@@ -185,6 +185,10 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden,
   check_shape(hidden, {-1, -1}, "linear_cross_entropy: hidden");
   check_shape(head, {-1, hidden.size(1)}, "linear_cross_entropy: head");
   check_shape(targets, {hidden.size(0)}, "linear_cross_entropy: targets");
+  if (targets.is_cpu() && targets.numel() > 0) {
+    const int64_t most = targets.max().item<int64_t>();
+    HADAL_CHECK(most < head.size(0), "linear_cross_entropy: target ", most, " of ", head.size(0));
+  }
   if (reference_forced()) return reference::linear_cross_entropy(hidden, head, targets);
   if (use_cuda(hidden, head)) {
     const bool with_gradients =

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include "testing/kernel_checks.h"
+
 namespace hadal::ops {
 namespace {
 
@@ -20,6 +22,19 @@ TEST(NewtonSchulz, ScalarTable) {
   const at::Tensor x = newton_schulz(diagonal);
   for (int i = 0; i < 3; ++i) {
     EXPECT_NEAR(x[0][i + 1][i + 1].item<double>(), expected[static_cast<size_t>(i)], 1e-4);
+  }
+}
+
+TEST(NewtonSchulz, IsTheSameOnEveryMachine) {
+  at::manual_seed(4);
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{40, 40}, {57, 21}, {33, 150}}) {
+    for (const bool low : {false, true}) {
+      testing::expect_machine_independent(
+          [low](const std::vector<at::Tensor>& inputs) {
+            return std::vector<at::Tensor>{newton_schulz(inputs[0], low)};
+          },
+          {at::randn({3, rows, cols})});
+    }
   }
 }
 
