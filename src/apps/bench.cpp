@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <CLI/CLI.hpp>
 
@@ -50,7 +51,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-at::Tensor random_bytes(std::vector<int64_t> shape, uint64_t stream) {
+at::Tensor random_bytes(const std::vector<int64_t>& shape, uint64_t stream) {
   const at::Tensor bytes = at::empty(shape, at::kByte);
   auto* data = bytes.mutable_data_ptr<uint8_t>();
   const Philox random(1, stream);
@@ -172,7 +173,7 @@ std::vector<BenchLine> bench_format(const Format& format,
       total += pass;
     }
     const double time = median(seconds);
-    const double per_matrix = static_cast<double>(weights[0].num_bytes());
+    const auto per_matrix = static_cast<double>(weights[0].num_bytes());
     lines.push_back(
         {.format = format.name,
          .rows = rows,
