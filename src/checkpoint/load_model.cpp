@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "checkpoint/requantise.h"
 #include "checkpoint/weight_checks.h"
+#include "ops/gemm/sm90_products.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -130,10 +131,23 @@ class Loader {
       auto matrices = !fp8      ? ops::pack_sm90_fp4(codes->data, codes->scale)
                       : widened ? ops::pack_sm90_widened(codes->data, codes->scale)
                                 : ops::pack_sm90_fp8(codes->data, codes->scale);
-      if (matrices) return ops::Weight(matrices->to(target_.device));
+      // What no kernel multiplies would be made dense for every product.
+      if (matrices && serves(*matrices, parameter))
+        return ops::Weight(matrices->to(target_.device));
     }
     ++without_form_;
     return {};
+  }
+
+  static bool serves(const ops::Sm90Matrices& matrices, const Parameter& parameter) {
+    switch (parameter.kind) {
+      case ParamKind::kExperts:
+        return ops::serves_grouped_sm90(matrices);
+      case ParamKind::kGroups:
+        return ops::serves_groups_sm90(matrices);
+      default:
+        return ops::serves_linear_sm90(matrices, parameter.role);
+    }
   }
 
   /// nullopt where matrices are stored in several ways, or where the grid of FP8 scales cuts

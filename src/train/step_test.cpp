@@ -13,6 +13,7 @@
 
 #include "base/parallel.h"
 #include "model/init.h"
+#include "ops/sum_tree.h"
 #include "testing/kernel_checks.h"
 #include "testing/tiny_model.h"
 #include "train/schedule.h"
@@ -23,19 +24,17 @@ namespace {
 using model::AttentionMode;
 using ops::Numerics;
 
-constexpr int64_t kRowLength = 48;
-
 /// Rows [from, from + count) of a batch whose samples have unequal lengths.
-PackedRows rows(int64_t from, int64_t count) {
+PackedRows rows(int64_t from, int64_t count, int64_t length) {
   PackedRows packed{
-      .rows = count, .row_length = kRowLength, .tokens = {}, .scored = {}, .sample_lengths = {}};
+      .rows = count, .row_length = length, .tokens = {}, .scored = {}, .sample_lengths = {}};
   for (int64_t row = from; row < from + count; ++row) {
     at::manual_seed(static_cast<uint64_t>(100 + row));
-    const at::Tensor ids = at::randint(128, {kRowLength}, at::kInt);
+    const at::Tensor ids = at::randint(128, {length}, at::kInt);
     const auto* first = ids.const_data_ptr<int32_t>();
-    packed.tokens.insert(packed.tokens.end(), first, first + kRowLength);
+    packed.tokens.insert(packed.tokens.end(), first, first + length);
     const int64_t cut = 5 + 9 * row;
-    packed.sample_lengths.insert(packed.sample_lengths.end(), {cut, kRowLength - cut});
+    packed.sample_lengths.insert(packed.sample_lengths.end(), {cut, length - cut});
   }
   packed.scored.assign(packed.tokens.size(), 1);
   if (from == 0) packed.scored[3] = 0;
@@ -45,7 +44,10 @@ PackedRows rows(int64_t from, int64_t count) {
 using Named = std::vector<std::pair<std::string, at::Tensor>>;
 
 /// Everything that two steps leave, for rows cut into micro-batches of these sizes.
-Named two_steps(const std::vector<int64_t>& sizes, AttentionMode mode, Numerics numerics) {
+Named two_steps(const std::vector<int64_t>& sizes,
+                AttentionMode mode,
+                Numerics numerics,
+                int64_t row_length = 48) {
   const bool released = numerics == Numerics::kReleased;
   model::Transformer model = testing::random_model(
       released ? testing::mini_config() : testing::tiny_config(), 4, at::kFloat);
@@ -54,7 +56,7 @@ Named two_steps(const std::vector<int64_t>& sizes, AttentionMode mode, Numerics 
   std::vector<MicroBatch> batches;
   int64_t from = 0;
   for (const int64_t size : sizes) {
-    batches.emplace_back(rows(from, size), at::Device(at::kCPU));
+    batches.emplace_back(rows(from, size, row_length), at::Device(at::kCPU));
     from += size;
   }
   const StepRules rules{.objective = {.balance_weight = 0.1,
@@ -122,6 +124,19 @@ INSTANTIATE_TEST_SUITE_P(Modes,
                            return std::string(attention_mode_name(std::get<0>(c.param))) + "_" +
                                   ops::numerics_name(std::get<1>(c.param));
                          });
+
+// Rows of three chunks, the last one short: sums inside a row have a tree, too.
+TEST(MicroBatchesOfChunks, AreNotSeenInTheBits) {
+  const testing::OneAtenThread one_thread;
+  constexpr int64_t kLength = 2 * ops::kSumChunk + 44;
+  const int before = num_threads();
+  set_num_threads(2);
+  const Named whole = two_steps({3}, AttentionMode::kSparse, Numerics::kBf16, kLength);
+  set_num_threads(3);
+  expect_same(whole, two_steps({1, 2}, AttentionMode::kSparse, Numerics::kBf16, kLength),
+              "1 and 2, three threads");
+  set_num_threads(before);
+}
 
 // The tree, by its places: leaves of a million and one add up otherwise in any other order.
 TEST(StepSums, AddRowsByTheBinaryTree) {

@@ -1,5 +1,5 @@
 // Attention of tensors on a GPU by the Hopper kernels (sparse_attn_sm90.h), over latents as they
-// are cached.
+// are cached. Compared with the twin by ops/sm90_cache_gpu_test.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

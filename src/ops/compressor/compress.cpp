@@ -219,7 +219,7 @@ Compressed compress(const at::Tensor& kv,
     return {.pooled = out[0], .score = out[1]};
   }
   const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
-  if (numerics != Numerics::kIdeal && use_sm90_fp32(kv) && !learns)
+  if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
     return run_sm90(kv, gate, ape, kv_history, score_history, batch, ratio);
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
 }

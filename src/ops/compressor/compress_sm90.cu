@@ -164,7 +164,8 @@ void compress_sm90(const CompressSm90Params& p, Stream stream) {
                               "compress_sm90", p);
   }
   const auto bytes = static_cast<size_t>(p.rows.ratio * cuda::kChannels * 8);
-  if (bytes > 220 * 1024) throw_kernel_error("compress_sm90", "blocks of more than 440 tokens");
+  if (!serves_compress_sm90(p.rows.ratio))
+    throw_kernel_error("compress_sm90", "blocks of more than 440 tokens");
   cudaFuncSetAttribute(cuda::compress_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
   const dim3 grid(cuda::blocks_for(p.rows.d, cuda::kChannels), blocks);

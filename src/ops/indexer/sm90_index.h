@@ -1,5 +1,5 @@
 // The indexer of tensors on a GPU by the Hopper kernels (index_scores_sm90.h), over keys as they
-// are cached.
+// are cached. Compared with the twin by ops/sm90_cache_gpu_test.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

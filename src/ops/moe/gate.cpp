@@ -158,8 +158,10 @@ Routing gate(const at::Tensor& logits,
   if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
     return with_gradient(logits, bias.to(at::kFloat).contiguous(), at::Tensor(), topk, route_scale);
   }
-  if (numerics != Numerics::kIdeal && use_sm90_fp32(logits))
+  if (numerics != Numerics::kIdeal && serves_gate_sm90(logits.size(1), topk) &&
+      use_sm90_fp32(logits)) {
     return run_sm90(logits, bias, at::Tensor(), topk, route_scale);
+  }
   const at::Tensor affinity = sqrt_softplus(logits);
   const at::Tensor score = affinity.detach() + bias.to(affinity.scalar_type());
   const at::Tensor ordered =
@@ -178,8 +180,10 @@ Routing gate_fixed(const at::Tensor& logits,
   if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
     return with_gradient(logits, at::Tensor(), experts.contiguous(), experts.size(1), route_scale);
   }
-  if (numerics != Numerics::kIdeal && use_sm90_fp32(logits))
+  if (numerics != Numerics::kIdeal && serves_gate_sm90(logits.size(1), experts.size(1)) &&
+      use_sm90_fp32(logits)) {
     return run_sm90(logits, at::Tensor(), experts, experts.size(1), route_scale);
+  }
   return route(sqrt_softplus(logits), experts, route_scale);
 }
 

@@ -88,7 +88,8 @@ namespace hadal::ops {
 
 void gate_sm90(const GateSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  if (p.num_experts > cuda::kMaxExperts || p.topk > cuda::kMaxTopk || p.topk > p.num_experts)
+  static_assert(cuda::kMaxExperts == 1024 && cuda::kMaxTopk == 32);
+  if (!serves_gate_sm90(p.num_experts, p.topk))
     throw_kernel_error("gate_sm90", "at most 1,024 experts and 32 chosen ones");
   cuda::launch_early(cuda::gate_kernel, {cuda::blocks_for(p.tokens, 1), cuda::kThreads}, stream,
                      "gate_sm90", p);

@@ -19,6 +19,10 @@ struct GateSm90Params {
   float scale;
   float* affinity = nullptr;  ///< [tokens, num_experts], or null
 };
+/// Whether there is a kernel for so many experts and choices.
+inline bool serves_gate_sm90(int64_t num_experts, int64_t topk) {
+  return num_experts <= 1024 && topk <= 32 && topk <= num_experts;
+}
 void gate_sm90(const GateSm90Params& p, Stream stream);
 
 /// The same on a CPU.

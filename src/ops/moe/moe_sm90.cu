@@ -101,14 +101,16 @@ void route_sm90(const RouteSm90Params& p, Stream stream) {
 
 void swiglu_sm90(const SwigluSm90Params& p, Stream stream) {
   if (p.rows == 0) return;
-  if (p.inter % 4 != 0) throw_kernel_error("swiglu_sm90", "rows of a multiple of 4 values");
+  if (!serves_moe_rows_sm90(p.inter))
+    throw_kernel_error("swiglu_sm90", "rows of a multiple of 4 values");
   cuda::launch_early(cuda::swiglu_kernel, {cuda::blocks_for(p.rows * p.inter, 1024), 256}, stream,
                      "swiglu_sm90", p);
 }
 
 void combine_sm90(const CombineSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  if (p.dim % 4 != 0) throw_kernel_error("combine_sm90", "rows of a multiple of 4 values");
+  if (!serves_moe_rows_sm90(p.dim))
+    throw_kernel_error("combine_sm90", "rows of a multiple of 4 values");
   const unsigned grid = cuda::blocks_for(p.tokens * ((p.dim + 511) / 512), 1);
   cuda::launch_early(cuda::combine_kernel, {grid, 128}, stream, "combine_sm90", p);
 }

@@ -21,6 +21,9 @@ struct RouteSm90Params {
 };
 void route_sm90(const RouteSm90Params& p, Stream stream);
 
+/// Whether swiglu_sm90 and combine_sm90 take rows of `width` values.
+inline bool serves_moe_rows_sm90(int64_t width) { return width % 4 == 0; }
+
 /// SwiGLU of rows (swiglu.h), in BF16.
 struct SwigluSm90Params {
   const void *gate, *up;  ///< [rows, inter] BF16

@@ -184,7 +184,8 @@ at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::T
       !wants_gradient(rows) && !wants_gradient(shared)) {
     return run_cpu(rows, order.place, shared);
   }
-  if (use_sm90(shared) && use_sm90(rows)) return combine_on_sm90(rows, order.place, shared);
+  if (serves_moe_rows_sm90(shared.size(1)) && use_sm90(shared) && use_sm90(rows))
+    return combine_on_sm90(rows, order.place, shared);
   return Combine::apply(rows, shared, order.place, order.token);
 }
 

@@ -48,7 +48,7 @@ bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts) {
   for (const Weight* w : {&experts.w1, &experts.w3, &experts.w2}) {
     if (w->form() != WeightForm::kSm90 || !serves_grouped_sm90(w->sm90())) return false;
   }
-  return x.size(1) % 4 == 0 && use_sm90(x);
+  return serves_moe_rows_sm90(x.size(1)) && use_sm90(x);
 }
 
 at::Tensor experts_on_sm90(const at::Tensor& x_any,

@@ -1,6 +1,7 @@
 // The routed experts of a layer on a GPU as one chain of Hopper kernels (moe_sm90.h): rows are
 // sorted, rounded and multiplied without going back to the order of tokens in between. The bits of
-// permute_rows, grouped_linear, swiglu and combine one after the other.
+// permute_rows, grouped_linear, swiglu and combine one after the other
+// (ops/gemm/sm90_products_gpu_test.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -183,7 +183,8 @@ at::Tensor swiglu(const at::Tensor& gate,
   check_shape(up, {gate.size(0), gate.size(1)}, "swiglu: up");
   if (weight.defined()) check_shape(weight, {gate.size(0)}, "swiglu: weight");
   const bool learns = weight.defined() && at::GradMode::is_enabled() && weight.requires_grad();
-  if (use_sm90(gate) && use_sm90(up) && !learns) return run_sm90(gate, up, weight, limit);
+  if (serves_moe_rows_sm90(gate.size(1)) && use_sm90(gate) && use_sm90(up) && !learns)
+    return run_sm90(gate, up, weight, limit);
   if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
       up.scalar_type() == gate.scalar_type()) {
     std::optional<at::Tensor> w;

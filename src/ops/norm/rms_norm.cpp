@@ -236,7 +236,8 @@ bool wants_gradient(const at::Tensor& x, const at::Tensor& weight) {
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
   const bool learns = at::GradMode::is_enabled() && weight.requires_grad();
-  if (use_sm90(x) && !learns) return run_sm90(x, weight, eps, false);
+  if (serves_rms_norm_sm90(x.size(-1)) && use_sm90(x) && !learns)
+    return run_sm90(x, weight, eps, false);
   if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
     if (wants_gradient(x, weight)) return RmsNormCpu::apply(x, std::optional(weight), eps, false);
@@ -247,7 +248,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 
 at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   check_shape(x, {-1, -1, -1}, "head_norm: x");
-  if (use_sm90(x)) return run_sm90(x, at::Tensor(), eps, numerics == Numerics::kReleased);
+  if (serves_rms_norm_sm90(x.size(-1)) && use_sm90(x))
+    return run_sm90(x, at::Tensor(), eps, numerics == Numerics::kReleased);
   // The gradient of the released chain is that of the FP32 norm: its roundings pass it through.
   if (use_kernel(x)) {
     return RmsNorm::apply(x, std::optional<at::Tensor>(), eps, numerics == Numerics::kReleased);

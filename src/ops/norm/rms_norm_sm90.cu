@@ -57,7 +57,7 @@ namespace hadal::ops {
 
 void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream) {
   if (p.rows == 0) return;
-  if (p.dim % 8 != 0 || p.dim > 16384)
+  if (!serves_rms_norm_sm90(p.dim))
     throw_kernel_error("rms_norm_sm90", "rows of a multiple of 8 values, 16,384 at most");
   const auto bytes = static_cast<size_t>(p.dim * 4);
   cudaFuncSetAttribute(cuda::rms_norm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);

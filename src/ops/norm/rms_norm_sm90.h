@@ -10,10 +10,12 @@ struct RmsNormSm90Params {
   const void* x;        ///< [rows, dim] BF16
   const float* weight;  ///< [dim]; null: none
   void* out;            ///< [rows, dim] BF16
-  int64_t rows, dim;    ///< dim: a multiple of 8, at most 16,384
+  int64_t rows, dim;    ///< dim: one that serves_rms_norm_sm90() takes
   float eps;
   bool bf16_chain;  ///< the released per-head norm: every intermediate rounded to BF16
 };
+/// Whether there is a kernel for rows of `dim` values.
+inline bool serves_rms_norm_sm90(int64_t dim) { return dim % 8 == 0 && dim <= 16384; }
 void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream);
 
 }  // namespace hadal::ops
