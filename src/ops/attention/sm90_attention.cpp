@@ -6,6 +6,7 @@
 #include "ops/attention/attn_lists_sm90.h"
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/rows_sm90.h"
+#include "ops/cache/sm90_rows.h"
 #include "ops/sm90.h"
 
 namespace hadal::ops {
@@ -21,28 +22,31 @@ bool is_packed_latent(const RowFormat& format) {
 struct WindowRows {
   at::Tensor step;  ///< memory of the step's rows
   const uint8_t* base;
-  int64_t ring_row, step_row;
+  int64_t ring_row = 0, step_row = -1;  ///< step_row negative: the rings hold the step's, too
 
-  WindowRows(const at::Tensor& kv_any, const RingView& history) {
-    const at::Tensor kv = kernel_input(kv_any);
-    step = at::empty({(kv.size(0) + 1) * kLatentRowBytes}, history.rows.options());
-    const auto ring = reinterpret_cast<uintptr_t>(history.rows.const_data_ptr<uint8_t>());
+  WindowRows(const at::Tensor& kv_any, const RingView& history)
+      : base(history.rows.const_data_ptr<uint8_t>()) {
+    if (history.holds_step) return;
+    const bool packed = kv_any.scalar_type() == at::kByte;
+    const at::Tensor kv = packed ? kv_any : kernel_input(kv_any);
+    step = packed ? kv : rows_in_step_with(history.rows, kv.size(0));
+    const auto ring = reinterpret_cast<uintptr_t>(base);
     const auto own = reinterpret_cast<uintptr_t>(step.const_data_ptr<uint8_t>());
     constexpr auto kBytes = static_cast<uintptr_t>(kLatentRowBytes);
     const bool behind = own > ring;
-    const uintptr_t skip =
-        behind ? (kBytes - (own - ring) % kBytes) % kBytes : (ring - own) % kBytes;
-    uint8_t* rows = step.mutable_data_ptr<uint8_t>() + skip;
-    base = behind ? history.rows.const_data_ptr<uint8_t>() : rows;
-    ring_row = behind ? 0 : static_cast<int64_t>((ring - own - skip) / kBytes);
-    step_row = behind ? static_cast<int64_t>((own + skip - ring) / kBytes) : 0;
+    const uintptr_t apart = behind ? own - ring : ring - own;
+    HADAL_CHECK(apart % kBytes == 0, "sparse_attn: rows of the step not in step with the ring's");
+    if (!behind) base = step.const_data_ptr<uint8_t>();
+    (behind ? step_row : ring_row) = static_cast<int64_t>(apart / kBytes);
+    if (!behind) step_row = 0;
     HADAL_CHECK(ring_row + step_row + history.rows.size(0) + kv.size(0) < INT32_MAX,
                 "sparse_attn: more than 2^31 rows of latents");
+    if (packed) return;
     latent_rows_sm90({.x = bf16_data(kv),
                       .weight = nullptr,
                       .cos_sin = nullptr,
                       .place = nullptr,
-                      .out = rows,
+                      .out = step.mutable_data_ptr<uint8_t>(),
                       .rows = kv.size(0),
                       .width = kLatentDim,
                       .stride = kLatentDim,
@@ -94,13 +98,16 @@ struct Lists {
 
 }  // namespace
 
+bool serves_latents_sm90(const RowFormat& format, int64_t heads, int64_t window) {
+  return is_packed_latent(format) && heads % 64 == 0 && window % kAttnChunk == 0;
+}
+
 bool serves_attention_sm90(const at::Tensor& q,
                            const RingView& history,
                            const BlockView& blocks,
                            const AttentionParams& params) {
-  return params.numerics == Numerics::kReleased && q.size(2) == kLatentDim && q.size(1) % 64 == 0 &&
-         params.window % kAttnChunk == 0 && history.rows.defined() &&
-         is_packed_latent(history.format) &&
+  return params.numerics == Numerics::kReleased && q.size(2) == kLatentDim &&
+         history.rows.defined() && serves_latents_sm90(history.format, q.size(1), params.window) &&
          (params.ratio == 0 || is_packed_latent(blocks.format)) && use_sm90(q);
 }
 
@@ -116,7 +123,8 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
   const WindowRows rows(kv, history);
   const Lists lists(rows, history, blocks, selection, batch, params);
   const at::Tensor out = at::empty_like(q);
-  const at::Tensor stats = at::empty({q.size(0), q.size(1), 2}, sink.options());
+  at::Tensor stats;
+  if (params.lse) stats = at::empty({q.size(0), q.size(1), 2}, sink.options());
   SparseAttnSm90Params p{
       .q = bf16_data(q),
       .sink = sink.const_data_ptr<float>(),
@@ -131,14 +139,16 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
       .block_places = lists.blocks.size(1),
       .scale = static_cast<float>(params.scale),
       .out = mutable_bf16_data(out),
-      .stats = stats.mutable_data_ptr<float>(),
+      .stats = stats.defined() ? stats.mutable_data_ptr<float>() : nullptr,
       .scratch = nullptr,
       .wide_window = nullptr,
       .wide_blocks = nullptr};
   const at::Tensor scratch = at::empty({sparse_attn_scratch_floats(p)}, sink.options());
   p.scratch = scratch.mutable_data_ptr<float>();
   sparse_attn_sm90(p, current_stream(q));
-  return {.out = out, .lse = stats.select(2, 0) + stats.select(2, 1).log()};
+  AttentionResult result{.out = out, .lse = {}};
+  if (params.lse) result.lse = stats.select(2, 0) + stats.select(2, 1).log();
+  return result;
 }
 
 }  // namespace hadal::ops

@@ -11,6 +11,9 @@ namespace hadal::ops {
 /// `released`, BF16 queries of a multiple of 64 heads and 512 channels, packed latents with 64
 /// rotary channels in rings and blocks, a window of a multiple of 64. (Without a cache, and for
 /// other widths, there is no Hopper kernel yet.)
+/// What of it the rows of a cache, the heads and the window decide: a layer asks before it packs
+/// its latents.
+bool serves_latents_sm90(const RowFormat& format, int64_t heads, int64_t window);
 bool serves_attention_sm90(const at::Tensor& q,
                            const RingView& history,
                            const BlockView& blocks,

@@ -60,36 +60,24 @@ void multiply_bf16(const uint8_t* operand,
                    current_stream(y));
 }
 
-void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const Sm90Rows q = quantise_rows_sm90(x, {}, x.size(0));
-  linear_fp8_sm90({.x = q.codes.const_data_ptr<uint8_t>(),
-                   .w = matrix_data(w, 0),
-                   .x_groups = q.groups,
-                   .w_groups = w.row_groups(),
-                   .x_scale = q.scales.const_data_ptr<float>(),
-                   .w_scale = w.scales.const_data_ptr<float>(),
-                   .rows = x.size(0),
-                   .outputs = w.out,
-                   .slabs = w.slabs(),
-                   .out = output_of(y, 0)},
-                  current_stream(x));
-}
-
-void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
-  // K of the whole row is K of one group behind another's.
-  const at::Tensor operand = bf16_operand(x, x_groups);
+/// K of a whole row of the operand is K of one group behind another's.
+void multiply_widened(const at::Tensor& operand, const Sm90Matrices& w, const at::Tensor& y) {
   widened_sm90({.x = operand.const_data_ptr<uint8_t>(),
-                .x_groups = x_groups,
+                .x_groups = ceil_div(y.size(0), sm90::kGroupRows),
                 .w = matrix_data(w, 0),
                 .scales = w.scales.const_data_ptr<float>(),
-                .rows = x.size(0),
+                .rows = y.size(0),
                 .groups = w.matrices,
                 .outputs = w.out,
                 .slabs = w.slabs(),
                 .out = mutable_bf16_data(y),
                 .stride = y.size(1)},
-               current_stream(x));
+               current_stream(y));
+}
+
+at::Tensor result_rows(const at::Tensor& like, int64_t rows, const Sm90Matrices& w, GemmRole role) {
+  return at::empty({rows, w.out},
+                   like.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
 }
 
 /// Rows of x in a tile for so many rows an expert on average; changes no bit.
@@ -107,7 +95,8 @@ Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
   const auto options = at::TensorOptions(device);
   return {.codes = at::empty({padded * in}, options.dtype(at::kByte)),
           .scales = at::empty({in / sm90::kFp8Chain, padded}, options.dtype(at::kFloat)),
-          .groups = groups};
+          .groups = groups,
+          .rows = rows};
 }
 
 Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
@@ -123,6 +112,112 @@ Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64
                          .x_groups = q.groups},
                         current_stream(x));
   return q;
+}
+
+namespace {
+
+/// Matrices behind the first, and the results of all.
+struct Factors {
+  const Sm90Matrices* first = nullptr;
+  std::vector<Sm90Factor> all;
+
+  void add(const Sm90Matrices& w, const at::Tensor& y, int64_t first_column) {
+    if (first == nullptr) first = &w;
+    HADAL_CHECK(w.in == first->in && w.format == first->format && !w.widened,
+                "linear: matrices that the same rows are not for");
+    all.push_back({.w = matrix_data(w, 0),
+                   .w_groups = w.row_groups(),
+                   .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr,
+                   .outputs = w.out,
+                   .out = output_of(y, first_column)});
+  }
+  int more() const { return static_cast<int>(all.size()) - 1; }
+};
+
+void multiply_fp8(const Sm90Rows& x, const Factors& factors) {
+  if (x.rows == 0) return;
+  const Sm90Factor& first = factors.all[0];
+  linear_fp8_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
+                   .w = first.w,
+                   .x_groups = x.groups,
+                   .w_groups = first.w_groups,
+                   .x_scale = x.scales.const_data_ptr<float>(),
+                   .w_scale = first.w_scale,
+                   .rows = x.rows,
+                   .outputs = first.outputs,
+                   .slabs = factors.first->slabs(),
+                   .out = first.out},
+                  factors.all.data() + 1, factors.more(), current_stream(x.codes));
+}
+
+}  // namespace
+
+void multiply_fp8_sm90(const Sm90Rows& x,
+                       const std::vector<const Sm90Matrices*>& matrices,
+                       const at::Tensor& y) {
+  Factors factors;
+  int64_t column = 0;
+  for (const Sm90Matrices* w : matrices) {
+    factors.add(*w, y, column);
+    column += w->out;
+  }
+  multiply_fp8(x, factors);
+}
+
+at::Tensor bf16_operand_sm90(const at::Tensor& x) {
+  return bf16_operand(x, ceil_div(x.size(0), sm90::kGroupRows));
+}
+
+at::Tensor linear_fp8_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role) {
+  const Sm90Product product{.w = &w, .role = role};
+  return linear_fp8_sm90(x, {&product, 1})[0];
+}
+
+at::Tensor linear_bf16_sm90(const at::Tensor& operand,
+                            int64_t rows,
+                            const Sm90Matrices& w,
+                            GemmRole role) {
+  const at::Tensor y = result_rows(operand, rows, w, role);
+  if (rows > 0)
+    multiply_bf16(operand.const_data_ptr<uint8_t>(), ceil_div(rows, sm90::kGroupRows), rows, w, 0,
+                  y, 0);
+  return y;
+}
+
+std::vector<at::Tensor> linear_fp8_sm90(const Sm90Rows& x, std::span<const Sm90Product> products) {
+  std::vector<at::Tensor> y;
+  Factors factors;
+  for (const auto& [w, role] : products) {
+    y.push_back(result_rows(x.codes, x.rows, *w, role));
+    factors.add(*w, y.back(), 0);
+  }
+  multiply_fp8(x, factors);
+  return y;
+}
+
+std::vector<at::Tensor> linear_bf16_sm90(const at::Tensor& operand,
+                                         int64_t rows,
+                                         std::span<const Sm90Product> products) {
+  std::vector<at::Tensor> y;
+  Factors factors;
+  for (const auto& [w, role] : products) {
+    y.push_back(result_rows(operand, rows, *w, role));
+    factors.add(*w, y.back(), 0);
+  }
+  if (rows == 0) return y;
+  const Sm90Factor& first = factors.all[0];
+  linear_bf16_sm90({.x = operand.const_data_ptr<uint8_t>(),
+                    .w = first.w,
+                    .x_groups = ceil_div(rows, sm90::kGroupRows),
+                    .w_groups = first.w_groups,
+                    .x_scale = nullptr,
+                    .w_scale = nullptr,
+                    .rows = rows,
+                    .outputs = first.outputs,
+                    .slabs = factors.first->slabs(),
+                    .out = first.out},
+                   factors.all.data() + 1, factors.more(), current_stream(operand));
+  return y;
 }
 
 ExpertRuns::ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device)
@@ -166,18 +261,12 @@ at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole 
   check_shape(x_any, {-1, w.in}, "linear: x");
   HADAL_CHECK(serves_linear_sm90(w, role), "linear: no kernel for these weights");
   const at::Tensor x = kernel_input(x_any);
-  at::Tensor y = at::empty({x.size(0), w.out},
-                           x.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
-  if (x.size(0) == 0) return y;
-  if (w.format == WeightFormat::kBf16) {
-    const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
-    const at::Tensor operand = bf16_operand(x, x_groups);
-    multiply_bf16(operand.const_data_ptr<uint8_t>(), x_groups, x.size(0), w, 0, y, 0);
-  } else if (w.widened) {
-    multiply_widened(x, w, y);
-  } else {
-    multiply_fp8(x, w, y);
-  }
+  const int64_t rows = x.size(0);
+  if (rows == 0) return result_rows(x, rows, w, role);
+  if (w.format == WeightFormat::kBf16) return linear_bf16_sm90(bf16_operand_sm90(x), rows, w, role);
+  if (!w.widened) return linear_fp8_sm90(quantise_rows_sm90(x, {}, rows), w, role);
+  const at::Tensor y = result_rows(x, rows, w, role);
+  multiply_widened(bf16_operand_sm90(x), w, y);
   return y;
 }
 
@@ -221,22 +310,25 @@ bool serves_groups_sm90(const Sm90Matrices& w) {
 
 at::Tensor group_linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w) {
   check_shape(x_any, {-1, w.matrices, w.in}, "group_linear: x");
-  HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
   const at::Tensor x = kernel_input(x_any.flatten(1));
-  const int64_t tokens = x.size(0);
-  const at::Tensor y = at::empty({tokens, w.matrices * w.out}, x.options());
-  if (tokens > 0 && w.widened) {
-    multiply_widened(x, w, y);
-  } else if (tokens > 0) {
-    const int64_t x_groups = ceil_div(tokens, sm90::kGroupRows);
-    const at::Tensor operand = bf16_operand(x, x_groups);
+  return group_linear_sm90(bf16_operand_sm90(x), x.size(0), w);
+}
+
+at::Tensor group_linear_sm90(const at::Tensor& operand, int64_t rows, const Sm90Matrices& w) {
+  HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
+  const at::Tensor y =
+      at::empty({rows, w.matrices * w.out}, operand.options().dtype(at::kBFloat16));
+  if (rows > 0 && w.widened) {
+    multiply_widened(operand, w, y);
+  } else if (rows > 0) {
+    const int64_t x_groups = ceil_div(rows, sm90::kGroupRows);
     for (int64_t group = 0; group < w.matrices; ++group) {
       const uint8_t* k =
           operand.const_data_ptr<uint8_t>() + group * w.in * 2 * x_groups * sm90::kGroupRows;
-      multiply_bf16(k, x_groups, tokens, w, group, y, group * w.out);
+      multiply_bf16(k, x_groups, rows, w, group, y, group * w.out);
     }
   }
-  return y.reshape({tokens, w.matrices, w.out});
+  return y.reshape({rows, w.matrices, w.out});
 }
 
 }  // namespace hadal::ops

@@ -3,6 +3,9 @@
 // Nothing here waits for the device.
 #pragma once
 
+#include <span>
+#include <vector>
+
 #include <ATen/core/Tensor.h>
 
 #include "ops/gemm/linear.h"
@@ -29,13 +32,40 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x,
 /// E4M3 rows as an operand: what these products are made of.
 struct Sm90Rows {
   at::Tensor codes, scales;
-  int64_t groups;  ///< of 8 rows
+  int64_t groups;    ///< of 8 rows
+  int64_t rows = 0;  ///< that count
 };
 /// in: a multiple of 128.
 Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device);
 /// x [.., in] contiguous, by Q8_128: rows `source` [rows] I32 of it, -1 for zeros; undefined: its
 /// first rows.
 Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows);
+
+/// x [rows, in] BF16, contiguous, as a BF16 operand.
+at::Tensor bf16_operand_sm90(const at::Tensor& x);
+/// The products of linear_sm90 with rows that are operands already: of FP8 that is not widened, and
+/// of BF16.
+at::Tensor linear_fp8_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role);
+at::Tensor linear_bf16_sm90(const at::Tensor& operand,
+                            int64_t rows,
+                            const Sm90Matrices& w,
+                            GemmRole role);
+/// Products of the same rows with several matrices, in one launch for each format: results in their
+/// order. At most kMaxFactors.
+struct Sm90Product {
+  const Sm90Matrices* w = nullptr;
+  GemmRole role = GemmRole::kBf16;
+};
+std::vector<at::Tensor> linear_fp8_sm90(const Sm90Rows& x, std::span<const Sm90Product> products);
+std::vector<at::Tensor> linear_bf16_sm90(const at::Tensor& operand,
+                                         int64_t rows,
+                                         std::span<const Sm90Product> products);
+/// FP8 products into the columns of y [rows, *], one matrix's behind another's.
+void multiply_fp8_sm90(const Sm90Rows& x,
+                       const std::vector<const Sm90Matrices*>& matrices,
+                       const at::Tensor& y);
+/// wo_a with BF16 rows that are operands of its groups already: result [rows, groups, out] BF16.
+at::Tensor group_linear_sm90(const at::Tensor& operand, int64_t rows, const Sm90Matrices& w);
 
 /// Which expert rows belong to, as a kernel writes it on the GPU.
 struct ExpertRuns {

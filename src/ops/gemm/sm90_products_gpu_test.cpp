@@ -175,7 +175,7 @@ TEST_P(Sm90ProductsGpu, ExpertsAsOneChain) {
                    shared = bf16_rows({tokens, dim}).to(at::kCUDA);
   const Routing routing = gate((at::randn({tokens, experts}) * 3).to(at::kCUDA),
                                at::zeros({experts}).to(at::kCUDA), topk, 1.5);
-  const Permutation order = permute_by_expert(routing.experts, experts);
+  const Permutation order = permute_by_expert(routing.experts.to(at::kLong), experts);
   const auto product = [&](const Weight& w, const at::Tensor& in) {
     return grouped_linear(quantise_input(in, GemmRole::kFp4, Numerics::kReleased), w, order.offsets,
                           GemmRole::kFp4);
