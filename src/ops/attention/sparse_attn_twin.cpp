@@ -21,39 +21,44 @@ uint16_t round_bf16(float x) {
 }
 
 /// A latent as BF16 (kv_rows.h).
-void widen(const uint8_t* row, uint16_t* out) {
-  for (int64_t i = 0; i < 448; ++i) {
+void widen(const uint8_t* row, int64_t width, uint16_t* out) {
+  const int64_t rounded = width - kAttnRotary;
+  const uint8_t* scales = row + rounded + 2 * kAttnRotary;
+  for (int64_t i = 0; i < rounded; ++i) {
     const int code = row[i], field = code >> 3 & 15, fraction = code & 7;
     const float magnitude = field == 0 ? std::ldexp(static_cast<float>(fraction), -9)
                                        : std::ldexp(static_cast<float>(8 + fraction), field - 10);
-    const float value = std::ldexp(magnitude, row[576 + i / 64] - 127);
+    const float value = std::ldexp(magnitude, scales[i / 64] - 127);
     out[i] = round_bf16(code & 0x80 ? -value : value);
   }
-  std::memcpy(out + 448, row + 448, 128);
+  std::memcpy(out + rounded, row + rounded, 2 * kAttnRotary);
 }
 
 /// A fold over chunks: not yet divided.
 struct Fold {
   float max = kMinusInfinity, sum = 0.0f;
-  float acc[kLatentDim] = {};
+  std::vector<float> acc;  // [width]
 };
 
 /// Keys of a chunk; rows without one are zeros.
 struct Chunk {
-  uint16_t keys[kAttnChunk][kLatentDim];
-  bool present[kAttnChunk];
+  int64_t width;
+  std::vector<uint16_t> keys = std::vector<uint16_t>(static_cast<size_t>(kAttnChunk * width));
+  bool present[kAttnChunk] = {};
+  uint16_t* key(int64_t k) { return keys.data() + k * width; }
+  const uint16_t* key(int64_t k) const { return keys.data() + k * width; }
 };
 
-float dot(const uint16_t* q, const uint16_t* key) {
+float dot(const uint16_t* q, const uint16_t* key, int64_t width) {
   float chain = 0.0f;
-  for (int64_t k = 0; k < kLatentDim; k += 16) chain = wgmma_bf16(q + k, key + k, chain);
+  for (int64_t k = 0; k < width; k += 16) chain = wgmma_bf16(q + k, key + k, chain);
   return chain;
 }
 
 void fold_chunk(Fold& fold, const uint16_t* q, const Chunk& chunk, float scale) {
   float logits[kAttnChunk], seen = fold.max;
   for (int64_t k = 0; k < kAttnChunk; ++k) {
-    logits[k] = chunk.present[k] ? dot(q, chunk.keys[k]) * scale : kMinusInfinity;
+    logits[k] = chunk.present[k] ? dot(q, chunk.key(k), chunk.width) * scale : kMinusInfinity;
     seen = std::max(seen, logits[k]);
   }
   if (seen == kMinusInfinity) return;
@@ -71,26 +76,28 @@ void fold_chunk(Fold& fold, const uint16_t* q, const Chunk& chunk, float scale) 
   const float kept = fold.sum * rescale;
   fold.sum = kept + lanes[0];
   fold.max = seen;
-  for (int64_t d = 0; d < kLatentDim; ++d) {
-    float acc = fold.acc[d] * rescale;
+  for (int64_t d = 0; d < chunk.width; ++d) {
+    float& sum = fold.acc[static_cast<size_t>(d)];
+    sum = sum * rescale;
     for (int64_t first = 0; first < kAttnChunk; first += 16) {
       uint16_t values[16];
-      for (int64_t k = 0; k < 16; ++k) values[k] = chunk.keys[first + k][d];
-      acc = wgmma_bf16(weights + first, values, acc);
+      for (int64_t k = 0; k < 16; ++k) values[k] = chunk.key(first + k)[d];
+      sum = wgmma_bf16(weights + first, values, sum);
     }
-    fold.acc[d] = acc;
   }
 }
 
 /// Chunk of the list from place `first` on.
-void load_chunk(Chunk& chunk, const uint8_t* const* rows, int64_t first, int64_t end) {
+void load_chunk(Chunk& chunk, const SparseAttnTwinTask& t, int64_t first, int64_t end) {
   for (int64_t k = 0; k < kAttnChunk; ++k) {
-    const uint8_t* row = first + k < end ? rows[first + k] : nullptr;
+    const uint8_t* row = first + k < end ? t.rows[first + k] : nullptr;
     chunk.present[k] = row != nullptr;
-    if (row != nullptr) {
-      widen(row, chunk.keys[k]);
+    if (row == nullptr) {
+      std::fill_n(chunk.key(k), t.width, uint16_t{0});
+    } else if (t.format == AttnRows::kBf16) {
+      std::memcpy(chunk.key(k), row, static_cast<size_t>(2 * t.width));
     } else {
-      std::fill(chunk.keys[k], chunk.keys[k] + kLatentDim, uint16_t{0});
+      widen(row, t.width, chunk.key(k));
     }
   }
 }
@@ -107,7 +114,7 @@ void join(Fold& total, const Fold& later) {
   const float kept = total.sum * a;
   total.sum = std::fma(later.sum, b, kept);
   total.max = seen;
-  for (int64_t d = 0; d < kLatentDim; ++d)
+  for (size_t d = 0; d < total.acc.size(); ++d)
     total.acc[d] = std::fma(later.acc[d], b, total.acc[d] * a);
 }
 
@@ -115,30 +122,31 @@ void join(Fold& total, const Fold& later) {
 void finish(const Fold& total, float sink, uint16_t* out, float* stats) {
   stats[0] = total.max;
   stats[1] = 0.0f;
-  std::fill(out, out + kLatentDim, uint16_t{0});
+  std::fill_n(out, total.acc.size(), uint16_t{0});
   if (total.max == kMinusInfinity) return;
   stats[1] = total.sum + exp_exact(sink - total.max);
   const float factor = 1.0f / stats[1];
-  for (int64_t d = 0; d < kLatentDim; ++d) out[d] = round_bf16(total.acc[d] * factor);
+  for (size_t d = 0; d < total.acc.size(); ++d) out[d] = round_bf16(total.acc[d] * factor);
 }
 
 }  // namespace
 
 void sparse_attn_twin(const SparseAttnTwinTask& t) {
-  Chunk chunk;
-  std::vector<Fold> total(static_cast<size_t>(t.heads));
+  Chunk chunk{.width = t.width};
+  const Fold nothing{.acc = std::vector<float>(static_cast<size_t>(t.width))};
+  std::vector<Fold> total(static_cast<size_t>(t.heads), nothing);
   for (int64_t first = 0; first < t.places; first += kAttnSegment) {
     const int64_t end = std::min(first + kAttnSegment, t.places);
-    std::vector<Fold> segment(total.size());
+    std::vector<Fold> segment(total.size(), nothing);
     for (int64_t at = first; at < end; at += kAttnChunk) {
-      load_chunk(chunk, t.rows, at, end);
+      load_chunk(chunk, t, at, end);
       for (int64_t h = 0; h < t.heads; ++h)
-        fold_chunk(segment[static_cast<size_t>(h)], t.q + h * kLatentDim, chunk, t.scale);
+        fold_chunk(segment[static_cast<size_t>(h)], t.q + h * t.width, chunk, t.scale);
     }
     for (size_t h = 0; h < total.size(); ++h) join(total[h], segment[h]);
   }
   for (int64_t h = 0; h < t.heads; ++h)
-    finish(total[static_cast<size_t>(h)], t.sink[h], t.out + h * kLatentDim, t.stats + 2 * h);
+    finish(total[static_cast<size_t>(h)], t.sink[h], t.out + h * t.width, t.stats + 2 * h);
 }
 
 }  // namespace hadal::ops
