@@ -28,5 +28,7 @@ struct AttnListsSm90Params {
   int64_t ring_row = 0;  ///< the rings' first row
 };
 void attn_lists_sm90(const AttnListsSm90Params& p, Stream stream);
+/// The same on a CPU.
+void attn_lists_twin(const AttnListsSm90Params& p);
 
 }  // namespace hadal::ops

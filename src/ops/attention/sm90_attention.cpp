@@ -17,7 +17,8 @@ bool is_packed_latent(const RowFormat& format) {
 }
 
 /// The window's rows: those of the rings, and this step's, packed, a whole number of rows away, so
-/// that one base address and one row number reach both.
+/// that one base address and one row number reach both. On the CPU, whose allocations may lie too
+/// far apart, the rings are copied before them.
 struct WindowRows {
   at::Tensor step;  ///< memory of the step's rows
   const uint8_t* base;
@@ -25,6 +26,13 @@ struct WindowRows {
 
   WindowRows(const at::Tensor& kv_any, const RingView& history) {
     const at::Tensor kv = kernel_input(kv_any);
+    if (kv.is_cpu()) {
+      step = at::cat({history.rows, pack_rows(kv, history.format)});
+      base = step.const_data_ptr<uint8_t>();
+      ring_row = 0;
+      step_row = history.rows.size(0);
+      return;
+    }
     step = at::empty({(kv.size(0) + 1) * kLatentRowBytes}, history.rows.options());
     const auto ring = reinterpret_cast<uintptr_t>(history.rows.const_data_ptr<uint8_t>());
     const auto own = reinterpret_cast<uintptr_t>(step.const_data_ptr<uint8_t>());
@@ -72,7 +80,8 @@ struct Lists {
     window = at::empty({tokens, params.window}, ints);
     blocks = at::empty({tokens, places}, ints);
     num_blocks = at::empty({tokens}, ints);
-    attn_lists_sm90(
+    run_sm90(
+        window, attn_lists_sm90, attn_lists_twin,
         {.pos = batch.pos().const_data_ptr<int64_t>(),
          .seq = batch.seq().const_data_ptr<int64_t>(),
          .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
@@ -87,8 +96,7 @@ struct Lists {
          .tokens = tokens,
          .window = params.window,
          .block_places = places,
-         .ring_row = rows.ring_row},
-        current_stream(window));
+         .ring_row = rows.ring_row});
   }
 };
 
@@ -137,7 +145,8 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
       .wide_blocks = nullptr};
   const at::Tensor scratch = at::empty({sparse_attn_scratch_floats(p)}, sink.options());
   p.scratch = scratch.mutable_data_ptr<float>();
-  sparse_attn_sm90(p, current_stream(q));
+  const auto kernel = [](const auto& task, Stream stream) { sparse_attn_sm90(task, stream); };
+  run_sm90(q, kernel, sparse_attn_step_twin, p);
   return {.out = out, .lse = stats.select(2, 0) + stats.select(2, 1).log()};
 }
 

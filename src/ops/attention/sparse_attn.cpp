@@ -15,6 +15,7 @@
 #include "ops/attention/sparse_attn_backward.h"
 #include "ops/attention/sparse_attn_kernels.h"
 #include "ops/rows/gather.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -466,6 +467,9 @@ AttentionResult sparse_attn(const at::Tensor& q,
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
   if (serves_attention_sm90(q, history, blocks, params))
     return attention_on_sm90(q, kv, history, blocks, selection, sink, batch, params);
+  if (as_hopper())
+    refuse_as_hopper(q, concat("sparse_attn of ", q.size(1), " heads of ", q.size(2), " in `",
+                             numerics_name(params.numerics), "`"));
   if (use_cuda_kernel(q, history, selection, batch, params)) {
     // Window layers have no blocks; autograd wants a tensor in their place.
     const at::Tensor rows =

@@ -109,5 +109,7 @@ struct SparseAttnTwinTask {
   AttnRows format = AttnRows::kPacked;
 };
 void sparse_attn_twin(const SparseAttnTwinTask& t);
+/// sparse_attn_sm90 on a CPU.
+void sparse_attn_step_twin(const SparseAttnSm90Params& p);
 
 }  // namespace hadal::ops

@@ -22,6 +22,8 @@ struct LatentRowsSm90Params {
   float eps;
 };
 void latent_rows_sm90(const LatentRowsSm90Params& p, Stream stream);
+/// The same on a CPU, of rows that are only packed; Error for one that no round trip gave.
+void latent_rows_twin(const LatentRowsSm90Params& p);
 
 /// Keys and queries of the indexer: RMSNorm (keys), rotation of the last 64 of 128 channels,
 /// Hadamard, Q4_32; or packing alone.
@@ -35,5 +37,7 @@ struct IndexRowsSm90Params {
   float eps;
 };
 void index_rows_sm90(const IndexRowsSm90Params& p, Stream stream);
+/// The same on a CPU, as latent_rows_twin.
+void index_rows_twin(const IndexRowsSm90Params& p);
 
 }  // namespace hadal::ops

@@ -155,13 +155,13 @@ const float* ring_data(const RingView& ring) {
   return ring.rows.defined() ? ring.rows.const_data_ptr<float>() : nullptr;
 }
 
-Compressed run_sm90(const at::Tensor& kv_any,
-                    const at::Tensor& gate_any,
-                    const at::Tensor& ape_any,
-                    const RingView& kv_history,
-                    const RingView& score_history,
-                    const Batch& batch,
-                    int64_t ratio) {
+Compressed compress_on_sm90(const at::Tensor& kv_any,
+                            const at::Tensor& gate_any,
+                            const at::Tensor& ape_any,
+                            const RingView& kv_history,
+                            const RingView& score_history,
+                            const Batch& batch,
+                            int64_t ratio) {
   const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
                    ape = fp32_input(ape_any);
   const bool continues = kv_history.rows.defined() && score_history.rows.defined();
@@ -169,7 +169,8 @@ Compressed run_sm90(const at::Tensor& kv_any,
   const BlockPlan& plan = batch.blocks(ratio);
   const int64_t d = kv.size(1) / (ratio == 4 ? 2 : 1);
   const at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options().dtype(at::kBFloat16));
-  compress_sm90(
+  run_sm90(
+      kv, compress_sm90, compress_twin,
       {.rows = {.kv = kv.const_data_ptr<float>(),
                 .gate = gate.const_data_ptr<float>(),
                 .ape = ape.const_data_ptr<float>(),
@@ -186,8 +187,7 @@ Compressed run_sm90(const at::Tensor& kv_any,
        .block_seq = plan.seq.const_data_ptr<int64_t>(),
        .block_pos = plan.pos.const_data_ptr<int64_t>(),
        .pooled = mutable_bf16_data(pooled),
-       .blocks = plan.num_blocks()},
-      current_stream(kv));
+       .blocks = plan.num_blocks()});
   return {.pooled = pooled, .score = gate + ape.index_select(0, batch.pos().remainder(ratio))};
 }
 
@@ -205,6 +205,10 @@ Compressed compress(const at::Tensor& kv,
   check_shape(kv, {batch.num_tokens(), -1}, "compress: kv");
   check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress: gate");
   check_shape(ape, {ratio, kv.size(1)}, "compress: ape");
+  const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
+  if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
+    return compress_on_sm90(kv, gate, ape, kv_history, score_history, batch, ratio);
+  refuse_as_hopper(kv, "compress");
   if (use_cpu_kernel(kv) && kv.scalar_type() == at::kFloat) {
     const std::vector<at::Tensor> out = with_reference_gradient(
         [&](const auto& in) {
@@ -218,9 +222,6 @@ Compressed compress(const at::Tensor& kv,
         {kv, gate, ape});
     return {.pooled = out[0], .score = out[1]};
   }
-  const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
-  if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
-    return run_sm90(kv, gate, ape, kv_history, score_history, batch, ratio);
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
 }
 

@@ -227,6 +227,8 @@ void twin_bf16(const TwinBf16Task& t) {
       float y[kLanes] = {};
       for (int64_t first = 0; first < padded; first += sm90::kBf16Chain) {
         Chains chains;
+        if (t.from != nullptr)
+          std::copy_n(t.from + r * t.outputs + o, count, chains.value);
         const int64_t end = std::min(first + sm90::kBf16Chain, padded);
         for (int64_t k = first; k < end; k += 16)
           step_bf16(x.data() + r * padded + k, w, k, chains);

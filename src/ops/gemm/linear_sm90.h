@@ -38,6 +38,8 @@ struct Sm90Choice {
 
 void linear_fp8_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
 void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void linear_fp8_twin(const LinearSm90Params& p);   ///< the same on a CPU, as every *_twin here
+void linear_bf16_twin(const LinearSm90Params& p);
 
 /// Products of BF16 rows with E4M3 weights widened to BF16 (`wo_a`), for several groups: out[r, g]
 /// = w[g] x[r, g], in chains of 1,024.
@@ -51,6 +53,7 @@ struct WidenedSm90Params {
   int64_t stride;
 };
 void widened_sm90(const WidenedSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void widened_twin(const WidenedSm90Params& p);
 
 /// Rounds x to E4M3 by Q8_128 (numerics.md) and lays it out as an operand; rows from p.rows on
 /// become zero.
@@ -64,6 +67,7 @@ struct QuantiseSm90Params {
   int64_t x_groups;
 };
 void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream);
+void quantise_operand_twin(const QuantiseSm90Params& p);
 
 /// Lays BF16 rows out as an operand; rows from p.rows on and channels from p.in on become zero.
 struct Bf16OperandSm90Params {
@@ -73,6 +77,7 @@ struct Bf16OperandSm90Params {
   int64_t x_groups;          ///< its row groups: at least ceil(rows / 8)
 };
 void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream);
+void bf16_operand_twin(const Bf16OperandSm90Params& p);
 
 /// SwiGLU of a gate and up product, rounded to BF16 and then as above.
 struct SwigluQuantiseSm90Params {
@@ -85,6 +90,7 @@ struct SwigluQuantiseSm90Params {
   int64_t x_groups;
 };
 void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream);
+void swiglu_quantise_twin(const SwigluQuantiseSm90Params& p);
 
 /// Products of rows with the FP4 weights of their experts. Rows lie sorted by expert, each expert's
 /// from a multiple of 8 on; `tiles` says which expert a run of rows belongs to.
@@ -108,6 +114,7 @@ struct PadGroupsSm90Params {
   int64_t count, rows;     ///< rows: at least max_routed_rows(count, 1, num_experts)
 };
 void pad_groups_sm90(const PadGroupsSm90Params& p, Stream stream);
+void pad_groups_twin(const PadGroupsSm90Params& p);
 
 struct ExpertsFp4Sm90Params {
   const uint8_t* x;      ///< E4M3 K-major operand of x_groups row groups
@@ -121,5 +128,6 @@ struct ExpertsFp4Sm90Params {
   Sm90Output out;           ///< rows as in x
 };
 void experts_fp4_sm90(const ExpertsFp4Sm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void experts_fp4_twin(const ExpertsFp4Sm90Params& p);
 
 }  // namespace hadal::ops

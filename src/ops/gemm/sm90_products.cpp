@@ -20,13 +20,12 @@ at::Tensor bf16_operand(const at::Tensor& x, int64_t x_groups) {
   at::Tensor operand =
       at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * x_groups * sm90::kGroupRows},
                 x.options().dtype(at::kByte));
-  bf16_operand_sm90({.x = x.const_data_ptr(),
+  run_sm90(x, bf16_operand_sm90, bf16_operand_twin, {.x = x.const_data_ptr(),
                      .rows = x.size(0),
                      .in = in,
                      .stride = in,
                      .operand = operand.mutable_data_ptr<uint8_t>(),
-                     .x_groups = x_groups},
-                    current_stream(x));
+                     .x_groups = x_groups});
   return operand;
 }
 
@@ -47,7 +46,8 @@ void multiply_bf16(const uint8_t* operand,
                    int64_t matrix,
                    const at::Tensor& y,
                    int64_t first_column) {
-  linear_bf16_sm90({.x = operand,
+  const auto kernel = [](const auto& p, Stream stream) { linear_bf16_sm90(p, stream); };
+  run_sm90(y, kernel, linear_bf16_twin, {.x = operand,
                     .w = matrix_data(w, matrix),
                     .x_groups = x_groups,
                     .w_groups = w.row_groups(),
@@ -56,13 +56,13 @@ void multiply_bf16(const uint8_t* operand,
                     .rows = rows,
                     .outputs = w.out,
                     .slabs = w.slabs(),
-                    .out = output_of(y, first_column)},
-                   current_stream(y));
+                    .out = output_of(y, first_column)});
 }
 
 void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
   const Sm90Rows q = quantise_rows_sm90(x, {}, x.size(0));
-  linear_fp8_sm90({.x = q.codes.const_data_ptr<uint8_t>(),
+  const auto kernel = [](const auto& p, Stream stream) { linear_fp8_sm90(p, stream); };
+  run_sm90(x, kernel, linear_fp8_twin, {.x = q.codes.const_data_ptr<uint8_t>(),
                    .w = matrix_data(w, 0),
                    .x_groups = q.groups,
                    .w_groups = w.row_groups(),
@@ -71,15 +71,15 @@ void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& 
                    .rows = x.size(0),
                    .outputs = w.out,
                    .slabs = w.slabs(),
-                   .out = output_of(y, 0)},
-                  current_stream(x));
+                   .out = output_of(y, 0)});
 }
 
 void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
   const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
   // K of the whole row is K of one group behind another's.
   const at::Tensor operand = bf16_operand(x, x_groups);
-  widened_sm90({.x = operand.const_data_ptr<uint8_t>(),
+  const auto kernel = [](const auto& p, Stream stream) { widened_sm90(p, stream); };
+  run_sm90(x, kernel, widened_twin, {.x = operand.const_data_ptr<uint8_t>(),
                 .x_groups = x_groups,
                 .w = matrix_data(w, 0),
                 .scales = w.scales.const_data_ptr<float>(),
@@ -88,8 +88,7 @@ void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tens
                 .outputs = w.out,
                 .slabs = w.slabs(),
                 .out = mutable_bf16_data(y),
-                .stride = y.size(1)},
-               current_stream(x));
+                .stride = y.size(1)});
 }
 
 /// Rows of x in a tile for so many rows an expert on average; changes no bit.
@@ -113,15 +112,14 @@ Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
 Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
   const int64_t in = x.size(1);
   Sm90Rows q = empty_rows_sm90(rows, in, x.device());
-  quantise_operand_sm90({.x = x.const_data_ptr(),
+  run_sm90(x, quantise_operand_sm90, quantise_operand_twin, {.x = x.const_data_ptr(),
                          .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
                          .rows = rows,
                          .in = in,
                          .stride = in,
                          .codes = q.codes.mutable_data_ptr<uint8_t>(),
                          .scales = q.scales.mutable_data_ptr<float>(),
-                         .x_groups = q.groups},
-                        current_stream(x));
+                         .x_groups = q.groups});
   return q;
 }
 
@@ -142,7 +140,9 @@ void multiply_experts_sm90(const Sm90Rows& x,
                            const ExpertRuns& runs,
                            const at::Tensor& y,
                            int64_t first_column) {
-  experts_fp4_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
+  const Sm90Choice choice{.tile = expert_tile(runs.rows, runs.runs.size(0))};
+  const auto kernel = [&](const auto& p, Stream stream) { experts_fp4_sm90(p, stream, choice); };
+  run_sm90(y, kernel, experts_fp4_twin, {.x = x.codes.const_data_ptr<uint8_t>(),
                     .x_scale = x.scales.const_data_ptr<float>(),
                     .x_groups = x.groups,
                     .w = w.data.const_data_ptr<uint8_t>(),
@@ -151,8 +151,7 @@ void multiply_experts_sm90(const Sm90Rows& x,
                     .runs = runs.data(),
                     .num_runs = runs.count.const_data_ptr<int32_t>(),
                     .max_runs = runs.runs.size(0),
-                    .out = output_of(y, first_column)},
-                   current_stream(y), {.tile = expert_tile(runs.rows, runs.runs.size(0))});
+                    .out = output_of(y, first_column)});
 }
 
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {
@@ -192,8 +191,9 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   check_shape(x_any, {-1, w.in}, "grouped_linear: x");
   HADAL_CHECK(serves_grouped_sm90(w), "grouped_linear: no kernel for these weights");
   check_shape(offsets, {w.matrices + 1}, "grouped_linear: offsets");
-  HADAL_CHECK(offsets.is_cuda() && offsets.scalar_type() == at::kLong && offsets.is_contiguous(),
-              "grouped_linear: offsets are I64 on the GPU");
+  HADAL_CHECK(offsets.device() == x_any.device() && offsets.scalar_type() == at::kLong &&
+                  offsets.is_contiguous(),
+              "grouped_linear: offsets are I64 where x is");
   const at::Tensor x = kernel_input(x_any);
   const int64_t rows = x.size(0);
   if (rows == 0) return at::empty({0, w.out}, x.options());
@@ -201,15 +201,14 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   const ExpertRuns runs(rows, w.matrices, x.device());
   const at::Tensor source = at::empty({padded}, runs.runs.options()),
                    place = at::empty({rows}, runs.runs.options());
-  pad_groups_sm90({.offsets = offsets.const_data_ptr<int64_t>(),
+  run_sm90(x, pad_groups_sm90, pad_groups_twin, {.offsets = offsets.const_data_ptr<int64_t>(),
                    .source = source.mutable_data_ptr<int32_t>(),
                    .place = place.mutable_data_ptr<int32_t>(),
                    .runs = runs.data(),
                    .num_runs = runs.count.mutable_data_ptr<int32_t>(),
                    .num_experts = w.matrices,
                    .count = rows,
-                   .rows = padded},
-                  current_stream(x));
+                   .rows = padded});
   const at::Tensor y = at::empty({padded, w.out}, x.options());
   multiply_experts_sm90(quantise_rows_sm90(x, source, padded), w, runs, y, 0);
   return y.index_select(0, place);

@@ -27,6 +27,8 @@ struct IndexScoresSm90Params {
   int64_t tokens, heads, max_pages, stride;  ///< heads: 8, 16, 32 or 64
 };
 void index_scores_sm90(const IndexScoresSm90Params& p, Stream stream);
+/// The same on a CPU.
+void index_scores_twin(const IndexScoresSm90Params& p);
 
 /// The min(k, visible) blocks of the largest scores, ties to the lower block, NaN lowest, in
 /// ascending order; then -1.
@@ -37,6 +39,8 @@ struct IndexTopkSm90Params {
   int64_t tokens, stride, k;  ///< stride: a multiple of 8
 };
 void index_topk_sm90(const IndexTopkSm90Params& p, Stream stream);
+/// The same on a CPU.
+void index_topk_twin(const IndexTopkSm90Params& p);
 
 /// The score of one query (all heads) and one key, with the bits of index_scores_sm90.
 float index_score_twin(const uint8_t* q, const uint16_t* w, const uint8_t* key, int64_t heads);

@@ -30,7 +30,7 @@ Scores score(const at::Tensor& q_any,
   const int64_t stride = align_up(std::max<int64_t>(max_visible(batch, ratio), 1), 8);
   Scores result{.scores = at::empty({tokens, stride}, w.options()),
                 .visible = (batch.pos() + 1).div(ratio, "floor").to(at::kInt)};
-  index_scores_sm90({.q = q.const_data_ptr<uint8_t>(),
+  run_sm90(q, index_scores_sm90, index_scores_twin, {.q = q.const_data_ptr<uint8_t>(),
                      .w = bf16_data(w),
                      .keys = keys.rows.const_data_ptr<uint8_t>(),
                      .pages = keys.pages.const_data_ptr<int32_t>(),
@@ -40,8 +40,7 @@ Scores score(const at::Tensor& q_any,
                      .tokens = tokens,
                      .heads = heads,
                      .max_pages = keys.pages.stride(0),
-                     .stride = stride},
-                    current_stream(q));
+                     .stride = stride});
   return result;
 }
 
@@ -80,13 +79,12 @@ at::Tensor index_topk_on_sm90(const at::Tensor& q,
                               int64_t k) {
   const Scores s = score(q, w, keys, batch, ratio);
   at::Tensor selection = at::empty({q.size(0), k}, s.visible.options());
-  index_topk_sm90({.scores = bf16_data(s.scores),
+  run_sm90(q, index_topk_sm90, index_topk_twin, {.scores = bf16_data(s.scores),
                    .visible = s.visible.const_data_ptr<int32_t>(),
                    .blocks = selection.mutable_data_ptr<int32_t>(),
                    .tokens = q.size(0),
                    .stride = s.scores.size(1),
-                   .k = k},
-                  current_stream(q));
+                   .k = k});
   return selection;
 }
 

@@ -27,18 +27,18 @@ struct Route {
     weight = at::empty({rows}, weights.options());
     place = at::empty_like(experts);
     runs = ExpertRuns(tokens * topk, num_experts, experts.device());
-    route_sm90({.experts = experts.const_data_ptr<int32_t>(),
-                .weights = weights.const_data_ptr<float>(),
-                .source = source.mutable_data_ptr<int32_t>(),
-                .row_weight = weight.mutable_data_ptr<float>(),
-                .place = place.mutable_data_ptr<int32_t>(),
-                .runs = runs.data(),
-                .num_runs = runs.count.mutable_data_ptr<int32_t>(),
-                .tokens = tokens,
-                .topk = topk,
-                .num_experts = num_experts,
-                .rows = rows},
-               current_stream(experts));
+    run_sm90(experts, route_sm90, route_twin,
+             {.experts = experts.const_data_ptr<int32_t>(),
+              .weights = weights.const_data_ptr<float>(),
+              .source = source.mutable_data_ptr<int32_t>(),
+              .row_weight = weight.mutable_data_ptr<float>(),
+              .place = place.mutable_data_ptr<int32_t>(),
+              .runs = runs.data(),
+              .num_runs = runs.count.mutable_data_ptr<int32_t>(),
+              .tokens = tokens,
+              .topk = topk,
+              .num_experts = num_experts,
+              .rows = rows});
   }
 };
 
@@ -66,33 +66,32 @@ at::Tensor experts_on_sm90(const at::Tensor& x_any,
   const at::Tensor x = kernel_input(x_any), shared = kernel_input(shared_any);
   if (tokens == 0) return shared;
   const Route route(routing, w1.matrices);
-  const Stream stream = current_stream(x);
 
   const Sm90Rows rows = quantise_rows_sm90(x, route.source, route.rows);
   const at::Tensor gate_up = at::empty({route.rows, 2 * inter}, x.options());
   multiply_experts_sm90(rows, w1, route.runs, gate_up, 0);
   multiply_experts_sm90(rows, w3, route.runs, gate_up, inter);
   const Sm90Rows hidden = empty_rows_sm90(route.rows, inter, x.device());
-  swiglu_quantise_sm90({.gate_up = gate_up.const_data_ptr(),
-                        .weight = route.weight.const_data_ptr<float>(),
-                        .limit = static_cast<float>(experts.swiglu_limit),
-                        .rows = route.rows,
-                        .inter = inter,
-                        .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
-                        .scales = hidden.scales.mutable_data_ptr<float>(),
-                        .x_groups = hidden.groups},
-                       stream);
+  run_sm90(x, swiglu_quantise_sm90, swiglu_quantise_twin,
+           {.gate_up = gate_up.const_data_ptr(),
+            .weight = route.weight.const_data_ptr<float>(),
+            .limit = static_cast<float>(experts.swiglu_limit),
+            .rows = route.rows,
+            .inter = inter,
+            .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
+            .scales = hidden.scales.mutable_data_ptr<float>(),
+            .x_groups = hidden.groups});
   const at::Tensor y = at::empty({route.rows, dim}, x.options());
   multiply_experts_sm90(hidden, w2, route.runs, y, 0);
   const at::Tensor out = at::empty_like(shared);
-  combine_sm90({.rows = y.const_data_ptr(),
-                .place = route.place.const_data_ptr<int32_t>(),
-                .shared = shared.const_data_ptr(),
-                .out = out.mutable_data_ptr(),
-                .tokens = tokens,
-                .topk = route.place.size(1),
-                .dim = dim},
-               stream);
+  run_sm90(x, combine_sm90, combine_twin,
+           {.rows = y.const_data_ptr(),
+            .place = route.place.const_data_ptr<int32_t>(),
+            .shared = shared.const_data_ptr(),
+            .out = out.mutable_data_ptr(),
+            .tokens = tokens,
+            .topk = route.place.size(1),
+            .dim = dim});
   return out;
 }
 
