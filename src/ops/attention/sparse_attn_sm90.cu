@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(128)
   *reinterpret_cast<uint4*>(p.wide + row * kLatentDim + piece * 8) = v;
 }
 
-/// Adds the segments of a head, ascending, then the sink.
+/// Adds the segments of a head, ascending, then the sink. A thread has four channels.
 __global__ void __launch_bounds__(128)
     join_segments_kernel(const __grid_constant__ SparseAttnSm90Params p, int64_t segments) {
   wait_for_previous();
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(128)
     const float later_max = stats[s * 2], later_sum = stats[s * 2 + 1];
     if (later_max == -INFINITY) continue;
     const float4 v =
-        *reinterpret_cast<const float4*>(p.scratch + (row * segments + s) * kLatentDim + column);
+        *reinterpret_cast<const float4*>(p.scratch + (row * segments + s) * p.width + column);
     const float later[4] = {v.x, v.y, v.z, v.w};
     if (max == -INFINITY) {
       max = later_max, sum = later_sum;
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(128)
   const __nv_bfloat162 high = __floats2bfloat162_rn(acc[2] * factor, acc[3] * factor);
   words.x = *reinterpret_cast<const uint32_t*>(&low);
   words.y = *reinterpret_cast<const uint32_t*>(&high);
-  *reinterpret_cast<uint2*>(p.out + row * kLatentDim + column) = words;
+  *reinterpret_cast<uint2*>(p.out + row * p.width + column) = words;
   if (threadIdx.x == 0 && p.stats != nullptr) {
     p.stats[row * 2] = max;
     p.stats[row * 2 + 1] = denominator;
@@ -459,7 +459,8 @@ void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
 }
 
 void launch_join(const SparseAttnSm90Params& p, int64_t segments, Stream stream) {
-  launch_early(join_segments_kernel, {blocks_for(p.tokens * p.heads, 1), 128}, stream,
+  launch_early(join_segments_kernel,
+               {blocks_for(p.tokens * p.heads, 1), static_cast<unsigned>(p.width / 4)}, stream,
                "sparse_attn_sm90", p, segments);
 }
 
@@ -476,15 +477,22 @@ void widen_latents_sm90(const WidenLatentsSm90Params& p, Stream stream) {
 
 void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKernel kernel) {
   if (p.tokens == 0) return;
-  if (p.heads % cuda::kAttnHeads != 0 || p.window_places % kAttnChunk != 0)
-    throw_kernel_error("sparse_attn_sm90", "heads and places of the window come in 64s");
-  const int64_t segments = sparse_attn_segments(p), items = sparse_attn_items(p);
+  if (!serves_attn_width(p.width) || p.window_places % kAttnChunk != 0)
+    throw_kernel_error("sparse_attn_sm90", "channels and places of the window come in 64s");
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
-  if (kernel == SparseAttnKernel::kFew) {
-    cuda::sparse_attn_few(p, items, stream);
-  } else {
-    cuda::launch_many(p, items, stream);
+  if (kernel != SparseAttnKernel::kAny && !serves_whole_tiles(p))
+    throw_kernel_error("sparse_attn_sm90", "this kernel is for packed latents of 512, 64 heads");
+  switch (kernel) {
+    case SparseAttnKernel::kFew:
+      cuda::sparse_attn_few(p, sparse_attn_items(p), stream);
+      break;
+    case SparseAttnKernel::kMany:
+      cuda::launch_many(p, sparse_attn_items(p), stream);
+      break;
+    default:
+      cuda::sparse_attn_any(p, stream);
   }
+  const int64_t segments = sparse_attn_segments(p);
   if (segments > 1) cuda::launch_join(p, segments, stream);
 }
 
