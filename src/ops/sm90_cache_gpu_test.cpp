@@ -109,7 +109,7 @@ TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
   const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
   const at::Tensor bytes = pack_rows(rounded_rows(64 * 20, kKeys), kKeys);
   const BlockView keys = paged(bytes, 3, columns, kKeys);
-  for (const int64_t heads : {8, 64}) {
+  for (const int64_t heads : {3, 8, 64}) {
     const at::Tensor q = rounded_rows(tokens * heads, kKeys).reshape({tokens, heads, 128}),
                      w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
     const at::Tensor q_bytes = pack_rows(q.reshape({-1, 128}), kKeys);

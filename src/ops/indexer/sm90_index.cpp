@@ -51,11 +51,10 @@ bool serves_index_sm90(const at::Tensor& q,
                        const at::Tensor& w,
                        const BlockView& keys,
                        Numerics numerics) {
-  const int64_t heads = q.size(1);
   return numerics == Numerics::kReleased && keys.format.kind == RowKind::kIndexKey &&
          keys.format.width == kIndexDim && keys.page_blocks == kIndexPageRows &&
-         keys.page_rows == kIndexPageRows &&
-         (heads == 8 || heads == 16 || heads == 32 || heads == 64) && use_sm90(q) && use_sm90(w);
+         keys.page_rows == kIndexPageRows && serves_index_heads(q.size(1)) && use_sm90(q) &&
+         use_sm90(w);
 }
 
 at::Tensor index_scores_on_sm90(const at::Tensor& q,
