@@ -249,7 +249,7 @@ TEST_P(Sm90AttentionGpu, IsTheTwins) {
 TEST_P(Sm90AttentionGpu, IsTheTwinsWithoutACache) {
   if (packed()) return;  // a step's own rows are BF16
   at::manual_seed(7);
-  const Batch here({70, 1, 37}, {0, 0, 0}), there({70, 1, 37}, {0, 0, 0}, at::kCUDA);
+  const Batch here({70, 1, 37}, {0, 0, 0}, at::kCPU), there({70, 1, 37}, {0, 0, 0}, at::kCUDA);
   expect_twin(here, there, RingView{}, BlockView{}, {}, 0);
   const at::Tensor pooled = rows(here.blocks(4).num_blocks());
   expect_twin(here, there, RingView{}, step_blocks(pooled, here, 4), {}, 4);

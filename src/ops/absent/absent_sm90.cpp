@@ -26,7 +26,9 @@ namespace {
 void linear_fp8_sm90(const LinearSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void linear_bf16_sm90(const LinearSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void widened_sm90(const WidenedSm90Params&, Stream, const Sm90Choice&) { absent(); }
-void experts_fp4_sm90(const ExpertsFp4Sm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_fp4_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_fp8_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_bf16_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void quantise_operand_sm90(const QuantiseSm90Params&, Stream) { absent(); }
 void bf16_operand_sm90(const Bf16OperandSm90Params&, Stream) { absent(); }
 void pad_groups_sm90(const PadGroupsSm90Params&, Stream) { absent(); }

@@ -254,7 +254,8 @@ INSTANTIATE_TEST_SUITE_P(
     });
 
 TEST(SparseAttnAnySm90, HasTheBitsOfTheKernelsOfWholeTiles) {
-  for (const Shape& s : {Shape{9, 64, 128, 517}, Shape{2, 128, 64, 1700}}) {
+  for (const Shape& s : {Shape{9, 64, 128, 517}, Shape{2, 128, 64, 1700},
+                         Shape{30, 64, 128, 100, kLatentDim, AttnRows::kBf16}}) {
     const World w(s, 12);
     EXPECT_EQ(differences(run(w, SparseAttnKernel::kAny, 0, s.tokens),
                           run(w, SparseAttnKernel::kMany, 0, s.tokens)),

@@ -70,14 +70,16 @@ inline int64_t sparse_attn_items(const SparseAttnSm90Params& p) {
 }
 /// Whether the kernels of tiles of 64 heads and 512 channels are for it.
 inline bool serves_whole_tiles(const SparseAttnSm90Params& p) {
-  return p.width == kLatentDim && p.format == AttnRows::kPacked && p.heads % 64 == 0;
+  return p.width == kLatentDim && p.heads % 64 == 0;
 }
 
-/// Which kernel computes it changes no bit. kFew and kMany: serves_whole_tiles.
+/// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew: of packed latents,
+/// too.
 enum class SparseAttnKernel { kByShape, kFew, kMany, kAny };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
   if (!serves_whole_tiles(p)) return SparseAttnKernel::kAny;
-  return sparse_attn_items(p) <= 24 ? SparseAttnKernel::kFew : SparseAttnKernel::kMany;
+  if (sparse_attn_items(p) > 24) return SparseAttnKernel::kMany;
+  return p.format == AttnRows::kPacked ? SparseAttnKernel::kFew : SparseAttnKernel::kAny;
 }
 /// Floats of weights that eight blocks exchange in one item, twice.
 inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;

@@ -225,16 +225,14 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) co
   const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
     const WeightFormat format = panels().format;
-    if (format == WeightFormat::kF32 || (format == WeightFormat::kFp8 && role == GemmRole::kFp4))
-      return std::nullopt;
+    if (format == WeightFormat::kF32) return std::nullopt;
     packed = pack_sm90(panels(), widened);
   } else if (storage == OfficialStorage::kBf16) {
-    if (dense().scalar_type() != at::kBFloat16 || role == GemmRole::kFp4) return std::nullopt;
+    if (dense().scalar_type() != at::kBFloat16) return std::nullopt;
     packed = pack_sm90_bf16(dense().detach().cpu());
   } else {
     const bool fp4 = storage == OfficialStorage::kFp4;
-    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8 || role == GemmRole::kFp4)
-      return std::nullopt;
+    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8) return std::nullopt;
     std::vector<at::Tensor> data, scale;
     for (int64_t matrix = 0; matrix < matrices(); ++matrix) {
       std::optional<StoredCodes> codes = exact_codes(values(matrix).detach().cpu(), storage);
