@@ -352,7 +352,8 @@ INSTANTIATE_TEST_SUITE_P(Numerics,
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          KernelsAlone,
-                         ::testing::Values(Case{Numerics::kReleased, 0, true},
+                         ::testing::Values(Case{Numerics::kBf16, 0, true},
+                                           Case{Numerics::kReleased, 0, true},
                                            Case{Numerics::kReleased, 0, true, true}),
                          name_of);
 

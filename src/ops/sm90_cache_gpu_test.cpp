@@ -11,6 +11,7 @@
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/kv_rows.h"
 #include "ops/compressor/compress.h"
+#include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/indexer/index_topk.h"
@@ -133,6 +134,43 @@ TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
         reference::select_topk(twin, here, ratio, k)))
         << heads;
   }
+}
+
+TEST(Sm90CacheGpu, IndexScoresAndChoicesOfBf16KeysAreTheTwins) {
+  at::manual_seed(8);
+  const int64_t ratio = 4, k = 50, heads = 8;
+  const auto bits = [](const at::Tensor& x) {
+    return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+  };
+  const auto check = [&](const Batch& here, const Batch& there, const BlockView& keys) {
+    const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
+    const at::Tensor q = at::randn({tokens, heads, 128}).to(at::kBFloat16),
+                     w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
+    at::Tensor twin = at::full({tokens, columns}, -INFINITY);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t seq = here.seq()[t].item<int64_t>();
+      for (int64_t c = 0; c < (here.host_pos()[static_cast<size_t>(t)] + 1) / ratio; ++c) {
+        twin[t][c] = index_score_bf16_twin(bits(q) + t * heads * 128, bits(w) + t * heads,
+                                           bits(keys.rows) + keys.table().row(seq, c) * 128, heads);
+      }
+    }
+    const BlockView keys_there = moved(keys, at::kCUDA);
+    const at::Tensor q_there = q.to(at::kCUDA), w_there = w.to(at::kCUDA);
+    EXPECT_TRUE(same_bits(
+        index_scores(q_there, w_there, keys_there, there, ratio, Numerics::kBf16).cpu(), twin));
+    EXPECT_TRUE(
+        at::equal(index_topk(q_there, w_there, keys_there, there, ratio, k, Numerics::kBf16).cpu(),
+                  reference::select_topk(twin, here, ratio, k)));
+  };
+  const Runs runs{{3, 1, 20}, {700, 1000, 5}};
+  const Batch cached = runs.on(at::kCPU);
+  check(cached, runs.on(at::kCUDA),
+        paged(at::randn({64 * 20, 128}).to(at::kBFloat16), 3, cached.max_end_pos() / ratio, {}));
+  const Batch alone({230, 1, 37}, {0, 0, 0}, at::kCPU),
+      alone_there({230, 1, 37}, {0, 0, 0}, at::kCUDA);
+  check(alone, alone_there,
+        step_blocks(at::randn({alone.blocks(ratio).num_blocks(), 128}).to(at::kBFloat16), alone,
+                    ratio));
 }
 
 /// Attention over caches: heads of a width, a window, latents packed or in BF16.

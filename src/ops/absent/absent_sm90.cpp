@@ -8,6 +8,7 @@
 #include "ops/cache/rows_sm90.h"
 #include "ops/compressor/compress_sm90.h"
 #include "ops/gemm/linear_sm90.h"
+#include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/mhc/hyper_connection_sm90.h"
 #include "ops/moe/gate_sm90.h"
@@ -45,6 +46,8 @@ void index_rows_sm90(const IndexRowsSm90Params&, Stream) { absent(); }
 void compress_sm90(const CompressSm90Params&, Stream) { absent(); }
 void index_scores_sm90(const IndexScoresSm90Params&, Stream) { absent(); }
 void index_topk_sm90(const IndexTopkSm90Params&, Stream) { absent(); }
+void index_scores_bf16_sm90(const IndexScoresBf16Sm90Params&, Stream) { absent(); }
+void index_topk_f32_sm90(const IndexTopkF32Sm90Params&, Stream) { absent(); }
 void attn_lists_sm90(const AttnListsSm90Params&, Stream) { absent(); }
 void sparse_attn_sm90(const SparseAttnSm90Params&, Stream, SparseAttnKernel) { absent(); }
 
