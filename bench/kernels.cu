@@ -1,5 +1,5 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [prefill] [copy]
+//   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [prefill] [any] [copy]
 //   one line a case; none named: all; prefill: the prefill of attention alone
 // Everything runs as a captured graph, products over distinct weights, so that the second-level
 // cache holds nothing of what a call reads (of `forward` the products and wo_a alone); medians of
@@ -369,6 +369,7 @@ int run(int argc, char** argv) {
   std::printf("copy %.3f TB/s read and written\n", copy);
   if (wanted("attention")) bench_attention(stream, copy, false);
   if (argc > 1 && wanted("prefill")) bench_attention(stream, copy, true);
+  if (wanted("any")) bench_attention_any(stream, copy);
   if (wanted("rows")) bench_rows(stream, copy);
   if (wanted("forward")) bench_forward(stream, copy);
   if (wanted("index")) bench_index(stream, copy);

@@ -119,9 +119,10 @@ std::function<int()> define_logits(CLI::App& app) {
   app.add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  app.add_option("--as", flags->as,
-                 "hopper: on the CPU, the bits that --device cuda gives on an H200; refused by name "
-                 "where a card leaves the kernels of hadal (docs/kernels.md)")
+  app.add_option(
+         "--as", flags->as,
+         "hopper: on the CPU, the bits that --device cuda gives on an H200; refused by name "
+         "where a card leaves the kernels of hadal (docs/kernels.md)")
       ->check(CLI::IsMember({"hopper"}));
   app.add_option("--chunk", flags->chunk, "tokens a step; default: all at once")->check(above(0));
   return [flags] { return run(*flags); };

@@ -1,5 +1,7 @@
-// A CPU in a card's place (AsHopperGuard): the forward pass made of the twins. That the card has the
-// same bits is as_hopper_gpu_test.cpp.
+// A CPU in a card's place (AsHopperGuard): the forward pass made of the twins. That the card has
+// the same bits is as_hopper_gpu_test.cpp.
+#include "testing/as_hopper.h"
+
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -8,7 +10,6 @@
 
 #include "base/check.h"
 #include "ops/sm90.h"
-#include "testing/as_hopper.h"
 #include "testing/tiny_model.h"
 
 namespace hadal::engine {

@@ -50,8 +50,7 @@ MoeOutput moe_forward(const Moe& moe,
                                    .w3 = moe.w3.weight,
                                    .w2 = moe.w2.weight,
                                    .swiglu_limit = config.swiglu_limit};
-  if (numerics == ops::Numerics::kReleased && !context.request.swiglu &&
-      ops::serves_experts_sm90(x_rounded, experts)) {
+  if (!context.request.swiglu && ops::serves_experts_sm90(x_rounded, experts, numerics)) {
     return {.out = ops::experts_on_sm90(x_rounded, routing, experts, shared_expert()),
             .aux = std::move(aux)};
   }

@@ -71,8 +71,7 @@ ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
     // The kernels that read these codes on a GPU round rows to E4M3, which `released` alone does.
     const bool rounds = weight.form() == ops::WeightForm::kSm90 && weight.sm90().rounds_rows();
     const bool kernels = !weight.device().is_cpu() || ops::as_hopper();
-    return rounds && numerics != ops::Numerics::kReleased && kernels ? weight.to_dense()
-               : weight;
+    return rounds && numerics != ops::Numerics::kReleased && kernels ? weight.to_dense() : weight;
   }
   const at::Tensor values = operand(numerics);
   // Masters under training change every step; what is rounded on the way is made anew.

@@ -26,8 +26,8 @@ class DifferentiableGuard {
   bool previous_;
 };
 
-/// While one lives, this thread's tensors on the CPU stand for those on a Hopper card: ops decide as
-/// they do there, and kernels are their twins, whose bits are the card's
+/// While one lives, this thread's tensors on the CPU stand for those on a Hopper card: ops decide
+/// as they do there, and kernels are their twins, whose bits are the card's
 /// (docs/decisions/0022-as-hopper.md). What a card would leave to a library or a reference is
 /// refused (refuse_as_hopper). For `released` and `bf16`.
 class AsHopperGuard {
@@ -43,14 +43,15 @@ class AsHopperGuard {
 bool as_hopper();
 
 /// Whether the Hopper kernels serve x: BF16 on a GPU, or on the CPU under an AsHopperGuard, no
-/// gradient of it asked for, no guard that forbids it. Error for a GPU of another generation, by its
-/// name.
+/// gradient of it asked for, no guard that forbids it. Error for a GPU of another generation, by
+/// its name.
 bool use_sm90(const at::Tensor& x);
 /// The same for FP32 tensors that a product of BF16 ones gave.
 bool use_sm90_fp32(const at::Tensor& x);
 
 /// Where an op goes on without a Hopper kernel: InputError, naming the op and what it has no kernel
-/// for, when x stands for a tensor on a card, because nobody can say the bits of what follows there.
+/// for, when x stands for a tensor on a card, because nobody can say the bits of what follows
+/// there.
 void refuse_as_hopper(const at::Tensor& x, std::string_view what);
 
 /// A kernel where its tensors lie: kernel(p, stream) on a GPU, twin(p) on the CPU.

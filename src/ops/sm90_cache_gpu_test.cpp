@@ -1,5 +1,6 @@
 // Ops that read the caches, on a GPU: the bits of the CPU's kernels or of their twins, over the
 // same cached rows.
+#include <cmath>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -10,6 +11,7 @@
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/kv_rows.h"
 #include "ops/compressor/compress.h"
+#include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/indexer/index_topk.h"
@@ -68,7 +70,7 @@ struct Runs {
 TEST(Sm90CacheGpu, PackedRowsHaveTheBytesOfTheCpu) {
   at::manual_seed(3);
   for (const RowFormat& format :
-       {kLatents, kKeys, RowFormat{.kind = RowKind::kLatent, .width = 128, .rotary = 64}}) {
+       {kLatents, kKeys, packed_latent(128), packed_latent(192), packed_latent(256)}) {
     for (const int64_t rows : {1, 70, 1000}) {
       const at::Tensor x = rounded_rows(rows, format);
       EXPECT_TRUE(at::equal(pack_rows(x.to(at::kCUDA), format).cpu(), pack_rows(x, format)))
@@ -108,7 +110,7 @@ TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
   const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
   const at::Tensor bytes = pack_rows(rounded_rows(64 * 20, kKeys), kKeys);
   const BlockView keys = paged(bytes, 3, columns, kKeys);
-  for (const int64_t heads : {8, 64}) {
+  for (const int64_t heads : {3, 8, 64}) {
     const at::Tensor q = rounded_rows(tokens * heads, kKeys).reshape({tokens, heads, 128}),
                      w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
     const at::Tensor q_bytes = pack_rows(q.reshape({-1, 128}), kKeys);
@@ -134,80 +136,171 @@ TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
   }
 }
 
-/// The latents of a token's places as attn_lists_sm90 lays them out.
-std::vector<const uint8_t*> places_of(const Batch& batch,
-                                      int64_t token,
-                                      const at::Tensor& own,
-                                      const RingView& ring,
-                                      const BlockView& blocks,
-                                      const at::Tensor& selection,
-                                      const AttentionParams& params) {
-  const int64_t seq = batch.seq()[token].item<int64_t>(), start = batch.start(seq);
-  const int64_t pos = batch.host_pos()[static_cast<size_t>(token)];
-  const auto row = [](const at::Tensor& rows, int64_t index) {
-    return rows.const_data_ptr<uint8_t>() + index * kLatentRowBytes;
+TEST(Sm90CacheGpu, IndexScoresAndChoicesOfBf16KeysAreTheTwins) {
+  at::manual_seed(8);
+  const int64_t ratio = 4, k = 50, heads = 8;
+  const auto bits = [](const at::Tensor& x) {
+    return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
   };
-  std::vector<const uint8_t*> places(static_cast<size_t>(params.window));
-  for (int64_t p = std::max<int64_t>(0, pos - params.window + 1); p <= pos; ++p) {
-    places[static_cast<size_t>(p % params.window)] = p >= start
-                                                         ? row(own, batch.begin(seq) + p - start)
-                                                         : row(ring.rows, ring.table().row(seq, p));
-  }
-  const int64_t visible = params.ratio == 0 ? 0 : (pos + 1) / params.ratio;
-  for (int64_t c = 0; c < visible; ++c) {
-    const int64_t block = !selection.defined()    ? c
-                          : c < selection.size(1) ? selection[token][c].item<int64_t>()
-                                                  : -1;
-    if (block >= 0) places.push_back(row(blocks.rows, blocks.table().row(seq, block)));
-  }
-  return places;
+  const auto check = [&](const Batch& here, const Batch& there, const BlockView& keys) {
+    const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
+    const at::Tensor q = at::randn({tokens, heads, 128}).to(at::kBFloat16),
+                     w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
+    at::Tensor twin = at::full({tokens, columns}, -INFINITY);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t seq = here.seq()[t].item<int64_t>();
+      for (int64_t c = 0; c < (here.host_pos()[static_cast<size_t>(t)] + 1) / ratio; ++c) {
+        twin[t][c] = index_score_bf16_twin(bits(q) + t * heads * 128, bits(w) + t * heads,
+                                           bits(keys.rows) + keys.table().row(seq, c) * 128, heads);
+      }
+    }
+    const BlockView keys_there = moved(keys, at::kCUDA);
+    const at::Tensor q_there = q.to(at::kCUDA), w_there = w.to(at::kCUDA);
+    EXPECT_TRUE(same_bits(
+        index_scores(q_there, w_there, keys_there, there, ratio, Numerics::kBf16).cpu(), twin));
+    EXPECT_TRUE(
+        at::equal(index_topk(q_there, w_there, keys_there, there, ratio, k, Numerics::kBf16).cpu(),
+                  reference::select_topk(twin, here, ratio, k)));
+  };
+  const Runs runs{{3, 1, 20}, {700, 1000, 5}};
+  const Batch cached = runs.on(at::kCPU);
+  check(cached, runs.on(at::kCUDA),
+        paged(at::randn({64 * 20, 128}).to(at::kBFloat16), 3, cached.max_end_pos() / ratio, {}));
+  const Batch alone({230, 1, 37}, {0, 0, 0}, at::kCPU),
+      alone_there({230, 1, 37}, {0, 0, 0}, at::kCUDA);
+  check(alone, alone_there,
+        step_blocks(at::randn({alone.blocks(ratio).num_blocks(), 128}).to(at::kBFloat16), alone,
+                    ratio));
 }
 
-TEST(Sm90CacheGpu, AttentionIsTheTwins) {
-  at::manual_seed(6);
-  const int64_t heads = 64, window = 128, ring_size = 131, k = 70;
-  const Runs runs{{2, 1, 3}, {0, 400, 1022}};
-  const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
-  const int64_t tokens = here.num_tokens();
-  RingView ring = RingView::of_slots(pack_rows(rounded_rows(3 * ring_size, kLatents), kLatents),
-                                     {2, 0, 1}, ring_size);
-  ring.format = kLatents;
-  const BlockView blocks =
-      paged(pack_rows(rounded_rows(64 * 16, kLatents), kLatents), 3, 300, kLatents);
-  const at::Tensor q = at::randn({tokens, heads, 512}).to(at::kBFloat16), sink = at::randn({heads}),
-                   kv = rounded_rows(tokens, kLatents), own = pack_rows(kv, kLatents);
-  const at::Tensor chosen =
-      reference::select_topk(at::randn({tokens, here.max_end_pos() / 4}), here, 4, k);
-  for (const auto& [ratio, selection] :
-       {std::pair<int64_t, at::Tensor>{0, {}}, {128, {}}, {4, {}}, {4, chosen}}) {
+/// Attention over caches: heads of a width, a window, latents packed or in BF16.
+struct AttentionCase {
+  int64_t heads, width, window;
+  AttnRows format;
+  friend void PrintTo(const AttentionCase& c, std::ostream* out) {
+    *out << c.heads << " heads of " << c.width << ", window " << c.window
+         << (c.format == AttnRows::kPacked ? ", packed" : ", BF16");
+  }
+};
+
+class Sm90AttentionGpu : public ::testing::TestWithParam<AttentionCase> {
+ protected:
+  bool packed() const { return GetParam().format == AttnRows::kPacked; }
+  RowFormat format() const { return packed() ? packed_latent(GetParam().width) : RowFormat{}; }
+  /// Rows as a cache holds them, and as a step has them.
+  at::Tensor cached(const at::Tensor& rows) const {
+    return packed() ? pack_rows(rows, format()) : rows.contiguous();
+  }
+  at::Tensor rows(int64_t count) const {
+    return rounded_rows(count, packed_latent(GetParam().width));
+  }
+
+  /// The latents of a token's places as attn_lists_sm90 lays them out.
+  std::vector<const uint8_t*> places_of(const Batch& batch,
+                                        int64_t token,
+                                        const at::Tensor& own,
+                                        const RingView& ring,
+                                        const BlockView& blocks,
+                                        const at::Tensor& selection,
+                                        const AttentionParams& params) const {
+    const int64_t seq = batch.seq()[token].item<int64_t>(), start = batch.start(seq);
+    const int64_t pos = batch.host_pos()[static_cast<size_t>(token)];
+    const int64_t bytes = attn_row_bytes(GetParam().width, GetParam().format);
+    const auto row = [&](const at::Tensor& rows, int64_t index) {
+      return static_cast<const uint8_t*>(rows.const_data_ptr()) + index * bytes;
+    };
+    std::vector<const uint8_t*> places(static_cast<size_t>(attn_window_places(params.window)));
+    for (int64_t p = std::max<int64_t>(0, pos - params.window + 1); p <= pos; ++p) {
+      places[static_cast<size_t>(p % params.window)] =
+          p >= start ? row(own, batch.begin(seq) + p - start)
+                     : row(ring.rows, ring.table().row(seq, p));
+    }
+    const int64_t visible = params.ratio == 0 ? 0 : (pos + 1) / params.ratio;
+    for (int64_t c = 0; c < visible; ++c) {
+      const int64_t block = !selection.defined()    ? c
+                            : c < selection.size(1) ? selection[token][c].item<int64_t>()
+                                                    : -1;
+      if (block >= 0) places.push_back(row(blocks.rows, blocks.table().row(seq, block)));
+    }
+    return places;
+  }
+
+  /// The op on a GPU against the twin.
+  void expect_twin(const Batch& here,
+                   const Batch& there,
+                   const RingView& ring,
+                   const BlockView& blocks,
+                   const at::Tensor& selection,
+                   int64_t ratio) const {
+    const auto [heads, width, window, format] = GetParam();
+    const int64_t tokens = here.num_tokens();
+    const at::Tensor q = at::randn({tokens, heads, width}).to(at::kBFloat16),
+                     sink = at::randn({heads}), kv = rows(tokens), own = cached(kv);
     const AttentionParams params{.window = window,
-                                 .scale = 0.044194173824159216,
+                                 .scale = 1.0 / std::sqrt(static_cast<double>(width)),
                                  .ratio = ratio,
-                                 .numerics = Numerics::kReleased};
+                                 .numerics = packed() ? Numerics::kReleased : Numerics::kBf16};
     at::Tensor out = at::empty_like(q), stats = at::empty({tokens, heads, 2});
     for (int64_t t = 0; t < tokens; ++t) {
-      const auto rows = places_of(here, t, own, ring, blocks, selection, params);
+      const auto list = places_of(here, t, own, ring, blocks, selection, params);
       sparse_attn_twin({.q = reinterpret_cast<const uint16_t*>(q.const_data_ptr<at::BFloat16>()) +
-                             t * heads * 512,
+                             t * heads * width,
                         .sink = sink.const_data_ptr<float>(),
-                        .rows = rows.data(),
+                        .rows = list.data(),
                         .heads = heads,
-                        .places = std::ssize(rows),
+                        .places = std::ssize(list),
                         .scale = static_cast<float>(params.scale),
                         .out = reinterpret_cast<uint16_t*>(out.mutable_data_ptr<at::BFloat16>()) +
-                               t * heads * 512,
-                        .stats = stats.mutable_data_ptr<float>() + t * heads * 2});
+                               t * heads * width,
+                        .stats = stats.mutable_data_ptr<float>() + t * heads * 2,
+                        .width = width,
+                        .format = format});
     }
-    const AttentionResult found = sparse_attn(
-        q.to(at::kCUDA), kv.to(at::kCUDA), moved(ring, at::kCUDA), moved(blocks, at::kCUDA),
-        selection.defined() ? selection.to(at::kCUDA) : selection, sink.to(at::kCUDA), there,
-        params);
+    const RingView ring_there = ring.rows.defined() ? moved(ring, at::kCUDA) : ring;
+    const BlockView blocks_there = blocks.rows.defined() ? moved(blocks, at::kCUDA) : blocks;
+    const AttentionResult found =
+        sparse_attn(q.to(at::kCUDA), kv.to(at::kCUDA), ring_there, blocks_there,
+                    selection.defined() ? selection.to(at::kCUDA) : selection, sink.to(at::kCUDA),
+                    there, params);
     EXPECT_TRUE(same_bits(found.out.cpu(), out)) << ratio << " " << selection.defined();
     EXPECT_TRUE(
         at::allclose(found.lse.cpu(), stats.select(2, 0) + stats.select(2, 1).log(), 1e-6, 1e-6))
         << ratio;
   }
+};
+
+TEST_P(Sm90AttentionGpu, IsTheTwins) {
+  at::manual_seed(6);
+  const int64_t ring_size = 131, k = 70;
+  const Runs runs{{2, 1, 3}, {0, 400, 1022}};
+  const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
+  RingView ring = RingView::of_slots(cached(rows(3 * ring_size)), {2, 0, 1}, ring_size);
+  ring.format = format();
+  const BlockView blocks = paged(cached(rows(64 * 16)), 3, 300, format());
+  const at::Tensor chosen =
+      reference::select_topk(at::randn({here.num_tokens(), here.max_end_pos() / 4}), here, 4, k);
+  for (const auto& [ratio, selection] :
+       {std::pair<int64_t, at::Tensor>{0, {}}, {128, {}}, {4, {}}, {4, chosen}})
+    expect_twin(here, there, ring, blocks, selection, ratio);
 }
+
+TEST_P(Sm90AttentionGpu, IsTheTwinsWithoutACache) {
+  if (packed()) return;  // a step's own rows are BF16
+  at::manual_seed(7);
+  const Batch here({70, 1, 37}, {0, 0, 0}, at::kCPU), there({70, 1, 37}, {0, 0, 0}, at::kCUDA);
+  expect_twin(here, there, RingView{}, BlockView{}, {}, 0);
+  const at::Tensor pooled = rows(here.blocks(4).num_blocks());
+  expect_twin(here, there, RingView{}, step_blocks(pooled, here, 4), {}, 4);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases,
+                         Sm90AttentionGpu,
+                         ::testing::Values(AttentionCase{64, 512, 128, AttnRows::kPacked},
+                                           AttentionCase{6, 128, 128, AttnRows::kPacked},
+                                           AttentionCase{4, 256, 32, AttnRows::kPacked},
+                                           AttentionCase{17, 192, 100, AttnRows::kPacked},
+                                           AttentionCase{6, 128, 128, AttnRows::kBf16},
+                                           AttentionCase{3, 512, 32, AttnRows::kBf16}));
 
 }  // namespace
 }  // namespace hadal::ops

@@ -25,7 +25,9 @@ class Trace {
  public:
   explicit Trace(TracedPass& pass) : pass_(pass) {}
 
-  void step(int64_t pos, int64_t count) { where_ = concat("tokens ", pos, " to ", pos + count - 1); }
+  void step(int64_t pos, int64_t count) {
+    where_ = concat("tokens ", pos, " to ", pos + count - 1);
+  }
   void keep(const std::string& name, const at::Tensor& value) {
     if (value.defined()) pass_.values.emplace_back(concat(where_, ", ", name), value.cpu());
   }
@@ -107,8 +109,8 @@ TracedPass traced_pass(const model::Transformer& model,
   Trace trace(pass);
   std::vector<at::Tensor> logits;
   for (int64_t pos = 0; pos < count; pos += chunk) {
-    const auto part = tokens.subspan(static_cast<size_t>(pos),
-                                     static_cast<size_t>(std::min(chunk, count - pos)));
+    const auto part =
+        tokens.subspan(static_cast<size_t>(pos), static_cast<size_t>(std::min(chunk, count - pos)));
     const engine_core::SequenceStep step{.slot = 1, .start = pos, .tokens = part, .pages = pages};
     const ops::Batch batch = cache.begin({&step, 1});
     model::ForwardContext context;

@@ -24,7 +24,7 @@ model::Transformer packed_model(const model::ModelConfig& config,
 /// What a pass computed, by name in the order of computation, on the CPU.
 struct TracedPass {
   std::vector<std::pair<std::string, at::Tensor>> values;
-  at::Tensor logits;  ///< [tokens, vocab] FP32
+  at::Tensor logits;                         ///< [tokens, vocab] FP32
   std::vector<model::BlockChoices> choices;  ///< of the last step, by block
 };
 

@@ -11,49 +11,71 @@
 namespace hadal::ops {
 namespace {
 
-bool is_packed_latent(const RowFormat& format) {
-  return format.kind == RowKind::kLatent && format.width == kLatentDim &&
-         format.rotary == kRotaryDim;
+/// How the rows that a step meets lie: those of rings and blocks, and its own.
+AttnRows format_of(const RingView& history) {
+  return history.rows.defined() && history.format.packed() ? AttnRows::kPacked : AttnRows::kBf16;
 }
 
-/// The window's rows: those of the rings, and this step's, packed, a whole number of rows away, so
-/// that one base address and one row number reach both. On the CPU, whose allocations may lie too
-/// far apart, the rings are copied before them.
+/// Whether cached or pooled rows are of this width and format, one after the other.
+bool has_rows(const at::Tensor& rows, const RowFormat& format, int64_t width, AttnRows wanted) {
+  if (!rows.defined() || !rows.is_contiguous()) return false;
+  if (wanted == AttnRows::kPacked) return format == packed_latent(width);
+  return !format.packed() && rows.scalar_type() == at::kBFloat16 && rows.size(1) == width;
+}
+
+const uint8_t* row_data(const at::Tensor& rows) {
+  return static_cast<const uint8_t*>(rows.const_data_ptr());
+}
+
+/// The window's rows: those of the rings, and this step's, in their format, a whole number of rows
+/// away, so that one base address and one row number reach both. On the CPU, whose allocations may
+/// lie too far apart, the rings are copied before them.
 struct WindowRows {
   at::Tensor step;  ///< memory of the step's rows
   const uint8_t* base;
-  int64_t ring_row, step_row;
+  int64_t ring_row = 0, step_row = 0;
+  AttnRows format;
 
-  WindowRows(const at::Tensor& kv_any, const RingView& history) {
-    const at::Tensor kv = kernel_input(kv_any);
+  WindowRows(const at::Tensor& kv_any, const RingView& history) : format(format_of(history)) {
+    const at::Tensor kv = kernel_input(kv_any.to(at::kBFloat16));
+    if (!history.rows.defined()) {
+      step = kv;
+      base = row_data(step);
+      return;
+    }
     if (kv.is_cpu()) {
-      step = at::cat({history.rows, pack_rows(kv, history.format)});
-      base = step.const_data_ptr<uint8_t>();
-      ring_row = 0;
+      const at::Tensor own_rows = format == AttnRows::kBf16 ? kv : pack_rows(kv, history.format);
+      step = at::cat({history.rows, own_rows});
+      base = row_data(step);
       step_row = history.rows.size(0);
       return;
     }
-    step = at::empty({(kv.size(0) + 1) * kLatentRowBytes}, history.rows.options());
-    const auto ring = reinterpret_cast<uintptr_t>(history.rows.const_data_ptr<uint8_t>());
-    const auto own = reinterpret_cast<uintptr_t>(step.const_data_ptr<uint8_t>());
-    constexpr auto kBytes = static_cast<uintptr_t>(kLatentRowBytes);
+    const int64_t width = kv.size(1), bytes = attn_row_bytes(width, format);
+    step = at::empty({(kv.size(0) + 1) * bytes}, kv.options().dtype(at::kByte));
+    const auto ring = reinterpret_cast<uintptr_t>(row_data(history.rows));
+    const auto own = reinterpret_cast<uintptr_t>(row_data(step));
+    const auto row = static_cast<uintptr_t>(bytes);
     const bool behind = own > ring;
-    const uintptr_t skip =
-        behind ? (kBytes - (own - ring) % kBytes) % kBytes : (ring - own) % kBytes;
+    const uintptr_t skip = behind ? (row - (own - ring) % row) % row : (ring - own) % row;
     uint8_t* rows = step.mutable_data_ptr<uint8_t>() + skip;
-    base = behind ? history.rows.const_data_ptr<uint8_t>() : rows;
-    ring_row = behind ? 0 : static_cast<int64_t>((ring - own - skip) / kBytes);
-    step_row = behind ? static_cast<int64_t>((own + skip - ring) / kBytes) : 0;
+    base = behind ? row_data(history.rows) : rows;
+    ring_row = behind ? 0 : static_cast<int64_t>((ring - own - skip) / row);
+    step_row = behind ? static_cast<int64_t>((own + skip - ring) / row) : 0;
     HADAL_CHECK(ring_row + step_row + history.rows.size(0) + kv.size(0) < INT32_MAX,
                 "sparse_attn: more than 2^31 rows of latents");
+    if (format == AttnRows::kBf16) {
+      step.narrow(0, static_cast<int64_t>(skip), kv.size(0) * bytes)
+          .copy_(kv.view(at::kByte).flatten());
+      return;
+    }
     latent_rows_sm90({.x = bf16_data(kv),
                       .weight = nullptr,
                       .cos_sin = nullptr,
                       .place = nullptr,
                       .out = rows,
                       .rows = kv.size(0),
-                      .width = kLatentDim,
-                      .stride = kLatentDim,
+                      .width = width,
+                      .stride = width,
                       .eps = 0.0f},
                      current_stream(kv));
   }
@@ -77,26 +99,25 @@ struct Lists {
                            : selection.defined() ? selection.size(1)
                                                  : batch.max_end_pos() / params.ratio;
     const auto ints = batch.seq().options().dtype(at::kInt);
-    window = at::empty({tokens, params.window}, ints);
+    window = at::empty({tokens, attn_window_places(params.window)}, ints);
     blocks = at::empty({tokens, places}, ints);
     num_blocks = at::empty({tokens}, ints);
-    run_sm90(
-        window, attn_lists_sm90, attn_lists_twin,
-        {.pos = batch.pos().const_data_ptr<int64_t>(),
-         .seq = batch.seq().const_data_ptr<int64_t>(),
-         .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
-         .ring = history.table(),
-         .step_row = rows.step_row,
-         .blocks = compressed ? view.table() : BlockRows{},
-         .ratio = params.ratio,
-         .selection = selection.defined() ? selection.const_data_ptr<int32_t>() : nullptr,
-         .window_row = window.mutable_data_ptr<int32_t>(),
-         .block_row = blocks.mutable_data_ptr<int32_t>(),
-         .num_blocks = num_blocks.mutable_data_ptr<int32_t>(),
-         .tokens = tokens,
-         .window = params.window,
-         .block_places = places,
-         .ring_row = rows.ring_row});
+    run_sm90(window, attn_lists_sm90, attn_lists_twin,
+             {.pos = batch.pos().const_data_ptr<int64_t>(),
+              .seq = batch.seq().const_data_ptr<int64_t>(),
+              .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+              .ring = history.rows.defined() ? history.table() : RingRows{},
+              .step_row = rows.step_row,
+              .blocks = compressed ? view.table() : BlockRows{},
+              .ratio = params.ratio,
+              .selection = selection.defined() ? selection.const_data_ptr<int32_t>() : nullptr,
+              .window_row = window.mutable_data_ptr<int32_t>(),
+              .block_row = blocks.mutable_data_ptr<int32_t>(),
+              .num_blocks = num_blocks.mutable_data_ptr<int32_t>(),
+              .tokens = tokens,
+              .window = params.window,
+              .block_places = places,
+              .ring_row = rows.ring_row});
   }
 };
 
@@ -106,10 +127,11 @@ bool serves_attention_sm90(const at::Tensor& q,
                            const RingView& history,
                            const BlockView& blocks,
                            const AttentionParams& params) {
-  return params.numerics == Numerics::kReleased && q.size(2) == kLatentDim && q.size(1) % 64 == 0 &&
-         params.window % kAttnChunk == 0 && history.rows.defined() &&
-         is_packed_latent(history.format) &&
-         (params.ratio == 0 || is_packed_latent(blocks.format)) && use_sm90(q);
+  const int64_t width = q.size(2);
+  const AttnRows format = format_of(history);
+  return rounds_probabilities(params.numerics) && serves_attn_width(width) &&
+         (!history.rows.defined() || has_rows(history.rows, history.format, width, format)) &&
+         (params.ratio == 0 || has_rows(blocks.rows, blocks.format, width, format)) && use_sm90(q);
 }
 
 AttentionResult attention_on_sm90(const at::Tensor& q_any,
@@ -125,24 +147,25 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
   const Lists lists(rows, history, blocks, selection, batch, params);
   const at::Tensor out = at::empty_like(q);
   const at::Tensor stats = at::empty({q.size(0), q.size(1), 2}, sink.options());
-  SparseAttnSm90Params p{
-      .q = bf16_data(q),
-      .sink = sink.const_data_ptr<float>(),
-      .window = rows.base,
-      .blocks = params.ratio > 0 ? blocks.rows.const_data_ptr<uint8_t>() : rows.base,
-      .window_row = lists.window.const_data_ptr<int32_t>(),
-      .block_row = lists.blocks.const_data_ptr<int32_t>(),
-      .num_blocks = lists.num_blocks.const_data_ptr<int32_t>(),
-      .tokens = q.size(0),
-      .heads = q.size(1),
-      .window_places = params.window,
-      .block_places = lists.blocks.size(1),
-      .scale = static_cast<float>(params.scale),
-      .out = mutable_bf16_data(out),
-      .stats = stats.mutable_data_ptr<float>(),
-      .scratch = nullptr,
-      .wide_window = nullptr,
-      .wide_blocks = nullptr};
+  SparseAttnSm90Params p{.q = bf16_data(q),
+                         .sink = sink.const_data_ptr<float>(),
+                         .window = rows.base,
+                         .blocks = params.ratio > 0 ? row_data(blocks.rows) : rows.base,
+                         .window_row = lists.window.const_data_ptr<int32_t>(),
+                         .block_row = lists.blocks.const_data_ptr<int32_t>(),
+                         .num_blocks = lists.num_blocks.const_data_ptr<int32_t>(),
+                         .tokens = q.size(0),
+                         .heads = q.size(1),
+                         .window_places = lists.window.size(1),
+                         .block_places = lists.blocks.size(1),
+                         .scale = static_cast<float>(params.scale),
+                         .out = mutable_bf16_data(out),
+                         .stats = stats.mutable_data_ptr<float>(),
+                         .scratch = nullptr,
+                         .wide_window = nullptr,
+                         .wide_blocks = nullptr,
+                         .width = q.size(2),
+                         .format = rows.format};
   const at::Tensor scratch = at::empty({sparse_attn_scratch_floats(p)}, sink.options());
   p.scratch = scratch.mutable_data_ptr<float>();
   const auto kernel = [](const auto& task, Stream stream) { sparse_attn_sm90(task, stream); };

@@ -1,5 +1,5 @@
-// Attention of tensors on a GPU by the Hopper kernels (sparse_attn_sm90.h), over latents as they
-// are cached. Compared with the twin by ops/sm90_cache_gpu_test.cpp.
+// Attention of tensors on a GPU by the Hopper kernels (sparse_attn_sm90.h), over latents as
+// they are cached. Compared with the twin by ops/sm90_cache_gpu_test.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,9 +8,9 @@
 
 namespace hadal::ops {
 
-/// `released`, BF16 queries of a multiple of 64 heads and 512 channels, packed latents with 64
-/// rotary channels in rings and blocks, a window of a multiple of 64. (Without a cache, and for
-/// other widths, there is no Hopper kernel yet.)
+/// Numerics that round probabilities; BF16 queries of any number of heads of 64 to 512 channels, a
+/// multiple of 64; rings and blocks both packed with 64 rotary channels, or both in BF16 or absent
+/// (a step without a cache reads its own rows). Rows that lie one after the other.
 bool serves_attention_sm90(const at::Tensor& q,
                            const RingView& history,
                            const BlockView& blocks,

@@ -469,7 +469,7 @@ AttentionResult sparse_attn(const at::Tensor& q,
     return attention_on_sm90(q, kv, history, blocks, selection, sink, batch, params);
   if (as_hopper())
     refuse_as_hopper(q, concat("sparse_attn of ", q.size(1), " heads of ", q.size(2), " in `",
-                             numerics_name(params.numerics), "`"));
+                               numerics_name(params.numerics), "`"));
   if (use_cuda_kernel(q, history, selection, batch, params)) {
     // Window layers have no blocks; autograd wants a tensor in their place.
     const at::Tensor rows =

@@ -68,11 +68,18 @@ inline int64_t sparse_attn_segments(const SparseAttnSm90Params& p) {
 inline int64_t sparse_attn_items(const SparseAttnSm90Params& p) {
   return p.tokens * (p.heads / 64) * sparse_attn_segments(p);
 }
+/// Whether the kernels of tiles of 64 heads and 512 channels are for it.
+inline bool serves_whole_tiles(const SparseAttnSm90Params& p) {
+  return p.width == kLatentDim && p.heads % 64 == 0;
+}
 
-/// Which kernel computes it changes no bit.
-enum class SparseAttnKernel { kByShape, kFew, kMany };
+/// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew: of packed latents,
+/// too.
+enum class SparseAttnKernel { kByShape, kFew, kMany, kAny };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
-  return sparse_attn_items(p) <= 24 ? SparseAttnKernel::kFew : SparseAttnKernel::kMany;
+  if (!serves_whole_tiles(p)) return SparseAttnKernel::kAny;
+  if (sparse_attn_items(p) > 24) return SparseAttnKernel::kMany;
+  return p.format == AttnRows::kPacked ? SparseAttnKernel::kFew : SparseAttnKernel::kAny;
 }
 /// Floats of weights that eight blocks exchange in one item, twice.
 inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
@@ -80,7 +87,7 @@ inline int64_t sparse_attn_scratch_floats(const SparseAttnSm90Params& p,
                                           SparseAttnKernel kernel = SparseAttnKernel::kByShape) {
   const int64_t segments = sparse_attn_segments(p);
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
-  return (segments == 1 ? 0 : p.tokens * segments * p.heads * (kLatentDim + 2)) +
+  return (segments == 1 ? 0 : p.tokens * segments * p.heads * (p.width + 2)) +
          (kernel == SparseAttnKernel::kFew ? sparse_attn_items(p) * kAttnExchange : 0);
 }
 void sparse_attn_sm90(const SparseAttnSm90Params& p,

@@ -63,7 +63,8 @@ struct Chunk {
       } else {
         widen(row, t.width, key);
       }
-      for (int64_t d = 0; d < t.width; ++d) values[static_cast<size_t>(d * kAttnChunk + k)] = key[d];
+      for (int64_t d = 0; d < t.width; ++d)
+        values[static_cast<size_t>(d * kAttnChunk + k)] = key[d];
     }
   }
 };
@@ -158,8 +159,7 @@ void sparse_attn_twin(const SparseAttnTwinTask& t) {
   for (int64_t first = 0; first < t.places; first += kAttnSegment) {
     const int64_t end = std::min(first + kAttnSegment, t.places);
     Fold segment(t.heads, t.width);
-    for (int64_t at = first; at < end; at += kAttnChunk)
-      fold_chunk(segment, t, Chunk(t, at, end));
+    for (int64_t at = first; at < end; at += kAttnChunk) fold_chunk(segment, t, Chunk(t, at, end));
     for (size_t h = 0; h < heads; ++h) join(total, segment, h, width);
   }
   for (size_t h = 0; h < heads; ++h)

@@ -85,8 +85,8 @@ at::Tensor pack_keys(const at::Tensor& rows, const RowFormat& format) {
 /// Whether the Hopper kernels pack rows of this format.
 bool packs_on_sm90(const RowFormat& format) {
   if (format.kind == RowKind::kIndexKey) return format.width == 128;
-  return format.rotary == kRotaryDim &&
-         (format.width == 128 || format.width == 256 || format.width == 512);
+  return format.rotary == kRotaryDim && format.width > 64 && format.width <= 512 &&
+         format.width % 64 == 0;
 }
 
 at::Tensor pack_on_sm90(const at::Tensor& rows_any, const RowFormat& format) {

@@ -17,7 +17,7 @@ struct LatentRowsSm90Params {
   const float* cos_sin;  ///< [rows, 32, 2]; null: no rotation
   const int64_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
   uint8_t* out;          ///< packed latents (kv_rows.h): 584 bytes a row for 512 channels
-  int64_t rows, width;   ///< width: 64, 128, 256 or 512
+  int64_t rows, width;   ///< width: a multiple of 64 up to 512
   int64_t stride;        ///< a multiple of 4
   float eps;
 };

@@ -169,25 +169,24 @@ Compressed compress_on_sm90(const at::Tensor& kv_any,
   const BlockPlan& plan = batch.blocks(ratio);
   const int64_t d = kv.size(1) / (ratio == 4 ? 2 : 1);
   const at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options().dtype(at::kBFloat16));
-  run_sm90(
-      kv, compress_sm90, compress_twin,
-      {.rows = {.kv = kv.const_data_ptr<float>(),
-                .gate = gate.const_data_ptr<float>(),
-                .ape = ape.const_data_ptr<float>(),
-                .kv_ring = const_cast<float*>(ring_data(kv_history)),  // only read
-                .score_ring = const_cast<float*>(ring_data(score_history)),
-                .ring = continues
-                            ? kv_history.table()
-                            : RingRows{.slots = batch.slots().const_data_ptr<int32_t>(), .size = 1},
-                .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
-                .pos = batch.pos().const_data_ptr<int64_t>(),
-                .stride = kv.size(1),
-                .ratio = ratio,
-                .d = d},
-       .block_seq = plan.seq.const_data_ptr<int64_t>(),
-       .block_pos = plan.pos.const_data_ptr<int64_t>(),
-       .pooled = mutable_bf16_data(pooled),
-       .blocks = plan.num_blocks()});
+  run_sm90(kv, compress_sm90, compress_twin,
+           {.rows = {.kv = kv.const_data_ptr<float>(),
+                     .gate = gate.const_data_ptr<float>(),
+                     .ape = ape.const_data_ptr<float>(),
+                     .kv_ring = const_cast<float*>(ring_data(kv_history)),  // only read
+                     .score_ring = const_cast<float*>(ring_data(score_history)),
+                     .ring = continues ? kv_history.table()
+                                       : RingRows{.slots = batch.slots().const_data_ptr<int32_t>(),
+                                                  .size = 1},
+                     .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+                     .pos = batch.pos().const_data_ptr<int64_t>(),
+                     .stride = kv.size(1),
+                     .ratio = ratio,
+                     .d = d},
+            .block_seq = plan.seq.const_data_ptr<int64_t>(),
+            .block_pos = plan.pos.const_data_ptr<int64_t>(),
+            .pooled = mutable_bf16_data(pooled),
+            .blocks = plan.num_blocks()});
   return {.pooled = pooled, .score = gate + ape.index_select(0, batch.pos().remainder(ratio))};
 }
 

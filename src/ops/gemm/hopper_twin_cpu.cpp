@@ -13,8 +13,9 @@
 namespace hadal::ops {
 namespace {
 
-// Lanes run along outputs, as vectors of the compiler. A product is exact in FP32; multiplied by a power of two and converted to an integer it is
-// cut toward zero to the sum's unit. Integers are added, so no order matters.
+// Lanes run along outputs, as vectors of the compiler. A product is exact in FP32; multiplied by a
+// power of two and converted to an integer it is cut toward zero to the sum's unit. Integers are
+// added, so no order matters.
 #if defined(HADAL_ISA_avx512)
 constexpr int kLanes = 16;
 #elif defined(HADAL_ISA_avx2)
@@ -142,8 +143,7 @@ inline void step_e4m3(const float* x,
   const Ints largest =
       at_least(larger<Ints>(__builtin_convertvector(of_products, Ints), before.exponent), -64);
   // The accumulator has 23 fraction bits.
-  const Ints sum =
-      before.cut(largest, 0, 10) + products(x, w, 32, powers(13 - largest));
+  const Ints sum = before.cut(largest, 0, 10) + products(x, w, 32, powers(13 - largest));
   // |sum| < 2^24 is exact as a float; cutting its mantissa to 13 bits cuts toward zero.
   const Ints bits = reinterpret_cast<Ints>(__builtin_convertvector(sum, Floats)) & ~0x3ff;
   chains = sum == 0 ? Floats{} : reinterpret_cast<Floats>(bits) * powers(largest - 13);
@@ -152,8 +152,8 @@ inline void step_e4m3(const float* x,
 /// (a + b + c) * 2^unit, whose absolute value is below 2^(32 + unit), cut toward zero to an FP32
 /// number.
 inline Floats cut_sum(const Ints& a, const Ints& b, const Ints& c, const Ints& unit) {
-  const auto words = reinterpret_cast<Words>(a) + reinterpret_cast<Words>(b) +
-                     reinterpret_cast<Words>(c);
+  const auto words =
+      reinterpret_cast<Words>(a) + reinterpret_cast<Words>(b) + reinterpret_cast<Words>(c);
   // The sum may not fit 31 bits; then FP32 knows its sign.
   const Floats rough = __builtin_convertvector(a, Floats) + __builtin_convertvector(b, Floats) +
                        __builtin_convertvector(c, Floats);
@@ -165,8 +165,7 @@ inline Floats cut_sum(const Ints& a, const Ints& b, const Ints& c, const Ints& u
   const Floats high = __builtin_convertvector(reinterpret_cast<Ints>(magnitude >> 8), Floats);
   const Ints top = (reinterpret_cast<Ints>(high) >> 23) - 127 + 8;
   const Ints lost = at_least(larger<Ints>(top - 23, -149 - unit), 0);
-  const Words kept =
-      lost > 31 ? Words{} : magnitude >> reinterpret_cast<Words>(at_most(lost, 31));
+  const Words kept = lost > 31 ? Words{} : magnitude >> reinterpret_cast<Words>(at_most(lost, 31));
   // In two steps, since the least powers of two have no normal form.
   const Ints exponent = unit + lost;
   const Floats value = __builtin_convertvector(reinterpret_cast<Ints>(kept), Floats) *
@@ -246,10 +245,10 @@ inline void step_bf16(const Bf16Numbers& x, const Bf16Numbers& w, int64_t first,
       largest_exponents(x.exponent.data() + first, w.exponent.data() + first * kLanes, kStep);
   const Ints of_products = __builtin_convertvector(scaled, Ints);
   const Ints shift = load<Ints>(w.shift.data() + step * kLanes) + x.shift[step];
-  const Ints largest = at_least(
-      larger<Ints>(of_products > kSomething ? of_products + shift : Ints{} + kNothing,
-                   before.exponent),
-      kLeastExponent);
+  const Ints largest =
+      at_least(larger<Ints>(of_products > kSomething ? of_products + shift : Ints{} + kNothing,
+                            before.exponent),
+               kLeastExponent);
   const Floats factor = powers(at_most(at_least<Ints>(25 - largest + shift, -126), 127));
   // A product is below 2^27 units: eight of them stay below 2^31.
   const float *x_value = x.value.data() + first, *w_value = w.value.data() + first * kLanes;
@@ -304,7 +303,8 @@ void twin_bf16(const TwinBf16Task& t) {
       float y[kLanes] = {};
       for (int64_t first = 0; first < w.padded; first += sm90::kBf16Chain) {
         Floats chains{};
-        if (t.from != nullptr) std::memcpy(&chains, t.from + r * t.outputs + o, static_cast<size_t>(4 * count));
+        if (t.from != nullptr)
+          std::memcpy(&chains, t.from + r * t.outputs + o, static_cast<size_t>(4 * count));
         const int64_t end = std::min(first + sm90::kBf16Chain, w.padded);
         for (int64_t k = first; k < end; k += kStep)
           step_bf16(x[static_cast<size_t>(r)], w, k, chains);

@@ -98,8 +98,8 @@ void fp4_tile_codes(
         const uint32_t word = tile_word(tile, group / 2, thread + q, group % 2, half);
         for (int i = 0; i < 8; ++i) {
           const uint32_t sign = word >> kSigns[i] & 1;
-          codes[row * stride + group * 32 + i / 4 * 16 + q * 4 + i % 4] = static_cast<uint8_t>(
-              sign << 7 | table[std::min(exponent, 14)][word >> (4 * i) & 7]);
+          codes[row * stride + group * 32 + i / 4 * 16 + q * 4 + i % 4] =
+              static_cast<uint8_t>(sign << 7 | table[std::min(exponent, 14)][word >> (4 * i) & 7]);
         }
       }
     }
@@ -140,10 +140,11 @@ void bf16_operand_twin(const Bf16OperandSm90Params& p) {
   const auto* x = static_cast<const uint8_t*>(p.x);
   const int64_t bytes = sm90::round_up(2 * p.in, sm90::kSlabBytes);
   for (int64_t row = 0; row < p.x_groups * sm90::kGroupRows; ++row) {
+    const int64_t from = row >= p.rows ? -1 : p.source != nullptr ? p.source[row] : row;
     for (int64_t k = 0; k < bytes; k += 16) {
       uint8_t* to = p.operand + operand_offset(row, k, p.x_groups);
-      if (row < p.rows && k < 2 * p.in) {
-        std::memcpy(to, x + row * p.stride * 2 + k, 16);
+      if (from >= 0 && k < 2 * p.in) {
+        std::memcpy(to, x + from * p.stride * 2 + k, 16);
       } else {
         std::memset(to, 0, 16);
       }

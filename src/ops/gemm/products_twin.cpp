@@ -1,5 +1,5 @@
-// The Hopper products on a CPU, by tiles of outputs and rows that threads share. Which tile computes
-// a result changes no bit of it.
+// The Hopper products on a CPU, by tiles of outputs and rows that threads share. Which tile
+// computes a result changes no bit of it.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -95,6 +95,20 @@ std::vector<float> fp8_tile(const Tile& tile,
   return y;
 }
 
+/// Scales of blocks [slabs, ceil(outputs / 128)] for each of a tile's rows, [tile.outputs, slabs].
+std::vector<float> row_scales(const float* w_scale,
+                              int64_t outputs,
+                              int64_t slabs,
+                              const Tile& tile) {
+  const int64_t blocks = ceil_div(outputs, int64_t{128});
+  std::vector<float> scales(static_cast<size_t>(tile.outputs * slabs));
+  for (int64_t o = 0; o < tile.outputs; ++o) {
+    for (int64_t s = 0; s < slabs; ++s)
+      scales[static_cast<size_t>(o * slabs + s)] = w_scale[s * blocks + (tile.output + o) / 128];
+  }
+  return scales;
+}
+
 const uint16_t* as_bf16(const std::vector<uint8_t>& bytes) {
   return reinterpret_cast<const uint16_t*>(bytes.data());
 }
@@ -115,16 +129,9 @@ std::vector<float> bf16_tile(const Tile& tile, const uint16_t* x, const uint16_t
 
 void linear_fp8_twin(const LinearSm90Params& p) {
   const Fp8Rows x(p.x, p.x_scale, p.x_groups, 0, p.rows, p.slabs);
-  const int64_t blocks = ceil_div(p.outputs, int64_t{128});
   each_tile(p.outputs, p.rows, [&](const Tile& tile) {
-    std::vector<float> scales(static_cast<size_t>(tile.outputs * p.slabs));
-    for (int64_t o = 0; o < tile.outputs; ++o) {
-      for (int64_t s = 0; s < p.slabs; ++s)
-        scales[static_cast<size_t>(o * p.slabs + s)] =
-            p.w_scale[s * blocks + (tile.output + o) / 128];
-    }
     const auto w = rows_of_operand(p.w, p.w_groups, tile.output, tile.outputs, p.slabs);
-    store(p.out, tile, fp8_tile(tile, x, w, scales));
+    store(p.out, tile, fp8_tile(tile, x, w, row_scales(p.w_scale, p.outputs, p.slabs, tile)));
   });
 }
 
@@ -150,9 +157,8 @@ void widened_twin(const WidenedSm90Params& p) {
       std::vector<uint16_t> w(static_cast<size_t>(kTileRows * in));
       std::vector<uint8_t> codes(static_cast<size_t>(kTileRows * kFp8Chain));
       for (int64_t slab = 0; slab < p.slabs; ++slab) {
-        wide_tile_codes(
-            weights + (slab * tiles + tile.output / kTileRows) * sm90::kWideTileBytes,
-            codes.data(), kFp8Chain);
+        wide_tile_codes(weights + (slab * tiles + tile.output / kTileRows) * sm90::kWideTileBytes,
+                        codes.data(), kFp8Chain);
         const float scale = scales[slab * blocks + tile.output / 128];
         for (int64_t i = 0; i < kTileRows * kFp8Chain; ++i) {
           w[static_cast<size_t>(i / kFp8Chain * in + slab * kFp8Chain + i % kFp8Chain)] =
@@ -164,25 +170,70 @@ void widened_twin(const WidenedSm90Params& p) {
   }
 }
 
-void experts_fp4_twin(const ExpertsFp4Sm90Params& p) {
-  const int64_t in = p.slabs * kFp8Chain, tiles = p.outputs / kTileRows,
-                matrix = p.slabs * tiles * sm90::kFp4TileBytes;
+namespace {
+
+/// product(run, tile) [tile.rows, tile.outputs], rows counted from the run's first, for the tiles
+/// of 64 outputs of every run, in parallel.
+template <typename Product>
+void each_run(const ExpertsSm90Params& p, Product&& product) {
+  const int64_t tiles = ceil_div(p.outputs, kTileRows);
   parallel_for(*p.num_runs * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const ExpertRun& run = p.runs[i / tiles];
-      const Fp8Rows x(p.x, p.x_scale, p.x_groups, run.first_row, run.rows, p.slabs);
-      std::vector<uint8_t> w(static_cast<size_t>(kTileRows * in));
-      std::vector<float> scales(static_cast<size_t>(kTileRows * p.slabs));
-      for (int64_t slab = 0; slab < p.slabs; ++slab) {
-        fp4_tile_codes(
-            p.w + run.expert * matrix + (slab * tiles + i % tiles) * sm90::kFp4TileBytes,
-            w.data() + slab * kFp8Chain, in, scales.data() + slab, p.slabs);
-      }
-      Tile tile{.output = i % tiles * kTileRows, .outputs = kTileRows, .row = 0, .rows = run.rows};
-      const std::vector<float> y = fp8_tile(tile, x, w, scales);
+      const int64_t output = i % tiles * kTileRows;
+      Tile tile{.output = output,
+                .outputs = std::min(kTileRows, p.outputs - output),
+                .row = 0,
+                .rows = run.rows};
+      const std::vector<float> y = product(run, tile);
       tile.row = run.first_row;
       store(p.out, tile, y);
     }
+  });
+}
+
+/// Bytes of the K-major operand of one expert's weights.
+int64_t operand_bytes(const ExpertsSm90Params& p) {
+  return p.slabs * sm90::round_up(p.outputs, kTileRows) * sm90::kSlabBytes;
+}
+int64_t row_groups(const ExpertsSm90Params& p) {
+  return sm90::round_up(p.outputs, kTileRows) / sm90::kGroupRows;
+}
+
+}  // namespace
+
+void experts_fp4_twin(const ExpertsSm90Params& p) {
+  const int64_t in = p.slabs * kFp8Chain, tiles = p.outputs / kTileRows,
+                matrix = p.slabs * tiles * sm90::kFp4TileBytes;
+  each_run(p, [&](const ExpertRun& run, const Tile& tile) {
+    std::vector<uint8_t> w(static_cast<size_t>(kTileRows * in));
+    std::vector<float> scales(static_cast<size_t>(kTileRows * p.slabs));
+    const uint8_t* own = p.w + run.expert * matrix + tile.output / kTileRows * sm90::kFp4TileBytes;
+    for (int64_t slab = 0; slab < p.slabs; ++slab) {
+      fp4_tile_codes(own + slab * tiles * sm90::kFp4TileBytes, w.data() + slab * kFp8Chain, in,
+                     scales.data() + slab, p.slabs);
+    }
+    return fp8_tile(tile, Fp8Rows(p.x, p.x_scale, p.x_groups, run.first_row, run.rows, p.slabs), w,
+                    scales);
+  });
+}
+
+void experts_fp8_twin(const ExpertsSm90Params& p) {
+  const int64_t scales = p.slabs * ceil_div(p.outputs, int64_t{128});
+  each_run(p, [&](const ExpertRun& run, const Tile& tile) {
+    const auto w = rows_of_operand(p.w + run.expert * operand_bytes(p), row_groups(p), tile.output,
+                                   tile.outputs, p.slabs);
+    return fp8_tile(tile, Fp8Rows(p.x, p.x_scale, p.x_groups, run.first_row, run.rows, p.slabs), w,
+                    row_scales(p.w_scale + run.expert * scales, p.outputs, p.slabs, tile));
+  });
+}
+
+void experts_bf16_twin(const ExpertsSm90Params& p) {
+  each_run(p, [&](const ExpertRun& run, const Tile& tile) {
+    const auto x = rows_of_operand(p.x, p.x_groups, run.first_row, run.rows, p.slabs);
+    const auto w = rows_of_operand(p.w + run.expert * operand_bytes(p), row_groups(p), tile.output,
+                                   tile.outputs, p.slabs);
+    return bf16_tile(tile, as_bf16(x), as_bf16(w), p.slabs * sm90::kSlabBytes / 2);
   });
 }
 

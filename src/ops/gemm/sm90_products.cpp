@@ -14,21 +14,6 @@
 namespace hadal::ops {
 namespace {
 
-/// BF16 rows [rows, in] as an operand: [slabs of 64][row groups][8][64].
-at::Tensor bf16_operand(const at::Tensor& x, int64_t x_groups) {
-  const int64_t in = x.size(1);
-  at::Tensor operand =
-      at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * x_groups * sm90::kGroupRows},
-                x.options().dtype(at::kByte));
-  run_sm90(x, bf16_operand_sm90, bf16_operand_twin, {.x = x.const_data_ptr(),
-                     .rows = x.size(0),
-                     .in = in,
-                     .stride = in,
-                     .operand = operand.mutable_data_ptr<uint8_t>(),
-                     .x_groups = x_groups});
-  return operand;
-}
-
 Sm90Output output_of(const at::Tensor& y, int64_t first_column) {
   auto* data = static_cast<char*>(y.mutable_data_ptr()) + first_column * y.element_size();
   return {.y = data, .stride = y.size(1), .type = element_type(y)};
@@ -47,48 +32,50 @@ void multiply_bf16(const uint8_t* operand,
                    const at::Tensor& y,
                    int64_t first_column) {
   const auto kernel = [](const auto& p, Stream stream) { linear_bf16_sm90(p, stream); };
-  run_sm90(y, kernel, linear_bf16_twin, {.x = operand,
-                    .w = matrix_data(w, matrix),
-                    .x_groups = x_groups,
-                    .w_groups = w.row_groups(),
-                    .x_scale = nullptr,
-                    .w_scale = nullptr,
-                    .rows = rows,
-                    .outputs = w.out,
-                    .slabs = w.slabs(),
-                    .out = output_of(y, first_column)});
+  run_sm90(y, kernel, linear_bf16_twin,
+           {.x = operand,
+            .w = matrix_data(w, matrix),
+            .x_groups = x_groups,
+            .w_groups = w.row_groups(),
+            .x_scale = nullptr,
+            .w_scale = nullptr,
+            .rows = rows,
+            .outputs = w.out,
+            .slabs = w.slabs(),
+            .out = output_of(y, first_column)});
 }
 
 void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const Sm90Rows q = quantise_rows_sm90(x, {}, x.size(0));
+  const Sm90Rows q = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/true);
   const auto kernel = [](const auto& p, Stream stream) { linear_fp8_sm90(p, stream); };
-  run_sm90(x, kernel, linear_fp8_twin, {.x = q.codes.const_data_ptr<uint8_t>(),
-                   .w = matrix_data(w, 0),
-                   .x_groups = q.groups,
-                   .w_groups = w.row_groups(),
-                   .x_scale = q.scales.const_data_ptr<float>(),
-                   .w_scale = w.scales.const_data_ptr<float>(),
-                   .rows = x.size(0),
-                   .outputs = w.out,
-                   .slabs = w.slabs(),
-                   .out = output_of(y, 0)});
+  run_sm90(x, kernel, linear_fp8_twin,
+           {.x = q.codes.const_data_ptr<uint8_t>(),
+            .w = matrix_data(w, 0),
+            .x_groups = q.groups,
+            .w_groups = w.row_groups(),
+            .x_scale = q.scales.const_data_ptr<float>(),
+            .w_scale = w.scales.const_data_ptr<float>(),
+            .rows = x.size(0),
+            .outputs = w.out,
+            .slabs = w.slabs(),
+            .out = output_of(y, 0)});
 }
 
 void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
   // K of the whole row is K of one group behind another's.
-  const at::Tensor operand = bf16_operand(x, x_groups);
+  const Sm90Rows rows = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false);
   const auto kernel = [](const auto& p, Stream stream) { widened_sm90(p, stream); };
-  run_sm90(x, kernel, widened_twin, {.x = operand.const_data_ptr<uint8_t>(),
-                .x_groups = x_groups,
-                .w = matrix_data(w, 0),
-                .scales = w.scales.const_data_ptr<float>(),
-                .rows = x.size(0),
-                .groups = w.matrices,
-                .outputs = w.out,
-                .slabs = w.slabs(),
-                .out = mutable_bf16_data(y),
-                .stride = y.size(1)});
+  run_sm90(x, kernel, widened_twin,
+           {.x = rows.codes.const_data_ptr<uint8_t>(),
+            .x_groups = rows.groups,
+            .w = matrix_data(w, 0),
+            .scales = w.scales.const_data_ptr<float>(),
+            .rows = x.size(0),
+            .groups = w.matrices,
+            .outputs = w.out,
+            .slabs = w.slabs(),
+            .out = mutable_bf16_data(y),
+            .stride = y.size(1)});
 }
 
 /// Rows of x in a tile for so many rows an expert on average; changes no bit.
@@ -109,17 +96,39 @@ Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
           .groups = groups};
 }
 
-Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
+Sm90Rows operand_rows_sm90(const at::Tensor& x,
+                           const at::Tensor& source,
+                           int64_t rows,
+                           bool rounds) {
   const int64_t in = x.size(1);
+  const int32_t* from = source.defined() ? source.const_data_ptr<int32_t>() : nullptr;
+  if (!rounds) {
+    const int64_t groups = ceil_div(rows, sm90::kGroupRows);
+    Sm90Rows operand{
+        .codes = at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * groups * sm90::kGroupRows},
+                           x.options().dtype(at::kByte)),
+        .scales = {},
+        .groups = groups};
+    run_sm90(x, bf16_operand_sm90, bf16_operand_twin,
+             {.x = x.const_data_ptr(),
+              .rows = rows,
+              .in = in,
+              .stride = in,
+              .operand = operand.codes.mutable_data_ptr<uint8_t>(),
+              .x_groups = groups,
+              .source = from});
+    return operand;
+  }
   Sm90Rows q = empty_rows_sm90(rows, in, x.device());
-  run_sm90(x, quantise_operand_sm90, quantise_operand_twin, {.x = x.const_data_ptr(),
-                         .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
-                         .rows = rows,
-                         .in = in,
-                         .stride = in,
-                         .codes = q.codes.mutable_data_ptr<uint8_t>(),
-                         .scales = q.scales.mutable_data_ptr<float>(),
-                         .x_groups = q.groups});
+  run_sm90(x, quantise_operand_sm90, quantise_operand_twin,
+           {.x = x.const_data_ptr(),
+            .source = from,
+            .rows = rows,
+            .in = in,
+            .stride = in,
+            .codes = q.codes.mutable_data_ptr<uint8_t>(),
+            .scales = q.scales.mutable_data_ptr<float>(),
+            .x_groups = q.groups});
   return q;
 }
 
@@ -140,18 +149,32 @@ void multiply_experts_sm90(const Sm90Rows& x,
                            const ExpertRuns& runs,
                            const at::Tensor& y,
                            int64_t first_column) {
+  HADAL_CHECK(x.scales.defined() == w.rounds_rows(), "experts: rows of another product");
+  const ExpertsSm90Params p{
+      .x = x.codes.const_data_ptr<uint8_t>(),
+      .x_scale = x.scales.defined() ? x.scales.const_data_ptr<float>() : nullptr,
+      .x_groups = x.groups,
+      .w = w.data.const_data_ptr<uint8_t>(),
+      .outputs = w.out,
+      .slabs = w.slabs(),
+      .runs = runs.data(),
+      .num_runs = runs.count.const_data_ptr<int32_t>(),
+      .max_runs = runs.runs.size(0),
+      .out = output_of(y, first_column),
+      .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr};
   const Sm90Choice choice{.tile = expert_tile(runs.rows, runs.runs.size(0))};
-  const auto kernel = [&](const auto& p, Stream stream) { experts_fp4_sm90(p, stream, choice); };
-  run_sm90(y, kernel, experts_fp4_twin, {.x = x.codes.const_data_ptr<uint8_t>(),
-                    .x_scale = x.scales.const_data_ptr<float>(),
-                    .x_groups = x.groups,
-                    .w = w.data.const_data_ptr<uint8_t>(),
-                    .outputs = w.out,
-                    .slabs = w.slabs(),
-                    .runs = runs.data(),
-                    .num_runs = runs.count.const_data_ptr<int32_t>(),
-                    .max_runs = runs.runs.size(0),
-                    .out = output_of(y, first_column)});
+  const auto run = [&](auto kernel, auto twin) {
+    run_sm90(
+        y, [&](const auto& task, Stream stream) { kernel(task, stream, choice); }, twin, p);
+  };
+  switch (w.format) {
+    case WeightFormat::kFp4:
+      return run(experts_fp4_sm90, experts_fp4_twin);
+    case WeightFormat::kFp8:
+      return run(experts_fp8_sm90, experts_fp8_twin);
+    default:
+      run(experts_bf16_sm90, experts_bf16_twin);
+  }
 }
 
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {
@@ -169,9 +192,8 @@ at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole 
                            x.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
   if (x.size(0) == 0) return y;
   if (w.format == WeightFormat::kBf16) {
-    const int64_t x_groups = ceil_div(x.size(0), sm90::kGroupRows);
-    const at::Tensor operand = bf16_operand(x, x_groups);
-    multiply_bf16(operand.const_data_ptr<uint8_t>(), x_groups, x.size(0), w, 0, y, 0);
+    const Sm90Rows rows = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false);
+    multiply_bf16(rows.codes.const_data_ptr<uint8_t>(), rows.groups, x.size(0), w, 0, y, 0);
   } else if (w.widened) {
     multiply_widened(x, w, y);
   } else {
@@ -181,8 +203,9 @@ at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole 
 }
 
 bool serves_grouped_sm90(const Sm90Matrices& w) {
-  return w.format == WeightFormat::kFp4 && w.out % sm90::kTileRows == 0 &&
-         w.in % sm90::kFp8Chain == 0 && w.matrices <= 1024;
+  if (w.widened || w.matrices > 1024) return false;
+  if (w.format == WeightFormat::kFp4 && w.out % sm90::kTileRows != 0) return false;
+  return !w.rounds_rows() || w.in % sm90::kFp8Chain == 0;
 }
 
 at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
@@ -201,16 +224,17 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   const ExpertRuns runs(rows, w.matrices, x.device());
   const at::Tensor source = at::empty({padded}, runs.runs.options()),
                    place = at::empty({rows}, runs.runs.options());
-  run_sm90(x, pad_groups_sm90, pad_groups_twin, {.offsets = offsets.const_data_ptr<int64_t>(),
-                   .source = source.mutable_data_ptr<int32_t>(),
-                   .place = place.mutable_data_ptr<int32_t>(),
-                   .runs = runs.data(),
-                   .num_runs = runs.count.mutable_data_ptr<int32_t>(),
-                   .num_experts = w.matrices,
-                   .count = rows,
-                   .rows = padded});
+  run_sm90(x, pad_groups_sm90, pad_groups_twin,
+           {.offsets = offsets.const_data_ptr<int64_t>(),
+            .source = source.mutable_data_ptr<int32_t>(),
+            .place = place.mutable_data_ptr<int32_t>(),
+            .runs = runs.data(),
+            .num_runs = runs.count.mutable_data_ptr<int32_t>(),
+            .num_experts = w.matrices,
+            .count = rows,
+            .rows = padded});
   const at::Tensor y = at::empty({padded, w.out}, x.options());
-  multiply_experts_sm90(quantise_rows_sm90(x, source, padded), w, runs, y, 0);
+  multiply_experts_sm90(operand_rows_sm90(x, source, padded, w.rounds_rows()), w, runs, y, 0);
   return y.index_select(0, place);
 }
 
@@ -227,12 +251,11 @@ at::Tensor group_linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w) {
   if (tokens > 0 && w.widened) {
     multiply_widened(x, w, y);
   } else if (tokens > 0) {
-    const int64_t x_groups = ceil_div(tokens, sm90::kGroupRows);
-    const at::Tensor operand = bf16_operand(x, x_groups);
+    const Sm90Rows rows = operand_rows_sm90(x, {}, tokens, /*rounds=*/false);
     for (int64_t group = 0; group < w.matrices; ++group) {
       const uint8_t* k =
-          operand.const_data_ptr<uint8_t>() + group * w.in * 2 * x_groups * sm90::kGroupRows;
-      multiply_bf16(k, x_groups, tokens, w, group, y, group * w.out);
+          rows.codes.const_data_ptr<uint8_t>() + group * w.in * 2 * rows.groups * sm90::kGroupRows;
+      multiply_bf16(k, rows.groups, tokens, w, group, y, group * w.out);
     }
   }
   return y.reshape({tokens, w.matrices, w.out});

@@ -134,59 +134,86 @@ TEST_P(Sm90ProductsGpu, Bf16Groups) {
   EXPECT_TRUE(same_bits(group_linear(x.to(at::kCUDA), there).cpu(), at::stack(expected, 1)));
 }
 
-TEST_P(Sm90ProductsGpu, ExpertsInFp4) {
-  const int64_t experts = 6, out = 192, in = 384, rows = GetParam();
-  std::vector<at::Tensor> data, scale, values;
-  for (unsigned e = 0; e < experts; ++e) {
-    const Stored w = near_fp4(out, in, 40 + e);
-    data.push_back(w.data), scale.push_back(w.scale), values.push_back(w.values);
+/// Experts of one form: weights there and their values.
+struct ExpertWeights {
+  Weight there;
+  std::vector<at::Tensor> values;
+
+  ExpertWeights(WeightFormat format, int64_t experts, int64_t out, int64_t in, unsigned seed) {
+    std::vector<at::Tensor> data, scale;
+    for (unsigned e = 0; e < experts; ++e) {
+      if (format == WeightFormat::kBf16) {
+        values.push_back(bf16_rows({out, in}));
+        continue;
+      }
+      const Stored w =
+          format == WeightFormat::kFp4 ? near_fp4(out, in, seed + e) : make_fp8(out, in, seed + e);
+      data.push_back(w.data), scale.push_back(w.scale), values.push_back(w.values);
+    }
+    auto packed = format == WeightFormat::kFp4   ? pack_sm90_fp4(data, scale)
+                  : format == WeightFormat::kFp8 ? pack_sm90_fp8(data, scale)
+                                                 : pack_sm90_bf16(at::stack(values));
+    there = Weight(std::move(*packed)).to(at::kCUDA);
   }
+};
+
+constexpr WeightFormat kExpertFormats[] = {WeightFormat::kFp4, WeightFormat::kFp8,
+                                           WeightFormat::kBf16};
+
+TEST_P(Sm90ProductsGpu, Experts) {
+  const int64_t experts = 6, rows = GetParam();
   // Nobody chooses the first, the third and the last.
   const at::Tensor offsets = at::tensor(
       {int64_t{0}, int64_t{0}, (rows + 1) / 2, (rows + 1) / 2, rows - rows / 4, rows, rows},
       at::kLong);
-  const at::Tensor x = fp8_rows(rows, in);
-  std::vector<at::Tensor> expected;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int64_t first = offsets[e].item<int64_t>(), end = offsets[e + 1].item<int64_t>();
-    if (end > first)
-      expected.push_back(twin_fp8(x.narrow(0, first, end - first), values[static_cast<size_t>(e)]));
+  for (const WeightFormat format : kExpertFormats) {
+    // Only tiles of FP4 are whole ones.
+    const bool bf16 = format == WeightFormat::kBf16;
+    const int64_t out = format == WeightFormat::kFp4 ? 192 : 200, in = bf16 ? 1096 : 384;
+    const ExpertWeights w(format, experts, out, in, 40);
+    const at::Tensor x = bf16 ? bf16_rows({rows, in}) : fp8_rows(rows, in);
+    std::vector<at::Tensor> expected;
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t first = offsets[e].item<int64_t>(), end = offsets[e + 1].item<int64_t>();
+      if (end == first) continue;
+      const at::Tensor &of = w.values[static_cast<size_t>(e)],
+                       mine = x.narrow(0, first, end - first);
+      expected.push_back(bf16 ? twin_bf16(mine, of) : twin_fp8(mine, of));
+    }
+    EXPECT_TRUE(same_bits(
+        grouped_linear(x.to(at::kCUDA), w.there, offsets.to(at::kCUDA), GemmRole::kFp4).cpu(),
+        at::cat(expected).to(at::kBFloat16)))
+        << static_cast<int>(format);
   }
-  const Weight there = Weight(*pack_sm90_fp4(data, scale)).to(at::kCUDA);
-  EXPECT_TRUE(
-      same_bits(grouped_linear(x.to(at::kCUDA), there, offsets.to(at::kCUDA), GemmRole::kFp4).cpu(),
-                at::cat(expected).to(at::kBFloat16)));
 }
 
 // The fused chain against the ops one after the other, which the tests above hold to the twin.
 TEST_P(Sm90ProductsGpu, ExpertsAsOneChain) {
   const int64_t experts = 9, topk = 3, dim = 256, inter = 128, tokens = GetParam();
-  const auto weights = [&](int64_t out, int64_t in, unsigned seed) {
-    std::vector<at::Tensor> data, scale;
-    for (unsigned e = 0; e < experts; ++e) {
-      const Stored w = near_fp4(out, in, seed + e);
-      data.push_back(w.data), scale.push_back(w.scale);
-    }
-    return Weight(*pack_sm90_fp4(data, scale)).to(at::kCUDA);
-  };
-  const Weight w1 = weights(inter, dim, 60), w3 = weights(inter, dim, 70),
-               w2 = weights(dim, inter, 80);
-  const at::Tensor x = (bf16_rows({tokens, dim}) * 0.01).to(at::kCUDA),
-                   shared = bf16_rows({tokens, dim}).to(at::kCUDA);
-  const Routing routing = gate((at::randn({tokens, experts}) * 3).to(at::kCUDA),
-                               at::zeros({experts}).to(at::kCUDA), topk, 1.5);
-  const Permutation order = permute_by_expert(routing.experts, experts);
-  const auto product = [&](const Weight& w, const at::Tensor& in) {
-    return grouped_linear(quantise_input(in, GemmRole::kFp4, Numerics::kReleased), w, order.offsets,
-                          GemmRole::kFp4);
-  };
-  const at::Tensor rows = permute_rows(x, order);
-  const at::Tensor hidden = swiglu(product(w1, rows), product(w3, rows),
-                                   routing.weights.flatten().index_select(0, order.slot), 2.0);
-  const at::Tensor expected = combine(product(w2, hidden), order, shared);
-  const RoutedExperts chain{.w1 = w1, .w3 = w3, .w2 = w2, .swiglu_limit = 2.0};
-  ASSERT_TRUE(serves_experts_sm90(x, chain));
-  EXPECT_TRUE(same_bits(experts_on_sm90(x, routing, chain, shared).cpu(), expected.cpu()));
+  for (const WeightFormat format : kExpertFormats) {
+    const Numerics numerics = format == WeightFormat::kBf16 ? Numerics::kBf16 : Numerics::kReleased;
+    const ExpertWeights w1(format, experts, inter, dim, 60), w3(format, experts, inter, dim, 70),
+        w2(format, experts, dim, inter, 80);
+    const at::Tensor x = (bf16_rows({tokens, dim}) * 0.01).to(at::kCUDA),
+                     shared = bf16_rows({tokens, dim}).to(at::kCUDA);
+    const Routing routing = gate((at::randn({tokens, experts}) * 3).to(at::kCUDA),
+                                 at::zeros({experts}).to(at::kCUDA), topk, 1.5);
+    const Permutation order = permute_by_expert(routing.experts, experts);
+    const auto product = [&](const Weight& w, const at::Tensor& in) {
+      return grouped_linear(quantise_input(in, GemmRole::kFp4, numerics), w, order.offsets,
+                            GemmRole::kFp4);
+    };
+    const at::Tensor rows = permute_rows(x, order);
+    const at::Tensor hidden = swiglu(product(w1.there, rows), product(w3.there, rows),
+                                     routing.weights.flatten().index_select(0, order.slot), 2.0);
+    const at::Tensor expected = combine(product(w2.there, hidden), order, shared);
+    const RoutedExperts chain{.w1 = w1.there, .w3 = w3.there, .w2 = w2.there, .swiglu_limit = 2.0};
+    ASSERT_TRUE(serves_experts_sm90(x, chain, numerics));
+    const Numerics other = format == WeightFormat::kBf16 ? Numerics::kReleased : Numerics::kBf16;
+    EXPECT_FALSE(serves_experts_sm90(x, chain, other));
+    EXPECT_TRUE(same_bits(experts_on_sm90(x, routing, chain, shared).cpu(), expected.cpu()))
+        << static_cast<int>(format);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, Sm90ProductsGpu, ::testing::Values(1, 7, 40, 64, 300));

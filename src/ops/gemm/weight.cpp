@@ -239,16 +239,14 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) co
   const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
     const WeightFormat format = panels().format;
-    if (format == WeightFormat::kF32 || (format == WeightFormat::kFp8 && role == GemmRole::kFp4))
-      return std::nullopt;
+    if (format == WeightFormat::kF32) return std::nullopt;
     packed = pack_sm90(panels(), widened);
   } else if (storage == OfficialStorage::kBf16) {
-    if (dense().scalar_type() != at::kBFloat16 || role == GemmRole::kFp4) return std::nullopt;
+    if (dense().scalar_type() != at::kBFloat16) return std::nullopt;
     packed = pack_sm90_bf16(dense().detach().cpu());
   } else {
     const bool fp4 = storage == OfficialStorage::kFp4;
-    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8 || role == GemmRole::kFp4)
-      return std::nullopt;
+    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8) return std::nullopt;
     std::vector<at::Tensor> data, scale;
     for (int64_t matrix = 0; matrix < matrices(); ++matrix) {
       std::optional<StoredCodes> codes = exact_codes(values(matrix).detach().cpu(), storage);
@@ -291,7 +289,8 @@ at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role) {
   const bool sm90 = w.form() == WeightForm::kSm90;
   if (sm90 && use_sm90(x) && serves_linear_sm90(w.sm90(), role))
     return linear_sm90(x, w.sm90(), role);
-  if (as_hopper()) refuse_as_hopper(x, concat("linear of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
+  if (as_hopper())
+    refuse_as_hopper(x, concat("linear of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return linear(x, *panels, role);
   }
@@ -307,7 +306,8 @@ at::Tensor grouped_linear(const at::Tensor& x,
   const bool sm90 = w.form() == WeightForm::kSm90;
   if (sm90 && use_sm90(x) && serves_grouped_sm90(w.sm90()))
     return grouped_linear_sm90(x, w.sm90(), offsets);
-  if (as_hopper()) refuse_as_hopper(x, concat("experts of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
+  if (as_hopper())
+    refuse_as_hopper(x, concat("experts of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return grouped_linear(x, *panels, offsets, role);
   }
@@ -330,7 +330,8 @@ at::Tensor group_linear(const at::Tensor& x, const Weight& w) {
   check_device(x, w, "group_linear");
   const bool sm90 = w.form() == WeightForm::kSm90;
   if (sm90 && use_sm90(x) && serves_groups_sm90(w.sm90())) return group_linear_sm90(x, w.sm90());
-  if (as_hopper()) refuse_as_hopper(x, concat("wo_a of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
+  if (as_hopper())
+    refuse_as_hopper(x, concat("wo_a of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return group_linear(x, *panels);
   }

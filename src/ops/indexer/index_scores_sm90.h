@@ -16,6 +16,9 @@ namespace hadal::ops {
 
 inline constexpr int64_t kIndexDim = 128, kIndexRowBytes = 68, kIndexPageRows = 64;
 
+/// Heads of a query that the kernel holds.
+constexpr bool serves_index_heads(int64_t heads) { return heads >= 1 && heads <= 64; }
+
 struct IndexScoresSm90Params {
   const uint8_t* q;         ///< [tokens, heads, 68]
   const uint16_t* w;        ///< [tokens, heads] BF16
@@ -24,7 +27,7 @@ struct IndexScoresSm90Params {
   const int32_t* sequence;  ///< [tokens]
   const int32_t* visible;   ///< [tokens] blocks to score, at most 64 * max_pages
   uint16_t* scores;         ///< [tokens, stride] BF16; written up to `visible`
-  int64_t tokens, heads, max_pages, stride;  ///< heads: 8, 16, 32 or 64
+  int64_t tokens, heads, max_pages, stride;  ///< heads: serves_index_heads
 };
 void index_scores_sm90(const IndexScoresSm90Params& p, Stream stream);
 /// The same on a CPU.

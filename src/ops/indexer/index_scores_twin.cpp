@@ -1,12 +1,13 @@
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "base/parallel.h"
 #include "ops/bf16.h"
 #include "ops/gemm/hopper_twin.h"
 #include "ops/indexer/index_scores_sm90.h"
+#include "ops/indexer/topk_twin.h"
 
 namespace hadal::ops {
 namespace {
@@ -125,22 +126,10 @@ void index_scores_twin(const IndexScoresSm90Params& p) {
 
 void index_topk_twin(const IndexTopkSm90Params& p) {
   for (int64_t token = 0; token < p.tokens; ++token) {
-    const int64_t count = p.visible[token], taken = std::min(p.k, count);
-    std::vector<float> scores;
-    for (int64_t i = 0; i < count; ++i) {
-      const float score = bf16_value(p.scores[token * p.stride + i]);
-      scores.push_back(std::isnan(score) ? -INFINITY : score);
-    }
-    std::vector<int32_t> order(static_cast<size_t>(count));
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + taken, order.end(), [&](int32_t a, int32_t b) {
-      const float x = scores[static_cast<size_t>(a)], y = scores[static_cast<size_t>(b)];
-      return x > y || (x == y && a < b);
-    });
-    int32_t* blocks = p.blocks + token * p.k;
-    std::sort(order.begin(), order.begin() + taken);
-    std::copy_n(order.begin(), taken, blocks);
-    std::fill(blocks + taken, blocks + p.k, -1);
+    const uint16_t* row = p.scores + token * p.stride;
+    std::vector<float> scores(static_cast<size_t>(p.visible[token]));
+    std::transform(row, row + scores.size(), scores.begin(), bf16_value);
+    choose_blocks(std::move(scores), p.k, p.blocks + token * p.k);
   }
 }
 

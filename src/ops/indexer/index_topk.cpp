@@ -73,9 +73,11 @@ at::Tensor index_topk(const at::Tensor& q,
                       int64_t ratio,
                       int64_t k,
                       Numerics numerics) {
+  // Asked before gradients are off: a block that is computed a second time for its gradients must
+  // choose as it did the first time, by the scores that training takes.
+  const bool on_sm90 = serves_index_sm90(q, w, keys, numerics);
   const at::NoGradGuard no_grad;
-  if (serves_index_sm90(q, w, keys, numerics))
-    return index_topk_on_sm90(q, w, keys, batch, ratio, k);
+  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k);
   refuse_as_hopper(q, "index_topk");
   if (use_cpu_kernel(q)) {
     at::Tensor selection = at::empty({batch.num_tokens(), k}, at::kInt);
@@ -87,6 +89,7 @@ at::Tensor index_topk(const at::Tensor& q,
                  });
     return selection;
   }
+  const DifferentiableGuard training;
   return select_topk(index_scores(q, w, keys, batch, ratio, numerics), batch, ratio, k);
 }
 

@@ -9,7 +9,8 @@
 
 namespace hadal::ops {
 
-/// `released`, BF16 queries of 8, 16, 32 or 64 heads and 128 channels, packed keys in pages of 64.
+/// BF16 queries of up to 64 heads of 128 channels; `released` and packed keys in pages of 64, or
+/// `bf16` and BF16 keys.
 bool serves_index_sm90(const at::Tensor& q,
                        const at::Tensor& w,
                        const BlockView& keys,
