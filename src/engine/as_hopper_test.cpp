@@ -45,6 +45,7 @@ model::ModelConfig config_of(const Case& c) {
   if (!c.wide) return config;
   config.n_layers = 2;
   config.compress_ratios = {0, 4};
+  config.index_topk = 8;
   config.head_dim = 512;
   config.n_heads = 16;
   config.o_groups = 8;
@@ -55,7 +56,7 @@ class AsHopper : public ::testing::TestWithParam<Case> {
  protected:
   const Case& c() const { return GetParam(); }
   /// Beyond a block of 128 and what the indexer takes without a choice.
-  std::vector<int64_t> tokens() const { return random_tokens(c().wide ? 140 : 270, 256, 6); }
+  std::vector<int64_t> tokens() const { return random_tokens(c().wide ? 60 : 270, 256, 6); }
 };
 
 TEST_P(AsHopper, ATokenDoesNotKnowItsChunks) {
@@ -64,7 +65,7 @@ TEST_P(AsHopper, ATokenDoesNotKnowItsChunks) {
   const TracedPass whole =
       traced_pass(model, c().numerics, ids, std::ssize(ids), RunsOn::kAsHopper);
   EXPECT_TRUE(whole.logits.isfinite().all().item<bool>());
-  for (const int64_t chunk : {1, 37, 100}) {
+  for (const int64_t chunk : {1, 37}) {
     const TracedPass pieces = traced_pass(model, c().numerics, ids, chunk, RunsOn::kAsHopper);
     EXPECT_TRUE(at::equal(pieces.logits, whole.logits)) << chunk;
     EXPECT_NE(first_difference(pieces, whole), "");  // of other steps
@@ -93,9 +94,9 @@ std::string name_of(const ::testing::TestParamInfo<Case>& test) {
 INSTANTIATE_TEST_SUITE_P(
     Numerics,
     AsHopper,
-    ::testing::Values(Case{.numerics = Numerics::kReleased, .apart = 0.12},
-                      Case{.numerics = Numerics::kBf16, .apart = 0.02},
-                      Case{.numerics = Numerics::kReleased, .wide = true, .apart = 0.12}),
+    ::testing::Values(Case{.numerics = Numerics::kReleased, .apart = 0.09},
+                      Case{.numerics = Numerics::kBf16, .apart = 0.012},
+                      Case{.numerics = Numerics::kReleased, .wide = true, .apart = 0.09}),
     name_of);
 
 /// The message of what f() refuses.

@@ -134,6 +134,12 @@ bool serves_attention_sm90(const at::Tensor& q,
          (params.ratio == 0 || has_rows(blocks.rows, blocks.format, width, format)) && use_sm90(q);
 }
 
+void refuse_attention_as_hopper(const at::Tensor& q, const AttentionParams& params) {
+  if (!as_hopper()) return;
+  refuse_as_hopper(q, concat("sparse_attn of ", q.size(1), " heads of ", q.size(2), " in `",
+                             numerics_name(params.numerics), "`"));
+}
+
 AttentionResult attention_on_sm90(const at::Tensor& q_any,
                                   const at::Tensor& kv,
                                   const RingView& history,

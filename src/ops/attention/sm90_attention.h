@@ -16,6 +16,9 @@ bool serves_attention_sm90(const at::Tensor& q,
                            const BlockView& blocks,
                            const AttentionParams& params);
 
+/// As refuse_as_hopper(), with the heads and the numerics.
+void refuse_attention_as_hopper(const at::Tensor& q, const AttentionParams& params);
+
 /// As ops::sparse_attn, whose arguments these are; the bits of sparse_attn_twin, of lists whose
 /// places are attn_lists_sm90's.
 AttentionResult attention_on_sm90(const at::Tensor& q,
