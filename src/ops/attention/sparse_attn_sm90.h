@@ -74,12 +74,14 @@ inline bool serves_whole_tiles(const SparseAttnSm90Params& p) {
 }
 
 /// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew: of packed latents,
-/// too.
-enum class SparseAttnKernel { kByShape, kFew, kMany, kAny };
+/// too. kAnyFew and kAny: whatever there is, few items or many.
+enum class SparseAttnKernel { kByShape, kFew, kMany, kAnyFew, kAny };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
-  if (!serves_whole_tiles(p)) return SparseAttnKernel::kAny;
-  if (sparse_attn_items(p) > 24) return SparseAttnKernel::kMany;
-  return p.format == AttnRows::kPacked ? SparseAttnKernel::kFew : SparseAttnKernel::kAny;
+  const bool few = sparse_attn_items(p) <= 24;
+  if (serves_whole_tiles(p) && !few) return SparseAttnKernel::kMany;
+  if (serves_whole_tiles(p) && p.format == AttnRows::kPacked) return SparseAttnKernel::kFew;
+  const int64_t tiles = p.tokens * ((p.heads + 15) / 16) * sparse_attn_segments(p);
+  return tiles <= 264 ? SparseAttnKernel::kAnyFew : SparseAttnKernel::kAny;
 }
 /// Floats of weights that eight blocks exchange in one item, twice.
 inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
