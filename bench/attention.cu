@@ -61,8 +61,7 @@ void bench_wide(cudaStream_t stream,
 
 const char* name_of(SparseAttnKernel kernel) {
   if (kernel == SparseAttnKernel::kFew) return "few ";
-  if (kernel == SparseAttnKernel::kMany) return "many";
-  return kernel == SparseAttnKernel::kAny ? "any " : "any, few";
+  return kernel == SparseAttnKernel::kMany ? "many" : "any ";
 }
 
 void bench_case(cudaStream_t stream, double copy, const Case& c) {
@@ -118,10 +117,10 @@ void bench_case(cudaStream_t stream, double copy, const Case& c) {
   const double keys = static_cast<double>(c.tokens * (c.window + c.blocks));
   const double bytes = keys * static_cast<double>(row_bytes),
                flop = keys * static_cast<double>(c.heads * c.width) * 4.0;
-  for (const SparseAttnKernel kernel : {SparseAttnKernel::kFew, SparseAttnKernel::kMany,
-                                        SparseAttnKernel::kAnyFew, SparseAttnKernel::kAny}) {
+  for (const SparseAttnKernel kernel :
+       {SparseAttnKernel::kFew, SparseAttnKernel::kMany, SparseAttnKernel::kAny}) {
     if (kernel == SparseAttnKernel::kFew && (c.prefill || c.format != AttnRows::kPacked)) continue;
-    if (!whole && (kernel == SparseAttnKernel::kFew || kernel == SparseAttnKernel::kMany)) continue;
+    if (kernel != SparseAttnKernel::kAny && !whole) continue;
     const int calls = c.prefill ? 2 : 20;
     const double us = microseconds(calls, stream, [&] {
       for (int i = 0; i < calls; ++i) sparse_attn_sm90(p, stream, kernel);

@@ -1,11 +1,10 @@
-// Latents of any width, packed or BF16, and any number of heads: four warps fold one item (a
-// token's tile of 16 heads, one segment of its list) with mma.sync, whose rounding is wgmma's
-// (docs/decisions/0021).
+// Latents of any width, packed or BF16, and any number of heads: a block of four warps folds one
+// item (a token's tile of 16 heads, one segment of its list) with mma.sync, whose rounding is
+// wgmma's (docs/decisions/0011).
 //
 // Of a chunk each warp has the scores and weights of 16 keys, and then, for all 64 keys, a quarter
-// of the value columns. BF16 rows arrive by cp.async in one of two tiles. Packed rows arrive as
-// they are and are widened to a tile: by the same warps, which frees the rows' place for the next
-// chunk's; or, where items are few and each waits for itself, by four more warps, a chunk ahead.
+// of the value columns. Packed rows arrive by cp.async as they are and are widened to a tile, which
+// frees their place for the next chunk's; BF16 rows arrive in one of two tiles.
 #include "ops/attention/sparse_attn_sm90.cuh"
 #include "ops/cuda/mma.cuh"
 
@@ -14,25 +13,17 @@ namespace {
 
 constexpr int kHeads = 16, kWarps = 4, kThreads = kWarps * 32;
 constexpr int kKeys = static_cast<int>(kAttnChunk);
-/// Named barriers: among the folding or the gathering warps; a tile is there; it is free.
-constexpr int kFoldMeets = 1, kGatherMeets = 2, kFull = 3, kEmpty = 5;
 
-/// Who brings rows: the folding warps, or warps of their own.
-enum class Gather { kSelf, kApart };
-
-template <int kWidth, AttnRows kFormat, Gather kGather>
+template <int kWidth, AttnRows kFormat>
 struct Memory {
-  static constexpr bool kPacked = kFormat == AttnRows::kPacked, kApart = kGather == Gather::kApart;
+  static constexpr bool kPacked = kFormat == AttnRows::kPacked;
   static constexpr int kRow = static_cast<int>(attn_row_bytes(kWidth, kFormat));
-  static constexpr int kTiles = kPacked && !kApart ? 1 : 2;
   alignas(128) uint8_t q[kHeads * kWidth * 2];
-  alignas(128) uint8_t tile[kTiles][kKeys * kWidth * 2];
-  /// Packed rows of the next chunk; of two, as long as one is widened.
-  alignas(16) uint8_t raw[kApart ? 2 : 1][kPacked ? kKeys * kRow : 16];
-  alignas(16) float weights[kWarps][2][32][4];  ///< by warp and lane, as its accumulators
-  float largest[kWarps][kHeads];                ///< of a warp's keys
-  int32_t number[2][kKeys];                     ///< rows of a chunk; negative: none
-  uint32_t present[2][2];                       ///< bits of those that there are
+  alignas(128) uint8_t tile[kPacked ? 1 : 2][kKeys * kWidth * 2];
+  alignas(16) uint8_t raw[kPacked ? kKeys * kRow : 16];  ///< packed rows of the next chunk
+  alignas(16) float weights[kWarps][2][32][4];           ///< by warp and lane, as its accumulators
+  float largest[kWarps][kHeads];                         ///< of a warp's keys
+  alignas(16) int32_t number[2][kKeys];                  ///< rows of a chunk; negative: none
 };
 extern __shared__ __align__(128) uint8_t any_memory[];
 
@@ -43,12 +34,12 @@ __device__ __forceinline__ uint32_t piece_offset(int row, int piece) {
 }
 
 /// One block's work.
-template <int kWidth, AttnRows kFormat, Gather kGather>
+template <int kWidth, AttnRows kFormat>
 class Item {
  public:
   __device__ __forceinline__ Item(const SparseAttnSm90Params& params, int segments)
       : p(params),
-        m(*reinterpret_cast<Shared*>(any_memory)),
+        m(*reinterpret_cast<Memory<kWidth, kFormat>*>(any_memory)),
         tile_count(static_cast<int>((params.heads + kHeads - 1) / kHeads)),
         at{static_cast<int>(blockIdx.x % static_cast<unsigned>(segments)), segments,
            static_cast<int>(blockIdx.x / static_cast<unsigned>(segments)) % tile_count * kHeads, 0},
@@ -61,32 +52,19 @@ class Item {
   }
 
   __device__ __forceinline__ void run() {
-    if constexpr (kApart) {
-      if (threadIdx.x >= kThreads) return gather();
-      load_queries();
-      copy_async_wait_all();
-      meet(kFoldMeets);
-      for (int c = 0; c < chunks; ++c) {
-        named_barrier_wait(kFull + (c & 1), 2 * kThreads);
-        fold(c);
-        if (c + 2 < chunks) named_barrier_arrive(kEmpty + (c & 1), 2 * kThreads);
-      }
-      return write();
-    }
     read_numbers(0);
     keep_numbers(0);
     read_numbers(1);
     load_queries();
-    meet(kFoldMeets);
+    __syncthreads();
     if (chunks > 0) copy(0);
     for (int c = 0; c < chunks; ++c) {
       copy_async_wait_all();
       keep_numbers(c + 1);
-      mark(c);
-      meet(kFoldMeets);  // and all values of the chunk before are added
+      __syncthreads();  // and all values of the chunk before are added
       if constexpr (kPacked) {
-        widen(c);
-        meet(kFoldMeets);
+        widen();
+        __syncthreads();
       }
       if (c + 1 < chunks) copy(c + 1);
       read_numbers(c + 2);
@@ -96,38 +74,13 @@ class Item {
   }
 
  private:
-  using Shared = Memory<kWidth, kFormat, kGather>;
-  static constexpr bool kPacked = Shared::kPacked, kApart = Shared::kApart;
+  using Shared = Memory<kWidth, kFormat>;
+  static constexpr bool kPacked = Shared::kPacked;
   static constexpr int kRow = Shared::kRow, kPieces = kWidth / 8;
   static constexpr int kColumns = kWidth / kWarps;  ///< of values, each warp's
 
-  /// The four warps of a role.
-  static __device__ __forceinline__ void meet(int barrier) {
-    named_barrier_wait(barrier, kThreads);
-  }
   __device__ __forceinline__ uint32_t tile(int c) const {
-    return smem_address(m.tile[Shared::kTiles == 1 ? 0 : c & 1]);
-  }
-  __device__ __forceinline__ uint8_t* raw(int c) const { return m.raw[kApart ? c & 1 : 0]; }
-
-  /// The gathering warps: a chunk is on its way while the one before is widened.
-  __device__ __forceinline__ void gather() {
-    read_numbers(0);
-    keep_numbers(0);
-    read_numbers(1);
-    meet(kGatherMeets);
-    if (chunks > 0) copy(0);
-    for (int c = 0; c < chunks; ++c) {
-      copy_async_wait_all();
-      keep_numbers(c + 1);
-      meet(kGatherMeets);  // and the chunk before is widened
-      if (c + 1 < chunks) copy(c + 1);
-      read_numbers(c + 2);
-      if (c >= 2) named_barrier_wait(kEmpty + (c & 1), 2 * kThreads);
-      mark(c);
-      widen(c);
-      named_barrier_arrive(kFull + (c & 1), 2 * kThreads);
-    }
+    return smem_address(m.tile[kPacked ? 0 : c & 1]);
   }
 
   /// Numbers of the rows of chunk c, on their way while the chunks before are folded.
@@ -138,18 +91,12 @@ class Item {
   __device__ __forceinline__ void keep_numbers(int c) {
     if (thread < kKeys) m.number[c & 1][thread] = number;
   }
-  /// Which rows of chunk c there are.
-  __device__ __forceinline__ void mark(int c) {
-    if (thread >= kKeys) return;
-    const uint32_t votes = __ballot_sync(0xffffffffu, m.number[c & 1][thread] >= 0);
-    if (lane == 0) m.present[c & 1][warp] = votes;
-  }
 
-  /// Rows of chunk c, which lie in its tile or, packed, in raw(c) once all copies have ended.
+  /// Rows of chunk c, which lie in its tile or, packed, in m.raw once all copies have ended.
   __device__ __forceinline__ void copy(int c) {
     constexpr int kPiece = kPacked ? 8 : 16, kOfRow = kRow / kPiece;
     const uint8_t* rows = list.chunk(p, first + c * kKeys).rows;
-    const uint32_t to = kPacked ? smem_address(raw(c)) : tile(c);
+    const uint32_t to = kPacked ? smem_address(m.raw) : tile(c);
 #pragma unroll 4
     for (int i = thread; i < kKeys * kOfRow; i += kThreads) {
       const int row = i / kOfRow, piece = i % kOfRow;
@@ -170,14 +117,14 @@ class Item {
     }
   }
 
-  /// The packed rows of chunk c as BF16; a row of zero bytes gives zeros.
-  __device__ __forceinline__ void widen(int c) {
+  /// The packed rows as BF16; a row of zero bytes gives zeros.
+  __device__ __forceinline__ void widen() {
     constexpr int kRounded = kWidth - static_cast<int>(kAttnRotary);
     constexpr int kScales = kRounded + 2 * static_cast<int>(kAttnRotary);
 #pragma unroll 4
     for (int i = thread; i < kKeys * kPieces; i += kThreads) {
       const int row = i / kPieces, piece = i % kPieces;
-      const uint8_t* from = raw(c) + row * kRow;
+      const uint8_t* from = m.raw + row * kRow;
       uint4 v;
       if (piece < kRounded / 8) {
         v = widen_any_codes(*reinterpret_cast<const uint2*>(from + piece * 8),
@@ -187,7 +134,7 @@ class Item {
             reinterpret_cast<const uint2*>(from + kRounded + (piece - kRounded / 8) * 16);
         v = make_uint4(rotary[0].x, rotary[0].y, rotary[1].x, rotary[1].y);
       }
-      store16(tile(c) + piece_offset<kWidth>(row, piece), v);
+      store16(tile(0) + piece_offset<kWidth>(row, piece), v);
     }
   }
 
@@ -217,12 +164,13 @@ class Item {
       mma_bf16(s[0], a, b[0], b[1]);
       mma_bf16(s[1], a, b[2], b[3]);
     }
-    const uint32_t there = m.present[c & 1][warp / 2] >> (warp % 2 * 16 + lane % 4 * 2);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
+      const int2 there =
+          *reinterpret_cast<const int2*>(&m.number[c & 1][warp * 16 + tile * 8 + lane % 4 * 2]);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        s[tile][i] = there >> (tile * 8 + i % 2) & 1 ? s[tile][i] * p.scale : -INFINITY;
+        s[tile][i] = (i % 2 == 0 ? there.x : there.y) < 0 ? -INFINITY : s[tile][i] * p.scale;
     }
   }
 
@@ -235,7 +183,7 @@ class Item {
                                             fmaxf(s[1][half * 2], s[1][half * 2 + 1])));
       if (lane % 4 == 0) m.largest[warp][lane / 4 + half * 8] = most;
     }
-    meet(kFoldMeets);
+    __syncthreads();
     float factor[2], base[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -253,7 +201,7 @@ class Item {
       for (int i = 0; i < 4; ++i) e[i] = exp_below(s[tile][i] - base[i / 2]);
       *reinterpret_cast<float4*>(m.weights[warp][tile][lane]) = make_float4(e[0], e[1], e[2], e[3]);
     }
-    meet(kFoldMeets);
+    __syncthreads();
     add_chunk(c, factor);
   }
 
@@ -337,8 +285,7 @@ class Item {
 
   const SparseAttnSm90Params& p;
   Shared& m;
-  const int thread = static_cast<int>(threadIdx.x) % kThreads, warp = thread / 32,
-            lane = thread % 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   int tile_count;
   AttnResult at;
   int64_t token;
@@ -349,57 +296,54 @@ class Item {
   float o[kColumns / 2] = {};  ///< of columns 8 j + 2 (lane % 4), as the instruction has them
 };
 
-template <int kWidth, AttnRows kFormat, Gather kGather>
-__global__ void __launch_bounds__(kGather == Gather::kApart ? 2 * kThreads : kThreads)
+template <int kWidth, AttnRows kFormat>
+__global__ void __launch_bounds__(kThreads)
     sparse_attn_any_kernel(const __grid_constant__ SparseAttnSm90Params p, int segments) {
   wait_for_previous();
   launch_dependents();
-  Item<kWidth, kFormat, kGather>(p, segments).run();
+  Item<kWidth, kFormat>(p, segments).run();
 }
 
-template <int kWidth, AttnRows kFormat, Gather kGather>
+template <int kWidth, AttnRows kFormat>
 void launch(const SparseAttnSm90Params& p, Stream stream) {
-  constexpr int kBytes = sizeof(Memory<kWidth, kFormat, kGather>);
+  constexpr int kBytes = sizeof(Memory<kWidth, kFormat>);
   static_assert(kBytes <= 227 * 1024);
   const int64_t segments = sparse_attn_segments(p), tiles = (p.heads + kHeads - 1) / kHeads;
-  const auto kernel = sparse_attn_any_kernel<kWidth, kFormat, kGather>;
+  const auto kernel = sparse_attn_any_kernel<kWidth, kFormat>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  constexpr unsigned kBlock = kGather == Gather::kApart ? 2 * kThreads : kThreads;
-  launch_early(kernel, {blocks_for(p.tokens * tiles * segments, 1), kBlock, kBytes}, stream,
+  launch_early(kernel, {blocks_for(p.tokens * tiles * segments, 1), kThreads, kBytes}, stream,
                "sparse_attn_sm90", p, static_cast<int>(segments));
 }
 
-template <AttnRows kFormat, Gather kGather>
+template <AttnRows kFormat>
 void launch_width(const SparseAttnSm90Params& p, Stream stream) {
   switch (p.width / 64) {
     case 1:
-      return launch<64, kFormat, kGather>(p, stream);
+      return launch<64, kFormat>(p, stream);
     case 2:
-      return launch<128, kFormat, kGather>(p, stream);
+      return launch<128, kFormat>(p, stream);
     case 3:
-      return launch<192, kFormat, kGather>(p, stream);
+      return launch<192, kFormat>(p, stream);
     case 4:
-      return launch<256, kFormat, kGather>(p, stream);
+      return launch<256, kFormat>(p, stream);
     case 5:
-      return launch<320, kFormat, kGather>(p, stream);
+      return launch<320, kFormat>(p, stream);
     case 6:
-      return launch<384, kFormat, kGather>(p, stream);
+      return launch<384, kFormat>(p, stream);
     case 7:
-      return launch<448, kFormat, kGather>(p, stream);
+      return launch<448, kFormat>(p, stream);
     default:
-      return launch<512, kFormat, kGather>(p, stream);
+      return launch<512, kFormat>(p, stream);
   }
 }
 
 }  // namespace
 
-void sparse_attn_any(const SparseAttnSm90Params& p, bool few, Stream stream) {
-  if (p.format == AttnRows::kBf16) {
-    launch_width<AttnRows::kBf16, Gather::kSelf>(p, stream);
-  } else if (few) {
-    launch_width<AttnRows::kPacked, Gather::kApart>(p, stream);
+void sparse_attn_any(const SparseAttnSm90Params& p, Stream stream) {
+  if (p.format == AttnRows::kPacked) {
+    launch_width<AttnRows::kPacked>(p, stream);
   } else {
-    launch_width<AttnRows::kPacked, Gather::kSelf>(p, stream);
+    launch_width<AttnRows::kBf16>(p, stream);
   }
 }
 

@@ -436,8 +436,7 @@ void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKe
   if (!serves_attn_width(p.width) || p.window_places % kAttnChunk != 0)
     throw_kernel_error("sparse_attn_sm90", "channels and places of the window come in 64s");
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
-  const bool any = kernel == SparseAttnKernel::kAny || kernel == SparseAttnKernel::kAnyFew;
-  if (!any && !serves_whole_tiles(p))
+  if (kernel != SparseAttnKernel::kAny && !serves_whole_tiles(p))
     throw_kernel_error("sparse_attn_sm90", "this kernel is for 64s of heads of 512 channels");
   if (kernel == SparseAttnKernel::kFew && p.format != AttnRows::kPacked)
     throw_kernel_error("sparse_attn_sm90", "this kernel is for packed latents");
@@ -449,7 +448,7 @@ void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKe
       cuda::launch_many(p, sparse_attn_items(p), stream);
       break;
     default:
-      cuda::sparse_attn_any(p, kernel == SparseAttnKernel::kAnyFew, stream);
+      cuda::sparse_attn_any(p, stream);
   }
   const int64_t segments = sparse_attn_segments(p);
   if (segments > 1) cuda::join_segments(p, segments, stream);

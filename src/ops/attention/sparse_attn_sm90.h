@@ -74,14 +74,12 @@ inline bool serves_whole_tiles(const SparseAttnSm90Params& p) {
 }
 
 /// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew: of packed latents,
-/// too. kAnyFew and kAny: whatever there is, few items or many.
-enum class SparseAttnKernel { kByShape, kFew, kMany, kAnyFew, kAny };
+/// too.
+enum class SparseAttnKernel { kByShape, kFew, kMany, kAny };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
-  const bool few = sparse_attn_items(p) <= 24;
-  if (serves_whole_tiles(p) && !few) return SparseAttnKernel::kMany;
-  if (serves_whole_tiles(p) && p.format == AttnRows::kPacked) return SparseAttnKernel::kFew;
-  const int64_t tiles = p.tokens * ((p.heads + 15) / 16) * sparse_attn_segments(p);
-  return tiles <= 264 ? SparseAttnKernel::kAnyFew : SparseAttnKernel::kAny;
+  if (!serves_whole_tiles(p)) return SparseAttnKernel::kAny;
+  if (sparse_attn_items(p) > 24) return SparseAttnKernel::kMany;
+  return p.format == AttnRows::kPacked ? SparseAttnKernel::kFew : SparseAttnKernel::kAny;
 }
 /// Floats of weights that eight blocks exchange in one item, twice.
 inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
