@@ -102,38 +102,51 @@ TEST(Sm90CacheGpu, PoolingHasTheBitsOfTheCpu) {
   }
 }
 
+/// Scores and choices over keys whose packed rows are `bytes`.
+void expect_index_twins(const Batch& here,
+                        const Batch& there,
+                        const BlockView& keys,
+                        const at::Tensor& bytes,
+                        int64_t heads) {
+  const int64_t ratio = 4, k = 50, tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
+  const at::Tensor q = rounded_rows(tokens * heads, kKeys).reshape({tokens, heads, 128}),
+                   w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
+  const at::Tensor q_bytes = pack_rows(q.reshape({-1, 128}), kKeys);
+  at::Tensor twin = at::full({tokens, columns}, -INFINITY);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t seq = here.seq()[t].item<int64_t>();
+    for (int64_t c = 0; c < (here.host_pos()[static_cast<size_t>(t)] + 1) / ratio; ++c) {
+      twin[t][c] = index_score_twin(
+          q_bytes.const_data_ptr<uint8_t>() + t * heads * kIndexRowBytes,
+          reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()) + t * heads,
+          bytes.const_data_ptr<uint8_t>() + keys.table().row(seq, c) * kIndexRowBytes, heads);
+    }
+  }
+  const BlockView keys_there = moved(keys, at::kCUDA);
+  const at::Tensor q_there = q.to(at::kCUDA), w_there = w.to(at::kCUDA);
+  EXPECT_TRUE(same_bits(
+      index_scores(q_there, w_there, keys_there, there, ratio, Numerics::kReleased).cpu(), twin))
+      << heads;
+  EXPECT_TRUE(at::equal(
+      index_topk(q_there, w_there, keys_there, there, ratio, k, Numerics::kReleased).cpu(),
+      reference::select_topk(twin, here, ratio, k)))
+      << heads;
+}
+
 TEST(Sm90CacheGpu, IndexScoresAndChoicesAreTheTwins) {
   at::manual_seed(5);
-  const int64_t ratio = 4, k = 50;
   const Runs runs{{3, 1, 20}, {700, 1000, 5}};
   const Batch here = runs.on(at::kCPU), there = runs.on(at::kCUDA);
-  const int64_t tokens = here.num_tokens(), columns = here.max_end_pos() / ratio;
   const at::Tensor bytes = pack_rows(rounded_rows(64 * 20, kKeys), kKeys);
-  const BlockView keys = paged(bytes, 3, columns, kKeys);
-  for (const int64_t heads : {3, 8, 64}) {
-    const at::Tensor q = rounded_rows(tokens * heads, kKeys).reshape({tokens, heads, 128}),
-                     w = (at::randn({tokens, heads}) * 0.01).to(at::kBFloat16);
-    const at::Tensor q_bytes = pack_rows(q.reshape({-1, 128}), kKeys);
-    at::Tensor twin = at::full({tokens, columns}, -INFINITY);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t seq = here.seq()[t].item<int64_t>();
-      for (int64_t c = 0; c < (here.host_pos()[static_cast<size_t>(t)] + 1) / ratio; ++c) {
-        twin[t][c] = index_score_twin(
-            q_bytes.const_data_ptr<uint8_t>() + t * heads * kIndexRowBytes,
-            reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()) + t * heads,
-            bytes.const_data_ptr<uint8_t>() + keys.table().row(seq, c) * kIndexRowBytes, heads);
-      }
-    }
-    const BlockView keys_there = moved(keys, at::kCUDA);
-    const at::Tensor q_there = q.to(at::kCUDA), w_there = w.to(at::kCUDA);
-    EXPECT_TRUE(same_bits(
-        index_scores(q_there, w_there, keys_there, there, ratio, Numerics::kReleased).cpu(), twin))
-        << heads;
-    EXPECT_TRUE(at::equal(
-        index_topk(q_there, w_there, keys_there, there, ratio, k, Numerics::kReleased).cpu(),
-        reference::select_topk(twin, here, ratio, k)))
-        << heads;
-  }
+  const BlockView keys = paged(bytes, 3, here.max_end_pos() / 4, kKeys);
+  for (const int64_t heads : {3, 8, 64}) expect_index_twins(here, there, keys, bytes, heads);
+}
+
+TEST(Sm90CacheGpu, IndexScoresWithoutACacheAreThoseWithOne) {
+  at::manual_seed(9);
+  const Batch here({300, 2, 37}, {0, 0, 0}, at::kCPU), there({300, 2, 37}, {0, 0, 0}, at::kCUDA);
+  const at::Tensor rows = rounded_rows(here.blocks(4).num_blocks(), kKeys);
+  expect_index_twins(here, there, step_blocks(rows, here, 4), pack_rows(rows, kKeys), 8);
 }
 
 TEST(Sm90CacheGpu, IndexScoresAndChoicesOfBf16KeysAreTheTwins) {

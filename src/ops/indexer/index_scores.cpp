@@ -247,7 +247,7 @@ at::Tensor index_scores(const at::Tensor& q,
         {q, w, keys.rows})[0];
   }
   if (serves_index_sm90(q, w, keys, numerics))
-    return index_scores_on_sm90(q, w, keys, batch, ratio);
+    return index_scores_on_sm90(q, w, keys, batch, ratio, numerics);
   const bool all_bf16 = q.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16 &&
                         keys.rows.scalar_type() == at::kBFloat16;
   if (q.is_cuda() && !reference_forced() && all_bf16 && keys.of_step) {

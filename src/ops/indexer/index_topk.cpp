@@ -87,7 +87,7 @@ at::Tensor index_topk(const at::Tensor& q,
                  });
     return selection;
   }
-  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k);
+  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k, numerics);
   const DifferentiableGuard training;
   return select_topk(index_scores(q, w, keys, batch, ratio, numerics), batch, ratio, k);
 }
