@@ -21,13 +21,17 @@
 #include "testing/kernel_checks.h"
 #include "testing/stored_weights.h"
 
-namespace hadal::testing {
+namespace hadal::ops {
 namespace {
-
-using namespace ops;  // NOLINT: these tests are of ops
 
 /// Where the tensors under test lie.
 at::Device card();
+
+}  // namespace
+}  // namespace hadal::ops
+
+namespace hadal::testing {
+namespace {
 
 /// BF16 values [n, in] as E4M3 codes and a power of two for each row's 128 inputs, exactly. Which
 /// powers changes no bit of a product.
@@ -53,30 +57,45 @@ struct Codes {
 at::Tensor twin_fp8(const at::Tensor& x, const at::Tensor& w) {
   const Codes a(x), b(w);
   at::Tensor y = at::empty({x.size(0), w.size(0)}, at::kFloat);
-  twin_fp8_cpu({.w = b.data.const_data_ptr<uint8_t>(),
-                .w_scale = b.scales.const_data_ptr<float>(),
-                .x = a.data.const_data_ptr<uint8_t>(),
-                .x_scale = a.scales.const_data_ptr<float>(),
-                .y = y.mutable_data_ptr<float>(),
-                .outputs = w.size(0),
-                .rows = x.size(0),
-                .in = a.data.size(1)});
+  ops::twin_fp8_cpu({.w = b.data.const_data_ptr<uint8_t>(),
+                     .w_scale = b.scales.const_data_ptr<float>(),
+                     .x = a.data.const_data_ptr<uint8_t>(),
+                     .x_scale = a.scales.const_data_ptr<float>(),
+                     .y = y.mutable_data_ptr<float>(),
+                     .outputs = w.size(0),
+                     .rows = x.size(0),
+                     .in = a.data.size(1)});
   return y;
 }
 
 at::Tensor twin_bf16(const at::Tensor& x_any, const at::Tensor& w_any) {
   const at::Tensor x = x_any.contiguous(), w = w_any.contiguous();
   at::Tensor y = at::empty({x.size(0), w.size(0)}, at::kFloat);
-  twin_bf16_cpu({.w = reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()),
-                 .x = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()),
-                 .y = y.mutable_data_ptr<float>(),
-                 .outputs = w.size(0),
-                 .rows = x.size(0),
-                 .in = x.size(1)});
+  ops::twin_bf16_cpu({.w = reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()),
+                      .x = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()),
+                      .y = y.mutable_data_ptr<float>(),
+                      .outputs = w.size(0),
+                      .rows = x.size(0),
+                      .in = x.size(1)});
   return y;
 }
 
 at::Tensor bf16_rows(at::IntArrayRef shape) { return at::randn(shape).to(at::kBFloat16); }
+
+}  // namespace
+}  // namespace hadal::testing
+
+namespace hadal::ops {
+namespace {
+
+using testing::bf16_rows;
+using testing::fp8_rows;
+using testing::make_fp8;
+using testing::near_fp4;
+using testing::same_bits;
+using testing::Stored;
+using testing::twin_bf16;
+using testing::twin_fp8;
 
 class Sm90Products : public ::testing::TestWithParam<int64_t> {
  protected:
@@ -190,9 +209,9 @@ TEST_P(Sm90Products, Experts) {
                        mine = x.narrow(0, first, end - first);
       expected.push_back(bf16 ? twin_bf16(mine, of) : twin_fp8(mine, of));
     }
-    EXPECT_TRUE(same_bits(
-        grouped_linear(x.to(card()), w.there, offsets.to(card()), GemmRole::kFp4).cpu(),
-        at::cat(expected).to(at::kBFloat16)))
+    EXPECT_TRUE(
+        same_bits(grouped_linear(x.to(card()), w.there, offsets.to(card()), GemmRole::kFp4).cpu(),
+                  at::cat(expected).to(at::kBFloat16)))
         << static_cast<int>(format);
   }
 }
@@ -227,4 +246,4 @@ TEST_P(Sm90Products, ExpertsAsOneChain) {
 }
 
 }  // namespace
-}  // namespace hadal::testing
+}  // namespace hadal::ops

@@ -119,22 +119,24 @@ class Item {
 
   /// The packed rows as BF16; a row of zero bytes gives zeros.
   __device__ __forceinline__ void widen() {
-    constexpr int kRounded = kWidth - static_cast<int>(kAttnRotary);
+    constexpr int kRounded = kWidth - static_cast<int>(kAttnRotary), kCodes = kRounded / 8;
     constexpr int kScales = kRounded + 2 * static_cast<int>(kAttnRotary);
+    if constexpr (kCodes > 0) {
 #pragma unroll 4
-    for (int i = thread; i < kKeys * kPieces; i += kThreads) {
-      const int row = i / kPieces, piece = i % kPieces;
-      const uint8_t* from = m.raw + row * kRow;
-      uint4 v;
-      if (piece < kRounded / 8) {
-        v = widen_any_codes(*reinterpret_cast<const uint2*>(from + piece * 8),
-                            from[kScales + piece / 8]);
-      } else {
-        const auto* rotary =
-            reinterpret_cast<const uint2*>(from + kRounded + (piece - kRounded / 8) * 16);
-        v = make_uint4(rotary[0].x, rotary[0].y, rotary[1].x, rotary[1].y);
+      for (int i = thread; i < kKeys * kCodes; i += kThreads) {
+        const int row = i / kCodes, piece = i % kCodes;
+        const uint8_t* from = m.raw + row * kRow;
+        store16(tile(0) + piece_offset<kWidth>(row, piece),
+                widen_any_codes(*reinterpret_cast<const uint2*>(from + piece * 8),
+                                from[kScales + piece / 8]));
       }
-      store16(tile(0) + piece_offset<kWidth>(row, piece), v);
+    }
+#pragma unroll
+    for (int i = thread; i < kKeys * 8; i += kThreads) {
+      const int row = i / 8, piece = i % 8;
+      const auto* from = reinterpret_cast<const uint2*>(m.raw + row * kRow + kRounded + piece * 16);
+      store16(tile(0) + piece_offset<kWidth>(row, kCodes + piece),
+              make_uint4(from[0].x, from[0].y, from[1].x, from[1].y));
     }
   }
 

@@ -1,24 +1,12 @@
 // Products of tensors on a GPU against the integer model of the matrix units, bit for bit.
 #include "testing/sm90_products_cases.h"
 
-namespace hadal::testing {
+namespace hadal::ops {
 namespace {
 
 at::Device card() { return at::kCUDA; }
 
 INSTANTIATE_TEST_SUITE_P(RowsOnGpu, Sm90Products, ::testing::Values(1, 7, 40, 64, 300));
-
-}  // namespace
-}  // namespace hadal::testing
-
-namespace hadal::ops {
-namespace {
-
-using testing::fp8_rows;
-using testing::make_fp8;
-using testing::near_fp4;
-using testing::same_bits;
-using testing::Stored;
 
 TEST(Sm90ProductsGpu, WithoutRows) {
   const Stored w = make_fp8(64, 128, 3), e = near_fp4(64, 128, 4);

@@ -2,7 +2,7 @@
 // layouts of the kernels, against the integer model on plain matrices, bit for bit.
 #include "testing/sm90_products_cases.h"
 
-namespace hadal::testing {
+namespace hadal::ops {
 namespace {
 
 at::Device card() { return at::kCPU; }
@@ -10,4 +10,4 @@ at::Device card() { return at::kCPU; }
 INSTANTIATE_TEST_SUITE_P(Rows, Sm90Products, ::testing::Values(1, 7, 130));
 
 }  // namespace
-}  // namespace hadal::testing
+}  // namespace hadal::ops

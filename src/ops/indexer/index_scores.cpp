@@ -229,7 +229,7 @@ at::Tensor index_scores(const at::Tensor& q,
   check_shape(q, {batch.num_tokens(), -1, keys.width()}, "index_scores: q");
   check_shape(w, {batch.num_tokens(), q.size(1)}, "index_scores: w");
   if (serves_index_sm90(q, w, keys, numerics))
-    return index_scores_on_sm90(q, w, keys, batch, ratio);
+    return index_scores_on_sm90(q, w, keys, batch, ratio, numerics);
   refuse_as_hopper(q, "index_scores");
   if (use_cpu_kernel(q)) {
     return with_reference_gradient(

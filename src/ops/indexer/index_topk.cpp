@@ -77,7 +77,7 @@ at::Tensor index_topk(const at::Tensor& q,
   // choose as it did the first time, by the scores that training takes.
   const bool on_sm90 = serves_index_sm90(q, w, keys, numerics);
   const at::NoGradGuard no_grad;
-  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k);
+  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k, numerics);
   refuse_as_hopper(q, "index_topk");
   if (use_cpu_kernel(q)) {
     at::Tensor selection = at::empty({batch.num_tokens(), k}, at::kInt);

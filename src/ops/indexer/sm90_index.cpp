@@ -25,6 +25,30 @@ struct Scores {
         visible((batch.pos() + 1).div(ratio, "floor").to(at::kInt)) {}
 };
 
+constexpr RowFormat kKeyFormat{.kind = RowKind::kIndexKey, .width = kIndexDim};
+
+/// The keys of a step without a cache, which went through their round trip, as a cache holds them:
+/// packed, every sequence's from a page of its own on.
+BlockView pack_step(const BlockView& keys, const Batch& batch, int64_t ratio) {
+  const std::vector<int64_t>& cu_blocks = batch.blocks(ratio).cu_blocks;
+  std::vector<int64_t> rows;
+  std::vector<std::vector<int64_t>> pages;
+  for (size_t s = 0; s + 1 < cu_blocks.size(); ++s) {
+    pages.emplace_back();
+    for (int64_t first = cu_blocks[s]; first < cu_blocks[s + 1]; first += kIndexPageRows) {
+      pages.back().push_back(std::ssize(rows) / kIndexPageRows);
+      for (int64_t row = first; row < first + kIndexPageRows; ++row)
+        rows.push_back(std::min(row, cu_blocks[s + 1] - 1));  // nobody reads what lies behind
+    }
+  }
+  const at::Tensor packed = pack_rows(keys.rows, kKeyFormat);
+  BlockView view =
+      BlockView::paged(packed.index_select(0, at::tensor(rows, at::kLong).to(packed.device())),
+                       pages, kIndexPageRows);
+  view.format = kKeyFormat;
+  return view;
+}
+
 /// Packed keys.
 Scores score_packed(const at::Tensor& q_any,
                     const at::Tensor& w_any,
@@ -77,21 +101,21 @@ Scores score(const at::Tensor& q,
              const at::Tensor& w,
              const BlockView& keys,
              const Batch& batch,
-             int64_t ratio) {
-  return keys.format.packed() ? score_packed(q, w, keys, batch, ratio)
-                              : score_dense(q, w, keys, batch, ratio);
+             int64_t ratio,
+             Numerics numerics) {
+  if (numerics != Numerics::kReleased) return score_dense(q, w, keys, batch, ratio);
+  return score_packed(q, w, keys.format.packed() ? keys : pack_step(keys, batch, ratio), batch,
+                      ratio);
 }
 
-bool serves_packed(const BlockView& keys, Numerics numerics) {
-  return numerics == Numerics::kReleased && keys.format.kind == RowKind::kIndexKey &&
-         keys.format.width == kIndexDim && keys.page_blocks == kIndexPageRows &&
+bool serves_packed(const BlockView& keys) {
+  return keys.format == kKeyFormat && keys.page_blocks == kIndexPageRows &&
          keys.page_rows == kIndexPageRows;
 }
 
-bool serves_dense(const BlockView& keys, Numerics numerics) {
-  return numerics == Numerics::kBf16 && !keys.format.packed() && keys.rows.defined() &&
-         keys.rows.scalar_type() == at::kBFloat16 && keys.rows.is_contiguous() &&
-         keys.rows.size(1) == kIndexDim;
+bool serves_dense(const BlockView& keys) {
+  return !keys.format.packed() && keys.rows.defined() && keys.rows.scalar_type() == at::kBFloat16 &&
+         keys.rows.is_contiguous() && keys.rows.size(1) == kIndexDim;
 }
 
 }  // namespace
@@ -100,16 +124,19 @@ bool serves_index_sm90(const at::Tensor& q,
                        const at::Tensor& w,
                        const BlockView& keys,
                        Numerics numerics) {
-  return (serves_packed(keys, numerics) || serves_dense(keys, numerics)) &&
-         serves_index_heads(q.size(1)) && use_sm90(q) && use_sm90(w);
+  const bool serves = numerics == Numerics::kReleased
+                          ? serves_packed(keys) || (keys.of_step && serves_dense(keys))
+                          : numerics == Numerics::kBf16 && serves_dense(keys);
+  return serves && serves_index_heads(q.size(1)) && use_sm90(q) && use_sm90(w);
 }
 
 at::Tensor index_scores_on_sm90(const at::Tensor& q,
                                 const at::Tensor& w,
                                 const BlockView& keys,
                                 const Batch& batch,
-                                int64_t ratio) {
-  const Scores s = score(q, w, keys, batch, ratio);
+                                int64_t ratio,
+                                Numerics numerics) {
+  const Scores s = score(q, w, keys, batch, ratio, numerics);
   const int64_t columns = max_visible(batch, ratio);
   const at::Tensor hidden =
       at::arange(columns, s.visible.options()).unsqueeze(0) >= s.visible.unsqueeze(1);
@@ -123,8 +150,9 @@ at::Tensor index_topk_on_sm90(const at::Tensor& q,
                               const BlockView& keys,
                               const Batch& batch,
                               int64_t ratio,
-                              int64_t k) {
-  const Scores s = score(q, w, keys, batch, ratio);
+                              int64_t k,
+                              Numerics numerics) {
+  const Scores s = score(q, w, keys, batch, ratio, numerics);
   at::Tensor selection = at::empty({q.size(0), k}, s.visible.options());
   const auto* visible = s.visible.const_data_ptr<int32_t>();
   auto* blocks = selection.mutable_data_ptr<int32_t>();

@@ -9,8 +9,8 @@
 
 namespace hadal::ops {
 
-/// BF16 queries of up to 64 heads of 128 channels; `released` and packed keys in pages of 64, or
-/// `bf16` and BF16 keys.
+/// BF16 queries of up to 64 heads of 128 channels; `released` and keys packed in pages of 64, or
+/// those of a step without a cache, which are packed here; `bf16` and BF16 keys.
 bool serves_index_sm90(const at::Tensor& q,
                        const at::Tensor& w,
                        const BlockView& keys,
@@ -21,12 +21,14 @@ at::Tensor index_scores_on_sm90(const at::Tensor& q,
                                 const at::Tensor& w,
                                 const BlockView& keys,
                                 const Batch& batch,
-                                int64_t ratio);
+                                int64_t ratio,
+                                Numerics numerics);
 at::Tensor index_topk_on_sm90(const at::Tensor& q,
                               const at::Tensor& w,
                               const BlockView& keys,
                               const Batch& batch,
                               int64_t ratio,
-                              int64_t k);
+                              int64_t k,
+                              Numerics numerics);
 
 }  // namespace hadal::ops
