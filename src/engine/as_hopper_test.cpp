@@ -56,7 +56,7 @@ class AsHopper : public ::testing::TestWithParam<Case> {
  protected:
   const Case& c() const { return GetParam(); }
   /// Beyond a block of 128 and what the indexer takes without a choice.
-  std::vector<int64_t> tokens() const { return random_tokens(c().wide ? 60 : 270, 256, 6); }
+  std::vector<int64_t> tokens() const { return random_tokens(c().wide ? 60 : 200, 256, 6); }
 };
 
 TEST_P(AsHopper, ATokenDoesNotKnowItsChunks) {
