@@ -1,5 +1,6 @@
 // Times of the Hopper products at V4-Flash's widths, in the same run as the card's copy rate.
-//   kernel_bench [linear] [experts] [index] [rows] [forward] [attention] [prefill] [copy]
+//   kernel_bench [linear] [experts] [wide_experts] [index] [rows] [forward] [attention] [prefill]
+//                [any] [copy]
 //   one line a case; none named: all; prefill: the prefill of attention alone
 // Everything runs as a captured graph, products over distinct weights, so that the second-level
 // cache holds nothing of what a call reads (of `forward` the products and wo_a alone); medians of
@@ -254,6 +255,60 @@ void bench_experts(cudaStream_t stream, double copy) {
   }
 }
 
+/// The gate and up product of experts in FP8 and BF16, rows gathered to operands included.
+void bench_wide_experts(cudaStream_t stream, double copy) {
+  constexpr int64_t kDim = 4096, kOut = 4096, kExperts = 256;
+  for (const bool fp8 : {true, false}) {
+    const int64_t slabs = kDim * (fp8 ? 1 : 2) / 128, expert_bytes = kOut * slabs * 128;
+    auto* w = allocate<uint16_t>(static_cast<size_t>(kExperts * expert_bytes / 2));
+    fill_bf16<<<2048, 256, 0, stream>>>(w, static_cast<size_t>(kExperts * expert_bytes / 2), 1);
+    const auto scale_count = static_cast<size_t>(kExperts * slabs * kOut / 128);
+    auto* w_scale = on_device(std::vector<float>(scale_count, 0.25f));
+    std::mt19937 random(3);
+    for (const int tokens : {1, 8, 64, 4096}) {
+      const Routing r = make_routing(tokens, random);
+      const int64_t groups = r.rows / 8;
+      auto* x = allocate<uint16_t>(static_cast<size_t>(tokens * kDim));
+      fill_bf16<<<64, 256, 0, stream>>>(x, static_cast<size_t>(tokens * kDim), 4);
+      auto* operand = allocate<uint8_t>(static_cast<size_t>(r.rows * slabs * 128));
+      auto* scales = allocate<float>(static_cast<size_t>(r.rows * slabs));
+      auto* y = allocate<uint16_t>(static_cast<size_t>(r.rows * kOut));
+      ExpertsSm90Params p = {operand, fp8 ? scales : nullptr,
+                             groups,  reinterpret_cast<uint8_t*>(w),
+                             kOut,    slabs,
+                             r.runs,  r.num_runs,
+                             r.hit,   {y, kOut, ElementType::kBf16},
+                             w_scale};
+      for (const int tile : tokens < 256 ? std::vector<int>{8, 16} : std::vector<int>{64, 128}) {
+        const double us = microseconds(2, stream, [&] {
+          for (int i = 0; i < 2; ++i) {
+            if (fp8) {
+              quantise_operand_sm90({x, r.source, r.rows, kDim, kDim, operand, scales, groups},
+                                    stream);
+              experts_fp8_sm90(p, stream, {tile, -1});
+            } else {
+              bf16_operand_sm90({x, r.rows, kDim, kDim, operand, groups, r.source}, stream);
+              experts_bf16_sm90(p, stream, {tile, -1});
+            }
+          }
+        });
+        const double bytes = static_cast<double>(r.hit * expert_bytes);
+        const double flop = 2.0 * tokens * 6 * kDim * kOut;
+        std::printf(
+            "experts %s gate+up tokens %4d tile %3d %8.2f us  %5.2f TB/s of weights (%2.0f %% of "
+            "copy)  %5.0f TFLOP/s\n",
+            fp8 ? "FP8 " : "BF16", tokens, tile, us, bytes / us / 1e6, bytes / us / 1e4 / copy,
+            flop / us / 1e6);
+      }
+      for (void* memory : {static_cast<void*>(x), static_cast<void*>(operand),
+                           static_cast<void*>(scales), static_cast<void*>(y)})
+        cudaFree(memory);
+    }
+    cudaFree(w);
+    cudaFree(w_scale);
+  }
+}
+
 void bench_index(cudaStream_t stream, double copy) {
   constexpr int64_t kHeads = 64, kTopk = 512;
   for (const int64_t tokens : {1, 8}) {
@@ -369,10 +424,12 @@ int run(int argc, char** argv) {
   std::printf("copy %.3f TB/s read and written\n", copy);
   if (wanted("attention")) bench_attention(stream, copy, false);
   if (argc > 1 && wanted("prefill")) bench_attention(stream, copy, true);
+  if (wanted("any")) bench_attention_any(stream, copy);
   if (wanted("rows")) bench_rows(stream, copy);
   if (wanted("forward")) bench_forward(stream, copy);
   if (wanted("index")) bench_index(stream, copy);
   if (wanted("experts")) bench_experts(stream, copy);
+  if (wanted("wide_experts")) bench_wide_experts(stream, copy);
   if (wanted("linear")) bench_linear(stream, copy);
   return 0;
 }

@@ -78,6 +78,8 @@ double microseconds(int calls, cudaStream_t stream, Body body) {
 
 /// prefill: of prefill alone.
 void bench_attention(cudaStream_t stream, double copy, bool prefill);
+/// Of other widths, head counts and rows than V4's: hadal-nano's, BF16.
+void bench_attention_any(cudaStream_t stream, double copy);
 void bench_forward(cudaStream_t stream, double copy);
 
 }  // namespace hadal::ops

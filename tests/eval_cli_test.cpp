@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "base/check.h"
 #include "cli_fixture.h"
 #include "serve_process.h"
 #include "testing/loopback_client.h"
@@ -92,6 +93,34 @@ TEST_F(EvalTasks, PromptLogprobsAreThoseOfHadalLogits) {
     if (first.is_null()) first = given;
     EXPECT_EQ(given, first);
   }
+}
+
+TEST_F(EvalTasks, LogitsAsHopperDoNotKnowTheirChunksAndWhatHasNoKernelIsNamed) {
+  std::vector<int> ids(24);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int>(i * 7 % 32);
+  const std::string file = write_ids(ids);
+  const auto logits = [&](const std::string& flags) {
+    return run(concat("logits --ids ", file, " --out ", (folder_ / "out").string(), " ", flags));
+  };
+  const auto bytes = [&](const std::string& flags) {
+    const CliResult result = logits(flags);
+    EXPECT_EQ(result.code, 0) << result.error;
+    return slurp(folder_ / "out");
+  };
+  const std::string whole = bytes("--as hopper");
+  EXPECT_EQ(bytes("--as hopper --chunk 5"), whole);
+  EXPECT_NE(bytes(""), whole);
+  for (const auto& [flags, why] :
+       {std::pair{"--as hopper --numerics ideal", "`ideal`"}, {"--as ampere", "--as"}}) {
+    const CliResult result = logits(flags);
+    EXPECT_EQ(result.code, 2);
+    EXPECT_NE(result.error.find(why), std::string::npos) << result.error;
+  }
+  // Two streams of residuals.
+  const CliResult refused =
+      logits(concat("--as hopper --model ", HADAL_SOURCE_DIR, "/tests/golden-tiny/released"));
+  EXPECT_EQ(refused.code, 2);
+  EXPECT_NE(refused.error.find("as hopper: hc_pre"), std::string::npos) << refused.error;
 }
 
 TEST_F(EvalTasks, ChoicesAreWhatTheServersLogprobsSay) {

@@ -21,6 +21,7 @@
 #include "model/transformer.h"
 #include "nano_machine.h"
 #include "ops/cache/batch.h"
+#include "testing/as_hopper.h"
 
 namespace hadal {
 namespace {
@@ -95,6 +96,28 @@ TEST(InferenceBits, LogitsAreThoseOfEveryBuild) {
     }
   }
   force_isa(best);
+}
+
+// What a card computes, by a CPU in its place: 64 tokens of the shipped model.
+TEST(InferenceBits, LogitsOfACardAreThoseOfEveryBuild) {
+  const auto source =
+      checkpoint::OfficialCheckpoint::open(concat(HADAL_SOURCE_DIR, "/models/hadal-nano"));
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < 64; ++i)
+    ids.push_back((i * i * 31 + 17 * i + 5) % source.config().vocab_size);
+  const Isa best = current_isa();
+  for (const auto numerics : {Numerics::kReleased, Numerics::kBf16}) {
+    const model::Transformer model =
+        checkpoint::load_model(source, numerics, {.held = checkpoint::Held::kAccelerator});
+    for (int level = 0; level <= static_cast<int>(detect_isa()); ++level) {
+      SCOPED_TRACE(isa_name(static_cast<Isa>(level)));
+      force_isa(static_cast<Isa>(level));
+      const auto pass = testing::traced_pass(model, numerics, ids, 64, testing::RunsOn::kAsHopper);
+      expect_recorded(concat("as-hopper-nano-", ops::numerics_name(numerics)),
+                      bytes_of(pass.logits));
+    }
+    force_isa(best);
+  }
 }
 
 TEST(InferenceBits, TwentySeededAnswersAreThoseOfEveryBuild) {

@@ -37,7 +37,8 @@ const std::vector<Command>& commands() {
       {"verify", "compare a checkpoint's outputs with recorded ones",
        "  hadal verify tests/golden/ideal --gradients", define_verify},
       {"logits", "logits of every position of given token ids",
-       "  hadal logits --model DIR --ids ids.safetensors --out logits.safetensors --chunk 64",
+       "  hadal logits --model DIR --ids ids.safetensors --out logits.safetensors --chunk 64\n"
+       "  hadal logits --ids ids.safetensors --out card.safetensors --as hopper",
        define_logits},
       {"convert", "a checkpoint to another storage or to transformers' names",
        "  hadal convert --in DeepSeek-V4-Flash --out flash-bf16 --to bf16", define_convert},

@@ -55,9 +55,7 @@ TEST(LoadGpu, ServesPackedWeights) {
       });
       there.visit([&](model::Parameter& p) {
         const bool product = p.is_matrix() || p.kind == ParamKind::kHead;
-        const bool dense = numerics == Numerics::kBf16 && p.kind == ParamKind::kExperts;
-        EXPECT_EQ(p.weight.form(),
-                  product && !dense ? ops::WeightForm::kSm90 : ops::WeightForm::kNone)
+        EXPECT_EQ(p.weight.form(), product ? ops::WeightForm::kSm90 : ops::WeightForm::kNone)
             << p.name;
         p.hold_dense();
         EXPECT_TRUE(p.value.is_cuda()) << p.name;

@@ -124,9 +124,7 @@ class Loader {
           fp8 ? ops::pack_fp8(codes->data, codes->scale) : ops::pack_fp4(codes->data, codes->scale);
       if (panels) return ops::Weight(std::move(*panels));
     }
-    // Of experts an accelerator multiplies FP4 alone.
-    const bool multiplies = !fp8 || parameter.kind != ParamKind::kExperts;
-    if (codes && multiplies && target_.held == Held::kAccelerator) {
+    if (codes && target_.held == Held::kAccelerator) {
       const bool widened = parameter.role == ops::GemmRole::kBf16;
       auto matrices = !fp8      ? ops::pack_sm90_fp4(codes->data, codes->scale)
                       : widened ? ops::pack_sm90_widened(codes->data, codes->scale)

@@ -16,8 +16,7 @@ enum class Held {
   kPanels,       ///< for the CPU's matrix kernel: FP4, FP8 and BF16 as stored; serves requests
   kDense,        ///< as tensors: for training, and for what a device's library multiplies
   kAccelerator,  ///< as an accelerator's kernels read them (ops::Weight's sm90): in `released` FP4
-                 ///< and FP8 as stored, with scales, and BF16; in `bf16` BF16 alone, experts dense;
-                 ///< the rest dense
+                 ///< and FP8 as stored, with scales, and BF16; in `bf16` BF16 alone; the rest dense
 };
 
 struct LoadTarget {

@@ -90,6 +90,35 @@ TEST_F(LoadTargets, AnAcceleratorHoldsFourEightAndSixteenBitsAWeight) {
   EXPECT_GT(matrices, 6 * 7);
 }
 
+TEST_F(LoadTargets, AnAcceleratorHoldsExpertsOfEveryForm) {
+  const auto expect = [](const model::Transformer& model, ops::WeightFormat format) {
+    int64_t experts = 0;
+    model.visit([&](const Parameter& p) {
+      if (p.kind != ParamKind::kExperts) return;
+      ASSERT_EQ(p.weight.form(), WeightForm::kSm90) << p.name;
+      EXPECT_EQ(p.weight.sm90().format, format) << p.name;
+      ++experts;
+    });
+    EXPECT_EQ(experts, 6 * 3);
+  };
+  expect(load(Numerics::kReleased, Held::kAccelerator), ops::WeightFormat::kFp4);
+  expect(load(Numerics::kBf16, Held::kAccelerator), ops::WeightFormat::kBf16);
+  const std::string folder = folder_ + "-fp8";
+  model::ModelConfig config = checkpoint_->config();
+  config.expert_dtype = model::ExpertDtype::kFp8;
+  save_model(testing::random_model(config, 11, at::kFloat), folder, {});
+  {
+    const auto eight = OfficialCheckpoint::open(folder);
+    const LoadTarget target{.held = Held::kAccelerator};
+    model::Transformer packed = load_model(eight, Numerics::kReleased, target);
+    expect(packed, ops::WeightFormat::kFp8);
+    EXPECT_TRUE(at::equal(logits(packed, Numerics::kReleased),
+                          logits(load_model(eight, Numerics::kReleased, {.held = Held::kDense}),
+                                 Numerics::kReleased)));
+  }
+  std::filesystem::remove_all(folder);
+}
+
 TEST_F(LoadTargets, ValuesAndResultsDoNotDependOnTheTarget) {
   for (const Numerics numerics : {Numerics::kReleased, Numerics::kBf16, Numerics::kIdeal}) {
     model::Transformer dense = load(numerics, Held::kDense);

@@ -69,12 +69,9 @@ class EngineOnGpu : public ::testing::TestWithParam<Case> {
       const ops::Weight dense(p.kind == model::ParamKind::kGroups
                                   ? p.value.reshape({p.units, -1, p.value.size(-1)})
                                   : p.value);
-      // In `bf16` experts stay dense.
-      if (auto packed = dense.to_sm90(codes ? p.storage : model::Storage::kBf16, p.role)) {
-        p.hold(std::move(*packed));
-      } else {
-        EXPECT_EQ(p.kind, model::ParamKind::kExperts) << p.name;
-      }
+      auto packed = dense.to_sm90(codes ? p.storage : model::Storage::kBf16, p.role);
+      ASSERT_TRUE(packed.has_value()) << p.name;
+      p.hold(std::move(*packed));
     });
     model::move_to(model, device);
     return model;
@@ -403,7 +400,9 @@ INSTANTIATE_TEST_SUITE_P(Numerics,
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Numerics,
                          KernelsAlone,
-                         ::testing::Values(Case{Numerics::kReleased, 0, true, true}),
+                         ::testing::Values(Case{Numerics::kBf16, 0, true},
+                                           Case{Numerics::kReleased, 0, true},
+                                           Case{Numerics::kReleased, 0, true, true}),
                          name_of);
 
 }  // namespace

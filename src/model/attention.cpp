@@ -189,7 +189,7 @@ WindowRows make_window(const Attention& attn,
     places = context.kv->ring_places(block, RingKind::kWindow);
   }
   const ops::RowFormat& format = window.history.format;
-  if (places != nullptr && ops::serves_latents_sm90(format, config.n_heads, config.window_size) &&
+  if (places != nullptr && ops::serves_latents_sm90(format) &&
       ops::serves_cache_rows_sm90(product, cos_sin, format)) {
     const ops::CacheRows rows{
         .x = product, .weight = attn.kv_norm.value, .eps = config.norm_eps, .cos_sin = cos_sin};

@@ -49,14 +49,13 @@ MoeOutput moe_forward(const Moe& moe,
                                    .w3 = moe.w3.weight,
                                    .w2 = moe.w2.weight,
                                    .swiglu_limit = config.swiglu_limit};
-  if (numerics == ops::Numerics::kReleased && !context.request.swiglu &&
-      ops::serves_experts_sm90(x, experts)) {
+  if (!context.request.swiglu && ops::serves_experts_sm90(x, experts, numerics)) {
     // The kernels round rows of x as they gather them, and of the shared expert as they multiply.
     const ops::RoutedExperts shared{.w1 = moe.shared_w1.weight,
                                     .w3 = moe.shared_w3.weight,
                                     .w2 = moe.shared_w2.weight,
                                     .swiglu_limit = config.swiglu_limit};
-    const at::Tensor out = ops::serves_shared_expert_sm90(x, shared)
+    const at::Tensor out = ops::serves_shared_expert_sm90(input, shared)
                                ? ops::shared_expert_on_sm90(input, shared)
                                : shared_expert();
     return {.out = ops::experts_on_sm90(x, routing, experts, out), .aux = std::move(aux)};

@@ -11,6 +11,7 @@
 #include "ops/attention/rope.h"
 #include "ops/gemm/trained_product.h"
 #include "ops/moe/permute.h"
+#include "ops/sm90.h"
 
 namespace hadal::model {
 
@@ -72,9 +73,8 @@ ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
   if (weight.defined()) {
     // The kernels that read these codes on a GPU round rows to E4M3, which `released` alone does.
     const bool rounds = weight.form() == ops::WeightForm::kSm90 && weight.sm90().rounds_rows();
-    return rounds && numerics != ops::Numerics::kReleased && !weight.device().is_cpu()
-               ? weight.to_dense()
-               : weight;
+    const bool kernels = !weight.device().is_cpu() || ops::as_hopper();
+    return rounds && numerics != ops::Numerics::kReleased && kernels ? weight.to_dense() : weight;
   }
   const at::Tensor values = operand(numerics);
   // Masters under training change every step; what is rounded on the way is made anew.

@@ -124,7 +124,7 @@ TEST_P(FusedRowsGpu, RunsTheSharedExpert) {
   const at::Tensor x = low(at::randn({rows(), 512}) * 0.05).to(at::kCUDA);
   const ProductInput input(x, Numerics::kReleased);
   const RoutedExperts shared{.w1 = w1, .w3 = w3, .w2 = w2, .swiglu_limit = 1.0};
-  ASSERT_TRUE(serves_shared_expert_sm90(x, shared));
+  ASSERT_TRUE(serves_shared_expert_sm90(input, shared));
   const at::Tensor hidden = swiglu(linear(input, w1, GemmRole::kFp8),
                                    linear(input, w3, GemmRole::kFp8), at::Tensor(), 1.0);
   EXPECT_TRUE(

@@ -8,12 +8,16 @@
 namespace hadal::ops {
 namespace {
 
-thread_local bool differentiable = false;
+thread_local bool differentiable = false, stands_for_hopper = false;
+
+/// Whether x is where Hopper kernels may serve it.
+bool on_hopper(const at::Tensor& x) { return x.is_cuda() || (stands_for_hopper && x.is_cpu()); }
 
 bool serves(const at::Tensor& x, at::ScalarType type) {
-  if (!x.is_cuda() || reference_forced() || differentiable || x.scalar_type() != type) return false;
+  if (!on_hopper(x) || reference_forced() || differentiable || x.scalar_type() != type)
+    return false;
   if (at::GradMode::is_enabled() && x.requires_grad()) return false;
-  require_sm90(x.device());
+  if (x.is_cuda()) require_sm90(x.device());
   return true;
 }
 
@@ -21,6 +25,17 @@ bool serves(const at::Tensor& x, at::ScalarType type) {
 
 DifferentiableGuard::DifferentiableGuard() : previous_(differentiable) { differentiable = true; }
 DifferentiableGuard::~DifferentiableGuard() { differentiable = previous_; }
+
+AsHopperGuard::AsHopperGuard() : previous_(stands_for_hopper) { stands_for_hopper = true; }
+AsHopperGuard::~AsHopperGuard() { stands_for_hopper = previous_; }
+bool as_hopper() { return stands_for_hopper; }
+
+void refuse_as_hopper(const at::Tensor& x, std::string_view what) {
+  if (!stands_for_hopper || !x.is_cpu()) return;
+  throw InputError(concat("as hopper: ", what,
+                          ": no Hopper kernel does this, and a card leaves it to code whose bits a "
+                          "CPU cannot say (docs/kernels.md)"));
+}
 
 bool use_sm90(const at::Tensor& x) { return serves(x, at::kBFloat16); }
 bool use_sm90_fp32(const at::Tensor& x) { return serves(x, at::kFloat); }

@@ -18,29 +18,40 @@ inline uint16_t moderate_bf16(std::mt19937& random, int least) {
   return static_cast<uint16_t>((random() & 0x807f) | exponent << 7);
 }
 
-/// Latents whose values lie around one; a few have a scale far from the others'.
-inline std::vector<uint8_t> random_latents(int64_t count, unsigned seed) {
+struct AttentionShape {
+  int64_t tokens, heads, window_places, block_places;
+  int64_t width = ops::kLatentDim;
+  ops::AttnRows format = ops::AttnRows::kPacked;
+
+  int64_t row_bytes() const { return ops::attn_row_bytes(width, format); }
+};
+
+/// Latents whose values lie around one; a few packed ones have a scale far from the others'.
+inline std::vector<uint8_t> random_latents(int64_t count,
+                                           const AttentionShape& shape,
+                                           unsigned seed) {
   std::mt19937 random(seed);
-  std::vector<uint8_t> rows(static_cast<size_t>(count * ops::kLatentRowBytes));
+  std::vector<uint8_t> rows(static_cast<size_t>(count * shape.row_bytes()));
+  const bool packed = shape.format == ops::AttnRows::kPacked;
+  const int64_t rounded = packed ? shape.width - ops::kAttnRotary : 0;
+  const auto groups = static_cast<unsigned>(rounded / 64);
   for (int64_t r = 0; r < count; ++r) {
-    uint8_t* row = rows.data() + r * ops::kLatentRowBytes;
-    for (int i = 0; i < 448; ++i) {
+    uint8_t* row = rows.data() + r * shape.row_bytes();
+    for (int64_t i = 0; i < rounded; ++i) {
       row[i] = static_cast<uint8_t>(random());
       if ((row[i] & 0x7f) == 0x7f) row[i] = 0;
     }
-    for (int i = 0; i < 64; ++i) {
+    for (int64_t i = 0; i < shape.width - rounded; ++i) {
       const uint16_t value = moderate_bf16(random, -5);
-      std::memcpy(row + 448 + 2 * i, &value, 2);
+      std::memcpy(row + rounded + 2 * i, &value, 2);
     }
-    for (int i = 0; i < 7; ++i) row[576 + i] = static_cast<uint8_t>(118 + random() % 4);
-    if (random() % 64 == 0) row[576 + random() % 7] = static_cast<uint8_t>(1 + random() % 20);
+    if (groups == 0) continue;
+    uint8_t* scales = row + rounded + 2 * ops::kAttnRotary;
+    for (unsigned i = 0; i < groups; ++i) scales[i] = static_cast<uint8_t>(118 + random() % 4);
+    if (random() % 64 == 0) scales[random() % groups] = static_cast<uint8_t>(1 + random() % 20);
   }
   return rows;
 }
-
-struct AttentionShape {
-  int64_t tokens, heads, window_places, block_places;
-};
 
 /// Tokens over one set of latents, with lists that skip places, whole chunks and whole segments.
 /// Logits of every fifth token are large.
@@ -55,14 +66,14 @@ struct AttentionWorld {
 
   explicit AttentionWorld(const AttentionShape& s, unsigned seed = 1) : shape(s) {
     constexpr unsigned kRows = 500;
-    window = random_latents(kRows, seed);
-    blocks = random_latents(kRows, seed + 1);
+    window = random_latents(kRows, s, seed);
+    blocks = random_latents(kRows, s, seed + 1);
     std::mt19937 random(seed + 2);
     const auto row = [&] {
       return random() % 10 == 0 ? -1 : static_cast<int32_t>(random() % kRows);
     };
     for (int64_t t = 0; t < s.tokens; ++t) {
-      for (int64_t i = 0; i < s.heads * ops::kLatentDim; ++i)
+      for (int64_t i = 0; i < s.heads * s.width; ++i)
         q.push_back(moderate_bf16(random, t % 5 == 4 ? -2 : -5));
       for (int64_t i = 0; i < s.window_places; ++i)
         window_row.push_back(t % 3 == 1 && i < 64 ? -1 : row());
@@ -80,7 +91,7 @@ struct AttentionWorld {
   std::vector<const uint8_t*> list(int64_t token) const {
     std::vector<const uint8_t*> rows;
     const auto add = [&](const std::vector<uint8_t>& latents, int32_t row) {
-      rows.push_back(row < 0 ? nullptr : latents.data() + row * ops::kLatentRowBytes);
+      rows.push_back(row < 0 ? nullptr : latents.data() + row * shape.row_bytes());
     };
     for (int64_t i = 0; i < shape.window_places; ++i)
       add(window, window_row[static_cast<size_t>(token * shape.window_places + i)]);
@@ -91,7 +102,7 @@ struct AttentionWorld {
 };
 
 struct AttentionResults {
-  std::vector<uint16_t> out;  ///< [.., heads, 512]
+  std::vector<uint16_t> out;  ///< [.., heads, width]
   std::vector<float> stats;   ///< [.., heads, 2]
 };
 
@@ -101,12 +112,19 @@ inline AttentionResults attention_twin(const AttentionWorld& w,
                                        int64_t first,
                                        int64_t count) {
   const std::vector<const uint8_t*> rows = w.list(token);
-  AttentionResults r{std::vector<uint16_t>(static_cast<size_t>(count * ops::kLatentDim)),
+  const int64_t width = w.shape.width;
+  AttentionResults r{std::vector<uint16_t>(static_cast<size_t>(count * width)),
                      std::vector<float>(static_cast<size_t>(count * 2))};
-  ops::sparse_attn_twin({w.q.data() + (token * w.shape.heads + first) * ops::kLatentDim,
-                         w.sink.data() + first, rows.data(), count,
-                         static_cast<int64_t>(rows.size()), AttentionWorld::kScale, r.out.data(),
-                         r.stats.data()});
+  ops::sparse_attn_twin({.q = w.q.data() + (token * w.shape.heads + first) * width,
+                         .sink = w.sink.data() + first,
+                         .rows = rows.data(),
+                         .heads = count,
+                         .places = static_cast<int64_t>(rows.size()),
+                         .scale = AttentionWorld::kScale,
+                         .out = r.out.data(),
+                         .stats = r.stats.data(),
+                         .width = width,
+                         .format = w.shape.format});
   return r;
 }
 

@@ -9,6 +9,7 @@
 #include "ops/cache/rows_sm90.h"
 #include "ops/compressor/compress_sm90.h"
 #include "ops/gemm/linear_sm90.h"
+#include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/mhc/hyper_connection_sm90.h"
 #include "ops/moe/gate_sm90.h"
@@ -30,7 +31,9 @@ void linear_bf16_sm90(const LinearSm90Params&, Stream, const Sm90Choice&) { abse
 void linear_fp8_sm90(const LinearSm90Params&, const Sm90Factor*, int, Stream) { absent(); }
 void linear_bf16_sm90(const LinearSm90Params&, const Sm90Factor*, int, Stream) { absent(); }
 void widened_sm90(const WidenedSm90Params&, Stream, const Sm90Choice&) { absent(); }
-void experts_fp4_sm90(const ExpertsFp4Sm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_fp4_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_fp8_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
+void experts_bf16_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void quantise_operand_sm90(const QuantiseSm90Params&, Stream) { absent(); }
 void bf16_operand_sm90(const Bf16OperandSm90Params&, Stream) { absent(); }
 void pad_groups_sm90(const PadGroupsSm90Params&, Stream) { absent(); }
@@ -50,6 +53,8 @@ void head_rows_sm90(const HeadRowsSm90Params&, Stream) { absent(); }
 void head_operand_sm90(const HeadOperandSm90Params&, Stream) { absent(); }
 void index_scores_sm90(const IndexScoresSm90Params&, Stream) { absent(); }
 void index_topk_sm90(const IndexTopkSm90Params&, Stream) { absent(); }
+void index_scores_bf16_sm90(const IndexScoresBf16Sm90Params&, Stream) { absent(); }
+void index_topk_f32_sm90(const IndexTopkF32Sm90Params&, Stream) { absent(); }
 void attn_lists_sm90(const AttnListsSm90Params&, Stream) { absent(); }
 void sample_sm90(const SampleSm90Params&, Stream) { absent(); }
 void log_probs_sm90(const LogProbsSm90Params&, Stream) { absent(); }

@@ -1,6 +1,7 @@
 // Lists of attention on a card against a walk over positions.
 #include <algorithm>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "ops/attention/attn_lists_sm90.h"
@@ -11,16 +12,17 @@ namespace {
 
 using testing::OnDevice;
 
-constexpr int64_t kWindow = 128, kRing = 160, kRatio = 4, kPageBlocks = 32, kPages = 40;
+constexpr int64_t kRing = 160, kRatio = 4, kPageBlocks = 32, kPages = 40;
 
 struct Piece {
   int64_t start, length;
 };
 
-class AttnListsSm90 : public ::testing::TestWithParam<bool> {};
+/// Window, and whether blocks are chosen.
+class AttnListsSm90 : public ::testing::TestWithParam<std::tuple<int64_t, bool>> {};
 
 TEST_P(AttnListsSm90, HaveTheRowsOfTheirPositions) {
-  const bool chosen = GetParam();
+  const auto [positions, chosen] = GetParam();
   const std::vector<Piece> runs = {{0, 1}, {0, 150}, {90, 60}, {127, 1}, {128, 3}, {4000, 300}};
   const int64_t step_row = static_cast<int64_t>(runs.size()) * kRing;
   const int64_t block_places = chosen ? 70 : 4300 / kRatio;
@@ -38,9 +40,9 @@ TEST_P(AttnListsSm90, HaveTheRowsOfTheirPositions) {
     for (int64_t p = start; p < start + length; ++p) {
       pos.push_back(p);
       seq.push_back(static_cast<int64_t>(s));
-      std::vector<int32_t> places(kWindow, -1);
-      for (int64_t k = std::max<int64_t>(p - kWindow + 1, 0); k <= p; ++k) {
-        places[static_cast<size_t>(k % kWindow)] = static_cast<int32_t>(
+      std::vector<int32_t> places(static_cast<size_t>(attn_window_places(positions)), -1);
+      for (int64_t k = std::max<int64_t>(p - positions + 1, 0); k <= p; ++k) {
+        places[static_cast<size_t>(k % positions)] = static_cast<int32_t>(
             k < start ? slot * kRing + k % kRing : step_row + first_row[s] + k - start);
       }
       window.insert(window.end(), places.begin(), places.end());
@@ -83,7 +85,7 @@ TEST_P(AttnListsSm90, HaveTheRowsOfTheirPositions) {
                    block_row.get(),
                    num_blocks.get(),
                    tokens,
-                   kWindow,
+                   positions,
                    block_places},
                   nullptr);
   EXPECT_EQ(window_row.read(), window);
@@ -91,7 +93,9 @@ TEST_P(AttnListsSm90, HaveTheRowsOfTheirPositions) {
   EXPECT_EQ(num_blocks.read(), counts);
 }
 
-INSTANTIATE_TEST_SUITE_P(Selection, AttnListsSm90, ::testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Windows,
+                         AttnListsSm90,
+                         ::testing::Combine(::testing::Values(128, 32, 100), ::testing::Bool()));
 
 }  // namespace
 }  // namespace hadal::ops

@@ -27,13 +27,15 @@ __global__ void __launch_bounds__(kThreads)
     attn_lists_kernel(const __grid_constant__ AttnListsSm90Params p) {
   wait_for_previous();
   launch_dependents();
-  const auto [token, piece] = row_piece((p.window + p.block_places) / kThreads + 1);
+  const int64_t window_places = attn_window_places(p.window);
+  const auto [token, piece] = row_piece((window_places + p.block_places) / kThreads + 1);
   const int64_t at = static_cast<int64_t>(piece) * kThreads + threadIdx.x;
-  if (at < p.window) {
-    p.window_row[token * p.window + at] = static_cast<int32_t>(window_row(p, token, at));
+  if (at < window_places) {
+    p.window_row[token * window_places + at] =
+        static_cast<int32_t>(at < p.window ? window_row(p, token, at) : -1);
     return;
   }
-  const int64_t place = at - p.window;
+  const int64_t place = at - window_places;
   const int64_t visible = p.ratio == 0 ? 0 : (p.pos[token] + 1) / p.ratio;
   const int64_t most = visible < p.block_places ? visible : p.block_places;
   if (place == 0) p.num_blocks[token] = static_cast<int32_t>(most);
@@ -51,8 +53,8 @@ namespace hadal::ops {
 
 void attn_lists_sm90(const AttnListsSm90Params& p, Stream stream) {
   if (p.tokens == 0) return;
-  const unsigned grid =
-      cuda::blocks_for(p.tokens * ((p.window + p.block_places) / cuda::kThreads + 1), 1);
+  const int64_t places = attn_window_places(p.window) + p.block_places;
+  const unsigned grid = cuda::blocks_for(p.tokens * (places / cuda::kThreads + 1), 1);
   cuda::launch_early(cuda::attn_lists_kernel, {grid, cuda::kThreads}, stream, "attn_lists_sm90", p);
 }
 

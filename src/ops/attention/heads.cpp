@@ -18,7 +18,8 @@ constexpr int64_t kRotary = 64;
 bool serves_heads_sm90(const at::Tensor& x, const at::Tensor& cos_sin) {
   const int64_t width = x.size(2);
   return cos_sin.size(1) * 2 == kRotary &&
-         (width == 64 || width == 128 || width == 256 || width == 512) && use_sm90(x);
+         (width == 64 || width == 128 || width == 256 || width == 512) && x.is_cuda() &&
+         use_sm90(x);
 }
 
 }  // namespace
@@ -60,18 +61,21 @@ at::Tensor rotated_group_linear(const at::Tensor& x_any,
   }
   const at::Tensor x = kernel_input(x_any), cos_sin = kernel_input(cos_sin_any);
   const int64_t x_groups = ceil_div(tokens, sm90::kGroupRows);
-  const at::Tensor operand =
-      at::empty({x_groups * sm90::kGroupRows * heads * width * 2}, x.options().dtype(at::kByte));
+  const Sm90Rows rows{.codes = at::empty({x_groups * sm90::kGroupRows * heads * width * 2},
+                                         x.options().dtype(at::kByte)),
+                      .scales = {},
+                      .groups = x_groups,
+                      .rows = tokens};
   head_operand_sm90({.x = bf16_data(x),
                      .cos_sin = cos_sin.const_data_ptr<float>(),
-                     .operand = operand.mutable_data_ptr<uint8_t>(),
+                     .operand = rows.codes.mutable_data_ptr<uint8_t>(),
                      .tokens = tokens,
                      .heads = heads,
                      .width = width,
                      .groups = w.matrices(),
                      .x_groups = x_groups},
                     current_stream(x));
-  return group_linear_sm90(operand, tokens, w.sm90());
+  return group_linear_sm90(rows, w.sm90());
 }
 
 }  // namespace hadal::ops

@@ -465,6 +465,7 @@ AttentionResult sparse_attn(const at::Tensor& q,
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
   if (serves_attention_sm90(q, history, blocks, params))
     return attention_on_sm90(q, kv, history, blocks, selection, sink, batch, params);
+  refuse_attention_as_hopper(q, params);
   check_shape(kv, {batch.num_tokens(), q.size(2)}, "sparse_attn: kv");
   if (use_cuda_kernel(q, history, selection, batch, params)) {
     // Window layers have no blocks; autograd wants a tensor in their place.
@@ -477,9 +478,8 @@ AttentionResult sparse_attn(const at::Tensor& q,
   }
   if (use_cpu_kernel(q)) {
     const at::Tensor chosen = selection.defined() ? selection.contiguous() : selection;
-    const auto kernel = [&](const auto& in) {
-      return run_cpu(in, {history, blocks, chosen, batch, params});
-    };
+    const CpuStep step{history, blocks, chosen, batch, params};
+    const auto kernel = [&](const auto& in) { return run_cpu(in, step); };
     const std::vector<at::Tensor> inputs{q, kv, blocks.rows, sink};
     const bool own = batch.whole() && (params.ratio == 0 || blocks.of_step);
     const auto backward = [history, blocks, chosen, batch, params](const auto& in) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -33,7 +34,8 @@ Results run(
     const World& w, SparseAttnKernel kernel, int64_t first, int64_t count, bool wide = false) {
   const Shape& s = w.shape;
   const OnDevice<uint8_t> window(w.window), blocks(w.blocks);
-  const OnDevice<uint16_t> wide_window(widen(w.window)), wide_blocks(widen(w.blocks));
+  const OnDevice<uint16_t> wide_window(wide ? widen(w.window) : std::vector<uint16_t>(1)),
+      wide_blocks(wide ? widen(w.blocks) : std::vector<uint16_t>(1));
   const OnDevice<uint16_t> q(w.q);
   const OnDevice<float> sink(w.sink);
   // No list is empty memory.
@@ -42,9 +44,9 @@ Results run(
   block_row.push_back(-1);
   const OnDevice<int32_t> window_there(window_row), block_there(block_row), num_there(w.num_blocks);
   const auto rows = static_cast<size_t>(count * s.heads);
-  const OnDevice<uint16_t> out(rows * kLatentDim);
+  const OnDevice<uint16_t> out(rows * static_cast<size_t>(s.width));
   const OnDevice<float> stats(rows * 2);
-  SparseAttnSm90Params p = {.q = q.get() + first * s.heads * kLatentDim,
+  SparseAttnSm90Params p = {.q = q.get() + first * s.heads * s.width,
                             .sink = sink.get(),
                             .window = window.get(),
                             .blocks = blocks.get(),
@@ -60,7 +62,9 @@ Results run(
                             .stats = stats.get(),
                             .scratch = nullptr,
                             .wide_window = wide ? wide_window.get() : nullptr,
-                            .wide_blocks = wide ? wide_blocks.get() : nullptr};
+                            .wide_blocks = wide ? wide_blocks.get() : nullptr,
+                            .width = s.width,
+                            .format = s.format};
   const OnDevice<float> scratch(static_cast<size_t>(sparse_attn_scratch_floats(p, kernel)) + 1);
   p.scratch = scratch.get();
   sparse_attn_sm90(p, nullptr, kernel);
@@ -75,6 +79,7 @@ void expect_twin(const World& w,
                  int64_t first_head,
                  int64_t heads,
                  const std::string& what) {
+  const auto width = static_cast<size_t>(w.shape.width);
   int64_t max = 0, sum = 0, out = 0, by_slab[8] = {};
   std::string first;
   for (int64_t h = 0; h < heads; ++h) {
@@ -83,9 +88,9 @@ void expect_twin(const World& w,
     const auto at = static_cast<size_t>(h) * 2;
     max += bits(found.stats[row * 2]) != bits(expected.stats[at]);
     sum += bits(found.stats[row * 2 + 1]) != bits(expected.stats[at + 1]);
-    for (size_t d = 0; d < kLatentDim; ++d) {
-      const uint16_t a = found.out[row * kLatentDim + d],
-                     b = expected.out[static_cast<size_t>(h) * kLatentDim + d];
+    for (size_t d = 0; d < width; ++d) {
+      const uint16_t a = found.out[row * width + d],
+                     b = expected.out[static_cast<size_t>(h) * width + d];
       if (a == b) continue;
       ++by_slab[d / 64];
       if (out++ == 0) {
@@ -102,7 +107,7 @@ void expect_twin(const World& w,
   }
   EXPECT_EQ(max + sum + out, 0) << what << " token " << token << " heads " << first_head << " + "
                                 << heads << ": " << max << " maxima, " << sum << " sums, " << out
-                                << " values of " << heads * kLatentDim << " differ (by slab "
+                                << " values of " << heads * w.shape.width << " differ (by slab "
                                 << by_slab[0] << " " << by_slab[1] << " " << by_slab[2] << " "
                                 << by_slab[3] << " " << by_slab[4] << " " << by_slab[5] << " "
                                 << by_slab[6] << " " << by_slab[7] << "), first " << first;
@@ -211,6 +216,50 @@ TEST(SparseAttnSm90, ATokenKeepsItsBitsInAnyCompany) {
         {all.stats.begin() + static_cast<int64_t>(rows * 2),
          all.stats.begin() + static_cast<int64_t>(rows * 2) + count * 128}};
     EXPECT_EQ(differences(part, same), 0) << count << " tokens from " << first;
+  }
+}
+
+/// Every width, format and kind of head count; lists of no place, of some, of several segments.
+class SparseAttnAnySm90 : public ::testing::TestWithParam<std::tuple<int64_t, AttnRows>> {};
+
+TEST_P(SparseAttnAnySm90, GivesTheTwinsBits) {
+  const auto [width, format] = GetParam();
+  for (const Shape& s :
+       {Shape{3, 6, 128, 100}, Shape{1, 1, 0, 1}, Shape{2, 17, 64, 0}, Shape{70, 4, 64, 65},
+        Shape{1, 128, 64, 63}, Shape{3, 5, 128, 1700}, Shape{1, 16, 0, 0}}) {
+    Shape shape = s;
+    shape.width = width, shape.format = format;
+    const World w(shape, 3);
+    const Results all = run(w, SparseAttnKernel::kAny, 0, s.tokens);
+    const int64_t heads = std::min<int64_t>(s.heads, 6);
+    for (int64_t t = 0; t < s.tokens; t += std::max<int64_t>(s.tokens / 3, 1)) {
+      const int64_t first = s.heads - heads;
+      expect_twin(w, all, attention_twin(w, t, first, heads), t, first, heads, "any");
+    }
+    const Results last = run(w, SparseAttnKernel::kAny, s.tokens - 1, 1);
+    Results same{{all.out.end() - s.heads * width, all.out.end()},
+                 {all.stats.end() - s.heads * 2, all.stats.end()}};
+    EXPECT_EQ(differences(last, same), 0) << "the last token alone, of " << s.tokens;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Widths,
+    SparseAttnAnySm90,
+    ::testing::Combine(::testing::Values(64, 128, 192, 256, 320, 384, 448, 512),
+                       ::testing::Values(AttnRows::kPacked, AttnRows::kBf16)),
+    [](const auto& of) {
+      return std::to_string(std::get<0>(of.param)) +
+             (std::get<1>(of.param) == AttnRows::kPacked ? "Packed" : "Bf16");
+    });
+
+TEST(SparseAttnAnySm90, HasTheBitsOfTheKernelsOfWholeTiles) {
+  for (const Shape& s : {Shape{9, 64, 128, 517}, Shape{2, 128, 64, 1700},
+                         Shape{30, 64, 128, 100, kLatentDim, AttnRows::kBf16}}) {
+    const World w(s, 12);
+    EXPECT_EQ(differences(run(w, SparseAttnKernel::kAny, 0, s.tokens),
+                          run(w, SparseAttnKernel::kMany, 0, s.tokens)),
+              0);
   }
 }
 

@@ -404,49 +404,11 @@ __global__ void __launch_bounds__(128)
   *reinterpret_cast<uint4*>(p.wide + row * kLatentDim + piece * 8) = v;
 }
 
-/// Adds the segments of a head, ascending, then the sink.
-__global__ void __launch_bounds__(128)
-    join_segments_kernel(const __grid_constant__ SparseAttnSm90Params p, int64_t segments) {
-  wait_for_previous();
-  launch_dependents();
-  const int64_t row = blockIdx.x, column = threadIdx.x * 4;
-  const float* stats = p.scratch + scratch_stats(p, segments) + row * segments * 2;
-  float max = -INFINITY, sum = 0.0f, acc[4] = {};
-  for (int64_t s = 0; s < segments; ++s) {
-    const float later_max = stats[s * 2], later_sum = stats[s * 2 + 1];
-    if (later_max == -INFINITY) continue;
-    const float4 v =
-        *reinterpret_cast<const float4*>(p.scratch + (row * segments + s) * kLatentDim + column);
-    const float later[4] = {v.x, v.y, v.z, v.w};
-    if (max == -INFINITY) {
-      max = later_max, sum = later_sum;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i] = later[i];
-      continue;
-    }
-    const float seen = fmaxf(max, later_max);
-    const float a = exp_exact(max - seen), b = exp_exact(later_max - seen);
-    sum = fmaf(later_sum, b, sum * a);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[i] = fmaf(later[i], b, acc[i] * a);
-    max = seen;
+void launch_many(SparseAttnSm90Params p, int64_t items, Stream stream) {
+  if (p.format == AttnRows::kBf16) {
+    p.wide_window = reinterpret_cast<const uint16_t*>(p.window);
+    p.wide_blocks = reinterpret_cast<const uint16_t*>(p.blocks);
   }
-  const bool any = max != -INFINITY;
-  const float denominator = any ? sum + exp_exact(p.sink[row % p.heads] - max) : 0.0f;
-  const float factor = any ? 1.0f / denominator : 0.0f;
-  uint2 words;
-  const __nv_bfloat162 low = __floats2bfloat162_rn(acc[0] * factor, acc[1] * factor);
-  const __nv_bfloat162 high = __floats2bfloat162_rn(acc[2] * factor, acc[3] * factor);
-  words.x = *reinterpret_cast<const uint32_t*>(&low);
-  words.y = *reinterpret_cast<const uint32_t*>(&high);
-  *reinterpret_cast<uint2*>(p.out + row * kLatentDim + column) = words;
-  if (threadIdx.x == 0 && p.stats != nullptr) {
-    p.stats[row * 2] = max;
-    p.stats[row * 2 + 1] = denominator;
-  }
-}
-
-void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
   if (p.block_places > 0 && (p.wide_window != nullptr) != (p.wide_blocks != nullptr))
     throw_kernel_error("sparse_attn_sm90", "rows of the window or of blocks alone are widened");
   constexpr int kBytes = sizeof(Memory);
@@ -456,11 +418,6 @@ void launch_many(const SparseAttnSm90Params& p, int64_t items, Stream stream) {
   const dim3 grid(static_cast<unsigned>(items < 132 ? items : 132));
   launch_early(kernel, {grid, kThreads, kBytes}, stream, "sparse_attn_sm90", p,
                static_cast<int>(items), static_cast<int>(sparse_attn_segments(p)));
-}
-
-void launch_join(const SparseAttnSm90Params& p, int64_t segments, Stream stream) {
-  launch_early(join_segments_kernel, {blocks_for(p.tokens * p.heads, 1), 128}, stream,
-               "sparse_attn_sm90", p, segments);
 }
 
 }  // namespace
@@ -476,16 +433,25 @@ void widen_latents_sm90(const WidenLatentsSm90Params& p, Stream stream) {
 
 void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKernel kernel) {
   if (p.tokens == 0) return;
-  if (p.heads % cuda::kAttnHeads != 0 || p.window_places % kAttnChunk != 0)
-    throw_kernel_error("sparse_attn_sm90", "heads and places of the window come in 64s");
-  const int64_t segments = sparse_attn_segments(p), items = sparse_attn_items(p);
+  if (!serves_attn_width(p.width) || p.window_places % kAttnChunk != 0)
+    throw_kernel_error("sparse_attn_sm90", "channels and places of the window come in 64s");
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
-  if (kernel == SparseAttnKernel::kFew) {
-    cuda::sparse_attn_few(p, items, stream);
-  } else {
-    cuda::launch_many(p, items, stream);
+  if (kernel != SparseAttnKernel::kAny && !serves_whole_tiles(p))
+    throw_kernel_error("sparse_attn_sm90", "this kernel is for 64s of heads of 512 channels");
+  if (kernel == SparseAttnKernel::kFew && p.format != AttnRows::kPacked)
+    throw_kernel_error("sparse_attn_sm90", "this kernel is for packed latents");
+  switch (kernel) {
+    case SparseAttnKernel::kFew:
+      cuda::sparse_attn_few(p, sparse_attn_items(p), stream);
+      break;
+    case SparseAttnKernel::kMany:
+      cuda::launch_many(p, sparse_attn_items(p), stream);
+      break;
+    default:
+      cuda::sparse_attn_any(p, stream);
   }
-  if (segments > 1) cuda::launch_join(p, segments, stream);
+  const int64_t segments = sparse_attn_segments(p);
+  if (segments > 1) cuda::join_segments(p, segments, stream);
 }
 
 }  // namespace hadal::ops

@@ -81,6 +81,21 @@ __device__ __forceinline__ void row_largest(const float (&s)[32], float (&larges
 /// Minus infinity, where no key was met, would make differences of no meaning.
 __device__ __forceinline__ float fold_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
+/// Sums over the lanes' tree of the thread's two rows; lanes: [row][lane / 8][lane % 2].
+__device__ __forceinline__ void join_lanes(const float (&lanes)[2][2][2], float (&sums)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float even = lanes[half][0][0] + lanes[half][1][0];
+    float uneven = lanes[half][0][1] + lanes[half][1][1];
+#pragma unroll
+    for (int step = 2; step > 0; --step) {
+      even = even + __shfl_xor_sync(0xffffffffu, even, step);
+      uneven = uneven + __shfl_xor_sync(0xffffffffu, uneven, step);
+    }
+    sums[half] = even + uneven;
+  }
+}
+
 /// Logits become weights by the maximum `max`; keep(group, words) takes their BF16 values, sixteen
 /// keys at a time, as operand A; sums: of the chunk, in the lanes' tree.
 template <typename Keep>
@@ -89,7 +104,7 @@ __device__ __forceinline__ void to_weights(const float (&s)[32],
                                            float (&sums)[2],
                                            Keep keep) {
   const float base[2] = {fold_base(max[0]), fold_base(max[1])};
-  float lanes[2][2][2];  // of a row: [row][lane / 8][lane % 2]
+  float lanes[2][2][2];  // join_lanes
 #pragma unroll
   for (int group = 0; group < 4; ++group) {  // of sixteen keys
     float e[8];
@@ -107,17 +122,7 @@ __device__ __forceinline__ void to_weights(const float (&s)[32],
     }
     keep(group, words);
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float even = lanes[half][0][0] + lanes[half][1][0];
-    float uneven = lanes[half][0][1] + lanes[half][1][1];
-#pragma unroll
-    for (int step = 2; step > 0; --step) {
-      even = even + __shfl_xor_sync(0xffffffffu, even, step);
-      uneven = uneven + __shfl_xor_sync(0xffffffffu, uneven, step);
-    }
-    sums[half] = even + uneven;
-  }
+  join_lanes(lanes, sums);
 }
 
 /// Rows of an accumulator times their factor; nothing to do where all are 1.
@@ -205,7 +210,7 @@ struct AttnResult {
 
 /// Floats of scratch before the segments' maxima and sums.
 __host__ __device__ inline int64_t scratch_stats(const SparseAttnSm90Params& p, int64_t segments) {
-  return p.tokens * p.heads * segments * kLatentDim;
+  return p.tokens * p.heads * segments * p.width;
 }
 
 /// Writes the thread's rows of 2 kCount columns from `column` on. `first`: these columns come with
@@ -259,5 +264,9 @@ __device__ __forceinline__ void write_rows(const SparseAttnSm90Params& p,
 
 /// The kernel of few tokens; items: tokens times tiles times segments.
 void sparse_attn_few(const SparseAttnSm90Params& p, int64_t items, Stream stream);
+/// The kernel of any width, format and number of heads.
+void sparse_attn_any(const SparseAttnSm90Params& p, Stream stream);
+/// Joins the segments that lie in p.scratch.
+void join_segments(const SparseAttnSm90Params& p, int64_t segments, Stream stream);
 
 }  // namespace hadal::ops::cuda

@@ -85,34 +85,34 @@ at::Tensor pack_keys(const at::Tensor& rows, const RowFormat& format) {
 /// Whether the Hopper kernels pack rows of this format.
 bool packs_on_sm90(const RowFormat& format) {
   if (format.kind == RowKind::kIndexKey) return format.width == 128;
-  return format.rotary == kRotaryDim &&
-         (format.width == 128 || format.width == 256 || format.width == 512);
+  return format.rotary == kRotaryDim && format.width > 64 && format.width <= 512 &&
+         format.width % 64 == 0;
 }
 
 at::Tensor pack_on_sm90(const at::Tensor& rows_any, const RowFormat& format) {
   const at::Tensor rows = kernel_input(rows_any);
   at::Tensor bytes = at::empty({rows.size(0), format.bytes()}, rows.options().dtype(at::kByte));
   if (format.kind == RowKind::kLatent) {
-    latent_rows_sm90({.x = bf16_data(rows),
-                      .weight = nullptr,
-                      .cos_sin = nullptr,
-                      .place = nullptr,
-                      .out = bytes.mutable_data_ptr<uint8_t>(),
-                      .rows = rows.size(0),
-                      .width = format.width,
-                      .stride = format.width,
-                      .eps = 0.0f},
-                     current_stream(rows));
+    run_sm90(rows, latent_rows_sm90, latent_rows_twin,
+             {.x = bf16_data(rows),
+              .weight = nullptr,
+              .cos_sin = nullptr,
+              .place = nullptr,
+              .out = bytes.mutable_data_ptr<uint8_t>(),
+              .rows = rows.size(0),
+              .width = format.width,
+              .stride = format.width,
+              .eps = 0.0f});
   } else {
-    index_rows_sm90({.x = bf16_data(rows),
-                     .weight = nullptr,
-                     .cos_sin = nullptr,
-                     .place = nullptr,
-                     .out = bytes.mutable_data_ptr<uint8_t>(),
-                     .rows = rows.size(0),
-                     .heads = 1,
-                     .eps = 0.0f},
-                    current_stream(rows));
+    run_sm90(rows, index_rows_sm90, index_rows_twin,
+             {.x = bf16_data(rows),
+              .weight = nullptr,
+              .cos_sin = nullptr,
+              .place = nullptr,
+              .out = bytes.mutable_data_ptr<uint8_t>(),
+              .rows = rows.size(0),
+              .heads = 1,
+              .eps = 0.0f});
   }
   return bytes;
 }

@@ -82,7 +82,7 @@ class RowsSm90 : public ::testing::TestWithParam<int64_t> {};
 
 TEST_P(RowsSm90, LatentsHaveTheBytesOfTheCpu) {
   const int64_t rows = GetParam();
-  for (const int64_t width : {64, 128, 256, 512}) {
+  for (int64_t width = 64; width <= 512; width += 64) {
     const auto x = rows_of(rows, width, 1);
     const auto weight = normals(static_cast<size_t>(width), 1.0f, 2);
     const auto cos_sin = testing::rotations(static_cast<size_t>(rows), 3);

@@ -129,6 +129,81 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   }
 }
 
+/// The same of rows of kGroups * 64 channels for any number of groups: a lane holds four channels
+/// of each, so that groups are the half warp's.
+template <int kGroups>
+__global__ void __launch_bounds__(kHalfRowThreads)
+    latent_groups_kernel(const __grid_constant__ LatentRowsSm90Params p) {
+  constexpr int kRounded = (kGroups - 1) * 64, kScales = kRounded + 2 * kRotary;
+  constexpr int kEnd = kScales + kGroups - 1, kBytes = (kEnd + 7) / 8 * 8;
+  const int64_t row = row_of_half(), from = min(row, p.rows - 1);
+  const int lane = lane_of_half();
+  wait_for_previous();
+  launch_dependents();
+  const uint16_t* x = p.x + from * p.stride;
+  float root = 1.0f;
+  if (p.weight != nullptr) {
+    float dealt[kGroups * 4];
+    load_dealt(dealt, x);
+    root = inverse_root<false>(dealt, p.eps);
+  }
+  const int64_t place = p.place != nullptr ? p.place[from] : from;
+  const bool stored = row < p.rows && place >= 0;
+  uint8_t* out = p.out + place * kBytes;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int first = group * 64 + lane * 4;
+    const float4 four = load4(reinterpret_cast<const __nv_bfloat16*>(x) + first);
+    float v[4] = {four.x, four.y, four.z, four.w};
+    if (p.weight != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        v[j] = round_to<__nv_bfloat16>(p.weight[first + j] * (v[j] * root));
+    }
+    if (group + 1 == kGroups) {
+      if (p.cos_sin != nullptr) {
+        const auto* turns = reinterpret_cast<const float2*>(p.cos_sin + from * kRotary) + lane * 2;
+        rotate_pair(v[0], v[1], turns[0]);
+        rotate_pair(v[2], v[3], turns[1]);
+      }
+      if (!stored) continue;
+      store4(reinterpret_cast<__nv_bfloat16*>(out + kRounded) + lane * 4,
+             make_float4(v[0], v[1], v[2], v[3]));
+      if (lane < kBytes - kEnd) out[kEnd + lane] = 0;
+      continue;
+    }
+    const int exponent = round_e4m3<16>(v);
+    if (!stored) continue;
+    const float inverse = power_of_two(-exponent);
+    uint32_t word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t pair = __nv_cvt_float2_to_fp8x2(
+          make_float2(v[j] * inverse, v[j + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
+      word |= pair << (j * 8);
+    }
+    *reinterpret_cast<uint32_t*>(out + first) = word;
+    if (lane == 0) out[kScales + group] = static_cast<uint8_t>(exponent + 127);
+  }
+}
+
+/// The kernel of a width whose groups of 64 do not end where a lane's piece of a row ends; null
+/// for the others.
+void (*groups_kernel(int64_t width))(LatentRowsSm90Params) {
+  switch (width) {
+    case 192:
+      return latent_groups_kernel<3>;
+    case 320:
+      return latent_groups_kernel<5>;
+    case 384:
+      return latent_groups_kernel<6>;
+    case 448:
+      return latent_groups_kernel<7>;
+    default:
+      return nullptr;
+  }
+}
+
 /// H x of 128 values in pieces of 8.
 __device__ __forceinline__ void hadamard_piece(float (&v)[8]) {
 #pragma unroll
@@ -188,6 +263,10 @@ namespace hadal::ops {
 void latent_rows_sm90(const LatentRowsSm90Params& p, Stream stream) {
   if (p.rows == 0) return;
   if (p.stride % 4 != 0) throw_kernel_error("latent_rows_sm90", "rows at a multiple of 4 values");
+  if (auto* kernel = cuda::groups_kernel(p.width)) {
+    cuda::launch_early(kernel, cuda::half_row_shape(p.rows), stream, "latent_rows_sm90", p);
+    return;
+  }
   cuda::by_width(p.width, "latent_rows_sm90", [&](auto per) {
     cuda::launch_early(cuda::latent_rows_kernel<per>, cuda::half_row_shape(p.rows), stream,
                        "latent_rows_sm90", p);

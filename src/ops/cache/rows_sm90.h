@@ -17,11 +17,13 @@ struct LatentRowsSm90Params {
   const float* cos_sin;  ///< [rows, 32, 2]; null: no rotation
   const int64_t* place;  ///< [rows] row of `out`, negative: not stored; null: row i
   uint8_t* out;          ///< packed latents (kv_rows.h): 584 bytes a row for 512 channels
-  int64_t rows, width;   ///< width: 64, 128, 256 or 512
+  int64_t rows, width;   ///< width: a multiple of 64 up to 512
   int64_t stride;        ///< a multiple of 4
   float eps;
 };
 void latent_rows_sm90(const LatentRowsSm90Params& p, Stream stream);
+/// The same on a CPU, of rows that are only packed; Error for one that no round trip gave.
+void latent_rows_twin(const LatentRowsSm90Params& p);
 
 /// Keys and queries of the indexer: RMSNorm (keys), rotation of the last 64 of 128 channels,
 /// Hadamard, Q4_32; or packing alone.
@@ -35,5 +37,7 @@ struct IndexRowsSm90Params {
   float eps;
 };
 void index_rows_sm90(const IndexRowsSm90Params& p, Stream stream);
+/// The same on a CPU, as latent_rows_twin.
+void index_rows_twin(const IndexRowsSm90Params& p);
 
 }  // namespace hadal::ops

@@ -17,7 +17,7 @@ constexpr RowFormat kIndexRow{.kind = RowKind::kIndexKey, .width = 128};
 bool serves_cache_rows_sm90(const at::Tensor& x,
                             const at::Tensor& cos_sin,
                             const RowFormat& format) {
-  if (cos_sin.size(1) * 2 != kRotaryDim || !use_sm90(x)) return false;
+  if (cos_sin.size(1) * 2 != kRotaryDim || !x.is_cuda() || !use_sm90(x)) return false;
   if (format.kind == RowKind::kIndexKey) return format.width == kIndexRow.width;
   return format.kind == RowKind::kLatent && format.rotary == kRotaryDim &&
          (format.width == 128 || format.width == 256 || format.width == 512);
@@ -61,14 +61,16 @@ void cache_rows_sm90(const CacheRows& rows,
 }
 
 at::Tensor rows_in_step_with(const at::Tensor& cache, int64_t count) {
-  const int64_t bytes = cache.size(1);
-  const at::Tensor memory = at::empty({(count + 1) * bytes}, cache.options());
-  const auto theirs = reinterpret_cast<uintptr_t>(cache.const_data_ptr<uint8_t>());
-  const auto own = reinterpret_cast<uintptr_t>(memory.const_data_ptr<uint8_t>());
+  const int64_t bytes = cache.size(1) * cache.element_size();
+  const at::Tensor memory = at::empty({(count + 1) * bytes}, cache.options().dtype(at::kByte));
+  const auto theirs = reinterpret_cast<uintptr_t>(cache.const_data_ptr());
+  const auto own = reinterpret_cast<uintptr_t>(memory.const_data_ptr());
   const auto unit = static_cast<uintptr_t>(bytes);
   const uintptr_t skip =
       own > theirs ? (unit - (own - theirs) % unit) % unit : (theirs - own) % unit;
-  return memory.narrow(0, static_cast<int64_t>(skip), count * bytes).view({count, bytes});
+  return memory.narrow(0, static_cast<int64_t>(skip), count * bytes)
+      .view(cache.scalar_type())
+      .view({count, cache.size(1)});
 }
 
 at::Tensor index_queries_sm90(const at::Tensor& q_any, const at::Tensor& cos_sin_any) {

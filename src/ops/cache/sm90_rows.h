@@ -29,8 +29,8 @@ void cache_rows_sm90(const CacheRows& rows,
                      const at::Tensor& numbers,
                      const at::Tensor& out);
 
-/// Room for `count` packed rows that lie a whole number of rows away from those of a cache, so that
-/// a kernel reaches both by one base address and a row's number.
+/// Room for `count` rows of a cache's type that lie a whole number of rows away from those of a
+/// cache, so that a kernel reaches both by one base address and a row's number.
 at::Tensor rows_in_step_with(const at::Tensor& cache, int64_t count);
 
 /// Queries of the indexer [tokens, heads, 128], rotated, through Hadamard and Q4_32: packed rows

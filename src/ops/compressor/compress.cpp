@@ -178,14 +178,14 @@ CompressorRowsSm90 rows_of(const at::Tensor& kv,
           .d = kv.size(1) / (ratio == 4 ? 2 : 1)};
 }
 
-Compressed run_sm90(const at::Tensor& kv_any,
-                    const at::Tensor& gate_any,
-                    const at::Tensor& ape_any,
-                    const RingView& kv_history,
-                    const RingView& score_history,
-                    const Batch& batch,
-                    int64_t ratio,
-                    bool scores) {
+Compressed compress_on_sm90(const at::Tensor& kv_any,
+                            const at::Tensor& gate_any,
+                            const at::Tensor& ape_any,
+                            const RingView& kv_history,
+                            const RingView& score_history,
+                            const Batch& batch,
+                            int64_t ratio,
+                            bool scores) {
   const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
                    ape = fp32_input(ape_any);
   const bool continues = kv_history.rows.defined() && score_history.rows.defined();
@@ -193,12 +193,12 @@ Compressed run_sm90(const at::Tensor& kv_any,
   const BlockPlan& plan = batch.blocks(ratio);
   const int64_t d = kv.size(1) / (ratio == 4 ? 2 : 1);
   const at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options().dtype(at::kBFloat16));
-  compress_sm90({.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
-                 .block_seq = plan.seq.const_data_ptr<int64_t>(),
-                 .block_pos = plan.pos.const_data_ptr<int64_t>(),
-                 .pooled = mutable_bf16_data(pooled),
-                 .blocks = plan.num_blocks()},
-                current_stream(kv));
+  run_sm90(kv, compress_sm90, compress_twin,
+           {.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
+            .block_seq = plan.seq.const_data_ptr<int64_t>(),
+            .block_pos = plan.pos.const_data_ptr<int64_t>(),
+            .pooled = mutable_bf16_data(pooled),
+            .blocks = plan.num_blocks()});
   Compressed result{.pooled = pooled, .score = {}};
   if (scores) result.score = gate + ape.index_select(0, batch.pos().remainder(ratio));
   return result;
@@ -219,6 +219,10 @@ Compressed compress(const at::Tensor& kv,
   check_shape(kv, {batch.num_tokens(), -1}, "compress: kv");
   check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress: gate");
   check_shape(ape, {ratio, kv.size(1)}, "compress: ape");
+  const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
+  if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
+    return compress_on_sm90(kv, gate, ape, kv_history, score_history, batch, ratio, scores);
+  refuse_as_hopper(kv, "compress");
   if (use_cpu_kernel(kv) && kv.scalar_type() == at::kFloat) {
     const std::vector<at::Tensor> out = with_reference_gradient(
         [&](const auto& in) {
@@ -232,9 +236,6 @@ Compressed compress(const at::Tensor& kv,
         {kv, gate, ape});
     return {.pooled = out[0], .score = out[1]};
   }
-  const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
-  if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
-    return run_sm90(kv, gate, ape, kv_history, score_history, batch, ratio, scores);
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
 }
 
@@ -247,7 +248,8 @@ bool serves_keep_rows_sm90(const at::Tensor& kv,
            ring.rows.is_contiguous() && ring.rows.size(1) == kv.size(1);
   };
   return numerics != Numerics::kIdeal && kv.size(1) % 4 == 0 && is_ring(kv_history) &&
-         is_ring(score_history) && kv_history.ring == score_history.ring && use_sm90_fp32(kv);
+         is_ring(score_history) && kv_history.ring == score_history.ring && kv.is_cuda() &&
+         use_sm90_fp32(kv);
 }
 
 void keep_rows_on_sm90(const at::Tensor& kv_any,

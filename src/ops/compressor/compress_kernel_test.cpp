@@ -166,5 +166,8 @@ TEST(CompressSm90, HasTheBitsOfTheCpu) {
   }
 }
 
+// A step may have more blocks than the second dimension of a grid.
+TEST(CompressSm90, PoolsMoreThan65535Blocks) { World(4, 4, {{2, 4 * 66000}}, true).check(); }
+
 }  // namespace
 }  // namespace hadal::ops

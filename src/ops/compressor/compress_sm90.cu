@@ -4,6 +4,7 @@
 #include "ops/compressor/compress_sm90.h"
 #include "ops/cuda/elementwise.cuh"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
 
@@ -12,6 +13,12 @@ namespace {
 
 constexpr int kFewThreads = 128, kChannels = 64, kThreads = 512;
 constexpr int kSlices = kThreads / kChannels;  // threads that share a channel's candidates
+constexpr int kKept = 512;                     // columns of a block that keeps rows
+
+/// Blocks that share a row of so many columns.
+__host__ __device__ constexpr int64_t pieces_of(int64_t columns, int64_t each) {
+  return (columns + each - 1) / each;
+}
 
 /// Where the candidates of a block lie: the previous block's first half of the columns (ratio 4),
 /// then this block's second half.
@@ -62,9 +69,10 @@ __global__ void __launch_bounds__(kFewThreads)
   constexpr int kCount = 8;
   wait_for_previous();
   launch_dependents();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFewThreads + threadIdx.x;
-  if (i >= p.rows.d || p.block_seq[blockIdx.y] < 0) return;
-  const Candidates candidates(p, blockIdx.y, 2);
+  const auto [block, piece] = row_piece(pieces_of(p.rows.d, kFewThreads));
+  const int64_t i = static_cast<int64_t>(piece) * kFewThreads + threadIdx.x;
+  if (i >= p.rows.d || p.block_seq[block] < 0) return;
+  const Candidates candidates(p, block, 2);
   const int absent = candidates.absent();
   float score[kCount], value[kCount];
 #pragma unroll
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kFewThreads)
     total = total + weight;
     sum = fmaf(weight, value[j], sum);
   }
-  store_pooled(p, blockIdx.y, i, sum, total);
+  store_pooled(p, block, i, sum, total);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -96,10 +104,11 @@ __global__ void __launch_bounds__(kThreads)
   launch_dependents();
   const int channel = static_cast<int>(threadIdx.x) % kChannels;
   const int slice = static_cast<int>(threadIdx.x) / kChannels;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kChannels + channel;
+  const auto [block, piece] = row_piece(pieces_of(p.rows.d, kChannels));
+  const int64_t i = static_cast<int64_t>(piece) * kChannels + channel;
   const bool exists = i < p.rows.d;
-  if (p.block_seq[blockIdx.y] < 0) return;
-  const Candidates candidates(p, blockIdx.y, 1);
+  if (p.block_seq[block] < 0) return;
+  const Candidates candidates(p, block, 1);
   float highest = kLowest;
   if (exists) {
 #pragma unroll 16
@@ -131,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
     total = total + weight;
     sum = fmaf(weight, values[j * kChannels + channel], sum);
   }
-  store_pooled(p, blockIdx.y, i, sum, total);
+  store_pooled(p, block, i, sum, total);
 }
 
 /// Four columns a thread.
@@ -139,10 +148,11 @@ __global__ void keep_rows_kernel(const __grid_constant__ KeepRowsSm90Params p) {
   wait_for_previous();
   launch_dependents();
   const CompressorRowsSm90& r = p.rows;
-  const int64_t width = (r.ratio == 4 ? 2 : 1) * r.d, token = p.from[blockIdx.y];
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  const int64_t width = (r.ratio == 4 ? 2 : 1) * r.d;
+  const auto [row, piece] = row_piece(pieces_of(width, kKept));
+  const int64_t token = p.from[row], i = static_cast<int64_t>(piece) * kKept + threadIdx.x * 4;
   if (i >= width || token < 0) return;
-  const int64_t to = p.to[blockIdx.y] * width + i;
+  const int64_t to = p.to[row] * width + i;
   const float4 gate = load4(r.gate + token * r.stride + i);
   const float4 ape = load4(r.ape + r.pos[token] % r.ratio * width + i);
   store4(r.kv_ring + to, load4(r.kv + token * r.stride + i));
@@ -157,9 +167,9 @@ namespace hadal::ops {
 
 void compress_sm90(const CompressSm90Params& p, Stream stream) {
   if (p.blocks == 0) return;
-  const auto blocks = static_cast<unsigned>(p.blocks);
   if (p.rows.ratio == 4) {
-    const dim3 grid(cuda::blocks_for(p.rows.d, cuda::kFewThreads), blocks);
+    const unsigned grid =
+        cuda::blocks_for(p.blocks * cuda::pieces_of(p.rows.d, cuda::kFewThreads), 1);
     return cuda::launch_early(cuda::compress_few_kernel, {grid, cuda::kFewThreads}, stream,
                               "compress_sm90", p);
   }
@@ -168,7 +178,7 @@ void compress_sm90(const CompressSm90Params& p, Stream stream) {
     throw_kernel_error("compress_sm90", "blocks of more than 440 tokens");
   cudaFuncSetAttribute(cuda::compress_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
-  const dim3 grid(cuda::blocks_for(p.rows.d, cuda::kChannels), blocks);
+  const unsigned grid = cuda::blocks_for(p.blocks * cuda::pieces_of(p.rows.d, cuda::kChannels), 1);
   cuda::launch_early(cuda::compress_kernel, {grid, cuda::kThreads, bytes}, stream, "compress_sm90",
                      p);
 }
@@ -178,8 +188,8 @@ void keep_rows_sm90(const KeepRowsSm90Params& p, Stream stream) {
   const int64_t width = (p.rows.ratio == 4 ? 2 : 1) * p.rows.d;
   if (width % 4 != 0 || p.rows.stride % 4 != 0)
     throw_kernel_error("keep_rows_sm90", "rows of a multiple of 4 columns");
-  const dim3 grid(cuda::blocks_for(width, 512), static_cast<unsigned>(p.count));
-  cuda::launch_early(cuda::keep_rows_kernel, {grid, 128}, stream, "keep_rows_sm90", p);
+  const unsigned grid = cuda::blocks_for(p.count * cuda::pieces_of(width, cuda::kKept), 1);
+  cuda::launch_early(cuda::keep_rows_kernel, {grid, cuda::kKept / 4}, stream, "keep_rows_sm90", p);
 }
 
 }  // namespace hadal::ops

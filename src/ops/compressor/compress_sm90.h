@@ -33,6 +33,8 @@ struct CompressSm90Params {
 /// Whether there is a kernel for blocks of so many tokens.
 inline bool serves_compress_sm90(int64_t ratio) { return ratio <= 440; }
 void compress_sm90(const CompressSm90Params& p, Stream stream);
+/// The same on a CPU.
+void compress_twin(const CompressSm90Params& p);
 
 /// Keeps rows of the step in the rings: row from[i] as row to[i] of both; after compress_sm90.
 struct KeepRowsSm90Params {

@@ -7,40 +7,27 @@
 // blocks as places become free: a grid of resident blocks with a loop inside was slower at every
 // size, since blocks of the next launch crowd the processors that are free first.
 #include "ops/cuda/fp4.cuh"
-#include "ops/cuda/launch.cuh"
-#include "ops/cuda/sm90.cuh"
-#include "ops/cuda/warp.cuh"
-#include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/experts_sm90.cuh"
 #include "ops/gemm/sm90_layout.h"
 
 namespace hadal::ops::cuda {
 namespace {
 
-using sm90::kFp4TileBytes;
-
 template <int kN, int kStages>
 struct Fp4Shape {
   static constexpr int rows = kN, stages = kStages, batch = kN <= 32 ? 2 : 1;
   static constexpr int x_bytes = kN * 128, scale_bytes = kN * 4;
-  static constexpr int w_at = x_bytes, scale_at = x_bytes + static_cast<int>(kFp4TileBytes);
+  static constexpr int w_bytes = static_cast<int>(sm90::kFp4TileBytes);
+  static constexpr int w_at = x_bytes, scale_at = x_bytes + w_bytes;
   static constexpr int stage_bytes = (scale_at + scale_bytes + 1023) / 1024 * 1024;
   static constexpr int threads = kWarpgroup + 32;
+  static constexpr bool scaled = true, padded = false;
 };
 
 /// A slab decoded: operand A of its four k steps, and the power of two of the thread's two rows.
 struct Slab {
   uint32_t a[4][4];
   float upper, lower;
-};
-
-/// A place in the ring.
-template <typename S>
-struct Turn {
-  uint32_t stage = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    stage = stage + 1 == S::stages ? 0 : stage + 1;
-    parity ^= stage == 0;
-  }
 };
 
 __device__ __forceinline__ void decode_slab(Slab& slab, const uint8_t* w, const uint2* table) {
@@ -118,76 +105,9 @@ __device__ __forceinline__ void multiply_some(float (&run)[S::rows / 2],
   }
 }
 
-/// The work of a block: 64 outputs of the rows of a run.
-struct Item {
-  ExpertRun run;
-  int64_t tile;
-};
-
-/// Feeds the ring. Weights are on their way before the kernel before us has ended; what it writes
-/// may be x.
-template <typename S>
-__device__ void produce(const ExpertsFp4Sm90Params& p,
-                        const Item& item,
-                        uint8_t* ring,
-                        uint64_t* full,
-                        uint64_t* empty) {
-  const int64_t tiles = p.outputs / 64;
-  const uint8_t* w = p.w + (item.run.expert * p.slabs * tiles + item.tile) * kFp4TileBytes;
-  const auto rows_groups = [&](int64_t first) {
-    return static_cast<uint32_t>(min((item.run.rows - first + 7) / 8, int64_t{S::rows / 8}));
-  };
-  const auto load_w = [&](uint32_t stage, int64_t slab, uint32_t groups) {
-    barrier_arrive_expect(&full[stage],
-                          static_cast<uint32_t>(kFp4TileBytes) + groups * (1024 + 32));
-    bulk_copy(ring + stage * S::stage_bytes + S::w_at, w + slab * tiles * kFp4TileBytes,
-              static_cast<uint32_t>(kFp4TileBytes), &full[stage]);
-  };
-  const auto load_x = [&](uint32_t stage, int64_t slab, int64_t first, uint32_t groups) {
-    uint8_t* at = ring + stage * S::stage_bytes;
-    const int64_t row = item.run.first_row + first;
-    bulk_copy(at, p.x + (slab * p.x_groups + row / 8) * 1024, groups * 1024, &full[stage]);
-    bulk_copy(at + S::scale_at, p.x_scale + slab * p.x_groups * 8 + row, groups * 32, &full[stage]);
-  };
-  const auto ahead = static_cast<uint32_t>(min(p.slabs, int64_t{S::stages}));
-  for (uint32_t stage = 0; stage < ahead; ++stage) load_w(stage, stage, rows_groups(0));
-  wait_for_previous();
-  for (uint32_t stage = 0; stage < ahead; ++stage) load_x(stage, stage, 0, rows_groups(0));
-  Turn<S> turn;
-  for (uint32_t stage = 0; stage < ahead; ++stage) turn.next();
-  for (int64_t first = 0; first < item.run.rows; first += S::rows) {
-    for (int64_t slab = first == 0 ? ahead : 0; slab < p.slabs; ++slab, turn.next()) {
-      barrier_wait(&empty[turn.stage], turn.parity ^ 1);
-      load_w(turn.stage, slab, rows_groups(first));
-      load_x(turn.stage, slab, first, rows_groups(first));
-    }
-  }
-}
-
-/// The thread's sums to rows [first, first + count) and 64 columns of y.
-template <typename S>
-__device__ __forceinline__ void store_rows(const Sm90Output& out,
-                                           const float (&run)[S::rows / 2],
-                                           int64_t first,
-                                           int64_t count,
-                                           int64_t column) {
-  const int t = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int j = 0; j < S::rows / 2; ++j) {
-    const int row = j / 4 * 8 + t % 4 * 2 + (j & 1);
-    if (row >= count) continue;
-    const int64_t at = (first + row) * out.stride + column + t / 32 * 16 + t % 32 / 4 + (j & 2) * 4;
-    if (out.type == ElementType::kF32) {
-      static_cast<float*>(out.y)[at] = run[j];
-    } else {
-      static_cast<__nv_bfloat16*>(out.y)[at] = __float2bfloat16_rn(run[j]);
-    }
-  }
-}
-
 template <typename S>
 __global__ void __launch_bounds__(S::threads)
-    experts_fp4_kernel(const __grid_constant__ ExpertsFp4Sm90Params p) {
+    experts_fp4_kernel(const __grid_constant__ ExpertsSm90Params p) {
   extern __shared__ __align__(1024) uint8_t ring[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
   __shared__ uint2 table[16];
@@ -202,9 +122,9 @@ __global__ void __launch_bounds__(S::threads)
   __syncthreads();
   launch_dependents();
   if (static_cast<int>(blockIdx.y) >= *p.num_runs) return;
-  const Item item = {p.runs[blockIdx.y], blockIdx.x};
+  const ExpertItem item = {p.runs[blockIdx.y], blockIdx.x};
   if (threadIdx.x >= kWarpgroup) {
-    if (threadIdx.x == kWarpgroup) produce<S>(p, item, ring, full, empty);
+    if (threadIdx.x == kWarpgroup) produce_slabs<S>(p, item, ring, full, empty);
     return;
   }
   Turn<S> turn;
@@ -216,12 +136,12 @@ __global__ void __launch_bounds__(S::threads)
     if (slabs % S::batch != 0) multiply_some<S, 1>(run, ring, full, empty, table, turn);
     if (first == 0) wait_for_previous();  // it may read what we write
     store_rows<S>(p.out, run, item.run.first_row + first,
-                  min(item.run.rows - first, int64_t{S::rows}), item.tile * 64);
+                  min(item.run.rows - first, int64_t{S::rows}), item.tile * 64, p.outputs);
   }
 }
 
 template <typename S>
-void launch(const ExpertsFp4Sm90Params& p, Stream stream) {
+void launch(const ExpertsSm90Params& p, Stream stream) {
   auto* kernel = experts_fp4_kernel<S>;
   constexpr int kBytes = S::stages * S::stage_bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -234,7 +154,7 @@ void launch(const ExpertsFp4Sm90Params& p, Stream stream) {
 
 namespace hadal::ops {
 
-void experts_fp4_sm90(const ExpertsFp4Sm90Params& p, Stream stream, const Sm90Choice& choice) {
+void experts_fp4_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice) {
   if (p.max_runs == 0) return;
   switch (choice.tile < 0 ? 8 : choice.tile) {
     case 8:

@@ -38,6 +38,8 @@ struct TwinBf16Task {
   const uint16_t* x;  ///< [rows, in]
   float* y;           ///< [rows, outputs]
   int64_t outputs, rows, in;
+  /// [rows, outputs] that the chain goes on from, of at most 1,024 inputs; null: zero. May be y.
+  const float* from = nullptr;
 };
 extern CpuSlot<void(const TwinBf16Task&)> twin_bf16_cpu;
 

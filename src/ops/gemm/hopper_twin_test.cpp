@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -104,6 +105,61 @@ TEST(HopperTwin, VectorKernelsAreTheInstructionsOneByOne) {
           EXPECT_EQ(std::bit_cast<uint32_t>(bf16[at]), std::bit_cast<uint32_t>(sum))
               << isa_name(isa) << " row " << row << " output " << output;
         }
+      }
+    }
+  }
+  force_isa(detect_isa());
+}
+
+/// BF16 rows whose steps of 16 have exponents of their own, from one value to 60 apart, subnormal
+/// ones and zeros among them; every fifth row has the largest significand everywhere.
+std::vector<uint16_t> uneven_rows(int64_t rows, int64_t in, unsigned largest, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<uint16_t> values;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t step = 0; step < in / 16; ++step) {
+      const auto base = static_cast<unsigned>(random() % largest),
+                 spread = static_cast<unsigned>(1 + random() % 60);
+      for (int k = 0; k < 16; ++k) {
+        const auto exponent = base + static_cast<unsigned>(row % 5 == 4 ? 0 : random() % spread);
+        const auto significand = static_cast<unsigned>(row % 5 == 4 ? 0x7f : random() & 0x7f);
+        const auto sign = static_cast<unsigned>(row % 5 == 4 ? 0 : random() & 0x8000);
+        values.push_back(random() % 16 == 0 && row % 5 != 4
+                             ? uint16_t{0}
+                             : static_cast<uint16_t>(sign | exponent << 7 | significand));
+      }
+    }
+  }
+  return values;
+}
+
+TEST(HopperTwin, EverySpreadAndStartGivesTheInstructionsBits) {
+  const int64_t rows = 10, outputs = 37, in = 160;
+  for (const unsigned largest : {1U, 90U, 130U}) {
+    const auto x = uneven_rows(rows, in, largest, 3 + largest),
+               w = uneven_rows(outputs, in, largest, 4 + largest);
+    std::mt19937 random(5);
+    std::vector<float> from(static_cast<size_t>(rows * outputs));
+    for (float& start : from)
+      start = random() % 4 == 0 ? 0.0f
+                                : std::ldexp(static_cast<float>(random() % 16777216) - 8388608.0f,
+                                             static_cast<int>(random() % (2 * largest)) - 200);
+    for (const Isa isa : available()) {
+      force_isa(isa);
+      std::vector<float> y(from.size());
+      twin_bf16_cpu({.w = w.data(),
+                     .x = x.data(),
+                     .y = y.data(),
+                     .outputs = outputs,
+                     .rows = rows,
+                     .in = in,
+                     .from = from.data()});
+      for (size_t at = 0; at < y.size(); ++at) {
+        float chain = from[at];
+        for (size_t k = 0; k < static_cast<size_t>(in); k += 16)
+          chain = wgmma_bf16(&x[at / outputs * in + k], &w[at % outputs * in + k], chain);
+        ASSERT_EQ(std::bit_cast<uint32_t>(y[at]), std::bit_cast<uint32_t>(chain))
+            << isa_name(isa) << " largest " << largest << " result " << at;
       }
     }
   }

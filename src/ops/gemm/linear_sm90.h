@@ -38,6 +38,8 @@ struct Sm90Choice {
 
 void linear_fp8_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
 void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void linear_fp8_twin(const LinearSm90Params& p);  ///< the same on a CPU, as every *_twin here
+void linear_bf16_twin(const LinearSm90Params& p);
 
 /// A further matrix that the same rows are multiplied with, of as many inputs.
 struct Sm90Factor {
@@ -65,6 +67,7 @@ struct WidenedSm90Params {
   int64_t stride;
 };
 void widened_sm90(const WidenedSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void widened_twin(const WidenedSm90Params& p);
 
 /// Rounds x to E4M3 by Q8_128 (numerics.md) and lays it out as an operand; rows from p.rows on
 /// become zero.
@@ -78,15 +81,18 @@ struct QuantiseSm90Params {
   int64_t x_groups;
 };
 void quantise_operand_sm90(const QuantiseSm90Params& p, Stream stream);
+void quantise_operand_twin(const QuantiseSm90Params& p);
 
 /// Lays BF16 rows out as an operand; rows from p.rows on and channels from p.in on become zero.
 struct Bf16OperandSm90Params {
-  const void* x;             ///< [rows, stride] BF16, of p.in values each
-  int64_t rows, in, stride;  ///< in, stride: multiples of 8
-  uint8_t* operand;          ///< K-major operand of ceil(in / 64) slabs
-  int64_t x_groups;          ///< its row groups: at least ceil(rows / 8)
+  const void* x;                    ///< [.., stride] BF16, of p.in values each
+  int64_t rows, in, stride;         ///< in, stride: multiples of 8
+  uint8_t* operand;                 ///< K-major operand of ceil(in / 64) slabs
+  int64_t x_groups;                 ///< its row groups: at least ceil(rows / 8)
+  const int32_t* source = nullptr;  ///< as of QuantiseSm90Params
 };
 void bf16_operand_sm90(const Bf16OperandSm90Params& p, Stream stream);
+void bf16_operand_twin(const Bf16OperandSm90Params& p);
 
 /// SwiGLU of a gate and up product, rounded to BF16 and then as above.
 struct SwigluQuantiseSm90Params {
@@ -99,8 +105,9 @@ struct SwigluQuantiseSm90Params {
   int64_t x_groups;
 };
 void swiglu_quantise_sm90(const SwigluQuantiseSm90Params& p, Stream stream);
+void swiglu_quantise_twin(const SwigluQuantiseSm90Params& p);
 
-/// Products of rows with the FP4 weights of their experts. Rows lie sorted by expert, each expert's
+/// Products of rows with the weights of their experts. Rows lie sorted by expert, each expert's
 /// from a multiple of 8 on; `tiles` says which expert a run of rows belongs to.
 struct ExpertRun {
   int32_t expert, first_row, rows;
@@ -122,18 +129,27 @@ struct PadGroupsSm90Params {
   int64_t count, rows;     ///< rows: at least max_routed_rows(count, 1, num_experts)
 };
 void pad_groups_sm90(const PadGroupsSm90Params& p, Stream stream);
+void pad_groups_twin(const PadGroupsSm90Params& p);
 
-struct ExpertsFp4Sm90Params {
-  const uint8_t* x;      ///< E4M3 K-major operand of x_groups row groups
-  const float* x_scale;  ///< [slabs, 8 * x_groups]
+struct ExpertsSm90Params {
+  const uint8_t* x;      ///< K-major operand of x_groups row groups: E4M3; BF16 for BF16 weights
+  const float* x_scale;  ///< [slabs, 8 * x_groups]; BF16: null
   int64_t x_groups;
-  const uint8_t* w;        ///< [experts][slabs][outputs / 64] FP4 tiles
-  int64_t outputs, slabs;  ///< outputs: a multiple of 64
+  /// FP4: [experts][slabs][outputs / 64] tiles; FP8, BF16: [experts] K-major operands of
+  /// ceil(outputs / 64) * 8 row groups.
+  const uint8_t* w;
+  int64_t outputs, slabs;  ///< outputs of FP4: a multiple of 64
   const ExpertRun* runs;   ///< on the device, as num_runs: written two launches before, or earlier,
   const int32_t* num_runs;  ///< since they are read before the kernel before this one has ended
   int64_t max_runs;         ///< an upper bound of *num_runs, known on the host
   Sm90Output out;           ///< rows as in x
+  const float* w_scale = nullptr;  ///< FP8: [experts, slabs, ceil(outputs / 128)]
 };
-void experts_fp4_sm90(const ExpertsFp4Sm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void experts_fp4_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void experts_fp8_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void experts_bf16_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice = {});
+void experts_fp4_twin(const ExpertsSm90Params& p);
+void experts_fp8_twin(const ExpertsSm90Params& p);
+void experts_bf16_twin(const ExpertsSm90Params& p);
 
 }  // namespace hadal::ops

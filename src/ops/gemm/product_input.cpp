@@ -26,13 +26,14 @@ ProductInput ProductInput::detach() const {
 }
 
 const Sm90Rows& ProductInput::codes() const {
-  if (!codes_) codes_ = quantise_rows_sm90(kernel_input(x_), {}, x_.size(0));
+  if (!codes_) codes_ = operand_rows_sm90(kernel_input(x_), {}, x_.size(0), /*rounds=*/true);
   return *codes_;
 }
 
-const at::Tensor& ProductInput::bf16_operand() const {
-  if (!bf16_operand_.defined()) bf16_operand_ = bf16_operand_sm90(kernel_input(x_));
-  return bf16_operand_;
+const Sm90Rows& ProductInput::bf16_operand() const {
+  if (!bf16_operand_)
+    bf16_operand_ = operand_rows_sm90(kernel_input(x_), {}, x_.size(0), /*rounds=*/false);
+  return *bf16_operand_;
 }
 
 namespace {
@@ -41,7 +42,7 @@ namespace {
 enum class OperandKind { kNone, kCodes, kBf16 };
 
 OperandKind operand_kind(const ProductInput& x, const Weight& w, GemmRole role) {
-  if (x.x().defined() && !use_sm90(x.x())) return OperandKind::kNone;
+  if (x.x().defined() && !(x.x().is_cuda() && use_sm90(x.x()))) return OperandKind::kNone;
   if (w.form() != WeightForm::kSm90 || !serves_linear_sm90(w.sm90(), role))
     return OperandKind::kNone;
   if (w.sm90().format == WeightFormat::kBf16) return OperandKind::kBf16;
@@ -54,9 +55,9 @@ OperandKind operand_kind(const ProductInput& x, const Weight& w, GemmRole role) 
 at::Tensor linear(const ProductInput& x, const Weight& w, GemmRole role) {
   switch (operand_kind(x, w, role)) {
     case OperandKind::kCodes:
-      return linear_fp8_sm90(x.codes(), w.sm90(), role);
+      return linear_sm90(x.codes(), w.sm90(), role);
     case OperandKind::kBf16:
-      return linear_bf16_sm90(x.bf16_operand(), x.x().size(0), w.sm90(), role);
+      return linear_sm90(x.bf16_operand(), w.sm90(), role);
     case OperandKind::kNone:
       break;
   }
@@ -77,8 +78,7 @@ std::vector<at::Tensor> linear(const ProductInput& x, const std::vector<Factor>&
   }
   std::vector<Sm90Product> products;
   for (const Factor& factor : factors) products.push_back({&factor.w.sm90(), factor.role});
-  return codes ? linear_fp8_sm90(x.codes(), products)
-               : linear_bf16_sm90(x.bf16_operand(), x.x().size(0), products);
+  return linear_sm90(codes ? x.codes() : x.bf16_operand(), products);
 }
 
 }  // namespace hadal::ops

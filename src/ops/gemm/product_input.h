@@ -31,13 +31,13 @@ class ProductInput {
   /// On a GPU: E4M3 by Q8_128, and BF16, as operands of the Hopper kernels. Of rows that are
   /// rounded already the same codes come, or twice them with half the scale, which no sum sees.
   const Sm90Rows& codes() const;
-  const at::Tensor& bf16_operand() const;
+  const Sm90Rows& bf16_operand() const;
 
  private:
   at::Tensor x_;
   Numerics numerics_;
-  mutable at::Tensor rounded_, bf16_operand_;
-  mutable std::optional<Sm90Rows> codes_;
+  mutable at::Tensor rounded_;
+  mutable std::optional<Sm90Rows> codes_, bf16_operand_;
 };
 
 /// The product that `linear` computes of x.rounded(role), without its rounding where a kernel

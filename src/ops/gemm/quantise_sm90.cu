@@ -91,8 +91,11 @@ __global__ void bf16_operand_kernel(const __grid_constant__ Bf16OperandSm90Param
   if (piece >= slabs * 8) return;
   uint4 v = make_uint4(0, 0, 0, 0);
   if (row < p.rows && piece * 8 < p.in) {
-    v = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + row * p.stride +
-                                        piece * 8);
+    const int64_t from = p.source != nullptr ? p.source[row] : row;
+    if (from >= 0) {
+      v = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + from * p.stride +
+                                          piece * 8);
+    }
   }
   *reinterpret_cast<uint4*>(p.operand + sm90::operand_offset(row, piece * 16, p.x_groups)) = v;
 }

@@ -14,22 +14,6 @@
 namespace hadal::ops {
 namespace {
 
-/// BF16 rows [rows, in] as an operand: [slabs of 64][row groups][8][64].
-at::Tensor bf16_operand(const at::Tensor& x, int64_t x_groups) {
-  const int64_t in = x.size(1);
-  at::Tensor operand =
-      at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * x_groups * sm90::kGroupRows},
-                x.options().dtype(at::kByte));
-  bf16_operand_sm90({.x = x.const_data_ptr(),
-                     .rows = x.size(0),
-                     .in = in,
-                     .stride = in,
-                     .operand = operand.mutable_data_ptr<uint8_t>(),
-                     .x_groups = x_groups},
-                    current_stream(x));
-  return operand;
-}
-
 Sm90Output output_of(const at::Tensor& y, int64_t first_column) {
   auto* data = static_cast<char*>(y.mutable_data_ptr()) + first_column * y.element_size();
   return {.y = data, .stride = y.size(1), .type = element_type(y)};
@@ -47,32 +31,34 @@ void multiply_bf16(const uint8_t* operand,
                    int64_t matrix,
                    const at::Tensor& y,
                    int64_t first_column) {
-  linear_bf16_sm90({.x = operand,
-                    .w = matrix_data(w, matrix),
-                    .x_groups = x_groups,
-                    .w_groups = w.row_groups(),
-                    .x_scale = nullptr,
-                    .w_scale = nullptr,
-                    .rows = rows,
-                    .outputs = w.out,
-                    .slabs = w.slabs(),
-                    .out = output_of(y, first_column)},
-                   current_stream(y));
+  const auto kernel = [](const auto& p, Stream stream) { linear_bf16_sm90(p, stream); };
+  run_sm90(y, kernel, linear_bf16_twin,
+           {.x = operand,
+            .w = matrix_data(w, matrix),
+            .x_groups = x_groups,
+            .w_groups = w.row_groups(),
+            .x_scale = nullptr,
+            .w_scale = nullptr,
+            .rows = rows,
+            .outputs = w.out,
+            .slabs = w.slabs(),
+            .out = output_of(y, first_column)});
 }
 
 /// K of a whole row of the operand is K of one group behind another's.
-void multiply_widened(const at::Tensor& operand, const Sm90Matrices& w, const at::Tensor& y) {
-  widened_sm90({.x = operand.const_data_ptr<uint8_t>(),
-                .x_groups = ceil_div(y.size(0), sm90::kGroupRows),
-                .w = matrix_data(w, 0),
-                .scales = w.scales.const_data_ptr<float>(),
-                .rows = y.size(0),
-                .groups = w.matrices,
-                .outputs = w.out,
-                .slabs = w.slabs(),
-                .out = mutable_bf16_data(y),
-                .stride = y.size(1)},
-               current_stream(y));
+void multiply_widened(const Sm90Rows& x, const Sm90Matrices& w, const at::Tensor& y) {
+  const auto kernel = [](const auto& p, Stream stream) { widened_sm90(p, stream); };
+  run_sm90(y, kernel, widened_twin,
+           {.x = x.codes.const_data_ptr<uint8_t>(),
+            .x_groups = x.groups,
+            .w = matrix_data(w, 0),
+            .scales = w.scales.const_data_ptr<float>(),
+            .rows = x.rows,
+            .groups = w.matrices,
+            .outputs = w.out,
+            .slabs = w.slabs(),
+            .out = mutable_bf16_data(y),
+            .stride = y.size(1)});
 }
 
 at::Tensor result_rows(const at::Tensor& like, int64_t rows, const Sm90Matrices& w, GemmRole role) {
@@ -99,18 +85,40 @@ Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
           .rows = rows};
 }
 
-Sm90Rows quantise_rows_sm90(const at::Tensor& x, const at::Tensor& source, int64_t rows) {
+Sm90Rows operand_rows_sm90(const at::Tensor& x,
+                           const at::Tensor& source,
+                           int64_t rows,
+                           bool rounds) {
   const int64_t in = x.size(1);
+  const int32_t* from = source.defined() ? source.const_data_ptr<int32_t>() : nullptr;
+  if (!rounds) {
+    const int64_t groups = ceil_div(rows, sm90::kGroupRows);
+    Sm90Rows operand{
+        .codes = at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * groups * sm90::kGroupRows},
+                           x.options().dtype(at::kByte)),
+        .scales = {},
+        .groups = groups,
+        .rows = rows};
+    run_sm90(x, bf16_operand_sm90, bf16_operand_twin,
+             {.x = x.const_data_ptr(),
+              .rows = rows,
+              .in = in,
+              .stride = in,
+              .operand = operand.codes.mutable_data_ptr<uint8_t>(),
+              .x_groups = groups,
+              .source = from});
+    return operand;
+  }
   Sm90Rows q = empty_rows_sm90(rows, in, x.device());
-  quantise_operand_sm90({.x = x.const_data_ptr(),
-                         .source = source.defined() ? source.const_data_ptr<int32_t>() : nullptr,
-                         .rows = rows,
-                         .in = in,
-                         .stride = in,
-                         .codes = q.codes.mutable_data_ptr<uint8_t>(),
-                         .scales = q.scales.mutable_data_ptr<float>(),
-                         .x_groups = q.groups},
-                        current_stream(x));
+  run_sm90(x, quantise_operand_sm90, quantise_operand_twin,
+           {.x = x.const_data_ptr(),
+            .source = from,
+            .rows = rows,
+            .in = in,
+            .stride = in,
+            .codes = q.codes.mutable_data_ptr<uint8_t>(),
+            .scales = q.scales.mutable_data_ptr<float>(),
+            .x_groups = q.groups});
   return q;
 }
 
@@ -134,20 +142,39 @@ struct Factors {
   int more() const { return static_cast<int>(all.size()) - 1; }
 };
 
-void multiply_fp8(const Sm90Rows& x, const Factors& factors) {
+/// One launch on a GPU; on the CPU the twin of one product after the other.
+void multiply(const Sm90Rows& x, const Factors& factors) {
   if (x.rows == 0) return;
-  const Sm90Factor& first = factors.all[0];
-  linear_fp8_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
-                   .w = first.w,
-                   .x_groups = x.groups,
-                   .w_groups = first.w_groups,
-                   .x_scale = x.scales.const_data_ptr<float>(),
-                   .w_scale = first.w_scale,
-                   .rows = x.rows,
-                   .outputs = first.outputs,
-                   .slabs = factors.first->slabs(),
-                   .out = first.out},
-                  factors.all.data() + 1, factors.more(), current_stream(x.codes));
+  const bool fp8 = factors.first->rounds_rows();
+  HADAL_CHECK(x.scales.defined() == fp8, "linear: rows of another product");
+  LinearSm90Params p{.x = x.codes.const_data_ptr<uint8_t>(),
+                     .w = nullptr,
+                     .x_groups = x.groups,
+                     .w_groups = 0,
+                     .x_scale = fp8 ? x.scales.const_data_ptr<float>() : nullptr,
+                     .w_scale = nullptr,
+                     .rows = x.rows,
+                     .outputs = 0,
+                     .slabs = factors.first->slabs(),
+                     .out = {}};
+  const auto take = [&p](const Sm90Factor& factor) {
+    p.w = factor.w;
+    p.w_groups = factor.w_groups;
+    p.w_scale = factor.w_scale;
+    p.outputs = factor.outputs;
+    p.out = factor.out;
+  };
+  take(factors.all[0]);
+  if (!x.codes.is_cpu()) {
+    const Stream stream = current_stream(x.codes);
+    const Sm90Factor* more = factors.all.data() + 1;
+    if (fp8) return linear_fp8_sm90(p, more, factors.more(), stream);
+    return linear_bf16_sm90(p, more, factors.more(), stream);
+  }
+  for (const Sm90Factor& factor : factors.all) {
+    take(factor);
+    fp8 ? linear_fp8_twin(p) : linear_bf16_twin(p);
+  }
 }
 
 }  // namespace
@@ -161,63 +188,23 @@ void multiply_fp8_sm90(const Sm90Rows& x,
     factors.add(*w, y, column);
     column += w->out;
   }
-  multiply_fp8(x, factors);
+  multiply(x, factors);
 }
 
-at::Tensor bf16_operand_sm90(const at::Tensor& x) {
-  return bf16_operand(x, ceil_div(x.size(0), sm90::kGroupRows));
-}
-
-at::Tensor linear_fp8_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role) {
-  const Sm90Product product{.w = &w, .role = role};
-  return linear_fp8_sm90(x, {&product, 1})[0];
-}
-
-at::Tensor linear_bf16_sm90(const at::Tensor& operand,
-                            int64_t rows,
-                            const Sm90Matrices& w,
-                            GemmRole role) {
-  const at::Tensor y = result_rows(operand, rows, w, role);
-  if (rows > 0)
-    multiply_bf16(operand.const_data_ptr<uint8_t>(), ceil_div(rows, sm90::kGroupRows), rows, w, 0,
-                  y, 0);
-  return y;
-}
-
-std::vector<at::Tensor> linear_fp8_sm90(const Sm90Rows& x, std::span<const Sm90Product> products) {
+std::vector<at::Tensor> linear_sm90(const Sm90Rows& x, std::span<const Sm90Product> products) {
   std::vector<at::Tensor> y;
   Factors factors;
   for (const auto& [w, role] : products) {
     y.push_back(result_rows(x.codes, x.rows, *w, role));
     factors.add(*w, y.back(), 0);
   }
-  multiply_fp8(x, factors);
+  multiply(x, factors);
   return y;
 }
 
-std::vector<at::Tensor> linear_bf16_sm90(const at::Tensor& operand,
-                                         int64_t rows,
-                                         std::span<const Sm90Product> products) {
-  std::vector<at::Tensor> y;
-  Factors factors;
-  for (const auto& [w, role] : products) {
-    y.push_back(result_rows(operand, rows, *w, role));
-    factors.add(*w, y.back(), 0);
-  }
-  if (rows == 0) return y;
-  const Sm90Factor& first = factors.all[0];
-  linear_bf16_sm90({.x = operand.const_data_ptr<uint8_t>(),
-                    .w = first.w,
-                    .x_groups = ceil_div(rows, sm90::kGroupRows),
-                    .w_groups = first.w_groups,
-                    .x_scale = nullptr,
-                    .w_scale = nullptr,
-                    .rows = rows,
-                    .outputs = first.outputs,
-                    .slabs = factors.first->slabs(),
-                    .out = first.out},
-                   factors.all.data() + 1, factors.more(), current_stream(operand));
-  return y;
+at::Tensor linear_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role) {
+  const Sm90Product product{.w = &w, .role = role};
+  return linear_sm90(x, {&product, 1})[0];
 }
 
 ExpertRuns::ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device)
@@ -237,17 +224,32 @@ void multiply_experts_sm90(const Sm90Rows& x,
                            const ExpertRuns& runs,
                            const at::Tensor& y,
                            int64_t first_column) {
-  experts_fp4_sm90({.x = x.codes.const_data_ptr<uint8_t>(),
-                    .x_scale = x.scales.const_data_ptr<float>(),
-                    .x_groups = x.groups,
-                    .w = w.data.const_data_ptr<uint8_t>(),
-                    .outputs = w.out,
-                    .slabs = w.slabs(),
-                    .runs = runs.data(),
-                    .num_runs = runs.count.const_data_ptr<int32_t>(),
-                    .max_runs = runs.runs.size(0),
-                    .out = output_of(y, first_column)},
-                   current_stream(y), {.tile = expert_tile(runs.rows, runs.runs.size(0))});
+  HADAL_CHECK(x.scales.defined() == w.rounds_rows(), "experts: rows of another product");
+  const ExpertsSm90Params p{
+      .x = x.codes.const_data_ptr<uint8_t>(),
+      .x_scale = x.scales.defined() ? x.scales.const_data_ptr<float>() : nullptr,
+      .x_groups = x.groups,
+      .w = w.data.const_data_ptr<uint8_t>(),
+      .outputs = w.out,
+      .slabs = w.slabs(),
+      .runs = runs.data(),
+      .num_runs = runs.count.const_data_ptr<int32_t>(),
+      .max_runs = runs.runs.size(0),
+      .out = output_of(y, first_column),
+      .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr};
+  const Sm90Choice choice{.tile = expert_tile(runs.rows, runs.runs.size(0))};
+  const auto run = [&](auto kernel, auto twin) {
+    run_sm90(
+        y, [&](const auto& task, Stream stream) { kernel(task, stream, choice); }, twin, p);
+  };
+  switch (w.format) {
+    case WeightFormat::kFp4:
+      return run(experts_fp4_sm90, experts_fp4_twin);
+    case WeightFormat::kFp8:
+      return run(experts_fp8_sm90, experts_fp8_twin);
+    default:
+      run(experts_bf16_sm90, experts_bf16_twin);
+  }
 }
 
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {
@@ -263,16 +265,17 @@ at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole 
   const at::Tensor x = kernel_input(x_any);
   const int64_t rows = x.size(0);
   if (rows == 0) return result_rows(x, rows, w, role);
-  if (w.format == WeightFormat::kBf16) return linear_bf16_sm90(bf16_operand_sm90(x), rows, w, role);
-  if (!w.widened) return linear_fp8_sm90(quantise_rows_sm90(x, {}, rows), w, role);
+  const Sm90Rows operand = operand_rows_sm90(x, {}, rows, w.rounds_rows());
+  if (!w.widened) return linear_sm90(operand, w, role);
   const at::Tensor y = result_rows(x, rows, w, role);
-  multiply_widened(bf16_operand_sm90(x), w, y);
+  multiply_widened(operand, w, y);
   return y;
 }
 
 bool serves_grouped_sm90(const Sm90Matrices& w) {
-  return w.format == WeightFormat::kFp4 && w.out % sm90::kTileRows == 0 &&
-         w.in % sm90::kFp8Chain == 0 && w.matrices <= 1024;
+  if (w.widened || w.matrices > 1024) return false;
+  if (w.format == WeightFormat::kFp4 && w.out % sm90::kTileRows != 0) return false;
+  return !w.rounds_rows() || w.in % sm90::kFp8Chain == 0;
 }
 
 at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
@@ -281,8 +284,9 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   check_shape(x_any, {-1, w.in}, "grouped_linear: x");
   HADAL_CHECK(serves_grouped_sm90(w), "grouped_linear: no kernel for these weights");
   check_shape(offsets, {w.matrices + 1}, "grouped_linear: offsets");
-  HADAL_CHECK(offsets.is_cuda() && offsets.scalar_type() == at::kLong && offsets.is_contiguous(),
-              "grouped_linear: offsets are I64 on the GPU");
+  HADAL_CHECK(offsets.device() == x_any.device() && offsets.scalar_type() == at::kLong &&
+                  offsets.is_contiguous(),
+              "grouped_linear: offsets are I64 where x is");
   const at::Tensor x = kernel_input(x_any);
   const int64_t rows = x.size(0);
   if (rows == 0) return at::empty({0, w.out}, x.options());
@@ -290,17 +294,17 @@ at::Tensor grouped_linear_sm90(const at::Tensor& x_any,
   const ExpertRuns runs(rows, w.matrices, x.device());
   const at::Tensor source = at::empty({padded}, runs.runs.options()),
                    place = at::empty({rows}, runs.runs.options());
-  pad_groups_sm90({.offsets = offsets.const_data_ptr<int64_t>(),
-                   .source = source.mutable_data_ptr<int32_t>(),
-                   .place = place.mutable_data_ptr<int32_t>(),
-                   .runs = runs.data(),
-                   .num_runs = runs.count.mutable_data_ptr<int32_t>(),
-                   .num_experts = w.matrices,
-                   .count = rows,
-                   .rows = padded},
-                  current_stream(x));
+  run_sm90(x, pad_groups_sm90, pad_groups_twin,
+           {.offsets = offsets.const_data_ptr<int64_t>(),
+            .source = source.mutable_data_ptr<int32_t>(),
+            .place = place.mutable_data_ptr<int32_t>(),
+            .runs = runs.data(),
+            .num_runs = runs.count.mutable_data_ptr<int32_t>(),
+            .num_experts = w.matrices,
+            .count = rows,
+            .rows = padded});
   const at::Tensor y = at::empty({padded, w.out}, x.options());
-  multiply_experts_sm90(quantise_rows_sm90(x, source, padded), w, runs, y, 0);
+  multiply_experts_sm90(operand_rows_sm90(x, source, padded, w.rounds_rows()), w, runs, y, 0);
   return y.index_select(0, place);
 }
 
@@ -311,21 +315,21 @@ bool serves_groups_sm90(const Sm90Matrices& w) {
 at::Tensor group_linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w) {
   check_shape(x_any, {-1, w.matrices, w.in}, "group_linear: x");
   const at::Tensor x = kernel_input(x_any.flatten(1));
-  return group_linear_sm90(bf16_operand_sm90(x), x.size(0), w);
+  return group_linear_sm90(operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false), w);
 }
 
-at::Tensor group_linear_sm90(const at::Tensor& operand, int64_t rows, const Sm90Matrices& w) {
+at::Tensor group_linear_sm90(const Sm90Rows& x, const Sm90Matrices& w) {
   HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
+  const int64_t rows = x.rows;
   const at::Tensor y =
-      at::empty({rows, w.matrices * w.out}, operand.options().dtype(at::kBFloat16));
+      at::empty({rows, w.matrices * w.out}, x.codes.options().dtype(at::kBFloat16));
   if (rows > 0 && w.widened) {
-    multiply_widened(operand, w, y);
+    multiply_widened(x, w, y);
   } else if (rows > 0) {
-    const int64_t x_groups = ceil_div(rows, sm90::kGroupRows);
     for (int64_t group = 0; group < w.matrices; ++group) {
       const uint8_t* k =
-          operand.const_data_ptr<uint8_t>() + group * w.in * 2 * x_groups * sm90::kGroupRows;
-      multiply_bf16(k, x_groups, rows, w, group, y, group * w.out);
+          x.codes.const_data_ptr<uint8_t>() + group * w.in * 2 * x.groups * sm90::kGroupRows;
+      multiply_bf16(k, x.groups, rows, w, group, y, group * w.out);
     }
   }
   return y.reshape({rows, w.matrices, w.out});

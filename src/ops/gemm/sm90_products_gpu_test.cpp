@@ -1,199 +1,16 @@
 // Products of tensors on a GPU against the integer model of the matrix units, bit for bit.
-#include <tuple>
-#include <vector>
-
-#include <ATen/ATen.h>
-
-#include <gtest/gtest.h>
-
-#include "base/math.h"
-#include "ops/gemm/hopper_twin.h"
-#include "ops/gemm/sm90_products.h"
-#include "ops/gemm/weight.h"
-#include "ops/moe/permute.h"
-#include "ops/moe/sm90_experts.h"
-#include "ops/moe/swiglu.h"
-#include "testing/kernel_checks.h"
-#include "testing/stored_weights.h"
+#include "testing/sm90_products_cases.h"
 
 namespace hadal::ops {
 namespace {
 
-using testing::fp8_rows;
-using testing::make_fp8;
-using testing::near_fp4;
-using testing::same_bits;
-using testing::Stored;
+at::Device card() { return at::kCUDA; }
 
-/// BF16 values [n, in] as E4M3 codes and a power of two for each row's 128 inputs, exactly. Which
-/// powers changes no bit of a product.
-struct Codes {
-  at::Tensor data, scales;
+INSTANTIATE_TEST_SUITE_P(RowsOnGpu, Sm90Products, ::testing::Values(1, 7, 40, 64, 300));
 
-  explicit Codes(const at::Tensor& values) {
-    const int64_t n = values.size(0), slabs = ceil_div(values.size(1), int64_t{128});
-    const at::Tensor groups =
-        at::constant_pad_nd(values.to(at::kFloat), {0, slabs * 128 - values.size(1)})
-            .reshape({n, slabs, 128});
-    const auto [fraction, exponent] = at::frexp(groups.abs().amax(2, /*keepdim=*/true) / 448);
-    const at::Tensor scale =
-        at::ldexp(at::ones_like(fraction), exponent - fraction.eq(0.5f).to(at::kInt))
-            .to(at::kFloat);
-    const at::Tensor codes = (groups / scale).to(at::kFloat8_e4m3fn);
-    EXPECT_TRUE(at::equal(codes.to(at::kFloat) * scale, groups));
-    data = codes.view(at::kByte).reshape({n, slabs * 128}).contiguous();
-    scales = scale.reshape({n, slabs}).contiguous();
-  }
-};
-
-at::Tensor twin_fp8(const at::Tensor& x, const at::Tensor& w) {
-  const Codes a(x), b(w);
-  at::Tensor y = at::empty({x.size(0), w.size(0)}, at::kFloat);
-  twin_fp8_cpu({.w = b.data.const_data_ptr<uint8_t>(),
-                .w_scale = b.scales.const_data_ptr<float>(),
-                .x = a.data.const_data_ptr<uint8_t>(),
-                .x_scale = a.scales.const_data_ptr<float>(),
-                .y = y.mutable_data_ptr<float>(),
-                .outputs = w.size(0),
-                .rows = x.size(0),
-                .in = a.data.size(1)});
-  return y;
-}
-
-at::Tensor twin_bf16(const at::Tensor& x_any, const at::Tensor& w_any) {
-  const at::Tensor x = x_any.contiguous(), w = w_any.contiguous();
-  at::Tensor y = at::empty({x.size(0), w.size(0)}, at::kFloat);
-  twin_bf16_cpu({.w = reinterpret_cast<const uint16_t*>(w.const_data_ptr<at::BFloat16>()),
-                 .x = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>()),
-                 .y = y.mutable_data_ptr<float>(),
-                 .outputs = w.size(0),
-                 .rows = x.size(0),
-                 .in = x.size(1)});
-  return y;
-}
-
-at::Tensor bf16_rows(at::IntArrayRef shape) { return at::randn(shape).to(at::kBFloat16); }
-
-class Sm90ProductsGpu : public ::testing::TestWithParam<int64_t> {
- protected:
-  void SetUp() override { at::manual_seed(5); }
-  static void expect_products(const at::Tensor& x, const Weight& w, const at::Tensor& twin) {
-    const Weight there = w.to(at::kCUDA);
-    EXPECT_TRUE(same_bits(linear(x.to(at::kCUDA), there, GemmRole::kFp32).cpu(), twin));
-    EXPECT_TRUE(
-        same_bits(linear(x.to(at::kCUDA), there, GemmRole::kBf16).cpu(), twin.to(at::kBFloat16)));
-  }
-};
-
-TEST_P(Sm90ProductsGpu, Fp8) {
-  for (const auto& [out, in] : {std::tuple{200, 384}, {64, 128}, {512, 1152}}) {
-    const Stored w = make_fp8(out, in, 3);
-    const at::Tensor x = fp8_rows(GetParam(), in);
-    expect_products(x, Weight(*pack_sm90_fp8({w.data}, {w.scale})), twin_fp8(x, w.values));
-  }
-}
-
-TEST_P(Sm90ProductsGpu, Bf16) {
-  for (const auto& [out, in] : {std::tuple{8, 384}, {200, 72}, {130, 2176}}) {
-    const at::Tensor x = bf16_rows({GetParam(), in}), w = bf16_rows({out, in});
-    expect_products(x, Weight(*pack_sm90_bf16(w)), twin_bf16(x, w));
-  }
-}
-
-// Rows of a longer row, and an address that is no multiple of 16.
-TEST_P(Sm90ProductsGpu, RowsThatDoNotLieTogether) {
-  const at::Tensor wide = bf16_rows({GetParam(), 400}), x = wide.narrow(1, 3, 256);
-  const at::Tensor w = bf16_rows({64, 256});
-  const Weight there = Weight(*pack_sm90_bf16(w)).to(at::kCUDA);
-  EXPECT_TRUE(same_bits(linear(wide.to(at::kCUDA).narrow(1, 3, 256), there, GemmRole::kFp32).cpu(),
-                        twin_bf16(x, w)));
-}
-
-TEST_P(Sm90ProductsGpu, WidenedGroups) {
-  const int64_t groups = 3, rows = GetParam();
-  for (const auto& [out, in] : {std::tuple{128, 256}, {64, 1408}}) {
-    const at::Tensor x = bf16_rows({rows, groups, in});
-    std::vector<at::Tensor> data, scale, expected;
-    for (int64_t g = 0; g < groups; ++g) {
-      const Stored w = make_fp8(out, in, static_cast<unsigned>(30 + g));
-      data.push_back(w.data), scale.push_back(w.scale);
-      expected.push_back(twin_bf16(x.select(1, g), w.values).to(at::kBFloat16));
-    }
-    const Weight there = Weight(*pack_sm90_widened(data, scale)).to(at::kCUDA);
-    EXPECT_TRUE(same_bits(group_linear(x.to(at::kCUDA), there).cpu(), at::stack(expected, 1)));
-  }
-}
-
-TEST_P(Sm90ProductsGpu, Bf16Groups) {
-  const int64_t groups = 3, rows = GetParam();
-  const at::Tensor x = bf16_rows({rows, groups, 192}), w = bf16_rows({groups, 72, 192});
-  std::vector<at::Tensor> expected;
-  for (int64_t g = 0; g < groups; ++g)
-    expected.push_back(twin_bf16(x.select(1, g), w[g]).to(at::kBFloat16));
-  const Weight there = Weight(*pack_sm90_bf16(w)).to(at::kCUDA);
-  EXPECT_TRUE(same_bits(group_linear(x.to(at::kCUDA), there).cpu(), at::stack(expected, 1)));
-}
-
-TEST_P(Sm90ProductsGpu, ExpertsInFp4) {
-  const int64_t experts = 6, out = 192, in = 384, rows = GetParam();
-  std::vector<at::Tensor> data, scale, values;
-  for (unsigned e = 0; e < experts; ++e) {
-    const Stored w = near_fp4(out, in, 40 + e);
-    data.push_back(w.data), scale.push_back(w.scale), values.push_back(w.values);
-  }
-  // Nobody chooses the first, the third and the last.
-  const at::Tensor offsets = at::tensor(
-      {int64_t{0}, int64_t{0}, (rows + 1) / 2, (rows + 1) / 2, rows - rows / 4, rows, rows},
-      at::kLong);
-  const at::Tensor x = fp8_rows(rows, in);
-  std::vector<at::Tensor> expected;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int64_t first = offsets[e].item<int64_t>(), end = offsets[e + 1].item<int64_t>();
-    if (end > first)
-      expected.push_back(twin_fp8(x.narrow(0, first, end - first), values[static_cast<size_t>(e)]));
-  }
-  const Weight there = Weight(*pack_sm90_fp4(data, scale)).to(at::kCUDA);
-  EXPECT_TRUE(
-      same_bits(grouped_linear(x.to(at::kCUDA), there, offsets.to(at::kCUDA), GemmRole::kFp4).cpu(),
-                at::cat(expected).to(at::kBFloat16)));
-}
-
-// The fused chain against the ops one after the other, which the tests above hold to the twin.
-TEST_P(Sm90ProductsGpu, ExpertsAsOneChain) {
-  const int64_t experts = 9, topk = 3, dim = 256, inter = 128, tokens = GetParam();
-  const auto weights = [&](int64_t out, int64_t in, unsigned seed) {
-    std::vector<at::Tensor> data, scale;
-    for (unsigned e = 0; e < experts; ++e) {
-      const Stored w = near_fp4(out, in, seed + e);
-      data.push_back(w.data), scale.push_back(w.scale);
-    }
-    return Weight(*pack_sm90_fp4(data, scale)).to(at::kCUDA);
-  };
-  const Weight w1 = weights(inter, dim, 60), w3 = weights(inter, dim, 70),
-               w2 = weights(dim, inter, 80);
-  const at::Tensor x = (bf16_rows({tokens, dim}) * 0.01).to(at::kCUDA),
-                   shared = bf16_rows({tokens, dim}).to(at::kCUDA);
-  const Routing routing = gate((at::randn({tokens, experts}) * 3).to(at::kCUDA),
-                               at::zeros({experts}).to(at::kCUDA), topk, 1.5);
-  const Permutation order = permute_by_expert(routing.experts.to(at::kLong), experts);
-  const auto product = [&](const Weight& w, const at::Tensor& in) {
-    return grouped_linear(quantise_input(in, GemmRole::kFp4, Numerics::kReleased), w, order.offsets,
-                          GemmRole::kFp4);
-  };
-  const at::Tensor rows = permute_rows(x, order);
-  const at::Tensor hidden = swiglu(product(w1, rows), product(w3, rows),
-                                   routing.weights.flatten().index_select(0, order.slot), 2.0);
-  const at::Tensor expected = combine(product(w2, hidden), order, shared);
-  const RoutedExperts chain{.w1 = w1, .w3 = w3, .w2 = w2, .swiglu_limit = 2.0};
-  ASSERT_TRUE(serves_experts_sm90(x, chain));
-  EXPECT_TRUE(same_bits(experts_on_sm90(x, routing, chain, shared).cpu(), expected.cpu()));
-}
-
-INSTANTIATE_TEST_SUITE_P(Rows, Sm90ProductsGpu, ::testing::Values(1, 7, 40, 64, 300));
-
-TEST(Sm90Products, WithoutRows) {
+TEST(Sm90ProductsGpu, WithoutRows) {
   const Stored w = make_fp8(64, 128, 3), e = near_fp4(64, 128, 4);
-  const at::Tensor x = bf16_rows({0, 128}).to(at::kCUDA);
+  const at::Tensor x = at::empty({0, 128}, at::kBFloat16).to(at::kCUDA);
   const Weight eight(*pack_sm90_fp8({w.data}, {w.scale})),
       four(*pack_sm90_fp4({e.data}, {e.scale})), groups(*pack_sm90_widened({w.data}, {w.scale}));
   const std::vector<int64_t> expected = {0, 64};
@@ -204,7 +21,7 @@ TEST(Sm90Products, WithoutRows) {
 }
 
 // A reference that was asked for, FP32 rows and gradients do not go through the kernels.
-TEST(Sm90Products, ServeNothingElse) {
+TEST(Sm90ProductsGpu, ServeNothingElse) {
   at::manual_seed(6);
   const Stored w = make_fp8(64, 128, 3);
   const Weight there = Weight(*pack_sm90_fp8({w.data}, {w.scale})).to(at::kCUDA);

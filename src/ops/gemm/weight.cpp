@@ -45,6 +45,20 @@ std::optional<StoredCodes> exact_codes(const at::Tensor& w, OfficialStorage stor
   return codes;
 }
 
+/// For messages.
+std::string held_as(const Weight& w) {
+  switch (w.form()) {
+    case WeightForm::kSm90:
+      return w.sm90().format == WeightFormat::kBf16  ? "in BF16"
+             : w.sm90().format == WeightFormat::kFp4 ? "in FP4"
+                                                     : "in FP8";
+    case WeightForm::kPanels:
+      return "in panels";
+    default:
+      return concat("held dense in ", w.defined() ? toString(w.dense().scalar_type()) : "nothing");
+  }
+}
+
 void check_device(const at::Tensor& x, const Weight& w, const char* op) {
   HADAL_CHECK(x.device() == w.device(), op, ": x on ", x.device(), ", w on ", w.device());
 }
@@ -225,16 +239,14 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) co
   const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
     const WeightFormat format = panels().format;
-    if (format == WeightFormat::kF32 || (format == WeightFormat::kFp8 && role == GemmRole::kFp4))
-      return std::nullopt;
+    if (format == WeightFormat::kF32) return std::nullopt;
     packed = pack_sm90(panels(), widened);
   } else if (storage == OfficialStorage::kBf16) {
-    if (dense().scalar_type() != at::kBFloat16 || role == GemmRole::kFp4) return std::nullopt;
+    if (dense().scalar_type() != at::kBFloat16) return std::nullopt;
     packed = pack_sm90_bf16(dense().detach().cpu());
   } else {
     const bool fp4 = storage == OfficialStorage::kFp4;
-    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8 || role == GemmRole::kFp4)
-      return std::nullopt;
+    if (fp4 ? in() % 32 != 0 : storage != OfficialStorage::kFp8) return std::nullopt;
     std::vector<at::Tensor> data, scale;
     for (int64_t matrix = 0; matrix < matrices(); ++matrix) {
       std::optional<StoredCodes> codes = exact_codes(values(matrix).detach().cpu(), storage);
@@ -274,13 +286,15 @@ Weight Weight::to(at::Device device, GemmRole role) const {
 at::Tensor linear(const at::Tensor& x, const Weight& w, GemmRole role) {
   check_device(x, w, "linear");
   HADAL_CHECK(w.matrices() == 1, "linear: ", w.matrices(), " matrices");
+  const bool sm90 = w.form() == WeightForm::kSm90;
+  if (sm90 && use_sm90(x) && serves_linear_sm90(w.sm90(), role))
+    return linear_sm90(x, w.sm90(), role);
+  if (as_hopper())
+    refuse_as_hopper(x, concat("linear of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return linear(x, *panels, role);
   }
-  if (w.form() == WeightForm::kSm90) {
-    if (use_sm90(x) && serves_linear_sm90(w.sm90(), role)) return linear_sm90(x, w.sm90(), role);
-    warn_made_dense();
-  }
+  if (sm90) warn_made_dense();
   return linear(x, w.values(0), role);
 }
 
@@ -289,12 +303,15 @@ at::Tensor grouped_linear(const at::Tensor& x,
                           const at::Tensor& offsets,
                           GemmRole role) {
   check_device(x, w, "grouped_linear");
+  const bool sm90 = w.form() == WeightForm::kSm90;
+  if (sm90 && use_sm90(x) && serves_grouped_sm90(w.sm90()))
+    return grouped_linear_sm90(x, w.sm90(), offsets);
+  if (as_hopper())
+    refuse_as_hopper(x, concat("experts of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return grouped_linear(x, *panels, offsets, role);
   }
-  if (w.form() != WeightForm::kSm90) return grouped_linear(x, w.values(), offsets, role);
-  if (use_sm90(x) && serves_grouped_sm90(w.sm90()))
-    return grouped_linear_sm90(x, w.sm90(), offsets);
+  if (!sm90) return grouped_linear(x, w.values(), offsets, role);
   warn_made_dense();
   check_shape(x, {-1, w.in()}, "grouped_linear: x");
   check_shape(offsets, {w.matrices() + 1}, "grouped_linear: offsets");
@@ -311,11 +328,14 @@ at::Tensor grouped_linear(const at::Tensor& x,
 
 at::Tensor group_linear(const at::Tensor& x, const Weight& w) {
   check_device(x, w, "group_linear");
+  const bool sm90 = w.form() == WeightForm::kSm90;
+  if (sm90 && use_sm90(x) && serves_groups_sm90(w.sm90())) return group_linear_sm90(x, w.sm90());
+  if (as_hopper())
+    refuse_as_hopper(x, concat("wo_a of weights [", w.out(), ", ", w.in(), "] ", held_as(w)));
   if (serves_panels(x)) {
     if (const auto panels = w.kernel_panels()) return group_linear(x, *panels);
   }
-  if (w.form() != WeightForm::kSm90) return group_linear(x, w.values());
-  if (use_sm90(x) && serves_groups_sm90(w.sm90())) return group_linear_sm90(x, w.sm90());
+  if (!sm90) return group_linear(x, w.values());
   warn_made_dense();
   check_shape(x, {-1, w.matrices(), w.in()}, "group_linear: x");
   std::vector<at::Tensor> parts;

@@ -63,11 +63,14 @@ TEST(Weight, TheRoleOfTheProductsChoosesTheLayout) {
     EXPECT_TRUE(widened->sm90().widened);
     EXPECT_TRUE(same_bits(widened->values(0), b.values));
     EXPECT_FALSE(w.to_sm90(OfficialStorage::kFp8)->sm90().widened);
-    EXPECT_FALSE(w.to_sm90(OfficialStorage::kFp8, GemmRole::kFp4).has_value());  // experts
+    const auto experts = w.to_sm90(OfficialStorage::kFp8, GemmRole::kFp4);
+    ASSERT_TRUE(experts.has_value());
+    EXPECT_TRUE(experts->sm90().rounds_rows());
   }
   const Weight low(pack_panels(b.values));
   EXPECT_EQ(low.to_sm90(OfficialStorage::kFp8)->sm90().format, WeightFormat::kBf16);
-  EXPECT_FALSE(low.to_sm90(OfficialStorage::kBf16, GemmRole::kFp4).has_value());
+  EXPECT_EQ(low.to_sm90(OfficialStorage::kBf16, GemmRole::kFp4)->sm90().format,
+            WeightFormat::kBf16);
 }
 
 TEST(Weight, ProductsDoNotDependOnTheForm) {

@@ -11,6 +11,7 @@
 #include "ops/indexer/index_scores_cpu.h"
 #include "ops/indexer/sm90_index.h"
 #include "ops/indexer/visible_blocks.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -227,6 +228,9 @@ at::Tensor index_scores(const at::Tensor& q,
                         Numerics numerics) {
   check_shape(q, {batch.num_tokens(), -1, keys.width()}, "index_scores: q");
   check_shape(w, {batch.num_tokens(), q.size(1)}, "index_scores: w");
+  if (serves_index_sm90(q, w, keys, numerics))
+    return index_scores_on_sm90(q, w, keys, batch, ratio, numerics);
+  refuse_as_hopper(q, "index_scores");
   if (use_cpu_kernel(q)) {
     return with_reference_gradient(
         [&](const auto& in) {
@@ -246,8 +250,6 @@ at::Tensor index_scores(const at::Tensor& q,
         },
         {q, w, keys.rows})[0];
   }
-  if (serves_index_sm90(q, w, keys, numerics))
-    return index_scores_on_sm90(q, w, keys, batch, ratio);
   const bool all_bf16 = q.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16 &&
                         keys.rows.scalar_type() == at::kBFloat16;
   if (q.is_cuda() && !reference_forced() && all_bf16 && keys.of_step) {

@@ -13,7 +13,7 @@ namespace hadal::ops {
 /// are rounded to BF16.
 ///   q     [tokens, heads, dim]   rotated and quantised
 ///   w     [tokens, heads]        scaled by dim^-1/2 heads^-1/2
-///   keys  rows [*, dim]
+///   keys  rows [*, dim], rotated and quantised
 ///   result [tokens, num_columns] FP32 (FP64), num_columns = largest visible count of the batch
 at::Tensor index_scores(const at::Tensor& q,
                         const at::Tensor& w,

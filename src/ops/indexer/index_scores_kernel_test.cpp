@@ -76,7 +76,32 @@ TEST_P(IndexScoresSm90, GiveTheTwinsBits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Heads, IndexScoresSm90, ::testing::Values(8, 16, 32, 64));
+INSTANTIATE_TEST_SUITE_P(Heads,
+                         IndexScoresSm90,
+                         ::testing::Values(1, 4, 8, 12, 16, 20, 32, 33, 64));
+
+// A step may have more tokens than the second dimension of a grid.
+TEST(IndexScoresSm90, ServeMoreThan65535Tokens) {
+  const int64_t tokens = 66000, stride = kIndexPageRows;
+  const auto q = random_rows(tokens, 5), keys = random_rows(kIndexPageRows, 6);
+  const std::vector<uint16_t> w(static_cast<size_t>(tokens), 0x3f80);
+  const OnDevice<uint8_t> q_there(q), keys_there(keys);
+  const OnDevice<uint16_t> w_there(w), scores(static_cast<size_t>(tokens * stride));
+  const OnDevice<int32_t> pages(std::vector<int32_t>{0}),
+      sequence(std::vector<int32_t>(w.size(), 0)), visible(std::vector<int32_t>(w.size(), 64));
+  index_scores_sm90({q_there.get(), w_there.get(), keys_there.get(), pages.get(), sequence.get(),
+                     visible.get(), scores.get(), tokens, 1, 1, stride},
+                    nullptr);
+  const std::vector<uint16_t> found = scores.read();
+  for (const int64_t t : {int64_t{0}, int64_t{65535}, int64_t{65536}, tokens - 1}) {
+    for (int64_t b = 0; b < stride; ++b) {
+      const float expected = index_score_twin(q.data() + t * kIndexRowBytes, w.data(),
+                                              keys.data() + b * kIndexRowBytes, 1);
+      ASSERT_EQ(found[static_cast<size_t>(t * stride + b)], std::bit_cast<uint32_t>(expected) >> 16)
+          << "token " << t << " block " << b;
+    }
+  }
+}
 
 TEST(IndexTopkSm90, IsTheStableSortsChoice) {
   for (const auto& [values, stride] : std::vector<std::pair<int64_t, int64_t>>{

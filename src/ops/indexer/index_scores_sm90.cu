@@ -1,8 +1,11 @@
 // Scores of FP4 keys by E4M3 products: keys are operand A, decoded from their cache rows in
 // registers; the heads of one token's query are operand B. One warp feeds a ring of pages, one
 // warpgroup scores 64 keys at a time. A token's pages are shared among blocks.
+#include <algorithm>
+
 #include "ops/cuda/fp4.cuh"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
 #include "ops/gemm/sm90_layout.h"
@@ -79,9 +82,18 @@ __device__ __noinline__ float wide_dot(const uint8_t* q, const uint8_t* key) {
 
 /// The query's rows to operand B. Position j of a k step holds the input that the thread of A's
 /// position j reads: 8 (j / 4) + j % 4 in the first half, 4 more in the second.
+/// Heads from `heads` on are zero.
 template <int kHeads>
-__device__ void load_query(Memory<kHeads>& m, const uint8_t* q, const uint16_t* w) {
+__device__ void load_query(Memory<kHeads>& m, const uint8_t* q, const uint16_t* w, int heads) {
   for (int head = static_cast<int>(threadIdx.x); head < kHeads; head += kWarpgroup) {
+    if (head >= heads) {
+      for (int64_t at = 0; at < kIndexDim; at += 4)
+        *reinterpret_cast<uint32_t*>(m.q + sm90::operand_offset(head, at, kHeads / 8)) = 0;
+      m.q_scale[head] = m.w[head] = 0.0f;
+      m.q_wide[head] = 0;
+      reinterpret_cast<__nv_bfloat16*>(m.scaled_w)[head] = __float2bfloat16_rn(0.0f);
+      continue;
+    }
     const auto* words = reinterpret_cast<const uint32_t*>(q + head * kIndexRowBytes);
     uint32_t used = 0;
     for (int i = 0; i < 16; ++i) used |= (words[i] & 0x77777777u) != 0 ? 1u << (i / 4) : 0;
@@ -134,14 +146,15 @@ __device__ __forceinline__ float2 general_sums(const Memory<kHeads>& m,
                                                const float (&d)[kHeads / 2],
                                                const Fold (&fold)[2],
                                                const uint8_t* row,
-                                               const uint8_t* q) {
+                                               const uint8_t* q,
+                                               int heads) {
   const int lane = static_cast<int>(threadIdx.x) % 4;
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kHeads / 2; ++i) {
     const int half = i / 2 % 2, head = i / 4 * 8 + lane * 2 + (i & 1);
     float dot = d[i] * fold[half].scale * m.q_scale[head];
-    if (fold[half].wide || m.q_wide[head] != 0)
+    if ((fold[half].wide || m.q_wide[head] != 0) && head < heads)
       dot = wide_dot(q + head * kIndexRowBytes, row + half * 8 * kIndexRowBytes);
     sum[half] += round_to<__nv_bfloat16>(fmaxf(round_to<__nv_bfloat16>(dot), 0.0f) * m.w[head]);
   }
@@ -150,9 +163,8 @@ __device__ __forceinline__ float2 general_sums(const Memory<kHeads>& m,
 
 /// Scores of the thread's two rows (16 * warp + lane / 4, and 8 below) of a page.
 template <int kHeads>
-__device__ __forceinline__ float2 score_rows(const Memory<kHeads>& m,
-                                             const uint8_t* page,
-                                             const uint8_t* q) {
+__device__ __forceinline__ float2
+score_rows(const Memory<kHeads>& m, const uint8_t* page, const uint8_t* q, int heads) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 4;
   const uint8_t* rows[2] = {page + (t / 32 * 16 + t % 32 / 4) * kIndexRowBytes, nullptr};
   rows[1] = rows[0] + 8 * kIndexRowBytes;
@@ -195,7 +207,7 @@ __device__ __forceinline__ float2 score_rows(const Memory<kHeads>& m,
     sums.x *= fold[0].scale;
     sums.y *= fold[1].scale;
   } else {
-    sums = general_sums<kHeads>(m, d, fold, rows[0], q);
+    sums = general_sums<kHeads>(m, d, fold, rows[0], q, heads);
   }
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
@@ -207,7 +219,7 @@ __device__ __forceinline__ float2 score_rows(const Memory<kHeads>& m,
 
 template <int kHeads>
 __global__ void __launch_bounds__(kWarpgroup + 32)
-    index_scores_kernel(const __grid_constant__ IndexScoresSm90Params p) {
+    index_scores_kernel(const __grid_constant__ IndexScoresSm90Params p, int blocks) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& m = *reinterpret_cast<Memory<kHeads>*>(raw);
   if (threadIdx.x < 16) m.table[threadIdx.x] = fp4_codes(min(static_cast<int>(threadIdx.x), 14));
@@ -222,15 +234,14 @@ __global__ void __launch_bounds__(kWarpgroup + 32)
   __syncthreads();
   wait_for_previous();
   launch_dependents();
-  const int64_t token = blockIdx.y;
+  const auto [token, piece] = row_piece(blocks);
   const int64_t visible = p.visible[token];
   const auto pages = static_cast<int>((visible + kIndexPageRows - 1) / kIndexPageRows);
   if (threadIdx.x >= kWarpgroup) {
     if (threadIdx.x != kWarpgroup) return;
     const int32_t* table = p.pages + p.sequence[token] * p.max_pages;
     uint32_t stage = 0, parity = 1;
-    for (int page = static_cast<int>(blockIdx.x); page < pages;
-         page += static_cast<int>(gridDim.x)) {
+    for (int page = static_cast<int>(piece); page < pages; page += blocks) {
       barrier_wait(&m.empty[stage], parity);
       // The last page may end before its 64 rows do; what lies behind is never used.
       barrier_arrive_expect(&m.full[stage], kPageBytes);
@@ -241,15 +252,16 @@ __global__ void __launch_bounds__(kWarpgroup + 32)
     }
     return;
   }
-  const uint8_t* q = p.q + token * kHeads * kIndexRowBytes;
-  load_query<kHeads>(m, q, p.w + token * kHeads);
+  const auto heads = static_cast<int>(p.heads);
+  const uint8_t* q = p.q + token * p.heads * kIndexRowBytes;
+  load_query<kHeads>(m, q, p.w + token * p.heads, heads);
   // wgmma reads what plain stores wrote.
   asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 128;" ::: "memory");
   const int t = static_cast<int>(threadIdx.x);
   uint32_t stage = 0, parity = 0;
-  for (int page = static_cast<int>(blockIdx.x); page < pages; page += static_cast<int>(gridDim.x)) {
+  for (int page = static_cast<int>(piece); page < pages; page += blocks) {
     barrier_wait(&m.full[stage], parity);
-    const float2 sums = score_rows<kHeads>(m, m.pages[stage], q);
+    const float2 sums = score_rows<kHeads>(m, m.pages[stage], q, heads);
     barrier_arrive(&m.empty[stage]);
     if (t % 4 == 0) {
       const int64_t block = page * kIndexPageRows + t / 32 * 16 + t % 32 / 4;
@@ -268,10 +280,9 @@ void launch(const IndexScoresSm90Params& p, Stream stream) {
   constexpr int kBytes = sizeof(Memory<kHeads>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   // Some blocks for each of the card's 132 processors, shared by the tokens.
-  const int64_t blocks = (132 * 4 + p.tokens - 1) / p.tokens;
-  const dim3 grid(static_cast<unsigned>(blocks < p.max_pages ? blocks : p.max_pages),
-                  static_cast<unsigned>(p.tokens));
-  launch_early(kernel, {grid, kWarpgroup + 32, kBytes}, stream, "index_scores_sm90", p);
+  const int64_t blocks = std::min((132 * 4 + p.tokens - 1) / p.tokens, p.max_pages);
+  launch_early(kernel, {blocks_for(p.tokens * blocks, 1), kWarpgroup + 32, kBytes}, stream,
+               "index_scores_sm90", p, static_cast<int>(blocks));
 }
 
 }  // namespace
@@ -281,18 +292,11 @@ namespace hadal::ops {
 
 void index_scores_sm90(const IndexScoresSm90Params& p, Stream stream) {
   if (p.tokens == 0 || p.max_pages == 0) return;
-  switch (p.heads) {
-    case 8:
-      return cuda::launch<8>(p, stream);
-    case 16:
-      return cuda::launch<16>(p, stream);
-    case 32:
-      return cuda::launch<32>(p, stream);
-    case 64:
-      return cuda::launch<64>(p, stream);
-    default:
-      throw_kernel_error("index_scores_sm90", "8, 16, 32 or 64 heads");
-  }
+  if (!serves_index_heads(p.heads)) throw_kernel_error("index_scores_sm90", "at most 64 heads");
+  if (p.heads <= 8) return cuda::launch<8>(p, stream);
+  if (p.heads <= 16) return cuda::launch<16>(p, stream);
+  if (p.heads <= 32) return cuda::launch<32>(p, stream);
+  cuda::launch<64>(p, stream);
 }
 
 }  // namespace hadal::ops

@@ -16,6 +16,9 @@ namespace hadal::ops {
 
 inline constexpr int64_t kIndexDim = 128, kIndexRowBytes = 68, kIndexPageRows = 64;
 
+/// Heads of a query that the kernel holds.
+constexpr bool serves_index_heads(int64_t heads) { return heads >= 1 && heads <= 64; }
+
 struct IndexScoresSm90Params {
   const uint8_t* q;         ///< [tokens, heads, 68]
   const uint16_t* w;        ///< [tokens, heads] BF16
@@ -24,9 +27,11 @@ struct IndexScoresSm90Params {
   const int32_t* sequence;  ///< [tokens]
   const int32_t* visible;   ///< [tokens] blocks to score, at most 64 * max_pages
   uint16_t* scores;         ///< [tokens, stride] BF16; written up to `visible`
-  int64_t tokens, heads, max_pages, stride;  ///< heads: 8, 16, 32 or 64
+  int64_t tokens, heads, max_pages, stride;  ///< heads: serves_index_heads
 };
 void index_scores_sm90(const IndexScoresSm90Params& p, Stream stream);
+/// The same on a CPU.
+void index_scores_twin(const IndexScoresSm90Params& p);
 
 /// The min(k, visible) blocks of the largest scores, ties to the lower block, NaN lowest, in
 /// ascending order; then -1.
@@ -37,6 +42,8 @@ struct IndexTopkSm90Params {
   int64_t tokens, stride, k;  ///< stride: a multiple of 8
 };
 void index_topk_sm90(const IndexTopkSm90Params& p, Stream stream);
+/// The same on a CPU.
+void index_topk_twin(const IndexTopkSm90Params& p);
 
 /// The score of one query (all heads) and one key, with the bits of index_scores_sm90.
 float index_score_twin(const uint8_t* q, const uint16_t* w, const uint8_t* key, int64_t heads);

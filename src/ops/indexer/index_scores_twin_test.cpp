@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores_sm90.h"
 
 namespace hadal::ops {
@@ -44,6 +45,16 @@ TEST(IndexScoreTwin, GroupsOfZerosHaveNoSayAndWideRowsKeepTheirValues) {
   // 2^20 - 2^20 + 1: the fold would not hold the last beside the first.
   const auto wide = row({2, 10, 2, 0}, {147, 147, 127, 1});
   EXPECT_EQ(index_score_twin(q.data(), &kOne, wide.data(), 1), 1.0f);
+}
+
+TEST(IndexScoreTwin, OfBf16KeysRoundsNoScore) {
+  std::vector<uint16_t> key(kIndexDim), q(2 * kIndexDim);
+  key[0] = kOne, key[127] = kOne;
+  q[0] = 0x4040, q[127] = 0x3c00;  // 3 and 2^-7: 3.0078125, which BF16 would round
+  q[kIndexDim] = 0xc040, q[kIndexDim + 127] = kOne;  // -2, which is not positive
+  const std::vector<uint16_t> w = {kMinusTwo, kOne};
+  EXPECT_EQ(index_score_bf16_twin(q.data(), w.data(), key.data(), 2), -6.015625f);
+  EXPECT_EQ(index_score_bf16_twin(q.data(), w.data(), key.data(), 1), -6.015625f);
 }
 
 }  // namespace

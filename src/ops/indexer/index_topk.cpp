@@ -13,6 +13,7 @@
 #include "ops/indexer/index_scores.h"
 #include "ops/indexer/sm90_index.h"
 #include "ops/indexer/visible_blocks.h"
+#include "ops/sm90.h"
 
 namespace hadal::ops {
 
@@ -72,7 +73,12 @@ at::Tensor index_topk(const at::Tensor& q,
                       int64_t ratio,
                       int64_t k,
                       Numerics numerics) {
+  // Asked before gradients are off: a block that is computed a second time for its gradients must
+  // choose as it did the first time, by the scores that training takes.
+  const bool on_sm90 = serves_index_sm90(q, w, keys, numerics);
   const at::NoGradGuard no_grad;
+  if (on_sm90) return index_topk_on_sm90(q, w, keys, batch, ratio, k, numerics);
+  refuse_as_hopper(q, "index_topk");
   if (use_cpu_kernel(q)) {
     at::Tensor selection = at::empty({batch.num_tokens(), k}, at::kInt);
     int32_t* chosen = selection.mutable_data_ptr<int32_t>();
@@ -83,8 +89,7 @@ at::Tensor index_topk(const at::Tensor& q,
                  });
     return selection;
   }
-  if (serves_index_sm90(q, w, keys, numerics))
-    return index_topk_on_sm90(q, w, keys, batch, ratio, k);
+  const DifferentiableGuard training;
   return select_topk(index_scores(q, w, keys, batch, ratio, numerics), batch, ratio, k);
 }
 

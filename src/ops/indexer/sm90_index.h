@@ -9,7 +9,8 @@
 
 namespace hadal::ops {
 
-/// `released`, BF16 queries of 8, 16, 32 or 64 heads and 128 channels, packed keys in pages of 64.
+/// BF16 queries of up to 64 heads of 128 channels; `released` and keys packed in pages of 64, or
+/// those of a step without a cache, which are packed here; `bf16` and BF16 keys.
 bool serves_index_sm90(const at::Tensor& q,
                        const at::Tensor& w,
                        const BlockView& keys,
@@ -21,12 +22,14 @@ at::Tensor index_scores_on_sm90(const at::Tensor& q,
                                 const at::Tensor& w,
                                 const BlockView& keys,
                                 const Batch& batch,
-                                int64_t ratio);
+                                int64_t ratio,
+                                Numerics numerics);
 at::Tensor index_topk_on_sm90(const at::Tensor& q,
                               const at::Tensor& w,
                               const BlockView& keys,
                               const Batch& batch,
                               int64_t ratio,
-                              int64_t k);
+                              int64_t k,
+                              Numerics numerics);
 
 }  // namespace hadal::ops

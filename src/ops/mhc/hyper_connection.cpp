@@ -316,7 +316,8 @@ bool on_sm90(const at::Tensor& streams) {
 /// The kernel reads fn while the kernel before it still runs, which must not be the one that makes
 /// a copy of it.
 bool reads_as_it_is(const at::Tensor& fn) {
-  return fn.scalar_type() == at::kFloat && fn.is_same(kernel_input(fn));
+  return fn.scalar_type() == at::kFloat &&
+         (fn.is_cpu() ? fn.is_contiguous() : fn.is_same(kernel_input(fn)));
 }
 
 /// hc_pre, or the collapse (head), with the bits of run_pre_cpu.
@@ -334,20 +335,20 @@ HcPre run_pre_sm90(const at::Tensor& streams_any,
     result.post = at::empty({tokens, hc::kStreams}, fn.options());
     result.comb = at::empty({tokens, hc::kStreams, hc::kStreams}, fn.options());
   }
-  hc_pre_sm90({.streams = streams.const_data_ptr(),
-               .fn = fn.const_data_ptr<float>(),
-               .base = base.const_data_ptr<float>(),
-               .scale = scale.const_data_ptr<float>(),
-               .mixed = result.mixed.mutable_data_ptr(),
-               .post = head ? nullptr : result.post.mutable_data_ptr<float>(),
-               .comb = head ? nullptr : result.comb.mutable_data_ptr<float>(),
-               .tokens = tokens,
-               .dim = dim,
-               .sinkhorn_iters = static_cast<int>(params.sinkhorn_iters),
-               .norm_eps = static_cast<float>(params.norm_eps),
-               .hc_eps = static_cast<float>(params.hc_eps),
-               .head = head},
-              current_stream(streams));
+  run_sm90(streams, hc_pre_sm90, hc_pre_twin,
+           {.streams = streams.const_data_ptr(),
+            .fn = fn.const_data_ptr<float>(),
+            .base = base.const_data_ptr<float>(),
+            .scale = scale.const_data_ptr<float>(),
+            .mixed = result.mixed.mutable_data_ptr(),
+            .post = head ? nullptr : result.post.mutable_data_ptr<float>(),
+            .comb = head ? nullptr : result.comb.mutable_data_ptr<float>(),
+            .tokens = tokens,
+            .dim = dim,
+            .sinkhorn_iters = static_cast<int>(params.sinkhorn_iters),
+            .norm_eps = static_cast<float>(params.norm_eps),
+            .hc_eps = static_cast<float>(params.hc_eps),
+            .head = head});
   return result;
 }
 
@@ -358,14 +359,14 @@ at::Tensor run_post_sm90(const at::Tensor& out_any,
   const at::Tensor out = kernel_input(out_any), streams = kernel_input(streams_any),
                    post = fp32_input(post_any), comb = fp32_input(comb_any);
   at::Tensor result = at::empty_like(streams);
-  hc_post_sm90({.out = out.const_data_ptr(),
-                .streams = streams.const_data_ptr(),
-                .post = post.const_data_ptr<float>(),
-                .comb = comb.const_data_ptr<float>(),
-                .result = result.mutable_data_ptr(),
-                .tokens = streams.size(0),
-                .dim = streams.size(2)},
-               current_stream(streams));
+  run_sm90(streams, hc_post_sm90, hc_post_twin,
+           {.out = out.const_data_ptr(),
+            .streams = streams.const_data_ptr(),
+            .post = post.const_data_ptr<float>(),
+            .comb = comb.const_data_ptr<float>(),
+            .result = result.mutable_data_ptr(),
+            .tokens = streams.size(0),
+            .dim = streams.size(2)});
   return result;
 }
 
@@ -383,6 +384,7 @@ HcPre hc_pre(const at::Tensor& streams,
   check_shape(scale, {3}, "hc_pre: scale");
   if (on_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
     return run_pre_sm90(streams, fn, base, scale, params, /*head=*/false);
+  refuse_as_hopper(streams, "hc_pre");
   if (use_pre_cuda(streams, params)) return run_pre_cuda(streams, fn, base, scale, params);
   if (use_kernel(streams)) {
     const auto kernel = [params](const auto& in) { return run_pre_cpu(in, params, false); };
@@ -413,6 +415,7 @@ at::Tensor hc_post(const at::Tensor& out,
   check_shape(comb, {tokens, n, n}, "hc_post: comb");
   if (on_sm90(streams) && use_sm90(out) && !learns({post, comb}))
     return run_post_sm90(out, streams, post, comb);
+  refuse_as_hopper(streams, "hc_post");
   if (use_cuda(streams) && hc_post_cuda && hc_post_backward_cuda &&
       out.scalar_type() == streams.scalar_type()) {
     return HcPostFunction::apply(out, streams, post.to(at::kFloat), comb.to(at::kFloat));
@@ -440,6 +443,7 @@ at::Tensor hc_head(const at::Tensor& streams,
   check_shape(scale, {1}, "hc_head: scale");
   if (on_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
     return run_pre_sm90(streams, fn, base, scale, params, /*head=*/true).mixed;
+  refuse_as_hopper(streams, "hc_head");
   HcParams collapse = params;
   collapse.sinkhorn_iters = 1;
   if (use_pre_cuda(streams, collapse)) {

@@ -20,6 +20,8 @@ struct HcPreSm90Params {
   bool head;  ///< collapse weights only
 };
 void hc_pre_sm90(const HcPreSm90Params& p, Stream stream);
+/// The same on a CPU.
+void hc_pre_twin(const HcPreSm90Params& p);
 
 struct HcPostSm90Params {
   const void* out;      ///< [tokens, dim] BF16
@@ -30,5 +32,7 @@ struct HcPostSm90Params {
   int64_t tokens, dim;  ///< dim: a multiple of 4
 };
 void hc_post_sm90(const HcPostSm90Params& p, Stream stream);
+/// The same on a CPU.
+void hc_post_twin(const HcPostSm90Params& p);
 
 }  // namespace hadal::ops

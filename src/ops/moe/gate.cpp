@@ -107,11 +107,11 @@ Routing with_gradient(const at::Tensor& logits,
 }
 
 /// `bias` undefined: `fixed` names the experts.
-Routing run_sm90(const at::Tensor& logits_any,
-                 const at::Tensor& bias_any,
-                 const at::Tensor& fixed,
-                 int64_t topk,
-                 double route_scale) {
+Routing route_on_sm90(const at::Tensor& logits_any,
+                      const at::Tensor& bias_any,
+                      const at::Tensor& fixed,
+                      int64_t topk,
+                      double route_scale) {
   const at::Tensor logits = kernel_input(logits_any);
   const at::Tensor bias = bias_any.defined() ? fp32_input(bias_any) : bias_any;
   const int64_t tokens = logits.size(0), num_experts = logits.size(1);
@@ -124,18 +124,18 @@ Routing run_sm90(const at::Tensor& logits_any,
   Routing result{.experts = at::empty({tokens, topk}, ints),
                  .weights = at::empty({tokens, topk}, logits.options()),
                  .affinity = at::empty_like(logits)};
-  gate_sm90({.logits = logits.const_data_ptr<float>(),
-             .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-             .table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr,
-             .ids = ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr,
-             .experts = result.experts.mutable_data_ptr<int32_t>(),
-             .weights = result.weights.mutable_data_ptr<float>(),
-             .tokens = tokens,
-             .num_experts = num_experts,
-             .topk = topk,
-             .scale = static_cast<float>(route_scale),
-             .affinity = result.affinity.mutable_data_ptr<float>()},
-            current_stream(logits));
+  run_sm90(logits, gate_sm90, gate_twin,
+           {.logits = logits.const_data_ptr<float>(),
+            .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+            .table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr,
+            .ids = ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr,
+            .experts = result.experts.mutable_data_ptr<int32_t>(),
+            .weights = result.weights.mutable_data_ptr<float>(),
+            .tokens = tokens,
+            .num_experts = num_experts,
+            .topk = topk,
+            .scale = static_cast<float>(route_scale),
+            .affinity = result.affinity.mutable_data_ptr<float>()});
   return result;
 }
 
@@ -153,12 +153,13 @@ Routing gate(const at::Tensor& logits,
   check_shape(logits, {-1, -1}, "gate: logits");
   check_shape(bias, {logits.size(1)}, "gate: bias");
   HADAL_CHECK(topk >= 1 && topk <= logits.size(1), "gate: top ", topk, " of ", logits.size(1));
-  if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
-    return with_gradient(logits, bias.to(at::kFloat).contiguous(), at::Tensor(), topk, route_scale);
-  }
   if (numerics != Numerics::kIdeal && serves_gate_sm90(logits.size(1), topk) &&
       use_sm90_fp32(logits)) {
-    return run_sm90(logits, bias, at::Tensor(), topk, route_scale);
+    return route_on_sm90(logits, bias, at::Tensor(), topk, route_scale);
+  }
+  refuse_as_hopper(logits, "gate");
+  if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
+    return with_gradient(logits, bias.to(at::kFloat).contiguous(), at::Tensor(), topk, route_scale);
   }
   const at::Tensor affinity = sqrt_softplus(logits);
   const at::Tensor score = affinity.detach() + bias.to(affinity.scalar_type());
@@ -175,12 +176,13 @@ Routing gate_fixed(const at::Tensor& logits,
                    Numerics numerics) {
   check_shape(logits, {-1, -1}, "gate: logits");
   check_shape(experts, {logits.size(0), -1}, "gate: experts");
-  if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
-    return with_gradient(logits, at::Tensor(), experts.contiguous(), experts.size(1), route_scale);
-  }
   if (numerics != Numerics::kIdeal && serves_gate_sm90(logits.size(1), experts.size(1)) &&
       use_sm90_fp32(logits)) {
-    return run_sm90(logits, at::Tensor(), experts, experts.size(1), route_scale);
+    return route_on_sm90(logits, at::Tensor(), experts, experts.size(1), route_scale);
+  }
+  refuse_as_hopper(logits, "gate_fixed");
+  if (use_cpu_kernel(logits) && logits.scalar_type() == at::kFloat) {
+    return with_gradient(logits, at::Tensor(), experts.contiguous(), experts.size(1), route_scale);
   }
   return route(sqrt_softplus(logits), experts, route_scale);
 }

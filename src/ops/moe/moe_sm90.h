@@ -20,6 +20,7 @@ struct RouteSm90Params {
   int64_t rows;                       ///< of source and row_weight: at least max_routed_rows
 };
 void route_sm90(const RouteSm90Params& p, Stream stream);
+void route_twin(const RouteSm90Params& p);  ///< the same on a CPU
 
 /// Whether swiglu_sm90 and combine_sm90 take rows of `width` values.
 inline bool serves_moe_rows_sm90(int64_t width) { return width % 4 == 0; }
@@ -33,6 +34,7 @@ struct SwigluSm90Params {
   float limit;
 };
 void swiglu_sm90(const SwigluSm90Params& p, Stream stream);
+void swiglu_twin(const SwigluSm90Params& p);  ///< the same on a CPU
 
 /// out[t] = the rows of t's choices in order, then the shared expert's, added in FP32; one
 /// rounding.
@@ -44,5 +46,6 @@ struct CombineSm90Params {
   int64_t tokens, topk, dim;  ///< dim: a multiple of 4
 };
 void combine_sm90(const CombineSm90Params& p, Stream stream);
+void combine_twin(const CombineSm90Params& p);  ///< the same on a CPU
 
 }  // namespace hadal::ops

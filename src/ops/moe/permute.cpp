@@ -140,14 +140,14 @@ at::Tensor combine_on_sm90(const at::Tensor& rows_any,
   const at::Tensor place = place_any.to(at::kInt).contiguous();
   at::Tensor out = at::empty_like(shared);
   const int64_t tokens = shared.size(0);
-  combine_sm90({.rows = rows.const_data_ptr(),
-                .place = place.const_data_ptr<int32_t>(),
-                .shared = shared.const_data_ptr(),
-                .out = out.mutable_data_ptr(),
-                .tokens = tokens,
-                .topk = tokens == 0 ? 0 : place.size(0) / tokens,
-                .dim = shared.size(1)},
-               current_stream(shared));
+  run_sm90(shared, combine_sm90, combine_twin,
+           {.rows = rows.const_data_ptr(),
+            .place = place.const_data_ptr<int32_t>(),
+            .shared = shared.const_data_ptr(),
+            .out = out.mutable_data_ptr(),
+            .tokens = tokens,
+            .topk = tokens == 0 ? 0 : place.size(0) / tokens,
+            .dim = shared.size(1)});
   return out;
 }
 
@@ -180,12 +180,13 @@ at::Tensor permute_rows(const at::Tensor& x, const Permutation& order) {
 at::Tensor combine(const at::Tensor& rows, const Permutation& order, const at::Tensor& shared) {
   const int64_t tokens = shared.size(0), topk = order.place.size(0) / tokens;
   check_shape(rows, {tokens * topk, shared.size(1)}, "combine: rows");
+  if (serves_moe_rows_sm90(shared.size(1)) && use_sm90(shared) && use_sm90(rows))
+    return combine_on_sm90(rows, order.place, shared);
+  refuse_as_hopper(shared, "combine");
   if (use_cpu_kernel(shared) && rows.scalar_type() == shared.scalar_type() &&
       !wants_gradient(rows) && !wants_gradient(shared)) {
     return run_cpu(rows, order.place, shared);
   }
-  if (serves_moe_rows_sm90(shared.size(1)) && use_sm90(shared) && use_sm90(rows))
-    return combine_on_sm90(rows, order.place, shared);
   return Combine::apply(rows, shared, order.place, order.token);
 }
 

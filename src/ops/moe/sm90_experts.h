@@ -17,18 +17,20 @@ struct RoutedExperts {
   double swiglu_limit;
 };
 
-/// BF16 x, FP4 weights of kernel's widths (serves_grouped_sm90), dim a multiple of 4.
-bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts);
+/// BF16 x, weights with a kernel (serves_grouped_sm90) that all round their rows, in `released`, or
+/// none, in other numerics; dim and inter multiples of 4.
+bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts, Numerics numerics);
 
 /// sum over a token's experts of weight * expert(x), plus `shared`.
-///   x, shared  [tokens, dim] BF16; x is rounded by Q8_128
+///   x, shared  [tokens, dim] BF16; x, and what goes to w2, is rounded by Q8_128 where weights are
+///              FP4 or FP8
 at::Tensor experts_on_sm90(const at::Tensor& x,
                            const Routing& routing,
                            const RoutedExperts& experts,
                            const at::Tensor& shared);
 
 /// Whether the shared expert's matrices, FP8, have a chain of kernels, too.
-bool serves_shared_expert_sm90(const at::Tensor& x, const RoutedExperts& shared);
+bool serves_shared_expert_sm90(const ProductInput& x, const RoutedExperts& shared);
 /// w2 of SwiGLU of w1 and w3 of x: [tokens, dim] BF16.
 at::Tensor shared_expert_on_sm90(const ProductInput& x, const RoutedExperts& shared);
 

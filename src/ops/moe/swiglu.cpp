@@ -114,21 +114,21 @@ at::Tensor run_cpu(const at::Tensor& gate,
   return out;
 }
 
-at::Tensor run_sm90(const at::Tensor& gate_any,
-                    const at::Tensor& up_any,
-                    const at::Tensor& weight_any,
-                    double limit) {
+at::Tensor swiglu_on_sm90(const at::Tensor& gate_any,
+                          const at::Tensor& up_any,
+                          const at::Tensor& weight_any,
+                          double limit) {
   const at::Tensor gate = kernel_input(gate_any), up = kernel_input(up_any);
   const at::Tensor weight = weight_any.defined() ? fp32_input(weight_any) : weight_any;
   at::Tensor out = at::empty_like(gate);
-  swiglu_sm90({.gate = gate.const_data_ptr(),
-               .up = up.const_data_ptr(),
-               .weight = float_data(weight),
-               .out = out.mutable_data_ptr(),
-               .rows = gate.size(0),
-               .inter = gate.size(1),
-               .limit = static_cast<float>(limit)},
-              current_stream(gate));
+  run_sm90(gate, swiglu_sm90, swiglu_twin,
+           {.gate = gate.const_data_ptr(),
+            .up = up.const_data_ptr(),
+            .weight = float_data(weight),
+            .out = out.mutable_data_ptr(),
+            .rows = gate.size(0),
+            .inter = gate.size(1),
+            .limit = static_cast<float>(limit)});
   return out;
 }
 
@@ -184,7 +184,8 @@ at::Tensor swiglu(const at::Tensor& gate,
   if (weight.defined()) check_shape(weight, {gate.size(0)}, "swiglu: weight");
   const bool learns = weight.defined() && at::GradMode::is_enabled() && weight.requires_grad();
   if (serves_moe_rows_sm90(gate.size(1)) && use_sm90(gate) && use_sm90(up) && !learns)
-    return run_sm90(gate, up, weight, limit);
+    return swiglu_on_sm90(gate, up, weight, limit);
+  refuse_as_hopper(gate, "swiglu");
   if (use_cuda_kernel(gate) && swiglu_cuda && swiglu_backward_cuda && gate.size(1) % 4 == 0 &&
       up.scalar_type() == gate.scalar_type()) {
     std::optional<at::Tensor> w;

@@ -156,21 +156,21 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& weight, double eps, bo
 }
 
 /// The norm that learns nothing, with the bits of run_cpu.
-at::Tensor run_sm90(const at::Tensor& x_any,
-                    const at::Tensor& weight_any,
-                    double eps,
-                    bool bf16_chain) {
+at::Tensor norm_on_sm90(const at::Tensor& x_any,
+                        const at::Tensor& weight_any,
+                        double eps,
+                        bool bf16_chain) {
   const at::Tensor x = kernel_input(x_any);
   const at::Tensor weight = weight_any.defined() ? fp32_input(weight_any) : weight_any;
   at::Tensor out = at::empty_like(x);
-  rms_norm_sm90({.x = x.const_data_ptr(),
-                 .weight = float_data(weight),
-                 .out = out.mutable_data_ptr(),
-                 .rows = x.numel() / x.size(-1),
-                 .dim = x.size(-1),
-                 .eps = static_cast<float>(eps),
-                 .bf16_chain = bf16_chain},
-                current_stream(x));
+  run_sm90(x, rms_norm_sm90, rms_norm_twin,
+           {.x = x.const_data_ptr(),
+            .weight = float_data(weight),
+            .out = out.mutable_data_ptr(),
+            .rows = x.numel() / x.size(-1),
+            .dim = x.size(-1),
+            .eps = static_cast<float>(eps),
+            .bf16_chain = bf16_chain});
   return out;
 }
 
@@ -237,7 +237,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
   const bool learns = at::GradMode::is_enabled() && weight.requires_grad();
   if (serves_rms_norm_sm90(x.size(-1)) && use_sm90(x) && !learns)
-    return run_sm90(x, weight, eps, false);
+    return norm_on_sm90(x, weight, eps, false);
+  refuse_as_hopper(x, "rms_norm");
   if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
     if (wants_gradient(x, weight)) return RmsNormCpu::apply(x, std::optional(weight), eps, false);
@@ -249,7 +250,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   check_shape(x, {-1, -1, -1}, "head_norm: x");
   if (serves_rms_norm_sm90(x.size(-1)) && use_sm90(x))
-    return run_sm90(x, at::Tensor(), eps, numerics == Numerics::kReleased);
+    return norm_on_sm90(x, at::Tensor(), eps, numerics == Numerics::kReleased);
+  refuse_as_hopper(x, "head_norm");
   // The gradient of the released chain is that of the FP32 norm: its roundings pass it through.
   if (use_kernel(x)) {
     return RmsNorm::apply(x, std::optional<at::Tensor>(), eps, numerics == Numerics::kReleased);

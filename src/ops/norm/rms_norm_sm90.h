@@ -17,5 +17,7 @@ struct RmsNormSm90Params {
 /// Whether there is a kernel for rows of `dim` values.
 inline bool serves_rms_norm_sm90(int64_t dim) { return dim % 8 == 0 && dim <= 16384; }
 void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream);
+/// The same on a CPU.
+void rms_norm_twin(const RmsNormSm90Params& p);
 
 }  // namespace hadal::ops
