@@ -305,6 +305,30 @@ TEST_P(KernelsAlone, RecordedStepsOfSeveralHaveTheBitsOfEach) {
   EXPECT_EQ(other_found, other_wanted);
 }
 
+// Rows of a step that are not packed are those that a cache would pack.
+TEST_P(KernelsAlone, AStepWithoutACacheHasTheBitsOfOneWithIt) {
+  std::mt19937 random(7);
+  std::vector<int64_t> tokens(300);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+  const model::Transformer model = make(at::kCUDA);
+  KvCache cache(model.config(), sizes(at::kCUDA));
+  ModelSampler sampler(0);
+  ModelRunner runner(model, cache, sampler);
+  const auto wanted = run(runner, 1, tokens, 0, {4, 2}, 300).back();
+  const ops::Batch batch({300}, {0}, at::kCUDA);
+  const Numerics numerics = GetParam().numerics;
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics;
+  const c10::InferenceMode inference;
+  const at::Tensor streams =
+      model.forward(at::tensor(tokens, at::kLong).to(at::kCUDA), context).streams;
+  const at::Tensor row =
+      model.logits(model.head_input(streams, numerics), numerics)[299].to(at::kCPU).contiguous();
+  const float* found = row.const_data_ptr<float>();
+  EXPECT_EQ(std::vector<float>(found, found + row.numel()), wanted);
+}
+
 /// Where another order of sums turns into other choices, which a comparison must not depend on.
 class ForcedOnGpu : public EngineOnGpu {
  protected:
