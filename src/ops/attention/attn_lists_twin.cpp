@@ -12,8 +12,9 @@ void attn_lists_twin(const AttnListsSm90Params& p) {
     int32_t* window = p.window_row + token * places;
     std::fill(window, window + places, -1);
     for (int64_t pos = std::max<int64_t>(own - p.window + 1, 0); pos <= own; ++pos) {
-      window[pos % p.window] = static_cast<int32_t>(
-          pos >= start ? p.step_row + first_row + pos - start : p.ring_row + p.ring.row(seq, pos));
+      window[pos % p.window] = static_cast<int32_t>(pos >= start && p.step_row >= 0
+                                                        ? p.step_row + first_row + pos - start
+                                                        : p.ring_row + p.ring.row(seq, pos));
     }
     const int64_t visible = p.ratio == 0 ? 0 : (own + 1) / p.ratio;
     const int64_t most = std::min(visible, p.block_places);
