@@ -1,5 +1,5 @@
 // hadal bench: what this machine reads and multiplies; bench_step.h: steps without the model,
-// bench_serve.h: the load test.
+// bench_model.h: steps of a model on a GPU, bench_serve.h: the load test.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -14,6 +14,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "apps/bench_model.h"
 #include "apps/bench_serve.h"
 #include "apps/bench_step.h"
 #include "apps/command.h"
@@ -38,6 +39,7 @@ struct BenchFlags {
   double gib = 1.0, seconds = 1.0;
   bool json = false;
   StepBenchOptions step;
+  ModelBenchOptions model;
 };
 
 double seconds_of(const std::function<void()>& work) {
@@ -232,11 +234,45 @@ int run_step(const BenchFlags& options) {
   return 0;
 }
 
+int run_model(const BenchFlags& options) {
+  const ModelBench bench = bench_model(options.model);
+  if (options.json) {
+    JsonWriter out;
+    out.begin_object()
+        .field("layers", bench.layers)
+        .field("weights_gib", bench.weights_gib)
+        .field("kv_gib", bench.kv_gib)
+        .key("model")
+        .begin_array();
+    for (const ModelBenchLine& line : bench.lines)
+      out.begin_object()
+          .field("what", std::string_view(line.what))
+          .field("ms", line.milliseconds)
+          .field("us_per_layer", line.layer_us)
+          .field("host_us", line.host_us)
+          .field("tokens_per_s", static_cast<double>(line.tokens) / line.milliseconds * 1e3)
+          .end_object();
+    std::fputs(out.end_array().end_object().str().c_str(), stdout);
+    return 0;
+  }
+  std::printf("%s, %lld layers, %.1f GiB of random weights, %.1f GiB of cache\n",
+              options.model.preset.c_str(), static_cast<long long>(bench.layers), bench.weights_gib,
+              bench.kv_gib);
+  std::printf("%-44s %10s %12s %12s %12s\n", "", "ms", "us a layer", "us of host", "tokens/s");
+  for (const ModelBenchLine& line : bench.lines)
+    std::printf("%-44s %10.2f %12.1f %12.1f %12.0f\n", line.what.c_str(), line.milliseconds,
+                line.layer_us, line.host_us,
+                static_cast<double>(line.tokens) / line.milliseconds * 1e3);
+  return 0;
+}
+
 int run(const BenchFlags& options) {
-  HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm" || options.what == "step",
-                    "bench: expected read, gemm, step or serve, found ",
+  HADAL_INPUT_CHECK(options.what == "read" || options.what == "gemm" || options.what == "step" ||
+                        options.what == "model",
+                    "bench: expected read, gemm, step, model or serve, found ",
                     options.what.empty() ? "nothing" : options.what);
   if (options.what == "step") return run_step(options);
+  if (options.what == "model") return run_model(options);
   HADAL_INPUT_CHECK(options.in % 32 == 0, "bench: --in must be a multiple of 32, found ",
                     options.in);
   const at::NoGradGuard no_grad;
@@ -255,6 +291,29 @@ int run(const BenchFlags& options) {
   return 0;
 }
 
+void define_model_bench(CLI::App& app, ModelBenchOptions& options) {
+  app.add_option("--preset", options.preset, "model: v4-flash or v4-pro")->capture_default_str();
+  app.add_option("--layers", options.layers, "model: from the first on; 0: as many as fit")
+      ->check(between(0, 1024))
+      ->capture_default_str();
+  app.add_option("--batch", options.batches, "model: sequences of a decode step")
+      ->check(between(1, 4096))
+      ->capture_default_str();
+  app.add_option("--contexts", options.contexts, "model: tokens before the step")
+      ->check(between(0, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--chunk", options.chunks, "model: tokens of a prefill step")
+      ->check(between(1, 1 << 16))
+      ->capture_default_str();
+  app.add_option("--drafts", options.drafts, "model: tokens more in each sequence of a step")
+      ->check(between(1, 8));
+  app.add_option("--steps", options.steps, "model: that are timed")
+      ->check(between(5, 100'000))
+      ->capture_default_str();
+  app.add_flag("--whole-prefill", options.whole_prefill,
+               "model: compute whole contexts, not the first 8,192 tokens alone");
+}
+
 }  // namespace
 
 std::function<int()> define_bench(CLI::App& app) {
@@ -262,7 +321,8 @@ std::function<int()> define_bench(CLI::App& app) {
   app.add_option(
       "what", options->what,
       "read: bandwidth of this machine's memory; gemm: the CPU's matrix kernel; step: what a "
-      "decode step costs beside the model");
+      "decode step costs beside the model; model: steps of a released model's layers with random "
+      "weights on a GPU");
   app.add_option("--out", options->out, "outputs of each matrix")
       ->check(between(1, 1 << 20))
       ->capture_default_str();
@@ -278,6 +338,7 @@ std::function<int()> define_bench(CLI::App& app) {
   app.add_option("--vocab", options->step.vocab, "step: logits of a row")
       ->check(between(100, 1 << 20))
       ->capture_default_str();
+  define_model_bench(app, options->model);
   app.add_option("--gib", options->gib, "distinct memory to go through")
       ->check(between(0.001, 1024))
       ->capture_default_str();

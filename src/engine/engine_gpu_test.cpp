@@ -25,6 +25,7 @@
 #include "engine/sampler.h"
 #include "model/choices.h"
 #include "model/init.h"
+#include "ops/sampling/sample.h"
 #include "testing/tiny_model.h"
 
 namespace hadal::engine {
@@ -129,7 +130,8 @@ TEST_P(EngineOnGpu, PagesSlotsAndSnapshotsGiveTheLogitsOfTheCpu) {
 
   const model::Transformer on_gpu = make(at::kCUDA);
   KvCache cache(on_gpu.config(), sizes(at::kCUDA));
-  EXPECT_EQ(cache.allocated_bytes(), 6 * cache.page_bytes() + 3 * cache.state_bytes());
+  EXPECT_EQ(cache.allocated_bytes(),
+            6 * cache.page_bytes() + 3 * cache.state_bytes() + cache.spare_bytes());
   ModelRunner gpu(on_gpu, cache, sampler);
   const auto found = run(gpu, 1, tokens, 0, {4, 2}, 86);
   ASSERT_EQ(found.size(), wanted.size());
@@ -233,7 +235,8 @@ TEST_P(KernelsAlone, ATokenKnowsNeitherItsCompanyNorItsChunks) {
   ModelRunner runner(model, cache, sampler);
   const std::vector<int64_t> pages = {4, 2}, other_pages = {0, 5};
   const auto wanted = run(runner, 1, tokens, 0, pages, 300).back();
-  for (const int64_t piece : {7, 64, 100}) {
+  // Tokens one by one are recorded steps.
+  for (const int64_t piece : {1, 7, 64, 100}) {
     EXPECT_EQ(run(runner, 2, tokens, 0, pages, piece).back(), wanted) << piece;
   }
   run(runner, 1, std::span(tokens).first(299), 0, pages, 86);
@@ -255,6 +258,75 @@ TEST_P(KernelsAlone, ATokenKnowsNeitherItsCompanyNorItsChunks) {
   runner.run(steps);
   const auto found = runner.logits(1, 0);
   EXPECT_EQ(std::vector<float>(found.begin(), found.end()), wanted);
+}
+
+// Steps of several sequences at different places, recorded at the second of their kind.
+TEST_P(KernelsAlone, RecordedStepsOfSeveralHaveTheBitsOfEach) {
+  std::mt19937 random(9);
+  std::vector<int64_t> tokens(300), others(300);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+  for (int64_t& id : others) id = static_cast<int64_t>(random() % 256);
+  const model::Transformer model = make(at::kCUDA);
+  KvCache cache(model.config(), sizes(at::kCUDA));
+  ModelSampler sampler(model.config().vocab_size);
+  ModelRunner runner(model, cache, sampler);
+  const std::vector<int64_t> pages = {4, 2}, other_pages = {0, 5};
+  const auto wanted = run(runner, 1, tokens, 0, pages, 300).back();
+  const auto other_wanted =
+      run(runner, 0, std::span(others).first(271), 0, other_pages, 271).back();
+  // 60 tokens of both, with 29 positions between them.
+  run(runner, 1, std::span(tokens).first(240), 0, pages, 240);
+  run(runner, 0, std::span(others).first(211), 0, other_pages, 211);
+  std::vector<float> found, other_found;
+  const Sampling sampling{.temperature = 1.0, .seed = 3};
+  for (size_t i = 0; i < 60; ++i) {
+    engine_core::Draw draw{.sampling = &sampling, .pos = static_cast<int64_t>(241 + i)};
+    const engine_core::SequenceStep steps[] = {{.slot = 1,
+                                                .start = static_cast<int64_t>(240 + i),
+                                                .tokens = std::span(tokens).subspan(240 + i, 1),
+                                                .pages = pages,
+                                                .num_logits = 1,
+                                                .draws = {&draw, 1},
+                                                .shows_logits = true},
+                                               {.slot = 0,
+                                                .start = static_cast<int64_t>(211 + i),
+                                                .tokens = std::span(others).subspan(211 + i, 1),
+                                                .pages = other_pages,
+                                                .num_logits = 1,
+                                                .shows_logits = true}};
+    const engine_core::StepResult result = runner.run(steps);
+    const auto row = runner.logits(0, 0), other = runner.logits(1, 0);
+    // Drawn on the card what the CPU draws from the same row.
+    EXPECT_EQ(result.sequences[0].drawn[0].token, ops::sample_token(row, sampling, draw.pos)) << i;
+    found.assign(row.begin(), row.end());
+    other_found.assign(other.begin(), other.end());
+  }
+  EXPECT_EQ(found, wanted);
+  EXPECT_EQ(other_found, other_wanted);
+}
+
+// Rows of a step that are not packed are those that a cache would pack.
+TEST_P(KernelsAlone, AStepWithoutACacheHasTheBitsOfOneWithIt) {
+  std::mt19937 random(7);
+  std::vector<int64_t> tokens(300);
+  for (int64_t& id : tokens) id = static_cast<int64_t>(random() % 256);
+  const model::Transformer model = make(at::kCUDA);
+  KvCache cache(model.config(), sizes(at::kCUDA));
+  ModelSampler sampler(0);
+  ModelRunner runner(model, cache, sampler);
+  const auto wanted = run(runner, 1, tokens, 0, {4, 2}, 300).back();
+  const ops::Batch batch({300}, {0}, at::kCUDA);
+  const Numerics numerics = GetParam().numerics;
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics;
+  const c10::InferenceMode inference;
+  const at::Tensor streams =
+      model.forward(at::tensor(tokens, at::kLong).to(at::kCUDA), context).streams;
+  const at::Tensor row =
+      model.logits(model.head_input(streams, numerics), numerics)[299].to(at::kCPU).contiguous();
+  const float* found = row.const_data_ptr<float>();
+  EXPECT_EQ(std::vector<float>(found, found + row.numel()), wanted);
 }
 
 /// Where another order of sums turns into other choices, which a comparison must not depend on.

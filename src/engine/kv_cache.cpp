@@ -56,10 +56,11 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
   };
   const auto add_blocks = [&](int64_t block, BlockKind kind, const RowFormat& format) {
     const int64_t ratio = config.ratio(block), page_blocks = page_tokens_ / ratio;
-    blocks_[{block, kind}] = {.memory = RowMemory(options.num_pages * page_blocks, format.width,
-                                                  format, dense, options.device, options.lazy),
-                              .page_blocks = page_blocks,
-                              .ratio = ratio};
+    const int64_t rows = options.num_pages * page_blocks + spare_rows();
+    blocks_[{block, kind}] = {
+        .memory = RowMemory(rows, format.width, format, dense, options.device, options.lazy),
+        .page_blocks = page_blocks,
+        .ratio = ratio};
   };
   const int64_t blocks = options.with_mtp ? config.n_blocks() : config.n_layers;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -105,6 +106,12 @@ int64_t KvCache::allocated_bytes() const {
   int64_t bytes = 0;
   for (const auto& [id, rows] : blocks_) bytes += static_cast<int64_t>(rows.memory.rows().nbytes());
   for (const auto& [id, ring] : rings_) bytes += static_cast<int64_t>(ring.memory.rows().nbytes());
+  return bytes;
+}
+
+int64_t KvCache::spare_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [id, rows] : blocks_) bytes += spare_rows() * rows.memory.row_bytes();
   return bytes;
 }
 
@@ -207,15 +214,17 @@ int64_t KvCache::rebuild_tokens(int64_t layer) const {
   return (layers - layer) * (config_.window_size - 1);
 }
 
-ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps) {
+ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps, int64_t padded_end) {
   step_.reset();
-  std::vector<int64_t> lengths, starts;
+  std::vector<int64_t> lengths, starts, ids;
   ops::StepPlaces places{.slots = {},
                          .pages = &pages_,
                          .page_tokens = page_tokens_,
                          .memory = &tables_,
                          .ratios = ratios_,
-                         .ring_sizes = ring_sizes_};
+                         .ring_sizes = ring_sizes_,
+                         .ids = {},
+                         .padded_end = padded_end};
   std::vector<bool> used(static_cast<size_t>(num_slots()), false);
   for (const engine_core::SequenceStep& step : steps) {
     const auto length = static_cast<int64_t>(step.tokens.size());
@@ -230,7 +239,9 @@ ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps) {
     places.slots.push_back(step.slot);
     lengths.push_back(length);
     starts.push_back(step.start);
+    ids.insert(ids.end(), step.tokens.begin(), step.tokens.end());
   }
+  places.ids = ids;
   pages_.upload();
   return step_.emplace(std::move(lengths), std::move(starts), options_.device, places);
 }
@@ -252,12 +263,27 @@ ops::BlockView KvCache::append_blocks(int64_t block, BlockKind kind, const at::T
                 " blocks");
     store.memory.store(rows, at::Tensor(), to);
   }
+  return block_view(store);
+}
+
+ops::BlockView KvCache::block_view(const Rows& store) const {
   return {.rows = store.memory.rows(),
           .slots = step_.value().slots(),
           .pages = pages_.table(),
           .page_blocks = store.page_blocks,
           .page_rows = store.page_blocks,
           .format = store.memory.format()};
+}
+
+model::KvAccess::BlockPlaces KvCache::block_places(int64_t block, BlockKind kind) {
+  const Rows& store = blocks_.at({block, kind});
+  return {
+      .view = block_view(store),
+      .numbers = pages_are_given_ ? at::Tensor() : step_.value().blocks(store.ratio).cache_rows};
+}
+
+const ops::RingWrites* KvCache::ring_places(int64_t block, RingKind kind) {
+  return &step_.value().ring_writes(rings_.at({block, kind}).size);
 }
 
 void KvCache::commit(int64_t block, RingKind kind, const at::Tensor& rows) {

@@ -56,8 +56,12 @@ class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
   /// Bytes a page has in all layers together: the closed form.
   int64_t page_bytes() const override;
   int64_t state_bytes() const override;
-  /// Bytes that the tensors really hold; pages * page_bytes() + slots * state_bytes().
+  /// Bytes that the tensors really hold; pages * page_bytes() + slots * state_bytes(), and on a GPU
+  /// spare_bytes().
   int64_t allocated_bytes() const;
+  /// Of the row behind all pages that every layer has on a GPU, for blocks that a padded step only
+  /// has room for.
+  int64_t spare_bytes() const;
   /// min(pos, n_win) window rows of every layer (with whole_windows also those of the unfinished
   /// page), and of every compressor the inputs of its unfinished block, with the block before it
   /// where blocks overlap.
@@ -85,15 +89,20 @@ class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
   /// Those that a layer must see: (n_win - 1) for itself and for each one above it.
   int64_t rebuild_tokens(int64_t layer) const;
 
-  /// The next forward pass works on these; returns its batch. Errors: Error for a slot used twice,
-  /// too few pages, numbers out of range.
-  ops::Batch begin(std::span<const engine_core::SequenceStep> steps);
+  /// The next forward pass works on these; returns its batch, whose ids() are the tokens. With
+  /// `padded_end` on a GPU, its tables have the same shapes for every step of these lengths that
+  /// ends there or before (StepPlaces::padded_end), and the same addresses while table_moves() is
+  /// the same. Errors: Error for a slot used twice, too few pages, numbers out of range.
+  ops::Batch begin(std::span<const engine_core::SequenceStep> steps, int64_t padded_end = 0);
+  int64_t table_moves() const { return tables_.moves(); }
 
   ops::RingView ring(int64_t block, model::RingKind kind) override;
   ops::BlockView append_blocks(int64_t block,
                                model::BlockKind kind,
                                const at::Tensor& rows) override;
   void commit(int64_t block, model::RingKind kind, const at::Tensor& rows) override;
+  BlockPlaces block_places(int64_t block, model::BlockKind kind) override;
+  const ops::RingWrites* ring_places(int64_t block, model::RingKind kind) override;
 
  private:
   struct Ring {
@@ -112,6 +121,8 @@ class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
     int64_t page_bytes() const { return page_blocks * memory.row_bytes(); }
     std::vector<int64_t> of_page(int64_t page) const;
   };
+  int64_t spare_rows() const { return options_.device.is_cpu() ? 0 : 1; }
+  ops::BlockView block_view(const Rows& store) const;
   /// Window rows that a snapshot at `pos` holds.
   int64_t window_rows(int64_t pos) const;
   int64_t kept_bytes(int64_t pos, int64_t window) const;

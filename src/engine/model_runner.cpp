@@ -25,10 +25,15 @@ ModelRunner::ModelRunner(const model::Transformer& model,
     : model_(&model),
       cache_(cache),
       sampler_(sampler),
+      device_sampler_(cache.options().device.is_cpu() ? nullptr
+                                                      : dynamic_cast<DeviceSampler*>(&sampler)),
       numerics_(cache.options().numerics),
       drafts_(cache.options().with_mtp),
       kept_streams_(model.config().window_size + cache.options().slack) {
   seen_.resize(static_cast<size_t>(cache.num_slots()));
+  // References ask the device for sizes in the middle of a step.
+  if (!on_host() && numerics_ != ops::Numerics::kIdeal)
+    recorded_ = std::make_unique<RecordedSteps>(cache.options().device);
   if (!drafts_) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
@@ -58,6 +63,8 @@ engine_core::Runner::Ticket ModelRunner::launch(std::span<const engine_core::Seq
                 "model_runner: scores of ", scored.targets.size(), " tokens behind row ",
                 scored.from, " of ", count);
   }
+  logits_ = at::Tensor();
+  if (!on_host()) run_step(steps);
   in_flight_.assign(steps.begin(), steps.end());
   return ++ticket_;
 }
@@ -67,91 +74,136 @@ engine_core::StepResult ModelRunner::collect(Ticket ticket) {
   const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
   latest_ = std::exchange(in_flight_, {});
   const std::span<const engine_core::SequenceStep> steps = latest_;
-  logits_ = at::Tensor();
-  const at::Tensor streams = run_model(steps);
+  if (on_host()) run_step(steps);
   engine_core::StepResult result;
   result.sequences.resize(steps.size());
   int64_t row = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
-    score(steps[i].scored, streams.narrow(0, row, std::ssize(steps[i].tokens)),
+    score(steps[i].scored, output_.streams.narrow(0, row, std::ssize(steps[i].tokens)),
           result.sequences[i]);
     row += std::ssize(steps[i].tokens);
   }
-  make_logits(steps, streams);
+  const bool shown = std::ranges::any_of(steps, &engine_core::SequenceStep::shows_logits);
+  if (shown && output_.logits.defined()) fetch_logits();
   const auto begin = std::chrono::steady_clock::now();
   draw_tokens(steps, result);
   result.sampling_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (on_host()) output_ = {.streams = {}, .logits = {}, .selections = output_.selections};
   return result;
 }
 
-at::Tensor ModelRunner::run_model(std::span<const engine_core::SequenceStep> steps) {
-  const ops::Batch batch = cache_.begin(steps);
-  std::vector<int64_t> ids;
-  for (const engine_core::SequenceStep& step : steps)
-    ids.insert(ids.end(), step.tokens.begin(), step.tokens.end());
+bool ModelRunner::recordable(std::span<const engine_core::SequenceStep> steps) const {
+  if (recorded_ == nullptr) return false;
+  int64_t tokens = 0;
+  for (const engine_core::SequenceStep& step : steps) {
+    tokens += std::ssize(step.tokens);
+    if (step.num_logits != std::ssize(step.tokens)) return false;
+  }
+  return tokens <= RecordedSteps::kMostTokens;
+}
+
+StepOutput ModelRunner::forward(const ops::Batch& batch, const std::vector<int64_t>* asked) const {
   model::ForwardContext context;
   context.batch = &batch;
   context.numerics = numerics_;
   context.kv = &cache_;
   context.request.selection = true;
-  model::ForwardOutput output = model_->forward(on_device(ids), context);
-  const at::Tensor streams = std::move(output.streams);
+  model::ForwardOutput output = model_->forward(batch.ids(), context);
   auto selections = std::make_shared<std::map<int64_t, at::Tensor>>();
   for (size_t layer = 0; layer < output.aux.size(); ++layer) {
     const at::Tensor& selection = output.aux[layer].attn.selection;
     if (selection.defined()) (*selections)[static_cast<int64_t>(layer)] = selection;
   }
-  output.aux.clear();  // what is narrowed below is not held in full here
+  StepOutput result{.streams = std::move(output.streams), .logits = {}, .selections = selections};
+  if (asked != nullptr && asked->empty()) return result;
+  const at::Tensor rows =
+      asked == nullptr ? result.streams : result.streams.index_select(0, on_device(*asked));
+  result.logits = model_->logits(model_->head_input(rows, numerics_), numerics_);
+  return result;
+}
+
+void ModelRunner::run_step(std::span<const engine_core::SequenceStep> steps) {
+  const c10::InferenceMode inference;
+  first_logits_.assign(1, 0);
+  std::vector<int64_t> asked, lengths;
+  int64_t rows = 0, end = 0;
+  for (const engine_core::SequenceStep& step : steps) {
+    const auto count = std::ssize(step.tokens);
+    rows += count;
+    end = std::max(end, step.start + count);
+    lengths.push_back(count);
+    for (int64_t row = rows - step.num_logits; row < rows; ++row) asked.push_back(row);
+    first_logits_.push_back(std::ssize(asked));
+  }
+  output_ = {};
+  const int64_t padded_end = recordable(steps) ? RecordedSteps::padded_end(end) : 0;
+  const ops::Batch batch = cache_.begin(steps, padded_end);
+  if (padded_end > 0) {
+    output_ = recorded_->run(lengths, padded_end, cache_.table_moves(),
+                             [&] { return forward(batch, nullptr); });
+  } else {
+    output_ = forward(batch, std::ssize(asked) == rows ? nullptr : &asked);
+  }
+  note_seen(steps);
+  if (drafts_) keep_streams(steps, batch, output_.streams);
+}
+
+void ModelRunner::note_seen(std::span<const engine_core::SequenceStep> steps) {
   // Of a prompt's many rows the last is all that anybody asks for, and each slot keeps its own.
   std::vector<int64_t> last;
-  for (size_t i = 0; i < steps.size(); ++i)
-    if (steps[i].num_logits > 0) last.push_back(batch.end(static_cast<int64_t>(i)) - 1);
-  const bool all_rows = last.size() == ids.size();
-  if (!all_rows && !last.empty())
-    for (auto& [block, selection] : *selections)
-      selection = selection.index_select(0, on_device(last));
+  int64_t rows = 0;
+  for (const engine_core::SequenceStep& step : steps) {
+    rows += std::ssize(step.tokens);
+    if (step.num_logits > 0) last.push_back(rows - 1);
+  }
+  if (last.empty()) return;
+  if (std::ssize(last) < rows && !output_.selections->empty()) {
+    auto narrowed = std::make_shared<std::map<int64_t, at::Tensor>>();
+    const at::Tensor numbers = on_device(last);
+    for (const auto& [layer, selection] : *output_.selections)
+      (*narrowed)[layer] = selection.index_select(0, numbers);
+    output_.selections = std::move(narrowed);
+  }
   int64_t row = 0;
   for (const engine_core::SequenceStep& step : steps) {
     if (step.num_logits == 0) continue;
-    seen_[static_cast<size_t>(step.slot)] = {
-        .tokens = step.start + std::ssize(step.tokens), .row = row++, .selections = selections};
+    seen_[static_cast<size_t>(step.slot)] = {.tokens = step.start + std::ssize(step.tokens),
+                                             .row = row++,
+                                             .selections = output_.selections};
   }
-  if (drafts_) keep_streams(steps, streams);
-  return streams;
 }
 
-void ModelRunner::make_logits(std::span<const engine_core::SequenceStep> steps,
-                              const at::Tensor& streams) {
-  std::vector<int64_t> asked;
-  first_logits_.assign(1, 0);
-  int64_t end = 0;
-  for (const engine_core::SequenceStep& step : steps) {
-    end += std::ssize(step.tokens);
-    for (int64_t row = end - step.num_logits; row < end; ++row) asked.push_back(row);
-    first_logits_.push_back(std::ssize(asked));
-  }
-  if (asked.empty()) return;
-  const at::Tensor rows =
-      std::ssize(asked) == end ? streams : streams.index_select(0, on_device(asked));
-  logits_ = model_->logits(model_->head_input(rows, numerics_), numerics_).cpu().contiguous();
+void ModelRunner::fetch_logits() {
+  if (!logits_.defined()) logits_ = output_.logits.cpu().contiguous();
 }
 
 void ModelRunner::draw_tokens(std::span<const engine_core::SequenceStep> steps,
                               engine_core::StepResult& result) {
+  std::vector<DeviceDraw> draws, left;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    result.sequences[i].drawn.resize(steps[i].draws.size());
+    for (size_t j = 0; j < steps[i].draws.size(); ++j) {
+      const engine_core::Draw& draw = steps[i].draws[j];
+      const bool there = device_sampler_ != nullptr && device_sampler_->serves(draw, vocab_size());
+      (there ? draws : left)
+          .push_back({.draw = &draw,
+                      .row = first_logits_[i] + draw.row,
+                      .sampled = &result.sequences[i].drawn[j]});
+    }
+  }
+  if (!draws.empty()) device_sampler_->sample(output_.logits, draws);
+  if (left.empty()) return;
+  fetch_logits();
   std::vector<engine_core::DrawInput> inputs;
-  for (size_t i = 0; i < steps.size(); ++i)
-    for (const engine_core::Draw& draw : steps[i].draws)
-      inputs.push_back({.draw = draw, .logits = row(i, draw.row)});
-  if (inputs.empty()) return;
+  const auto vocab = static_cast<size_t>(vocab_size());
+  for (const DeviceDraw& draw : left)
+    inputs.push_back(
+        {.draw = *draw.draw,
+         .logits = {logits_.const_data_ptr<float>() + draw.row * vocab_size(), vocab}});
   std::vector<engine_core::Sampled> sampled(inputs.size());
   sampler_.sample(inputs, sampled);
-  auto next = std::make_move_iterator(sampled.begin());
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const auto end = next + std::ssize(steps[i].draws);
-    result.sequences[i].drawn.assign(next, end);
-    next = end;
-  }
+  for (size_t i = 0; i < left.size(); ++i) *left[i].sampled = std::move(sampled[i]);
 }
 
 void ModelRunner::score(const engine_core::ScoredTokens& scored,
@@ -180,6 +232,8 @@ void ModelRunner::set_model(const model::Transformer& model) {
   HADAL_CHECK(in_flight_.empty(), "model_runner: another model while a step runs");
   HADAL_CHECK(model.config() == model_->config(), "model_runner: another configuration");
   model_ = &model;
+  if (recorded_ != nullptr) recorded_->clear();
+  output_ = {};
   rest();
   seen_.assign(seen_.size(), {});
   followed_.assign(followed_.size(), {});
@@ -237,7 +291,8 @@ void ModelRunner::rebuild(int64_t slot,
     context.kv = &cache_;
     streams = model_->run_layer(layer, streams, ids, context).streams;
   }
-  if (drafts_ && narrow(model_->config().n_layers)) keep_streams({&step, 1}, streams);
+  if (drafts_ && narrow(model_->config().n_layers))
+    keep_streams({&step, 1}, cache_.begin({&step, 1}), streams);
 }
 
 std::span<const float> ModelRunner::row(size_t sequence, int64_t token) const {
@@ -303,24 +358,19 @@ int64_t ModelRunner::stream_row(int64_t slot, int64_t pos) const {
 }
 
 void ModelRunner::keep_streams(std::span<const engine_core::SequenceStep> steps,
+                               const ops::Batch& batch,
                                const at::Tensor& streams) {
-  std::vector<int64_t> from, to;
-  int64_t row = 0;
   for (const engine_core::SequenceStep& step : steps) {
     const auto count = static_cast<int64_t>(step.tokens.size()), end = step.start + count;
     Followed& done = followed_[static_cast<size_t>(step.slot)];
     // A new sequence, or one that comes from elsewhere.
     if (step.start == 0 || done.end != step.start)
       done = {.next = step.start, .first = step.start, .end = step.start};
-    for (int64_t p = std::max(step.start, end - kept_streams_); p < end; ++p) {
-      from.push_back(row + p - step.start);
-      to.push_back(stream_row(step.slot, p));
-    }
     done.end = end;
     done.first = std::max(done.first, end - kept_streams_);
-    row += count;
   }
-  streams_.store(streams.flatten(1), on_device(from), on_device(to));
+  const ops::RingWrites& writes = batch.ring_writes(kept_streams_);
+  streams_.store(streams.flatten(1), writes.from, writes.to);
 }
 
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {

@@ -2,6 +2,8 @@
 // drafts.
 //
 // On the CPU a step is computed in collect(), so that what its caller does meanwhile is done first.
+// On a GPU launch() sends it there: steps of few tokens as recorded graphs, and tokens are drawn
+// there where the sampler can (DeviceSampler).
 //
 // The MTP block at position p takes the main model's streams at p and the token at p + 1. A step
 // only keeps the streams; draft() feeds it the positions since the last draft, those a window away
@@ -18,6 +20,8 @@
 #include <ATen/core/Tensor.h>
 
 #include "engine/kv_cache.h"
+#include "engine/recorded_steps.h"
+#include "engine/sampler.h"
 #include "engine_core/runner.h"
 #include "model/transformer.h"
 
@@ -32,7 +36,8 @@ struct DraftStep {
 
 class ModelRunner final : public engine_core::Runner {
  public:
-  /// All must outlive the runner. Drafts when the cache has room for the MTP block.
+  /// All must outlive the runner. Drafts when the cache has room for the MTP block. Rows of logits
+  /// on a GPU stay there for a sampler that is a DeviceSampler, too.
   ModelRunner(const model::Transformer& model, KvCache& cache, engine_core::Sampler& sampler);
 
   int64_t vocab_size() const override { return model_->config().vocab_size; }
@@ -73,17 +78,28 @@ class ModelRunner final : public engine_core::Runner {
   const model::Transformer* model_;
   KvCache& cache_;
   engine_core::Sampler& sampler_;
+  DeviceSampler* device_sampler_;  // the same; null: draws on the host
   ops::Numerics numerics_;
+  std::unique_ptr<RecordedSteps> recorded_;  // null: no step is recorded
   Ticket ticket_ = 0;
   std::vector<engine_core::SequenceStep> in_flight_;
   std::vector<engine_core::SequenceStep> latest_;  // of the step whose logits are there
-  at::Tensor logits_;                              // [rows, vocab] FP32
+  StepOutput output_;                              // of the step in flight or the latest
+  at::Tensor logits_;                              // output_.logits on the host; or undefined
   std::vector<int64_t> first_logits_;              // [sequences + 1]
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
-  /// The streams [tokens, hc_mult, dim] behind the step.
-  at::Tensor run_model(std::span<const engine_core::SequenceStep> steps);
-  void make_logits(std::span<const engine_core::SequenceStep> steps, const at::Tensor& streams);
+  bool on_host() const { return cache_.options().device.is_cpu(); }
+  /// Sends the step to the device, or computes it: output_.
+  void run_step(std::span<const engine_core::SequenceStep> steps);
+  /// Whether its kind is one to be recorded: few tokens, and logits of all of them.
+  bool recordable(std::span<const engine_core::SequenceStep> steps) const;
+  /// `asked`: rows whose logits are wanted; null: all.
+  StepOutput forward(const ops::Batch& batch, const std::vector<int64_t>* asked) const;
+  /// Notes what blocks the sequences' last rows saw.
+  void note_seen(std::span<const engine_core::SequenceStep> steps);
+  /// Brings logits to the host.
+  void fetch_logits();
   std::span<const float> row(size_t sequence, int64_t token) const;
   void draw_tokens(std::span<const engine_core::SequenceStep> steps,
                    engine_core::StepResult& result);
@@ -92,13 +108,16 @@ class ModelRunner final : public engine_core::Runner {
              const at::Tensor& streams,
              engine_core::SequenceResult& result) const;
   /// Keeps the streams of the step just run.
-  void keep_streams(std::span<const engine_core::SequenceStep> steps, const at::Tensor& streams);
+  void keep_streams(std::span<const engine_core::SequenceStep> steps,
+                    const ops::Batch& batch,
+                    const at::Tensor& streams);
   /// Row of streams_ that holds position pos of a slot.
   int64_t stream_row(int64_t slot, int64_t pos) const;
-  /// The selections of a slot's latest step with logits: tensors shared with the step's others.
+  /// The selections of a slot's latest step with logits: tensors shared with the step's others. Of
+  /// a recorded step they last until the next one of its kind.
   struct Seen {
     int64_t tokens = 0, row = 0;
-    std::shared_ptr<const std::map<int64_t, at::Tensor>> selections;  ///< by layer [tokens, k] I32
+    std::shared_ptr<const std::map<int64_t, at::Tensor>> selections;  ///< by layer [rows, k] I32
   };
   std::vector<Seen> seen_;  // [slots]
   bool drafts_;

@@ -67,8 +67,9 @@ void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at
               rows_.device().str());
   if (!rows_.is_cpu()) {
     const at::Tensor found = from.defined() ? source.index_select(0, from) : source;
-    rows_.index_copy_(
-        0, to, format_.packed() ? ops::pack_rows(found, format_) : found.to(rows_.scalar_type()));
+    const bool packs = format_.packed() && source.scalar_type() != at::kByte;
+    rows_.index_copy_(0, to,
+                      packs ? ops::pack_rows(found, format_) : found.to(rows_.scalar_type()));
     return;
   }
   const at::Tensor dense =

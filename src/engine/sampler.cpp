@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/sampling/sample.h"
+#include "ops/sampling/sm90_draws.h"
 
 namespace hadal::engine {
 namespace {
@@ -31,10 +32,54 @@ const ops::TokenHistory& history_of(const engine_core::Draw& draw,
   return counted->history;
 }
 
+ops::Adjustment adjustment_of(const engine_core::Draw& draw,
+                              std::vector<std::unique_ptr<engine_core::SamplerMemory>>& forgotten) {
+  const ops::TokenHistory* history = nullptr;
+  if (ops::has_penalties(*draw.sampling))
+    history = &history_of(draw, draw.memory != nullptr ? *draw.memory : forgotten.emplace_back());
+  return {.sampling = *draw.sampling,
+          .history = history,
+          .ahead = draw.ahead,
+          .mask = {reinterpret_cast<const uint32_t*>(draw.mask.data()), draw.mask.size()},
+          .avoided = draw.avoided};
+}
+
 }  // namespace
 
+int64_t ModelSampler::num_with_text(int64_t row_size) const {
+  return std::min(vocab_size_, row_size);
+}
+
 std::span<const float> ModelSampler::with_text(std::span<const float> logits) const {
-  return logits.first(static_cast<size_t>(std::min(vocab_size_, std::ssize(logits))));
+  return logits.first(static_cast<size_t>(num_with_text(std::ssize(logits))));
+}
+
+bool ModelSampler::serves(const engine_core::Draw& draw, int64_t row_size) const {
+  return ops::serves_draw_sm90({.sampling = *draw.sampling,
+                                .num_avoided = std::ssize(draw.avoided),
+                                .top_logprobs = draw.top_logprobs,
+                                .sampled_logprob = draw.sampled_logprob,
+                                .vocab = num_with_text(row_size),
+                                .stride = row_size});
+}
+
+void ModelSampler::sample(const at::Tensor& logits, std::span<const DeviceDraw> draws) {
+  std::vector<ops::DeviceDrawRow> rows;
+  std::vector<std::unique_ptr<engine_core::SamplerMemory>> forgotten;
+  rows.reserve(draws.size());
+  forgotten.reserve(draws.size());
+  for (const auto& [draw, row, sampled] : draws) {
+    rows.push_back({.row = row,
+                    .adjustment = adjustment_of(*draw, forgotten),
+                    .position = draw->pos,
+                    .choice = draw->choice,
+                    .top_logprobs = draw->top_logprobs});
+  }
+  std::vector<ops::Drawn> drawn(rows.size());
+  ops::draw_rows_sm90(logits, num_with_text(logits.size(1)), rows, drawn);
+  for (size_t i = 0; i < drawn.size(); ++i)
+    *draws[i].sampled = {
+        .token = drawn[i].token, .logprob = drawn[i].logprob, .top = std::move(drawn[i].top)};
 }
 
 engine_core::TokenScore ModelSampler::score(std::span<const float> logits,
@@ -56,16 +101,8 @@ void ModelSampler::sample(std::span<const engine_core::DrawInput> inputs,
   forgotten.reserve(inputs.size());
   for (const engine_core::DrawInput& input : inputs) {
     const engine_core::Draw& draw = input.draw;
-    const ops::TokenHistory* history = nullptr;
-    if (ops::has_penalties(*draw.sampling))
-      history = &history_of(draw, draw.memory != nullptr ? *draw.memory : forgotten.emplace_back());
     rows.push_back({.logits = with_text(input.logits),
-                    .adjustment = {.sampling = *draw.sampling,
-                                   .history = history,
-                                   .ahead = draw.ahead,
-                                   .mask = {reinterpret_cast<const uint32_t*>(draw.mask.data()),
-                                            draw.mask.size()},
-                                   .avoided = draw.avoided},
+                    .adjustment = adjustment_of(draw, forgotten),
                     .position = draw.pos,
                     .choice = draw.choice,
                     .top_logprobs = draw.top_logprobs,

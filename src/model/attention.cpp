@@ -5,19 +5,23 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/attention/heads.h"
+#include "ops/attention/sm90_attention.h"
 #include "ops/attention/sparse_attn.h"
+#include "ops/cache/sm90_rows.h"
 #include "ops/compressor/compress.h"
 #include "ops/indexer/hadamard.h"
 #include "ops/indexer/index_kl.h"
 #include "ops/indexer/index_scores.h"
 #include "ops/indexer/index_topk.h"
+#include "ops/indexer/sm90_index.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/quant/round_trip.h"
+#include "ops/sm90.h"
 
 namespace hadal::model {
 namespace {
 
-using ops::GemmRole;
 using ops::Numerics;
 
 /// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 6).
@@ -41,40 +45,70 @@ constexpr CompressorRings kMainRings{RingKind::kKv, RingKind::kScore, BlockKind:
 constexpr CompressorRings kIndexRings{RingKind::kIndexKv, RingKind::kIndexScore,
                                       BlockKind::kIndexKeys};
 
+/// Products of a compressor with this step's tokens.
+struct CompressorProducts {
+  at::Tensor kv, gate;
+};
+
 /// Compresses this step's tokens and returns every visible block of the batch.
 ops::BlockView compress_step(const Compressor& compressor,
                              const CompressorRings& rings,
                              const ModelConfig& config,
                              int64_t block,
-                             const at::Tensor& x,
+                             const CompressorProducts& products,
+                             at::ScalarType type,
                              const ops::RopeTable& rope_table,
                              const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t ratio = config.ratio(block);
-  const at::Tensor kv = apply_linear(compressor.wkv, x, context.numerics);
-  const at::Tensor gate = apply_linear(compressor.wgate, x, context.numerics);
+  const auto& [kv, gate] = products;
   ops::RingView kv_history, score_history;
   if (context.kv != nullptr) {
     kv_history = context.kv->ring(block, rings.kv);
     score_history = context.kv->ring(block, rings.score);
   }
-  const ops::Compressed result = ops::compress(kv, gate, compressor.ape.value, kv_history,
-                                               score_history, batch, ratio, context.numerics);
+  // Where a kernel keeps the rings' rows itself, nobody needs the scores of all tokens.
+  const ops::RingWrites* places =
+      context.kv != nullptr ? context.kv->ring_places(block, rings.kv) : nullptr;
+  const bool keeps = places != nullptr &&
+                     ops::serves_keep_rows_sm90(kv, kv_history, score_history, context.numerics);
+  const ops::Compressed result =
+      ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio,
+                    context.numerics, /*scores=*/!keeps);
   const ops::BlockPlan& plan = batch.blocks(ratio);
-  at::Tensor rows = result.pooled;
   // A step that completes no block, as most decode steps, has nothing to compute here.
-  if (plan.num_blocks() > 0 || context.kv == nullptr) {
-    rows = ops::rms_norm(rows.to(x.scalar_type()), compressor.norm.value, config.norm_eps);
-    rows = ops::rope(rows, rope_table.cos_sin(plan.pos, plan.max_pos));
-    rows = rings.blocks == BlockKind::kIndexKeys
-               ? quantise_index(rows, context.numerics)
-               : quantise_latent(rows, config.rope_head_dim, context.numerics);
+  const bool any = plan.num_blocks() > 0 || context.kv == nullptr;
+  const at::Tensor cos_sin = any ? rope_table.cos_sin(plan.pos, plan.max_pos) : at::Tensor();
+  KvAccess::BlockPlaces blocks;
+  if (context.kv != nullptr) blocks = context.kv->block_places(block, rings.blocks);
+  if (any && blocks.view.rows.defined() &&
+      ops::serves_cache_rows_sm90(result.pooled, cos_sin, blocks.view.format)) {
+    if (blocks.numbers.defined())
+      ops::cache_rows_sm90({.x = result.pooled,
+                            .weight = compressor.norm.value,
+                            .eps = config.norm_eps,
+                            .cos_sin = cos_sin},
+                           blocks.view.format, blocks.numbers, blocks.view.rows);
+  } else {
+    at::Tensor rows = result.pooled;
+    if (any) {
+      rows = ops::rms_norm(rows.to(type), compressor.norm.value, config.norm_eps);
+      rows = ops::rope(rows, cos_sin);
+      rows = rings.blocks == BlockKind::kIndexKeys
+                 ? quantise_index(rows, context.numerics)
+                 : quantise_latent(rows, config.rope_head_dim, context.numerics);
+    }
+    if (context.kv == nullptr) return ops::step_blocks(rows, batch, ratio);
+    blocks.view = context.kv->append_blocks(block, rings.blocks, rows);
   }
-  if (context.kv == nullptr) return ops::step_blocks(rows, batch, ratio);
-  const ops::BlockView view = context.kv->append_blocks(block, rings.blocks, rows);
-  context.kv->commit(block, rings.kv, kv);
-  context.kv->commit(block, rings.score, result.score);
-  return view;
+  if (keeps) {
+    ops::keep_rows_on_sm90(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio,
+                           *places);
+  } else {
+    context.kv->commit(block, rings.kv, kv);
+    context.kv->commit(block, rings.score, result.score);
+  }
+  return blocks.view;
 }
 
 /// What the indexer says about a step.
@@ -88,8 +122,9 @@ struct IndexerStep {
 IndexerStep run_indexer(const Indexer& indexer,
                         const ModelConfig& config,
                         int64_t block,
-                        const at::Tensor& x,
-                        const at::Tensor& q_rank_rounded,
+                        const ops::ProductInput& x,
+                        const ops::ProductInput& q_rank,
+                        CompressorProducts products,
                         const ops::RopeTable& rope_table,
                         const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
@@ -100,16 +135,28 @@ IndexerStep run_indexer(const Indexer& indexer,
   const bool scores = context.request.index_loss || context.request.index_scores;
   const bool asked = selects || scores;
   if (!asked && context.kv == nullptr) return step;
+  if (!products.kv.defined()) {
+    auto made = apply_linears({&indexer.compressor.wkv, &indexer.compressor.wgate}, x);
+    products = {.kv = made[0], .gate = made[1]};
+  }
   // In a cache the keys must exist, so that a later step may select.
-  const ops::BlockView keys =
-      compress_step(indexer.compressor, kIndexRings, config, block, x, rope_table, context);
+  const ops::BlockView keys = compress_step(indexer.compressor, kIndexRings, config, block,
+                                            products, x.x().scalar_type(), rope_table, context);
   if (!asked) return step;
-  at::Tensor q = apply_linear(indexer.wq_b, q_rank_rounded, context.numerics)
+  at::Tensor q = apply_linear(indexer.wq_b, q_rank)
                      .reshape({tokens, config.index_n_heads, config.index_head_dim});
-  q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
   const double factor = std::pow(static_cast<double>(config.index_head_dim), -0.5) *
                         std::pow(static_cast<double>(config.index_n_heads), -0.5);
-  const at::Tensor projected = apply_linear(indexer.weights_proj, x, context.numerics);
+  const at::Tensor projected = apply_linear(indexer.weights_proj, x);
+  if (!scores && ops::serves_index_sm90(q, projected, keys, context.numerics) &&
+      ops::serves_cache_rows_sm90(q, context.rope_compressed, keys.format)) {
+    // BF16 times a number is FP32 within on a GPU, rounded once.
+    step.selection =
+        ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed),
+                                projected.mul(factor), keys, batch, ratio, config.index_topk);
+    return step;
+  }
+  q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
   if (scores) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
@@ -121,6 +168,46 @@ IndexerStep run_indexer(const Indexer& indexer,
         ops::index_topk(q, weights, keys, batch, ratio, config.index_topk, context.numerics);
   }
   return step;
+}
+
+/// This step's latents of the window, and the ring as attention is to read it.
+struct WindowRows {
+  at::Tensor kv;  ///< [tokens, head_dim]; or packed; undefined where the ring holds them already
+  ops::RingView history;
+};
+
+WindowRows make_window(const Attention& attn,
+                       const ModelConfig& config,
+                       int64_t block,
+                       const at::Tensor& product,
+                       const at::Tensor& cos_sin,
+                       const ForwardContext& context) {
+  WindowRows window;
+  const ops::RingWrites* places = nullptr;
+  if (context.kv != nullptr) {
+    window.history = context.kv->ring(block, RingKind::kWindow);
+    places = context.kv->ring_places(block, RingKind::kWindow);
+  }
+  const ops::RowFormat& format = window.history.format;
+  if (places != nullptr && ops::serves_latents_sm90(format) &&
+      ops::serves_cache_rows_sm90(product, cos_sin, format)) {
+    const ops::CacheRows rows{
+        .x = product, .weight = attn.kv_norm.value, .eps = config.norm_eps, .cos_sin = cos_sin};
+    // Few tokens overwrite nothing that the first of them still sees.
+    const ops::Batch& batch = *context.batch;
+    if (batch.max_length() + config.window_size - 1 <= window.history.ring) {
+      ops::cache_rows_sm90(rows, format, places->to, window.history.rows);
+      window.history.holds_step = true;
+    } else {
+      window.kv = ops::rows_in_step_with(window.history.rows, batch.num_tokens());
+      ops::cache_rows_sm90(rows, format, at::Tensor(), window.kv);
+    }
+    return window;
+  }
+  window.kv = ops::rms_norm(product, attn.kv_norm.value, config.norm_eps);
+  window.kv =
+      quantise_latent(ops::rope(window.kv, cos_sin), config.rope_head_dim, context.numerics);
+  return window;
 }
 
 }  // namespace
@@ -137,35 +224,46 @@ AttentionOutput attention_forward(const Attention& attn,
   const int64_t ratio = config.ratio(block);
   const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
 
-  const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp8, numerics);
-  const at::Tensor q_rank = ops::rms_norm(apply_linear(attn.wq_a, x_rounded, numerics),
-                                          attn.q_norm.value, config.norm_eps);
-  const at::Tensor q_rank_rounded = ops::quantise_input(q_rank, GemmRole::kFp8, numerics);
-  at::Tensor q = apply_linear(attn.wq_b, q_rank_rounded, numerics)
-                     .reshape({tokens, config.n_heads, config.head_dim});
-  q = ops::rope(ops::head_norm(q, config.norm_eps, numerics), cos_sin);
-  at::Tensor kv = ops::rms_norm(apply_linear(attn.wkv, x_rounded, numerics), attn.kv_norm.value,
-                                config.norm_eps);
-  kv = quantise_latent(ops::rope(kv, cos_sin), config.rope_head_dim,
-                       numerics);  // [tokens, head_dim]
+  const ops::ProductInput input(x, numerics);
+  const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, input);
+  const ops::ProductInput q_rank(ops::rms_norm(low_rank[0], attn.q_norm.value, config.norm_eps),
+                                 numerics);
+  const at::Tensor q = ops::norm_rotate_heads(
+      apply_linear(attn.wq_b, q_rank).reshape({tokens, config.n_heads, config.head_dim}),
+      config.norm_eps, numerics, cos_sin);
+
+  const WindowRows window = make_window(attn, config, block, low_rank[1], cos_sin, context);
 
   ops::BlockView blocks;
   IndexerStep indexed;
+  CompressorProducts index_products;
   if (attn.compressor) {
-    blocks =
-        compress_step(*attn.compressor, kMainRings, config, block, x, compressed_rope, context);
+    // In a cache the indexer's come along; where there is none they are made without gradients.
+    std::vector<const Parameter*> weights = {&attn.compressor->wkv, &attn.compressor->wgate};
+    const bool with_index = attn.indexer && context.kv != nullptr;
+    if (with_index) {
+      weights.push_back(&attn.indexer->compressor.wkv);
+      weights.push_back(&attn.indexer->compressor.wgate);
+    }
+    const auto products = apply_linears(weights, input);
+    if (with_index) index_products = {.kv = products[2], .gate = products[3]};
+    blocks = compress_step(*attn.compressor, kMainRings, config, block,
+                           {.kv = products[0], .gate = products[1]}, x.scalar_type(),
+                           compressed_rope, context);
   }
   // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
   if (attn.indexer && (context.mode != AttentionMode::kDense || context.kv != nullptr)) {
-    indexed = run_indexer(*attn.indexer, config, block, x.detach(), q_rank_rounded.detach(),
-                          compressed_rope, context);
+    indexed = run_indexer(*attn.indexer, config, block, input.detach(), q_rank.detach(),
+                          index_products, compressed_rope, context);
   }
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
-  const ops::RingView history =
-      context.kv != nullptr ? context.kv->ring(block, RingKind::kWindow) : ops::RingView{};
   const ops::AttentionResult result = ops::sparse_attn(
-      q, kv, history, blocks, indexed.selection, attn.attn_sink.value, batch,
-      {.window = config.window_size, .scale = scale, .ratio = ratio, .numerics = numerics});
+      q, window.kv, window.history, blocks, indexed.selection, attn.attn_sink.value, batch,
+      {.window = config.window_size,
+       .scale = scale,
+       .ratio = ratio,
+       .numerics = numerics,
+       .lse = context.request.index_loss || context.request.attention});
   AttentionAux aux;
   if (context.request.selection) aux.selection = indexed.selection;
   if (context.request.index_scores && indexed.scores.defined())
@@ -178,16 +276,12 @@ AttentionOutput attention_forward(const Attention& attn,
     aux.seen = {.q = q.detach(), .blocks = blocks, .lse = result.lse.detach()};
     if (blocks.rows.defined()) aux.seen.blocks.rows = blocks.rows.detach();
   }
-  if (context.kv != nullptr) context.kv->commit(block, RingKind::kWindow, kv);
+  if (context.kv != nullptr && !window.history.holds_step)
+    context.kv->commit(block, RingKind::kWindow, window.kv);
 
-  const at::Tensor out = ops::rope(result.out, cos_sin, /*inverse=*/true);
-  const int64_t group_width = config.heads_per_group() * config.head_dim;
-  const at::Tensor grouped =
-      apply_groups(attn.wo_a, out.reshape({tokens, config.o_groups, group_width}), numerics);
-  return {
-      .out = apply_linear(
-          attn.wo_b, ops::quantise_input(grouped.flatten(1), GemmRole::kFp8, numerics), numerics),
-      .aux = std::move(aux)};
+  const at::Tensor grouped = apply_groups(attn.wo_a, result.out, cos_sin, numerics);
+  return {.out = apply_linear(attn.wo_b, ops::ProductInput(grouped.flatten(1), numerics)),
+          .aux = std::move(aux)};
 }
 
 }  // namespace hadal::model

@@ -20,7 +20,8 @@ MoeOutput moe_forward(const Moe& moe,
                       const at::Tensor& token_ids,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
-  const at::Tensor logits = apply_linear(moe.gate, x, numerics);  // [tokens, experts]
+  const ops::ProductInput input(x, numerics);
+  const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
   at::Tensor fixed = context.forced_of(block).experts;
   if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
   const ops::Routing routing =
@@ -28,39 +29,45 @@ MoeOutput moe_forward(const Moe& moe,
                       : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts,
                                   config.route_scale, numerics);
   MoeAux aux;
-  if (context.request.experts || context.request.routing) aux.routing.experts = routing.experts;
+  if (context.request.experts || context.request.routing)
+    aux.routing.experts = routing.experts.to(at::kLong);
   if (context.request.routing) {
     aux.routing.weights = routing.weights.detach();
     aux.routing.affinity = routing.affinity;
   }
 
-  const at::Tensor x_rounded = ops::quantise_input(x, GemmRole::kFp4, numerics);
   const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
     if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
     return ops::swiglu(gate, up, weight, config.swiglu_limit);
   };
   const auto shared_expert = [&] {
-    const at::Tensor hidden =
-        swiglu(apply_linear(moe.shared_w1, x_rounded, numerics),
-               apply_linear(moe.shared_w3, x_rounded, numerics), at::Tensor());
-    return apply_linear(moe.shared_w2, ops::quantise_input(hidden, GemmRole::kFp8, numerics),
-                        numerics);
+    const at::Tensor hidden = swiglu(apply_linear(moe.shared_w1, input),
+                                     apply_linear(moe.shared_w3, input), at::Tensor());
+    return apply_linear(moe.shared_w2, ops::ProductInput(hidden, numerics));
   };
   const ops::RoutedExperts experts{.w1 = moe.w1.weight,
                                    .w3 = moe.w3.weight,
                                    .w2 = moe.w2.weight,
                                    .swiglu_limit = config.swiglu_limit};
-  if (!context.request.swiglu && ops::serves_experts_sm90(x_rounded, experts, numerics)) {
-    return {.out = ops::experts_on_sm90(x_rounded, routing, experts, shared_expert()),
-            .aux = std::move(aux)};
+  if (!context.request.swiglu && ops::serves_experts_sm90(x, experts, numerics)) {
+    // The kernels round rows of x as they gather them, and of the shared expert as they multiply.
+    const ops::RoutedExperts shared{.w1 = moe.shared_w1.weight,
+                                    .w3 = moe.shared_w3.weight,
+                                    .w2 = moe.shared_w2.weight,
+                                    .swiglu_limit = config.swiglu_limit};
+    const at::Tensor out = ops::serves_shared_expert_sm90(input, shared)
+                               ? ops::shared_expert_on_sm90(input, shared)
+                               : shared_expert();
+    return {.out = ops::experts_on_sm90(x, routing, experts, out), .aux = std::move(aux)};
   }
 
-  const ops::Permutation order = ops::permute_by_expert(routing.experts, config.n_routed_experts);
-  const at::Tensor rows = ops::permute_rows(x_rounded, order);  // [pairs, dim]
+  const ops::Permutation order =
+      ops::permute_by_expert(routing.experts.to(at::kLong), config.n_routed_experts);
+  const at::Tensor rows = ops::permute_rows(input.rounded(GemmRole::kFp4), order);  // [pairs, dim]
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
-  const auto expert_linear = [&](const Parameter& w, const at::Tensor& input) {
-    return apply_experts(w, input, order, numerics);
+  const auto expert_linear = [&](const Parameter& w, const at::Tensor& in) {
+    return apply_experts(w, in, order, numerics);
   };
   const at::Tensor hidden =
       swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);

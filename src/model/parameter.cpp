@@ -1,11 +1,14 @@
 #include "model/parameter.h"
 
+#include <algorithm>
 #include <utility>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
 #include "base/check.h"
+#include "ops/attention/heads.h"
+#include "ops/attention/rope.h"
 #include "ops/gemm/trained_product.h"
 #include "ops/moe/permute.h"
 #include "ops/sm90.h"
@@ -111,6 +114,26 @@ at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics n
   return ops::linear(x, w.product_operand(numerics), w.role);
 }
 
+at::Tensor apply_linear(const Parameter& w, const ops::ProductInput& x) {
+  if (x.x().defined() && trains(w, x.x())) return apply_linear(w, x.rounded(w.role), x.numerics());
+  return ops::linear(x, w.product_operand(x.numerics()), w.role);
+}
+
+std::vector<at::Tensor> apply_linears(const std::vector<const Parameter*>& weights,
+                                      const ops::ProductInput& x) {
+  std::vector<at::Tensor> results;
+  const bool training = x.x().defined() && std::ranges::any_of(weights, [&](const Parameter* w) {
+                          return trains(*w, x.x());
+                        });
+  if (training) {
+    for (const Parameter* w : weights) results.push_back(apply_linear(*w, x));
+    return results;
+  }
+  std::vector<ops::Factor> factors;
+  for (const Parameter* w : weights) factors.push_back({w->product_operand(x.numerics()), w->role});
+  return ops::linear(x, factors);
+}
+
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,
                          const ops::Permutation& order,
@@ -122,9 +145,16 @@ at::Tensor apply_experts(const Parameter& w,
   return ops::grouped_linear(x, w.product_operand(numerics), order.offsets, w.role);
 }
 
-at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
-  if (trains(w, x)) return ops::trained_group_linear(x, constant_operand(w, numerics), w.value);
-  return ops::group_linear(x, w.product_operand(numerics));
+at::Tensor apply_groups(const Parameter& w,
+                        const at::Tensor& x,
+                        const at::Tensor& cos_sin,
+                        ops::Numerics numerics) {
+  if (trains(w, x)) {
+    const at::Tensor rows = ops::rope(x, cos_sin, /*inverse=*/true)
+                                .reshape({x.size(0), w.local_matrices(), w.shape.back()});
+    return ops::trained_group_linear(rows, constant_operand(w, numerics), w.value);
+  }
+  return ops::rotated_group_linear(x, cos_sin, w.product_operand(numerics));
 }
 
 }  // namespace hadal::model

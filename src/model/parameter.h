@@ -15,6 +15,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/shard.h"
+#include "ops/gemm/product_input.h"
 #include "ops/gemm/weight.h"
 #include "ops/quant/official_storage.h"
 
@@ -93,14 +94,22 @@ struct Parameter {
   ops::Weight product_operand(ops::Numerics numerics) const;
 };
 
-/// y = x w^T with the parameter's role; x already through ops::quantise_input.
+/// y = x w^T with the parameter's role; a tensor x already through ops::quantise_input.
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
+at::Tensor apply_linear(const Parameter& w, const ops::ProductInput& x);
+/// Of several parameters with the same rows.
+std::vector<at::Tensor> apply_linears(const std::vector<const Parameter*>& weights,
+                                      const ops::ProductInput& x);
 /// Stacked experts: rows of x in the order of ops::permute_rows (ops::grouped_linear).
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,
                          const ops::Permutation& order,
                          ops::Numerics numerics);
-/// wo_a: x [tokens, groups, in], group g times matrix g (ops::group_linear).
-at::Tensor apply_groups(const Parameter& w, const at::Tensor& x, ops::Numerics numerics);
+/// wo_a: results of attention x [tokens, heads, head_dim], rotated back; group g's heads times
+/// matrix g (ops::group_linear): [tokens, groups, out].
+at::Tensor apply_groups(const Parameter& w,
+                        const at::Tensor& x,
+                        const at::Tensor& cos_sin,
+                        ops::Numerics numerics);
 
 }  // namespace hadal::model

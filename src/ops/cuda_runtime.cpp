@@ -1,5 +1,6 @@
 // The one place that asks LibTorch's CUDA side anything; a CPU build answers without it.
 #include "base/check.h"
+#include "ops/device_memory.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
 
@@ -7,6 +8,7 @@
 #include <array>
 #include <atomic>
 
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 #endif
@@ -35,6 +37,19 @@ void require_sm90(at::Device device) {
               properties.name, ", has compute capability ", properties.major, ".", properties.minor,
               "; hadal's kernels are for 9.0 (Hopper)");
   known[index] = true;
+#else
+  throw Error(
+      concat("device ", device.str(), ": this build has no CUDA: configure with the cuda preset"));
+#endif
+}
+
+DeviceMemory device_memory(c10::Device device) {
+#ifdef HADAL_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(device.has_index() ? device : c10::Device(at::kCUDA, 0));
+  size_t free = 0, total = 0;
+  HADAL_CHECK(cudaMemGetInfo(&free, &total) == cudaSuccess, "device ", device.str(),
+              ": cannot be asked for its memory");
+  return {.free = static_cast<int64_t>(free), .total = static_cast<int64_t>(total)};
 #else
   throw Error(
       concat("device ", device.str(), ": this build has no CUDA: configure with the cuda preset"));

@@ -227,7 +227,7 @@ TEST_P(Sm90Products, ExpertsAsOneChain) {
                      shared = bf16_rows({tokens, dim}).to(card());
     const Routing routing = gate((at::randn({tokens, experts}) * 3).to(card()),
                                  at::zeros({experts}).to(card()), topk, 1.5);
-    const Permutation order = permute_by_expert(routing.experts, experts);
+    const Permutation order = permute_by_expert(routing.experts.to(at::kLong), experts);
     const auto product = [&](const Weight& w, const at::Tensor& in) {
       return grouped_linear(quantise_input(in, GemmRole::kFp4, numerics), w, order.offsets,
                             GemmRole::kFp4);

@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "ops/attention/attn_lists_sm90.h"
+#include "ops/attention/heads_sm90.h"
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/rows_sm90.h"
 #include "ops/compressor/compress_sm90.h"
@@ -14,6 +15,7 @@
 #include "ops/moe/gate_sm90.h"
 #include "ops/moe/moe_sm90.h"
 #include "ops/norm/rms_norm_sm90.h"
+#include "ops/sampling/sample_sm90.h"
 
 namespace hadal::ops {
 namespace {
@@ -26,6 +28,8 @@ namespace {
 
 void linear_fp8_sm90(const LinearSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void linear_bf16_sm90(const LinearSm90Params&, Stream, const Sm90Choice&) { absent(); }
+void linear_fp8_sm90(const LinearSm90Params&, const Sm90Factor*, int, Stream) { absent(); }
+void linear_bf16_sm90(const LinearSm90Params&, const Sm90Factor*, int, Stream) { absent(); }
 void widened_sm90(const WidenedSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void experts_fp4_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void experts_fp8_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
@@ -44,11 +48,16 @@ void hc_post_sm90(const HcPostSm90Params&, Stream) { absent(); }
 void latent_rows_sm90(const LatentRowsSm90Params&, Stream) { absent(); }
 void index_rows_sm90(const IndexRowsSm90Params&, Stream) { absent(); }
 void compress_sm90(const CompressSm90Params&, Stream) { absent(); }
+void keep_rows_sm90(const KeepRowsSm90Params&, Stream) { absent(); }
+void head_rows_sm90(const HeadRowsSm90Params&, Stream) { absent(); }
+void head_operand_sm90(const HeadOperandSm90Params&, Stream) { absent(); }
 void index_scores_sm90(const IndexScoresSm90Params&, Stream) { absent(); }
 void index_topk_sm90(const IndexTopkSm90Params&, Stream) { absent(); }
 void index_scores_bf16_sm90(const IndexScoresBf16Sm90Params&, Stream) { absent(); }
 void index_topk_f32_sm90(const IndexTopkF32Sm90Params&, Stream) { absent(); }
 void attn_lists_sm90(const AttnListsSm90Params&, Stream) { absent(); }
+void sample_sm90(const SampleSm90Params&, Stream) { absent(); }
+void log_probs_sm90(const LogProbsSm90Params&, Stream) { absent(); }
 void sparse_attn_sm90(const SparseAttnSm90Params&, Stream, SparseAttnKernel) { absent(); }
 
 }  // namespace hadal::ops

@@ -19,8 +19,8 @@ __device__ __forceinline__ int64_t window_row(const AttnListsSm90Params& p,
   const int64_t position = own - behind;
   if (position < 0) return -1;
   const int64_t start = p.pos[first_row];
-  return position >= start ? p.step_row + first_row + position - start
-                           : p.ring_row + p.ring.row(seq, position);
+  return position >= start && p.step_row >= 0 ? p.step_row + first_row + position - start
+                                              : p.ring_row + p.ring.row(seq, position);
 }
 
 __global__ void __launch_bounds__(kThreads)

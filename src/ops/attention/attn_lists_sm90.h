@@ -18,7 +18,7 @@ struct AttnListsSm90Params {
   const int64_t* seq;        ///< [tokens]
   const int32_t* first_row;  ///< [sequences] row of each sequence's first token in the step
   RingRows ring;             ///< of at least window - 1 positions
-  int64_t step_row;
+  int64_t step_row;          ///< negative: the rings hold the step's rows, too
   BlockRows blocks;
   int64_t ratio;             ///< tokens of a block; 0: there are none
   const int32_t* selection;  ///< [tokens, block_places] block numbers ascending, then negative;

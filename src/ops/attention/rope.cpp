@@ -117,14 +117,17 @@ at::Tensor RopeTable::cos_sin(const at::Tensor& pos, int64_t max_pos) const {
   {
     std::lock_guard<std::mutex> lock(cache_->mutex);
     for (const at::Tensor& cached : cache_->tables) {
-      if (cached.device() == pos.device() && cached.size(0) > max_pos) table = cached;
+      if (cached.device() == pos.device() && cached.size(0) > max_pos && !table.defined())
+        table = cached;
     }
     if (!table.defined()) {
       int64_t rows = 1024;
       while (rows <= max_pos) rows *= 2;
       table = compute(at::arange(rows, at::kLong)).to(pos.device());
-      std::erase_if(cache_->tables,
-                    [&](const at::Tensor& t) { return t.device() == pos.device(); });
+      // What was recorded with a shorter table goes on reading it, and all of them together are as
+      // long as the longest once more.
+      if (pos.is_cpu())
+        std::erase_if(cache_->tables, [](const at::Tensor& t) { return t.is_cpu(); });
       cache_->tables.push_back(table);
     }
   }

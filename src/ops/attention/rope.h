@@ -39,7 +39,7 @@ class RopeTable {
   std::vector<float> frequencies_;
   struct Cache {
     std::mutex mutex;
-    std::vector<at::Tensor> tables;  // one of the first positions per device seen
+    std::vector<at::Tensor> tables;  // of the first positions, per device
   };
   std::unique_ptr<Cache> cache_ = std::make_unique<Cache>();
 };

@@ -6,6 +6,7 @@
 #include "ops/attention/attn_lists_sm90.h"
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/rows_sm90.h"
+#include "ops/cache/sm90_rows.h"
 #include "ops/sm90.h"
 
 namespace hadal::ops {
@@ -33,11 +34,17 @@ const uint8_t* row_data(const at::Tensor& rows) {
 struct WindowRows {
   at::Tensor step;  ///< memory of the step's rows
   const uint8_t* base;
-  int64_t ring_row = 0, step_row = 0;
+  int64_t ring_row = 0, step_row = -1;  ///< step_row negative: the rings hold the step's, too
   AttnRows format;
 
   WindowRows(const at::Tensor& kv_any, const RingView& history) : format(format_of(history)) {
-    const at::Tensor kv = kernel_input(kv_any.to(at::kBFloat16));
+    if (history.holds_step) {
+      base = row_data(history.rows);
+      return;
+    }
+    const bool packed = kv_any.scalar_type() == at::kByte;
+    const at::Tensor kv = packed ? kv_any : kernel_input(kv_any.to(at::kBFloat16));
+    step_row = 0;
     if (!history.rows.defined()) {
       step = kv;
       base = row_data(step);
@@ -50,34 +57,39 @@ struct WindowRows {
       step_row = history.rows.size(0);
       return;
     }
-    const int64_t width = kv.size(1), bytes = attn_row_bytes(width, format);
-    step = at::empty({(kv.size(0) + 1) * bytes}, kv.options().dtype(at::kByte));
-    const auto ring = reinterpret_cast<uintptr_t>(row_data(history.rows));
-    const auto own = reinterpret_cast<uintptr_t>(row_data(step));
-    const auto row = static_cast<uintptr_t>(bytes);
-    const bool behind = own > ring;
-    const uintptr_t skip = behind ? (row - (own - ring) % row) % row : (ring - own) % row;
-    uint8_t* rows = step.mutable_data_ptr<uint8_t>() + skip;
-    base = behind ? row_data(history.rows) : rows;
-    ring_row = behind ? 0 : static_cast<int64_t>((ring - own - skip) / row);
-    step_row = behind ? static_cast<int64_t>((own + skip - ring) / row) : 0;
+    step = packed ? kv : rows_in_step_with(history.rows, kv.size(0));
+    place(row_data(history.rows), row_data(step), step.size(1) * step.element_size());
     HADAL_CHECK(ring_row + step_row + history.rows.size(0) + kv.size(0) < INT32_MAX,
                 "sparse_attn: more than 2^31 rows of latents");
+    if (packed) return;
     if (format == AttnRows::kBf16) {
-      step.narrow(0, static_cast<int64_t>(skip), kv.size(0) * bytes)
-          .copy_(kv.view(at::kByte).flatten());
+      step.copy_(kv);
       return;
     }
+    const int64_t width = kv.size(1);
     latent_rows_sm90({.x = bf16_data(kv),
                       .weight = nullptr,
                       .cos_sin = nullptr,
                       .place = nullptr,
-                      .out = rows,
+                      .out = step.mutable_data_ptr<uint8_t>(),
                       .rows = kv.size(0),
                       .width = width,
                       .stride = width,
                       .eps = 0.0f},
                      current_stream(kv));
+  }
+
+ private:
+  /// The one base address of both.
+  void place(const uint8_t* ring_rows, const uint8_t* step_rows, int64_t row_bytes) {
+    const auto ring = reinterpret_cast<uintptr_t>(ring_rows);
+    const auto own = reinterpret_cast<uintptr_t>(step_rows);
+    const auto bytes = static_cast<uintptr_t>(row_bytes);
+    const bool behind = own > ring;
+    const uintptr_t apart = behind ? own - ring : ring - own;
+    HADAL_CHECK(apart % bytes == 0, "sparse_attn: rows of the step not in step with the ring's");
+    base = behind ? ring_rows : step_rows;
+    (behind ? step_row : ring_row) = static_cast<int64_t>(apart / bytes);
   }
 };
 
@@ -123,6 +135,11 @@ struct Lists {
 
 }  // namespace
 
+bool serves_latents_sm90(const RowFormat& format) {
+  return format.kind == RowKind::kLatent && format == packed_latent(format.width) &&
+         serves_attn_width(format.width);
+}
+
 bool serves_attention_sm90(const at::Tensor& q,
                            const RingView& history,
                            const BlockView& blocks,
@@ -152,7 +169,8 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
   const WindowRows rows(kv, history);
   const Lists lists(rows, history, blocks, selection, batch, params);
   const at::Tensor out = at::empty_like(q);
-  const at::Tensor stats = at::empty({q.size(0), q.size(1), 2}, sink.options());
+  at::Tensor stats;
+  if (params.lse) stats = at::empty({q.size(0), q.size(1), 2}, sink.options());
   SparseAttnSm90Params p{.q = bf16_data(q),
                          .sink = sink.const_data_ptr<float>(),
                          .window = rows.base,
@@ -166,7 +184,7 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
                          .block_places = lists.blocks.size(1),
                          .scale = static_cast<float>(params.scale),
                          .out = mutable_bf16_data(out),
-                         .stats = stats.mutable_data_ptr<float>(),
+                         .stats = stats.defined() ? stats.mutable_data_ptr<float>() : nullptr,
                          .scratch = nullptr,
                          .wide_window = nullptr,
                          .wide_blocks = nullptr,
@@ -176,7 +194,9 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
   p.scratch = scratch.mutable_data_ptr<float>();
   const auto kernel = [](const auto& task, Stream stream) { sparse_attn_sm90(task, stream); };
   run_sm90(q, kernel, sparse_attn_step_twin, p);
-  return {.out = out, .lse = stats.select(2, 0) + stats.select(2, 1).log()};
+  AttentionResult result{.out = out, .lse = {}};
+  if (params.lse) result.lse = stats.select(2, 0) + stats.select(2, 1).log();
+  return result;
 }
 
 }  // namespace hadal::ops

@@ -8,6 +8,9 @@
 
 namespace hadal::ops {
 
+/// Whether attention over packed latents of such rows has a kernel, whatever the queries: a layer
+/// asks before it packs its own.
+bool serves_latents_sm90(const RowFormat& format);
 /// Numerics that round probabilities; BF16 queries of any number of heads of 64 to 512 channels, a
 /// multiple of 64; rings and blocks both packed with 64 rotary channels, or both in BF16 or absent
 /// (a step without a cache reads its own rows). Rows that lie one after the other.

@@ -460,13 +460,13 @@ AttentionResult sparse_attn(const at::Tensor& q,
                             const Batch& batch,
                             const AttentionParams& params) {
   check_shape(q, {batch.num_tokens(), -1, -1}, "sparse_attn: q");
-  check_shape(kv, {batch.num_tokens(), q.size(2)}, "sparse_attn: kv");
   check_shape(sink, {q.size(1)}, "sparse_attn: sink");
   if (selection.defined())
     check_shape(selection, {batch.num_tokens(), -1}, "sparse_attn: selection");
   if (serves_attention_sm90(q, history, blocks, params))
     return attention_on_sm90(q, kv, history, blocks, selection, sink, batch, params);
   refuse_attention_as_hopper(q, params);
+  check_shape(kv, {batch.num_tokens(), q.size(2)}, "sparse_attn: kv");
   if (use_cuda_kernel(q, history, selection, batch, params)) {
     // Window layers have no blocks; autograd wants a tensor in their place.
     const at::Tensor rows =

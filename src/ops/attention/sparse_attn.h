@@ -22,6 +22,7 @@ struct AttentionParams {
   double scale = 1.0;    ///< of the logits, head_dim^-1/2
   int64_t ratio = 0;     ///< of the compressed blocks; 0: none
   Numerics numerics = Numerics::kIdeal;
+  bool lse = true;  ///< somebody reads AttentionResult::lse, which else may be undefined
 };
 
 /// Whether probabilities are rounded to BF16 before the value product, as matrix units want them
@@ -34,7 +35,9 @@ struct AttentionResult {
 };
 
 ///   q          [tokens, heads, head_dim]
-///   kv         [tokens, head_dim]   window latents of this step's tokens
+///   kv         [tokens, head_dim]   window latents of this step's tokens; for the kernels of a
+///              GPU also packed as the ring's (cache/sm90_rows.h, rows_in_step_with), or undefined
+///              where the ring holds them
 ///   history    ring of the latents before this step, at least window - 1 positions;
 ///              undefined rows: none
 ///   blocks     compressed rows [*, head_dim], all of c < floor((p + 1) / ratio) present;

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/math.h"
 
 namespace hadal::ops {
 namespace {
@@ -54,16 +55,33 @@ Batch::Batch(std::vector<int64_t> lengths,
       seq.push_back(static_cast<int64_t>(s));
     }
   }
+  if (places.padded_end > 0) {
+    HADAL_CHECK(plan.max_end_pos <= places.padded_end && places.pages != nullptr,
+                "batch: a step that ends at ", plan.max_end_pos, " padded to ", places.padded_end,
+                places.pages == nullptr ? ", without pages" : "");
+    plan.max_end_pos = places.padded_end;
+    plan.padded = true;
+  }
+  HADAL_CHECK(places.ids.empty() || std::ssize(places.ids) == num_tokens(),
+              "batch: ", places.ids.size(), " ids for ", num_tokens(), " tokens");
   TableMemory* const memory = places.memory;
   if (memory != nullptr) memory->begin();
   plan.pos = make_table({"pos", 0}, plan.host_pos, at::kLong, device, memory);
   plan.seq = make_table({"seq", 0}, seq, at::kLong, device, memory);
   plan.slots = make_table({"slots", 0}, plan.host_slots, at::kInt, device, memory);
+  std::vector<int64_t> token_slots;
+  token_slots.reserve(seq.size());
+  for (const int64_t s : seq) token_slots.push_back(plan.host_slots[static_cast<size_t>(s)]);
+  plan.token_slots = make_table({"token_slots", 0}, token_slots, at::kInt, device, memory);
+  if (!places.ids.empty()) plan.ids = make_table({"ids", 0}, places.ids, at::kLong, device, memory);
   // While a step is recorded nothing can be sent.
   if (memory != nullptr)
     plan.device_cu_seqlens =
         make_table({"cu_seqlens", 0}, plan.cu_seqlens, at::kInt, device, memory);
-  for (const int64_t ratio : places.ratios) plan_blocks(ratio, memory);
+  for (const int64_t ratio : places.ratios) {
+    plan_blocks(ratio, memory);
+    plan_visible(ratio, memory);
+  }
   for (const int64_t size : places.ring_sizes) plan_ring_writes(size, memory);
   if (memory != nullptr) memory->upload();
 }
@@ -100,6 +118,20 @@ const BlockPlan& Batch::plan_blocks(int64_t ratio, TableMemory* memory) const {
       cache_rows.push_back(page * page_blocks + block % page_blocks);
     }
     if (last > first) plan.max_pos = std::max(plan.max_pos, (last - 1) * ratio);
+    if (plan_->padded) plan.num_absent += ceil_div(length(s), ratio) - (last - first);
+  }
+  if (plan_->padded) {
+    // As far as any step of this kind gets.
+    plan.max_pos = plan_->max_end_pos - 1;
+    plan.inside = false;
+    const int64_t behind = plan_->pages->num_pages() * (plan_->page_tokens / ratio);
+    for (int64_t i = 0; i < plan.num_absent; ++i) {
+      block_pos.push_back(0);
+      seqs.push_back(-1);
+      previous.push_back(0);
+      cache_rows.push_back(behind);
+      rows.insert(rows.end(), static_cast<size_t>(ratio), -1);
+    }
   }
   const auto table = [&](const char* name, const std::vector<int64_t>& values,
                          at::ScalarType type) {
@@ -134,6 +166,26 @@ const RingWrites& Batch::plan_ring_writes(int64_t size, TableMemory* memory) con
   RingWrites writes{.from = make_table({"ring_from", size}, from, at::kLong, plan_->device, memory),
                     .to = make_table({"ring_to", size}, to, at::kLong, plan_->device, memory)};
   return plan_->ring_writes.emplace(size, std::move(writes)).first->second;
+}
+
+const at::Tensor& Batch::visible(int64_t ratio) const { return plan_visible(ratio, nullptr); }
+
+const at::Tensor& Batch::plan_visible(int64_t ratio, TableMemory* memory) const {
+  HADAL_CHECK(ratio > 0, "batch: blocks of ratio ", ratio);
+  at::Tensor& table = plan_->visible[ratio];
+  if (!table.defined()) {
+    std::vector<int64_t> counts;
+    counts.reserve(plan_->host_pos.size());
+    for (const int64_t pos : plan_->host_pos) counts.push_back((pos + 1) / ratio);
+    table = make_table({"visible", ratio}, counts, at::kInt, plan_->device, memory);
+  }
+  return table;
+}
+
+int64_t Batch::max_length() const {
+  int64_t most = 0;
+  for (int64_t seq = 0; seq < num_seqs(); ++seq) most = std::max(most, length(seq));
+  return most;
 }
 
 bool Batch::whole() const {

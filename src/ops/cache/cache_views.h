@@ -21,6 +21,8 @@ struct RingView {
   at::Tensor slots;  ///< [num_seqs] I32, on the rows' device
   int64_t ring = 1;
   RowFormat format = {};
+  /// The step's own rows are in it already, over ones that no query of the step needs.
+  bool holds_step = false;
 
   static RingView of_slots(const at::Tensor& rows, const std::vector<int64_t>& slots, int64_t ring);
 

@@ -26,6 +26,7 @@ class PageTable {
   void upload();
 
   int64_t max_pages() const { return max_pages_; }
+  int64_t num_pages() const { return num_pages_; }
   /// Page number `index` of a slot.
   int64_t page(int64_t slot, int64_t index) const {
     return host_.const_data_ptr<int32_t>()[slot * max_pages_ + index];

@@ -155,13 +155,37 @@ const float* ring_data(const RingView& ring) {
   return ring.rows.defined() ? ring.rows.const_data_ptr<float>() : nullptr;
 }
 
+/// What both kernels read; the tensors must outlive it.
+CompressorRowsSm90 rows_of(const at::Tensor& kv,
+                           const at::Tensor& gate,
+                           const at::Tensor& ape,
+                           const RingView& kv_history,
+                           const RingView& score_history,
+                           const Batch& batch,
+                           int64_t ratio) {
+  const bool continues = kv_history.rows.defined() && score_history.rows.defined();
+  return {.kv = kv.const_data_ptr<float>(),
+          .gate = gate.const_data_ptr<float>(),
+          .ape = ape.const_data_ptr<float>(),
+          .kv_ring = const_cast<float*>(ring_data(kv_history)),  // pooling only reads
+          .score_ring = const_cast<float*>(ring_data(score_history)),
+          .ring = continues ? kv_history.table()
+                            : RingRows{.slots = batch.slots().const_data_ptr<int32_t>(), .size = 1},
+          .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
+          .pos = batch.pos().const_data_ptr<int64_t>(),
+          .stride = kv.size(1),
+          .ratio = ratio,
+          .d = kv.size(1) / (ratio == 4 ? 2 : 1)};
+}
+
 Compressed compress_on_sm90(const at::Tensor& kv_any,
                             const at::Tensor& gate_any,
                             const at::Tensor& ape_any,
                             const RingView& kv_history,
                             const RingView& score_history,
                             const Batch& batch,
-                            int64_t ratio) {
+                            int64_t ratio,
+                            bool scores) {
   const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
                    ape = fp32_input(ape_any);
   const bool continues = kv_history.rows.defined() && score_history.rows.defined();
@@ -170,24 +194,14 @@ Compressed compress_on_sm90(const at::Tensor& kv_any,
   const int64_t d = kv.size(1) / (ratio == 4 ? 2 : 1);
   const at::Tensor pooled = at::empty({plan.num_blocks(), d}, kv.options().dtype(at::kBFloat16));
   run_sm90(kv, compress_sm90, compress_twin,
-           {.rows = {.kv = kv.const_data_ptr<float>(),
-                     .gate = gate.const_data_ptr<float>(),
-                     .ape = ape.const_data_ptr<float>(),
-                     .kv_ring = const_cast<float*>(ring_data(kv_history)),  // only read
-                     .score_ring = const_cast<float*>(ring_data(score_history)),
-                     .ring = continues ? kv_history.table()
-                                       : RingRows{.slots = batch.slots().const_data_ptr<int32_t>(),
-                                                  .size = 1},
-                     .first_row = batch.device_cu_seqlens().const_data_ptr<int32_t>(),
-                     .pos = batch.pos().const_data_ptr<int64_t>(),
-                     .stride = kv.size(1),
-                     .ratio = ratio,
-                     .d = d},
+           {.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
             .block_seq = plan.seq.const_data_ptr<int64_t>(),
             .block_pos = plan.pos.const_data_ptr<int64_t>(),
             .pooled = mutable_bf16_data(pooled),
             .blocks = plan.num_blocks()});
-  return {.pooled = pooled, .score = gate + ape.index_select(0, batch.pos().remainder(ratio))};
+  Compressed result{.pooled = pooled, .score = {}};
+  if (scores) result.score = gate + ape.index_select(0, batch.pos().remainder(ratio));
+  return result;
 }
 
 }  // namespace
@@ -199,14 +213,15 @@ Compressed compress(const at::Tensor& kv,
                     const RingView& score_history,
                     const Batch& batch,
                     int64_t ratio,
-                    Numerics numerics) {
+                    Numerics numerics,
+                    bool scores) {
   HADAL_CHECK(ratio > 0, "compress: ratio ", ratio);
   check_shape(kv, {batch.num_tokens(), -1}, "compress: kv");
   check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress: gate");
   check_shape(ape, {ratio, kv.size(1)}, "compress: ape");
   const bool learns = at::GradMode::is_enabled() && (gate.requires_grad() || ape.requires_grad());
   if (numerics != Numerics::kIdeal && serves_compress_sm90(ratio) && use_sm90_fp32(kv) && !learns)
-    return compress_on_sm90(kv, gate, ape, kv_history, score_history, batch, ratio);
+    return compress_on_sm90(kv, gate, ape, kv_history, score_history, batch, ratio, scores);
   refuse_as_hopper(kv, "compress");
   if (use_cpu_kernel(kv) && kv.scalar_type() == at::kFloat) {
     const std::vector<at::Tensor> out = with_reference_gradient(
@@ -222,6 +237,36 @@ Compressed compress(const at::Tensor& kv,
     return {.pooled = out[0], .score = out[1]};
   }
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
+}
+
+bool serves_keep_rows_sm90(const at::Tensor& kv,
+                           const RingView& kv_history,
+                           const RingView& score_history,
+                           Numerics numerics) {
+  const auto is_ring = [&](const RingView& ring) {
+    return ring.rows.defined() && ring.rows.scalar_type() == at::kFloat &&
+           ring.rows.is_contiguous() && ring.rows.size(1) == kv.size(1);
+  };
+  return numerics != Numerics::kIdeal && kv.size(1) % 4 == 0 && is_ring(kv_history) &&
+         is_ring(score_history) && kv_history.ring == score_history.ring && kv.is_cuda() &&
+         use_sm90_fp32(kv);
+}
+
+void keep_rows_on_sm90(const at::Tensor& kv_any,
+                       const at::Tensor& gate_any,
+                       const at::Tensor& ape_any,
+                       const RingView& kv_history,
+                       const RingView& score_history,
+                       const Batch& batch,
+                       int64_t ratio,
+                       const RingWrites& writes) {
+  const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
+                   ape = fp32_input(ape_any);
+  keep_rows_sm90({.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
+                  .from = writes.from.const_data_ptr<int64_t>(),
+                  .to = writes.to.const_data_ptr<int64_t>(),
+                  .count = writes.to.numel()},
+                 current_stream(kv));
 }
 
 }  // namespace hadal::ops

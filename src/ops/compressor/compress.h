@@ -12,7 +12,8 @@ namespace hadal::ops {
 struct Compressed {
   at::Tensor pooled;  ///< [num_blocks, d] FP32: per channel softmax-weighted sums, before norm and
                       ///< rotation; of the Hopper kernel rounded to BF16
-  at::Tensor score;   ///< [tokens, o d] FP32: gate + ape, what the state keeps beside kv
+  /// [tokens, o d] FP32: gate + ape, what the state keeps beside kv; where it was asked for.
+  at::Tensor score;
 };
 
 /// Pools every block that this step completes (batch.blocks(ratio), in that order).
@@ -29,7 +30,24 @@ Compressed compress(const at::Tensor& kv,
                     const RingView& score_history,
                     const Batch& batch,
                     int64_t ratio,
-                    Numerics numerics = Numerics::kIdeal);
+                    Numerics numerics = Numerics::kIdeal,
+                    bool scores = true);
+
+/// Whether keep_rows_on_sm90 keeps rows in such rings.
+bool serves_keep_rows_sm90(const at::Tensor& kv,
+                           const RingView& kv_history,
+                           const RingView& score_history,
+                           Numerics numerics);
+/// Writes kv and gate + ape of this step's tokens into both rings, which compress() must have read
+/// by then.
+void keep_rows_on_sm90(const at::Tensor& kv,
+                       const at::Tensor& gate,
+                       const at::Tensor& ape,
+                       const RingView& kv_history,
+                       const RingView& score_history,
+                       const Batch& batch,
+                       int64_t ratio,
+                       const RingWrites& writes);
 
 namespace reference {
 Compressed compress(const at::Tensor& kv,

@@ -19,6 +19,37 @@
 namespace hadal::ops::cuda {
 namespace {
 
+/// Products of one x with several matrices in one launch: tiles of one matrix behind another's.
+struct Products {
+  LinearSm90Params first;  ///< with what all share
+  Sm90Factor more[kMaxFactors - 1];
+  int count;  ///< of matrices
+};
+
+/// Tiles of `rows` outputs.
+__host__ __device__ inline int64_t tiles_of(int64_t w_groups, int rows) {
+  return (w_groups * 8 + rows - 1) / rows;
+}
+
+/// The product that a tile belongs to, and the tile's number in it.
+__device__ __forceinline__ LinearSm90Params product_of(const Products& all,
+                                                       int rows,
+                                                       int64_t& tile) {
+  LinearSm90Params p = all.first;
+  for (int i = 0; i + 1 < all.count; ++i) {
+    const int64_t tiles = tiles_of(p.w_groups, rows);
+    if (tile < tiles) break;
+    tile -= tiles;
+    const Sm90Factor& next = all.more[i];
+    p.w = next.w;
+    p.w_groups = next.w_groups;
+    p.w_scale = next.w_scale;
+    p.outputs = next.outputs;
+    p.out = next.out;
+  }
+  return p;
+}
+
 /// Shared memory for the chains of a split product, beside the ring of a tile of so many rows.
 constexpr int64_t chain_bytes(int64_t tile) { return (tile <= 16 ? 128 : 64) * 1024; }
 
@@ -28,7 +59,7 @@ struct Shape {
   static constexpr bool fp8 = kFp8, x_is_a = kXIsA;
   static constexpr int warpgroups = kWarpgroups, rows_a = 64 * kWarpgroups, rows_b = kN;
   static constexpr int stages = kStages, batch = kBatch;
-  static constexpr int x_rows = kXIsA ? rows_a : rows_b;
+  static constexpr int x_rows = kXIsA ? rows_a : rows_b, w_rows = kXIsA ? rows_b : rows_a;
   /// Slabs of one chain: 128 E4M3 inputs are a slab, 1,024 BF16 inputs 16 slabs.
   static constexpr int chain = kFp8 ? 1 : 16;
   static constexpr int a_bytes = rows_a * 128, b_bytes = rows_b * 128;
@@ -281,14 +312,15 @@ __device__ __forceinline__ float add_chains(float sum, const float* chains, int 
 
 template <typename S, bool kSplit>
 __global__ void __launch_bounds__(S::threads, 1)
-    linear_sm90_kernel(const __grid_constant__ LinearSm90Params p, int split) {
+    linear_sm90_kernel(const __grid_constant__ Products all, int split) {
   extern __shared__ __align__(1024) uint8_t memory[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
   uint8_t* ring = memory;
   float* chains = reinterpret_cast<float*>(memory + S::stages * S::stage_bytes);
 
   const int64_t part = kSplit ? blockIdx.x % split : 0;
-  const int64_t tile_a = kSplit ? blockIdx.x / split : blockIdx.x, tile_b = blockIdx.y;
+  int64_t tile_a = kSplit ? blockIdx.x / split : blockIdx.x, tile_b = blockIdx.y;
+  const LinearSm90Params p = product_of(all, S::w_rows, S::x_is_a ? tile_b : tile_a);
   const int64_t a_first = tile_a * S::rows_a, b_first = tile_b * S::rows_b;
   const int64_t length = kSplit ? part_chains<S>(p.slabs, split) * S::chain : p.slabs;
   const int64_t begin = min(part * length, p.slabs), end = min(begin + length, p.slabs);
@@ -333,9 +365,11 @@ __global__ void __launch_bounds__(S::threads, 1)
 }
 
 template <typename S, bool kSplit>
-void launch(const LinearSm90Params& p, Stream stream, int split) {
-  const int64_t a_rows = S::x_is_a ? p.x_groups * 8 : p.w_groups * 8;
-  const int64_t b_rows = S::x_is_a ? p.w_groups * 8 : p.x_groups * 8;
+void launch(const Products& all, Stream stream, int split) {
+  const LinearSm90Params& p = all.first;
+  const unsigned x_tiles = blocks_for(p.x_groups * 8, S::x_rows);
+  int64_t w_tiles = tiles_of(p.w_groups, S::w_rows);
+  for (int i = 0; i + 1 < all.count; ++i) w_tiles += tiles_of(all.more[i].w_groups, S::w_rows);
   const int64_t chains = kSplit ? part_chains<S>(p.slabs, split) * S::tile * 4 : 0;
   const auto bytes = static_cast<size_t>(S::stages * S::stage_bytes + chains);
   auto* kernel = linear_sm90_kernel<S, kSplit>;
@@ -343,14 +377,15 @@ void launch(const LinearSm90Params& p, Stream stream, int split) {
     throw_kernel_error("linear_sm90", "this split of K does not fit into shared memory");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
-  const dim3 grid(blocks_for(a_rows, S::rows_a) * static_cast<unsigned>(split),
-                  blocks_for(b_rows, S::rows_b));
+  const unsigned w = blocks_for(w_tiles, 1);
+  const dim3 grid((S::x_is_a ? x_tiles : w) * static_cast<unsigned>(split),
+                  S::x_is_a ? w : x_tiles);
   launch_early(kernel, {grid, S::threads, bytes, static_cast<unsigned>(split)}, stream,
-               "linear_sm90", p, split);
+               "linear_sm90", all, split);
 }
 
 template <bool kFp8, int kN, int kStages, int kBatch>
-void launch_few(const LinearSm90Params& p, Stream stream, int split) {
+void launch_few(const Products& p, Stream stream, int split) {
   using S = Shape<kFp8, false, 1, kN, kStages, kBatch>;
   if (split > 1) {
     launch<S, true>(p, stream, split);
@@ -370,13 +405,22 @@ int split_for(int64_t tiles, int64_t chains, int64_t tile, int least) {
 }
 
 template <bool kFp8>
-void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) {
+void linear(const LinearSm90Params& p,
+            const Sm90Factor* more,
+            int count,
+            Stream stream,
+            const Sm90Choice& choice) {
   if (p.rows == 0) return;
+  if (count < 0 || count >= kMaxFactors)
+    throw_kernel_error("linear_sm90", "too many matrices for one launch");
+  Products all{.first = p, .more = {}, .count = 1 + count};
+  for (int i = 0; i < count; ++i) all.more[i] = more[i];
   int tile = choice.tile, split = choice.split;
   if (tile < 0)
     tile = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 0;
   const int64_t chains = kFp8 ? p.slabs : (p.slabs + 15) / 16;
   int64_t tiles = p.w_groups / 8;
+  for (int i = 0; i < count; ++i) tiles += more[i].w_groups / 8;
   // BF16 chains are long: where blocks are few, so that reading weights twice costs nothing, rows
   // make more of them, and chains go to blocks of their own.
   const bool small = !kFp8 && choice.tile < 0 && (tile == 32 || tile == 64) && tiles <= 64;
@@ -388,19 +432,19 @@ void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) 
   }
   switch (tile) {
     case 8:
-      return launch_few<kFp8, 8, 7, 4>(p, stream, split);
+      return launch_few<kFp8, 8, 7, 4>(all, stream, split);
     case 16:
-      return launch_few<kFp8, 16, 6, 4>(p, stream, split);
+      return launch_few<kFp8, 16, 6, 4>(all, stream, split);
     case 32:
-      return launch_few<kFp8, 32, 8, 2>(p, stream, split);
+      return launch_few<kFp8, 32, 8, 2>(all, stream, split);
     case 64:
-      return launch_few<kFp8, 64, 8, 1>(p, stream, split);
+      return launch_few<kFp8, 64, 8, 1>(all, stream, split);
     case 128:
-      return launch<Shape<kFp8, false, 2, 128, 5, 1>, false>(p, stream, 1);
+      return launch<Shape<kFp8, false, 2, 128, 5, 1>, false>(all, stream, 1);
     case 256:
-      return launch<Shape<kFp8, false, 1, 256, 4, 1>, false>(p, stream, 1);
+      return launch<Shape<kFp8, false, 1, 256, 4, 1>, false>(all, stream, 1);
     case 0:
-      return launch<Shape<kFp8, true, 2, 128, 5, 1>, false>(p, stream, 1);
+      return launch<Shape<kFp8, true, 2, 128, 5, 1>, false>(all, stream, 1);
     default:
       throw_kernel_error("linear_sm90", "no kernel for this tile");
   }
@@ -412,11 +456,19 @@ void linear(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) 
 namespace hadal::ops {
 
 void linear_fp8_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) {
-  cuda::linear<true>(p, stream, choice);
+  cuda::linear<true>(p, nullptr, 0, stream, choice);
+}
+
+void linear_fp8_sm90(const LinearSm90Params& p, const Sm90Factor* more, int count, Stream stream) {
+  cuda::linear<true>(p, more, count, stream, {});
 }
 
 void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice& choice) {
-  cuda::linear<false>(p, stream, choice);
+  cuda::linear<false>(p, nullptr, 0, stream, choice);
+}
+
+void linear_bf16_sm90(const LinearSm90Params& p, const Sm90Factor* more, int count, Stream stream) {
+  cuda::linear<false>(p, more, count, stream, {});
 }
 
 }  // namespace hadal::ops

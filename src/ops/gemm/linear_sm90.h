@@ -41,6 +41,20 @@ void linear_bf16_sm90(const LinearSm90Params& p, Stream stream, const Sm90Choice
 void linear_fp8_twin(const LinearSm90Params& p);  ///< the same on a CPU, as every *_twin here
 void linear_bf16_twin(const LinearSm90Params& p);
 
+/// A further matrix that the same rows are multiplied with, of as many inputs.
+struct Sm90Factor {
+  const uint8_t* w;
+  int64_t w_groups;
+  const float* w_scale;
+  int64_t outputs;
+  Sm90Output out;
+};
+inline constexpr int kMaxFactors = 6;
+/// `count` products more in the launch of the first: for rows so few that one product alone does
+/// not fill the card. The same bits.
+void linear_fp8_sm90(const LinearSm90Params& p, const Sm90Factor* more, int count, Stream stream);
+void linear_bf16_sm90(const LinearSm90Params& p, const Sm90Factor* more, int count, Stream stream);
+
 /// Products of BF16 rows with E4M3 weights widened to BF16 (`wo_a`), for several groups: out[r, g]
 /// = w[g] x[r, g], in chains of 1,024.
 struct WidenedSm90Params {

@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
+#include "ops/gemm/sm90_random.h"
 #include "ops/gemm/weight.h"
 #include "testing/kernel_checks.h"
 #include "testing/stored_weights.h"
@@ -48,6 +50,25 @@ TEST(Sm90Matrices, HoldFourAndEightBitsAWeight) {
   EXPECT_EQ(four->num_bytes(), weights / 2 + weights / 128 * 4);
   const Stored b = make_fp8(256, 512, 1);
   EXPECT_EQ(pack_sm90_fp8({b.data}, {b.scale})->num_bytes(), weights + 2 * 4 * 4);
+}
+
+TEST(Sm90Matrices, RandomOnesAreFiniteDifferentAndOfTheAskedSize) {
+  for (const auto& [format, widened] : {std::tuple{WeightFormat::kFp8, false},
+                                        {WeightFormat::kFp8, true},
+                                        {WeightFormat::kFp4, false},
+                                        {WeightFormat::kBf16, false}}) {
+    const Sm90Matrices w = random_sm90(
+        {.format = format, .widened = widened, .matrices = 2, .out = 128, .in = 1024, .seed = 3},
+        at::kCPU);
+    const at::Tensor a = unpack_sm90(w, 0).to(at::kFloat), b = unpack_sm90(w, 1).to(at::kFloat);
+    EXPECT_TRUE(a.isfinite().all().item<bool>());
+    EXPECT_FALSE(at::equal(a, b));
+    EXPECT_NEAR(a.mean().item<double>(), 0.0, 0.002);
+    const double deviation = a.std().item<double>() * 32;  // of sums of 1,024 products
+    EXPECT_GT(deviation, 0.5);
+    EXPECT_LT(deviation, 2.0);
+  }
+  EXPECT_THROW(random_sm90({.out = 100, .in = 1024}, at::kCPU), Error);
 }
 
 TEST(Sm90Matrices, RefuseWhatTheyCannotHold) {

@@ -45,37 +45,25 @@ void multiply_bf16(const uint8_t* operand,
             .out = output_of(y, first_column)});
 }
 
-void multiply_fp8(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  const Sm90Rows q = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/true);
-  const auto kernel = [](const auto& p, Stream stream) { linear_fp8_sm90(p, stream); };
-  run_sm90(x, kernel, linear_fp8_twin,
-           {.x = q.codes.const_data_ptr<uint8_t>(),
-            .w = matrix_data(w, 0),
-            .x_groups = q.groups,
-            .w_groups = w.row_groups(),
-            .x_scale = q.scales.const_data_ptr<float>(),
-            .w_scale = w.scales.const_data_ptr<float>(),
-            .rows = x.size(0),
-            .outputs = w.out,
-            .slabs = w.slabs(),
-            .out = output_of(y, 0)});
-}
-
-void multiply_widened(const at::Tensor& x, const Sm90Matrices& w, const at::Tensor& y) {
-  // K of the whole row is K of one group behind another's.
-  const Sm90Rows rows = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false);
+/// K of a whole row of the operand is K of one group behind another's.
+void multiply_widened(const Sm90Rows& x, const Sm90Matrices& w, const at::Tensor& y) {
   const auto kernel = [](const auto& p, Stream stream) { widened_sm90(p, stream); };
-  run_sm90(x, kernel, widened_twin,
-           {.x = rows.codes.const_data_ptr<uint8_t>(),
-            .x_groups = rows.groups,
+  run_sm90(y, kernel, widened_twin,
+           {.x = x.codes.const_data_ptr<uint8_t>(),
+            .x_groups = x.groups,
             .w = matrix_data(w, 0),
             .scales = w.scales.const_data_ptr<float>(),
-            .rows = x.size(0),
+            .rows = x.rows,
             .groups = w.matrices,
             .outputs = w.out,
             .slabs = w.slabs(),
             .out = mutable_bf16_data(y),
             .stride = y.size(1)});
+}
+
+at::Tensor result_rows(const at::Tensor& like, int64_t rows, const Sm90Matrices& w, GemmRole role) {
+  return at::empty({rows, w.out},
+                   like.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
 }
 
 /// Rows of x in a tile for so many rows an expert on average; changes no bit.
@@ -93,7 +81,8 @@ Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device) {
   const auto options = at::TensorOptions(device);
   return {.codes = at::empty({padded * in}, options.dtype(at::kByte)),
           .scales = at::empty({in / sm90::kFp8Chain, padded}, options.dtype(at::kFloat)),
-          .groups = groups};
+          .groups = groups,
+          .rows = rows};
 }
 
 Sm90Rows operand_rows_sm90(const at::Tensor& x,
@@ -108,7 +97,8 @@ Sm90Rows operand_rows_sm90(const at::Tensor& x,
         .codes = at::empty({sm90::round_up(in * 2, sm90::kSlabBytes) * groups * sm90::kGroupRows},
                            x.options().dtype(at::kByte)),
         .scales = {},
-        .groups = groups};
+        .groups = groups,
+        .rows = rows};
     run_sm90(x, bf16_operand_sm90, bf16_operand_twin,
              {.x = x.const_data_ptr(),
               .rows = rows,
@@ -130,6 +120,91 @@ Sm90Rows operand_rows_sm90(const at::Tensor& x,
             .scales = q.scales.mutable_data_ptr<float>(),
             .x_groups = q.groups});
   return q;
+}
+
+namespace {
+
+/// Matrices behind the first, and the results of all.
+struct Factors {
+  const Sm90Matrices* first = nullptr;
+  std::vector<Sm90Factor> all;
+
+  void add(const Sm90Matrices& w, const at::Tensor& y, int64_t first_column) {
+    if (first == nullptr) first = &w;
+    HADAL_CHECK(w.in == first->in && w.format == first->format && !w.widened,
+                "linear: matrices that the same rows are not for");
+    all.push_back({.w = matrix_data(w, 0),
+                   .w_groups = w.row_groups(),
+                   .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr,
+                   .outputs = w.out,
+                   .out = output_of(y, first_column)});
+  }
+  int more() const { return static_cast<int>(all.size()) - 1; }
+};
+
+/// One launch on a GPU; on the CPU the twin of one product after the other.
+void multiply(const Sm90Rows& x, const Factors& factors) {
+  if (x.rows == 0) return;
+  const bool fp8 = factors.first->rounds_rows();
+  HADAL_CHECK(x.scales.defined() == fp8, "linear: rows of another product");
+  LinearSm90Params p{.x = x.codes.const_data_ptr<uint8_t>(),
+                     .w = nullptr,
+                     .x_groups = x.groups,
+                     .w_groups = 0,
+                     .x_scale = fp8 ? x.scales.const_data_ptr<float>() : nullptr,
+                     .w_scale = nullptr,
+                     .rows = x.rows,
+                     .outputs = 0,
+                     .slabs = factors.first->slabs(),
+                     .out = {}};
+  const auto take = [&p](const Sm90Factor& factor) {
+    p.w = factor.w;
+    p.w_groups = factor.w_groups;
+    p.w_scale = factor.w_scale;
+    p.outputs = factor.outputs;
+    p.out = factor.out;
+  };
+  take(factors.all[0]);
+  if (!x.codes.is_cpu()) {
+    const Stream stream = current_stream(x.codes);
+    const Sm90Factor* more = factors.all.data() + 1;
+    if (fp8) return linear_fp8_sm90(p, more, factors.more(), stream);
+    return linear_bf16_sm90(p, more, factors.more(), stream);
+  }
+  for (const Sm90Factor& factor : factors.all) {
+    take(factor);
+    fp8 ? linear_fp8_twin(p) : linear_bf16_twin(p);
+  }
+}
+
+}  // namespace
+
+void multiply_fp8_sm90(const Sm90Rows& x,
+                       const std::vector<const Sm90Matrices*>& matrices,
+                       const at::Tensor& y) {
+  Factors factors;
+  int64_t column = 0;
+  for (const Sm90Matrices* w : matrices) {
+    factors.add(*w, y, column);
+    column += w->out;
+  }
+  multiply(x, factors);
+}
+
+std::vector<at::Tensor> linear_sm90(const Sm90Rows& x, std::span<const Sm90Product> products) {
+  std::vector<at::Tensor> y;
+  Factors factors;
+  for (const auto& [w, role] : products) {
+    y.push_back(result_rows(x.codes, x.rows, *w, role));
+    factors.add(*w, y.back(), 0);
+  }
+  multiply(x, factors);
+  return y;
+}
+
+at::Tensor linear_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role) {
+  const Sm90Product product{.w = &w, .role = role};
+  return linear_sm90(x, {&product, 1})[0];
 }
 
 ExpertRuns::ExpertRuns(int64_t num_rows, int64_t num_experts, at::Device device)
@@ -188,17 +263,12 @@ at::Tensor linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w, GemmRole 
   check_shape(x_any, {-1, w.in}, "linear: x");
   HADAL_CHECK(serves_linear_sm90(w, role), "linear: no kernel for these weights");
   const at::Tensor x = kernel_input(x_any);
-  at::Tensor y = at::empty({x.size(0), w.out},
-                           x.options().dtype(role == GemmRole::kFp32 ? at::kFloat : at::kBFloat16));
-  if (x.size(0) == 0) return y;
-  if (w.format == WeightFormat::kBf16) {
-    const Sm90Rows rows = operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false);
-    multiply_bf16(rows.codes.const_data_ptr<uint8_t>(), rows.groups, x.size(0), w, 0, y, 0);
-  } else if (w.widened) {
-    multiply_widened(x, w, y);
-  } else {
-    multiply_fp8(x, w, y);
-  }
+  const int64_t rows = x.size(0);
+  if (rows == 0) return result_rows(x, rows, w, role);
+  const Sm90Rows operand = operand_rows_sm90(x, {}, rows, w.rounds_rows());
+  if (!w.widened) return linear_sm90(operand, w, role);
+  const at::Tensor y = result_rows(x, rows, w, role);
+  multiply_widened(operand, w, y);
   return y;
 }
 
@@ -244,21 +314,25 @@ bool serves_groups_sm90(const Sm90Matrices& w) {
 
 at::Tensor group_linear_sm90(const at::Tensor& x_any, const Sm90Matrices& w) {
   check_shape(x_any, {-1, w.matrices, w.in}, "group_linear: x");
-  HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
   const at::Tensor x = kernel_input(x_any.flatten(1));
-  const int64_t tokens = x.size(0);
-  const at::Tensor y = at::empty({tokens, w.matrices * w.out}, x.options());
-  if (tokens > 0 && w.widened) {
+  return group_linear_sm90(operand_rows_sm90(x, {}, x.size(0), /*rounds=*/false), w);
+}
+
+at::Tensor group_linear_sm90(const Sm90Rows& x, const Sm90Matrices& w) {
+  HADAL_CHECK(serves_groups_sm90(w), "group_linear: no kernel for these weights");
+  const int64_t rows = x.rows;
+  const at::Tensor y =
+      at::empty({rows, w.matrices * w.out}, x.codes.options().dtype(at::kBFloat16));
+  if (rows > 0 && w.widened) {
     multiply_widened(x, w, y);
-  } else if (tokens > 0) {
-    const Sm90Rows rows = operand_rows_sm90(x, {}, tokens, /*rounds=*/false);
+  } else if (rows > 0) {
     for (int64_t group = 0; group < w.matrices; ++group) {
       const uint8_t* k =
-          rows.codes.const_data_ptr<uint8_t>() + group * w.in * 2 * rows.groups * sm90::kGroupRows;
-      multiply_bf16(k, rows.groups, tokens, w, group, y, group * w.out);
+          x.codes.const_data_ptr<uint8_t>() + group * w.in * 2 * x.groups * sm90::kGroupRows;
+      multiply_bf16(k, x.groups, rows, w, group, y, group * w.out);
     }
   }
-  return y.reshape({tokens, w.matrices, w.out});
+  return y.reshape({rows, w.matrices, w.out});
 }
 
 }  // namespace hadal::ops

@@ -3,6 +3,9 @@
 // Nothing here waits for the device.
 #pragma once
 
+#include <span>
+#include <vector>
+
 #include <ATen/core/Tensor.h>
 
 #include "ops/gemm/linear.h"
@@ -31,6 +34,7 @@ struct Sm90Rows {
   at::Tensor codes;   ///< E4M3, or BF16
   at::Tensor scales;  ///< of E4M3; else undefined
   int64_t groups;     ///< of 8 rows
+  int64_t rows = 0;   ///< that count
 };
 /// E4M3; in: a multiple of 128.
 Sm90Rows empty_rows_sm90(int64_t rows, int64_t in, at::Device device);
@@ -40,6 +44,22 @@ Sm90Rows operand_rows_sm90(const at::Tensor& x,
                            const at::Tensor& source,
                            int64_t rows,
                            bool rounds);
+
+/// The products of linear_sm90 with rows that are operands already, E4M3 where a matrix asks for
+/// them (rounds_rows()): of several matrices of one format in one launch on a GPU, at most
+/// kMaxFactors. Results in their order. Not for weights that are widened.
+struct Sm90Product {
+  const Sm90Matrices* w = nullptr;
+  GemmRole role = GemmRole::kBf16;
+};
+std::vector<at::Tensor> linear_sm90(const Sm90Rows& x, std::span<const Sm90Product> products);
+at::Tensor linear_sm90(const Sm90Rows& x, const Sm90Matrices& w, GemmRole role);
+/// The same of FP8 into the columns of y [rows, *], one matrix's behind another's.
+void multiply_fp8_sm90(const Sm90Rows& x,
+                       const std::vector<const Sm90Matrices*>& matrices,
+                       const at::Tensor& y);
+/// wo_a with BF16 rows that are operands of its groups already: result [rows, groups, out] BF16.
+at::Tensor group_linear_sm90(const Sm90Rows& x, const Sm90Matrices& w);
 
 /// Which expert rows belong to, as a kernel writes it on the GPU.
 struct ExpertRuns {

@@ -27,7 +27,7 @@ TEST(WeightGpu, CodesStayCodes) {
   const Weight low(pack_panels(at::randn({16, 32}).to(at::kBFloat16)));
   EXPECT_EQ(low.to(at::kCUDA).form(), WeightForm::kSm90);
   EXPECT_TRUE(same_bits(low.to(at::kCUDA).values(0).cpu(), low.values(0)));
-  EXPECT_EQ(low.to(at::kCUDA, GemmRole::kFp4).form(), WeightForm::kDense);
+  EXPECT_EQ(low.to(at::kCUDA, GemmRole::kFp4).form(), WeightForm::kSm90);
   EXPECT_EQ(Weight(pack_panels(at::randn({16, 32}))).to(at::kCUDA).form(), WeightForm::kDense);
 }
 

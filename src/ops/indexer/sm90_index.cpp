@@ -22,7 +22,7 @@ struct Scores {
       : scores(at::empty(
             {batch.num_tokens(), align_up(std::max<int64_t>(max_visible(batch, ratio), 1), 8)},
             options)),
-        visible((batch.pos() + 1).div(ratio, "floor").to(at::kInt)) {}
+        visible(batch.visible(ratio)) {}
 };
 
 constexpr RowFormat kKeyFormat{.kind = RowKind::kIndexKey, .width = kIndexDim};
@@ -56,9 +56,14 @@ Scores score_packed(const at::Tensor& q_any,
                     const Batch& batch,
                     int64_t ratio) {
   const int64_t tokens = q_any.size(0), heads = q_any.size(1);
-  const at::Tensor q = pack_rows(q_any.reshape({tokens * heads, kIndexDim}), keys.format),
-                   w = kernel_input(w_any);
-  const at::Tensor line = keys.slots.index_select(0, batch.seq());  // of the page table
+  const bool packed = q_any.scalar_type() == at::kByte;
+  const at::Tensor q =
+      packed ? q_any : pack_rows(q_any.reshape({tokens * heads, kIndexDim}), keys.format);
+  const at::Tensor w = kernel_input(w_any);
+  // Lines of the page table.
+  const at::Tensor line = keys.slots.is_same(batch.slots())
+                              ? batch.token_slots()
+                              : keys.slots.index_select(0, batch.seq());
   Scores result(batch, ratio, w.options());
   run_sm90(q, index_scores_sm90, index_scores_twin,
            {.q = q.const_data_ptr<uint8_t>(),

@@ -16,7 +16,8 @@ bool serves_index_sm90(const at::Tensor& q,
                        const BlockView& keys,
                        Numerics numerics);
 
-/// As ops::index_scores and ops::index_topk, whose arguments these are.
+/// As ops::index_scores and ops::index_topk, whose arguments these are; q also packed (kByte,
+/// ops/cache/sm90_rows.h), in [tokens, heads, 68].
 at::Tensor index_scores_on_sm90(const at::Tensor& q,
                                 const at::Tensor& w,
                                 const BlockView& keys,

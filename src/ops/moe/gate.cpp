@@ -121,8 +121,7 @@ Routing route_on_sm90(const at::Tensor& logits_any,
     table = fixed.to(at::kInt).contiguous();
     ids = at::arange(tokens, ints);
   }
-  const at::Tensor experts = at::empty({tokens, topk}, ints);
-  Routing result{.experts = {},
+  Routing result{.experts = at::empty({tokens, topk}, ints),
                  .weights = at::empty({tokens, topk}, logits.options()),
                  .affinity = at::empty_like(logits)};
   run_sm90(logits, gate_sm90, gate_twin,
@@ -130,14 +129,13 @@ Routing route_on_sm90(const at::Tensor& logits_any,
             .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
             .table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr,
             .ids = ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr,
-            .experts = experts.mutable_data_ptr<int32_t>(),
+            .experts = result.experts.mutable_data_ptr<int32_t>(),
             .weights = result.weights.mutable_data_ptr<float>(),
             .tokens = tokens,
             .num_experts = num_experts,
             .topk = topk,
             .scale = static_cast<float>(route_scale),
             .affinity = result.affinity.mutable_data_ptr<float>()});
-  result.experts = experts.to(at::kLong);
   return result;
 }
 

@@ -10,7 +10,7 @@
 namespace hadal::ops {
 
 struct Routing {
-  at::Tensor experts;  ///< [tokens, topk] I64, ascending within a token
+  at::Tensor experts;  ///< [tokens, topk] I64, of the Hopper kernel I32; ascending within a token
   at::Tensor weights;  ///< [tokens, topk] FP32, of the experts beside them; un-biased, normalised,
                        ///< times route_scale
   at::Tensor

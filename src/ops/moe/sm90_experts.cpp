@@ -137,4 +137,35 @@ at::Tensor experts_on_sm90(const at::Tensor& x_any,
   return out;
 }
 
+bool serves_shared_expert_sm90(const ProductInput& x, const RoutedExperts& shared) {
+  if (x.numerics() != Numerics::kReleased || !x.x().is_cuda()) return false;
+  for (const Weight* w : {&shared.w1, &shared.w3, &shared.w2}) {
+    if (w->form() != WeightForm::kSm90 || w->matrices() != 1 ||
+        w->sm90().format != WeightFormat::kFp8 || !serves_linear_sm90(w->sm90(), GemmRole::kFp8)) {
+      return false;
+    }
+  }
+  return use_sm90(x.x());
+}
+
+at::Tensor shared_expert_on_sm90(const ProductInput& x, const RoutedExperts& shared) {
+  const Sm90Matrices &w1 = shared.w1.sm90(), &w3 = shared.w3.sm90(), &w2 = shared.w2.sm90();
+  const int64_t tokens = x.x().size(0), inter = w1.out;
+  HADAL_CHECK(w3.out == inter && w2.in == inter && w1.in == w3.in && w1.in == x.x().size(1),
+              "shared expert: matrices that do not belong together");
+  const at::Tensor gate_up = at::empty({tokens, 2 * inter}, x.x().options());
+  multiply_fp8_sm90(x.codes(), {&w1, &w3}, gate_up);
+  const Sm90Rows hidden = empty_rows_sm90(tokens, inter, x.x().device());
+  swiglu_quantise_sm90({.gate_up = gate_up.const_data_ptr(),
+                        .weight = nullptr,
+                        .limit = static_cast<float>(shared.swiglu_limit),
+                        .rows = tokens,
+                        .inter = inter,
+                        .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
+                        .scales = hidden.scales.mutable_data_ptr<float>(),
+                        .x_groups = hidden.groups},
+                       current_stream(x.x()));
+  return linear_sm90(hidden, w2, GemmRole::kFp8);
+}
+
 }  // namespace hadal::ops

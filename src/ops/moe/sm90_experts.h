@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/gemm/product_input.h"
 #include "ops/gemm/weight.h"
 #include "ops/moe/gate.h"
 
@@ -27,5 +28,10 @@ at::Tensor experts_on_sm90(const at::Tensor& x,
                            const Routing& routing,
                            const RoutedExperts& experts,
                            const at::Tensor& shared);
+
+/// Whether the shared expert's matrices, FP8, have a chain of kernels, too.
+bool serves_shared_expert_sm90(const ProductInput& x, const RoutedExperts& shared);
+/// w2 of SwiGLU of w1 and w3 of x: [tokens, dim] BF16.
+at::Tensor shared_expert_on_sm90(const ProductInput& x, const RoutedExperts& shared);
 
 }  // namespace hadal::ops

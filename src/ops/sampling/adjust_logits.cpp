@@ -71,10 +71,10 @@ void penalise(std::span<float> logits,
     float& logit = logits[static_cast<size_t>(token)];
     logit = penalised(logit, sampling, in_answer + std::ranges::count(ahead, token));
   };
-  for (const auto& [token, count] : history.counts_) penalise_one(token, count.in_answer);
+  for (const auto& [token, count] : history.counts()) penalise_one(token, count.in_answer);
   for (auto token = ahead.begin(); token != ahead.end(); ++token) {
     const bool seen = std::find(ahead.begin(), token, *token) != token;
-    if (!seen && !history.counts_.contains(*token)) penalise_one(*token, 0);
+    if (!seen && !history.counts().contains(*token)) penalise_one(*token, 0);
   }
 }
 

@@ -17,15 +17,14 @@ class TokenHistory {
   /// A token of the answer.
   void add(int64_t token) { ++counts_[token].in_answer; }
 
- private:
-  friend void penalise(std::span<float>,
-                       const Sampling&,
-                       const TokenHistory&,
-                       std::span<const int64_t>);
   struct Count {
     bool in_prompt = false;
     int64_t in_answer = 0;
   };
+  /// Of every token that stands anywhere, in no order.
+  const std::unordered_map<int64_t, Count>& counts() const { return counts_; }
+
+ private:
   std::unordered_map<int64_t, Count> counts_;
 };
 
