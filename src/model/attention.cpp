@@ -151,9 +151,9 @@ IndexerStep run_indexer(const Indexer& indexer,
   if (!scores && ops::serves_index_sm90(q, projected, keys, context.numerics) &&
       ops::serves_cache_rows_sm90(q, context.rope_compressed, keys.format)) {
     // BF16 times a number is FP32 within on a GPU, rounded once.
-    step.selection =
-        ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed),
-                                projected.mul(factor), keys, batch, ratio, config.index_topk);
+    step.selection = ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed),
+                                             projected.mul(factor), keys, batch, ratio,
+                                             config.index_topk, context.numerics);
     return step;
   }
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);

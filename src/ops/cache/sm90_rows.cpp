@@ -36,25 +36,27 @@ void cache_rows_sm90(const CacheRows& rows,
                    cos_sin = kernel_input(rows.cos_sin);
   const int64_t* place = numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr;
   if (format.kind == RowKind::kIndexKey) {
-    run_sm90(x, index_rows_sm90, index_rows_twin, {.x = bf16_data(x),
-                     .weight = weight.const_data_ptr<float>(),
-                     .cos_sin = cos_sin.const_data_ptr<float>(),
-                     .place = place,
-                     .out = out.mutable_data_ptr<uint8_t>(),
-                     .rows = count,
-                     .heads = 1,
-                     .eps = static_cast<float>(rows.eps)});
+    run_sm90(x, index_rows_sm90, index_rows_twin,
+             {.x = bf16_data(x),
+              .weight = weight.const_data_ptr<float>(),
+              .cos_sin = cos_sin.const_data_ptr<float>(),
+              .place = place,
+              .out = out.mutable_data_ptr<uint8_t>(),
+              .rows = count,
+              .heads = 1,
+              .eps = static_cast<float>(rows.eps)});
     return;
   }
-  run_sm90(x, latent_rows_sm90, latent_rows_twin, {.x = bf16_data(x),
-                    .weight = weight.const_data_ptr<float>(),
-                    .cos_sin = cos_sin.const_data_ptr<float>(),
-                    .place = place,
-                    .out = out.mutable_data_ptr<uint8_t>(),
-                    .rows = count,
-                    .width = format.width,
-                    .stride = format.width,
-                    .eps = static_cast<float>(rows.eps)});
+  run_sm90(x, latent_rows_sm90, latent_rows_twin,
+           {.x = bf16_data(x),
+            .weight = weight.const_data_ptr<float>(),
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .place = place,
+            .out = out.mutable_data_ptr<uint8_t>(),
+            .rows = count,
+            .width = format.width,
+            .stride = format.width,
+            .eps = static_cast<float>(rows.eps)});
 }
 
 at::Tensor rows_in_step_with(const at::Tensor& cache, int64_t count) {
@@ -75,14 +77,15 @@ at::Tensor index_queries_sm90(const at::Tensor& q_any, const at::Tensor& cos_sin
   const at::Tensor q = kernel_input(q_any), cos_sin = kernel_input(cos_sin_any);
   at::Tensor packed =
       at::empty({q.size(0), q.size(1), kIndexRow.bytes()}, q.options().dtype(at::kByte));
-  run_sm90(q, index_rows_sm90, index_rows_twin, {.x = bf16_data(q),
-                   .weight = nullptr,
-                   .cos_sin = cos_sin.const_data_ptr<float>(),
-                   .place = nullptr,
-                   .out = packed.mutable_data_ptr<uint8_t>(),
-                   .rows = q.size(0) * q.size(1),
-                   .heads = q.size(1),
-                   .eps = 0.0f});
+  run_sm90(q, index_rows_sm90, index_rows_twin,
+           {.x = bf16_data(q),
+            .weight = nullptr,
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .place = nullptr,
+            .out = packed.mutable_data_ptr<uint8_t>(),
+            .rows = q.size(0) * q.size(1),
+            .heads = q.size(1),
+            .eps = 0.0f});
   return packed;
 }
 

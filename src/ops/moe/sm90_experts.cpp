@@ -156,14 +156,15 @@ at::Tensor shared_expert_on_sm90(const ProductInput& x, const RoutedExperts& sha
   const at::Tensor gate_up = at::empty({tokens, 2 * inter}, x.x().options());
   multiply_fp8_sm90(x.codes(), {&w1, &w3}, gate_up);
   const Sm90Rows hidden = empty_rows_sm90(tokens, inter, x.x().device());
-  run_sm90(x.x(), swiglu_quantise_sm90, swiglu_quantise_twin, {.gate_up = gate_up.const_data_ptr(),
-                        .weight = nullptr,
-                        .limit = static_cast<float>(shared.swiglu_limit),
-                        .rows = tokens,
-                        .inter = inter,
-                        .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
-                        .scales = hidden.scales.mutable_data_ptr<float>(),
-                        .x_groups = hidden.groups});
+  run_sm90(x.x(), swiglu_quantise_sm90, swiglu_quantise_twin,
+           {.gate_up = gate_up.const_data_ptr(),
+            .weight = nullptr,
+            .limit = static_cast<float>(shared.swiglu_limit),
+            .rows = tokens,
+            .inter = inter,
+            .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
+            .scales = hidden.scales.mutable_data_ptr<float>(),
+            .x_groups = hidden.groups});
   return linear_sm90(hidden, w2, GemmRole::kFp8);
 }
 
