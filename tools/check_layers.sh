@@ -36,6 +36,7 @@ BEGIN {
   rooms["ops/gemm"] = ". cpu cuda quant norm"
   rooms["ops/moe"] = ". cpu cuda gemm"
   rooms["ops/absent"] = ". attention cache compressor gemm indexer mhc moe norm sampling"
+  rooms["ops/twin"] = ". cpu attention cache norm quant gemm"
   rooms["ops/attention"] = ". cpu cuda cache rows gemm norm"
   rooms["ops/compressor"] = ". cpu cuda cache rows gemm"
   rooms["ops/indexer"] = ". cpu cuda cache rows gemm quant"

@@ -24,6 +24,7 @@ namespace {
 using ops::Numerics;
 using testing::first_difference;
 using testing::packed_model;
+using testing::plain_logits;
 using testing::random_tokens;
 using testing::RunsOn;
 using testing::traced_pass;
@@ -65,6 +66,8 @@ TEST_P(AsHopper, ATokenDoesNotKnowItsChunks) {
   const TracedPass whole =
       traced_pass(model, c().numerics, ids, std::ssize(ids), RunsOn::kAsHopper);
   EXPECT_TRUE(whole.logits.isfinite().all().item<bool>());
+  EXPECT_TRUE(
+      at::equal(plain_logits(model, c().numerics, ids, 64, RunsOn::kAsHopper), whole.logits));
   for (const int64_t chunk : {1, 37}) {
     const TracedPass pieces = traced_pass(model, c().numerics, ids, chunk, RunsOn::kAsHopper);
     EXPECT_TRUE(at::equal(pieces.logits, whole.logits)) << chunk;

@@ -62,21 +62,21 @@ const std::byte* RowMemory::write(std::span<const int64_t> numbers, const std::b
 
 void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at::Tensor& to) {
   const int64_t count = from.defined() ? from.numel() : source.size(0);
+  const bool packs = format_.packed() && source.scalar_type() != at::kByte;
   HADAL_CHECK(count == to.numel() && source.device() == rows_.device(), "row_memory: ", count,
               " rows on ", source.device().str(), " for ", to.numel(), " on ",
               rows_.device().str());
   if (!rows_.is_cpu()) {
     const at::Tensor found = from.defined() ? source.index_select(0, from) : source;
-    const bool packs = format_.packed() && source.scalar_type() != at::kByte;
     rows_.index_copy_(0, to,
                       packs ? ops::pack_rows(found, format_) : found.to(rows_.scalar_type()));
     return;
   }
   const at::Tensor dense =
-      format_.packed() ? source.contiguous() : source.to(rows_.scalar_type()).contiguous();
+      packs ? source.contiguous() : source.to(rows_.scalar_type()).contiguous();
   const int64_t stride = dense.size(1) * dense.element_size();
   const auto* data = static_cast<const std::byte*>(dense.const_data_ptr());
-  HADAL_CHECK(format_.packed() ? dense.scalar_type() == at::kBFloat16 : stride == row_bytes(),
+  HADAL_CHECK(packs ? dense.scalar_type() == at::kBFloat16 : stride == row_bytes(),
               "row_memory: rows of ", dense.size(1), " ", dense.scalar_type(), " for rows of ",
               row_bytes(), " bytes");
   const int64_t* sources = from.defined() ? from.const_data_ptr<int64_t>() : nullptr;
@@ -84,7 +84,7 @@ void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at
   for (int64_t i = 0; i < count; ++i) {
     const int64_t number = sources != nullptr ? sources[i] : i;
     const std::byte* row = data + number * stride;
-    if (!format_.packed()) {
+    if (!packs) {
       std::memcpy(bytes(targets[i]), row, static_cast<size_t>(stride));
       continue;
     }

@@ -88,12 +88,16 @@ model::Transformer packed_model(const model::ModelConfig& config,
   return model;
 }
 
-TracedPass traced_pass(const model::Transformer& model,
-                       Numerics numerics,
-                       std::span<const int64_t> tokens,
-                       int64_t chunk,
-                       RunsOn where,
-                       const std::vector<model::BlockChoices>& forced) {
+namespace {
+
+/// Calls step(ids, context) with a context for every step of a sequence through the caches.
+template <typename Step>
+void each_step(const model::Transformer& model,
+               Numerics numerics,
+               std::span<const int64_t> tokens,
+               int64_t chunk,
+               RunsOn where,
+               Step&& step) {
   const at::Device device = where == RunsOn::kCard ? at::Device(at::kCUDA) : at::Device(at::kCPU);
   std::optional<ops::AsHopperGuard> guard;
   if (where == RunsOn::kAsHopper) guard.emplace();
@@ -105,38 +109,65 @@ TracedPass traced_pass(const model::Transformer& model,
       {.numerics = numerics, .num_pages = num_pages + 1, .num_slots = 2, .device = device});
   std::vector<int64_t> pages(static_cast<size_t>(num_pages));
   std::iota(pages.rbegin(), pages.rend(), 0);
-  TracedPass pass;
-  Trace trace(pass);
-  std::vector<at::Tensor> logits;
   for (int64_t pos = 0; pos < count; pos += chunk) {
     const auto part =
         tokens.subspan(static_cast<size_t>(pos), static_cast<size_t>(std::min(chunk, count - pos)));
-    const engine_core::SequenceStep step{.slot = 1, .start = pos, .tokens = part, .pages = pages};
-    const ops::Batch batch = cache.begin({&step, 1});
+    const engine_core::SequenceStep planned{
+        .slot = 1, .start = pos, .tokens = part, .pages = pages};
+    const ops::Batch batch = cache.begin({&planned, 1});
     model::ForwardContext context;
     context.batch = &batch;
     context.numerics = numerics;
     context.kv = &cache;
+    step(at::tensor(std::vector<int64_t>(part.begin(), part.end()), at::kLong).to(device), context);
+  }
+}
+
+}  // namespace
+
+TracedPass traced_pass(const model::Transformer& model,
+                       Numerics numerics,
+                       std::span<const int64_t> tokens,
+                       int64_t chunk,
+                       RunsOn where,
+                       const std::vector<model::BlockChoices>& forced) {
+  TracedPass pass;
+  Trace trace(pass);
+  std::vector<at::Tensor> logits;
+  const auto step = [&](const at::Tensor& ids, model::ForwardContext& context) {
     context.request = {.experts = true, .routing = true, .selection = true, .attention = true};
-    context.forced = on_device(forced, device);
-    trace.step(pos, std::ssize(part));
-    const at::Tensor ids =
-        at::tensor(std::vector<int64_t>(part.begin(), part.end()), at::kLong).to(device);
+    context.forced = on_device(forced, ids.device());
+    trace.step(context.batch->start(0), ids.size(0));
     at::Tensor streams = model.embed(ids, numerics);
     pass.choices.clear();
     for (int64_t layer = 0; layer < model.config().n_layers; ++layer) {
       model::BlockOutput out = model.run_layer(layer, std::move(streams), ids, context);
       trace.block(layer, out);
-      pass.choices.push_back(model::choices_of(out.aux, model.config(), layer, batch));
+      pass.choices.push_back(model::choices_of(out.aux, model.config(), layer, *context.batch));
       streams = std::move(out.streams);
     }
     const at::Tensor head = model.head_input(streams, numerics);
     trace.keep("input of the head", head);
     logits.push_back(model.logits(head, numerics).cpu());
     trace.keep("logits", logits.back());
-  }
+  };
+  each_step(model, numerics, tokens, chunk, where, step);
   pass.logits = at::cat(logits);
   return pass;
+}
+
+at::Tensor plain_logits(const model::Transformer& model,
+                        Numerics numerics,
+                        std::span<const int64_t> tokens,
+                        int64_t chunk,
+                        RunsOn where) {
+  std::vector<at::Tensor> logits;
+  const auto step = [&](const at::Tensor& ids, model::ForwardContext& context) {
+    const at::Tensor streams = model.forward(ids, context).streams;
+    logits.push_back(model.logits(model.head_input(streams, numerics), numerics).cpu());
+  };
+  each_step(model, numerics, tokens, chunk, where, step);
+  return at::cat(logits);
 }
 
 std::string first_difference(const TracedPass& found, const TracedPass& wanted) {

@@ -41,6 +41,14 @@ TracedPass traced_pass(const model::Transformer& model,
                        RunsOn where,
                        const std::vector<model::BlockChoices>& forced = {});
 
+/// The logits [tokens, vocab] of the same steps in which nobody looks at anything, as the engine
+/// runs them.
+at::Tensor plain_logits(const model::Transformer& model,
+                        ops::Numerics numerics,
+                        std::span<const int64_t> tokens,
+                        int64_t chunk,
+                        RunsOn where);
+
 /// "NAME: 3 of 512 differ, the first [1, 7]: 0.25 instead of 0.5" of the first value that is not
 /// the same bit for bit; "" where all are.
 std::string first_difference(const TracedPass& found, const TracedPass& wanted);

@@ -18,8 +18,7 @@ constexpr int64_t kRotary = 64;
 bool serves_heads_sm90(const at::Tensor& x, const at::Tensor& cos_sin) {
   const int64_t width = x.size(2);
   return cos_sin.size(1) * 2 == kRotary &&
-         (width == 64 || width == 128 || width == 256 || width == 512) && x.is_cuda() &&
-         use_sm90(x);
+         (width == 64 || width == 128 || width == 256 || width == 512) && use_sm90(x);
 }
 
 }  // namespace
@@ -34,16 +33,16 @@ at::Tensor norm_rotate_heads(const at::Tensor& q_any,
     return rope(head_norm(q_any, eps, numerics), cos_sin_any);
   const at::Tensor q = kernel_input(q_any), cos_sin = kernel_input(cos_sin_any);
   at::Tensor out = at::empty_like(q);
-  head_rows_sm90({.x = bf16_data(q),
-                  .cos_sin = cos_sin.const_data_ptr<float>(),
-                  .out = mutable_bf16_data(out),
-                  .tokens = q.size(0),
-                  .heads = q.size(1),
-                  .width = q.size(2),
-                  .eps = static_cast<float>(eps),
-                  .norm = true,
-                  .inverse = false},
-                 current_stream(q));
+  run_sm90(q, head_rows_sm90, head_rows_twin,
+           {.x = bf16_data(q),
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .out = mutable_bf16_data(out),
+            .tokens = q.size(0),
+            .heads = q.size(1),
+            .width = q.size(2),
+            .eps = static_cast<float>(eps),
+            .norm = true,
+            .inverse = false});
   return out;
 }
 
@@ -66,15 +65,15 @@ at::Tensor rotated_group_linear(const at::Tensor& x_any,
                       .scales = {},
                       .groups = x_groups,
                       .rows = tokens};
-  head_operand_sm90({.x = bf16_data(x),
-                     .cos_sin = cos_sin.const_data_ptr<float>(),
-                     .operand = rows.codes.mutable_data_ptr<uint8_t>(),
-                     .tokens = tokens,
-                     .heads = heads,
-                     .width = width,
-                     .groups = w.matrices(),
-                     .x_groups = x_groups},
-                    current_stream(x));
+  run_sm90(x, head_operand_sm90, head_operand_twin,
+           {.x = bf16_data(x),
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .operand = rows.codes.mutable_data_ptr<uint8_t>(),
+            .tokens = tokens,
+            .heads = heads,
+            .width = width,
+            .groups = w.matrices(),
+            .x_groups = x_groups});
   return group_linear_sm90(rows, w.sm90());
 }
 

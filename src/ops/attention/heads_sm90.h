@@ -17,6 +17,7 @@ struct HeadRowsSm90Params {
   bool norm, inverse;
 };
 void head_rows_sm90(const HeadRowsSm90Params& p, Stream stream);
+void head_rows_twin(const HeadRowsSm90Params& p);  ///< the same on a CPU
 
 /// Results of attention, rotated back, as operands of the grouped output projection: group g's has
 /// the heads [g, g + 1) * heads / groups as its K.
@@ -28,5 +29,6 @@ struct HeadOperandSm90Params {
   int64_t groups, x_groups;      ///< x_groups * 8 >= tokens; rows from `tokens` on become zero
 };
 void head_operand_sm90(const HeadOperandSm90Params& p, Stream stream);
+void head_operand_twin(const HeadOperandSm90Params& p);  ///< the same on a CPU
 
 }  // namespace hadal::ops

@@ -54,7 +54,8 @@ struct WindowRows {
       return;
     }
     if (kv.is_cpu()) {
-      const at::Tensor own_rows = format == AttnRows::kBf16 ? kv : pack_rows(kv, history.format);
+      const at::Tensor own_rows =
+          packed || format == AttnRows::kBf16 ? kv : pack_rows(kv, history.format);
       step = at::cat({history.rows, own_rows});
       base = row_data(step);
       step_row = history.rows.size(0);

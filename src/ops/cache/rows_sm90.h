@@ -22,7 +22,7 @@ struct LatentRowsSm90Params {
   float eps;
 };
 void latent_rows_sm90(const LatentRowsSm90Params& p, Stream stream);
-/// The same on a CPU, of rows that are only packed; Error for one that no round trip gave.
+/// The same on a CPU; Error for a row that is only packed and no round trip gave.
 void latent_rows_twin(const LatentRowsSm90Params& p);
 
 /// Keys and queries of the indexer: RMSNorm (keys), rotation of the last 64 of 128 channels,

@@ -17,7 +17,7 @@ constexpr RowFormat kIndexRow{.kind = RowKind::kIndexKey, .width = 128};
 bool serves_cache_rows_sm90(const at::Tensor& x,
                             const at::Tensor& cos_sin,
                             const RowFormat& format) {
-  if (cos_sin.size(1) * 2 != kRotaryDim || !x.is_cuda() || !use_sm90(x)) return false;
+  if (cos_sin.size(1) * 2 != kRotaryDim || !use_sm90(x)) return false;
   if (format.kind == RowKind::kIndexKey) return format.width == kIndexRow.width;
   return format.kind == RowKind::kLatent && format.rotary == kRotaryDim &&
          (format.width == 128 || format.width == 256 || format.width == 512);
@@ -35,29 +35,28 @@ void cache_rows_sm90(const CacheRows& rows,
   const at::Tensor x = kernel_input(rows.x), weight = fp32_input(rows.weight),
                    cos_sin = kernel_input(rows.cos_sin);
   const int64_t* place = numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr;
-  const Stream stream = current_stream(x);
   if (format.kind == RowKind::kIndexKey) {
-    index_rows_sm90({.x = bf16_data(x),
-                     .weight = weight.const_data_ptr<float>(),
-                     .cos_sin = cos_sin.const_data_ptr<float>(),
-                     .place = place,
-                     .out = out.mutable_data_ptr<uint8_t>(),
-                     .rows = count,
-                     .heads = 1,
-                     .eps = static_cast<float>(rows.eps)},
-                    stream);
+    run_sm90(x, index_rows_sm90, index_rows_twin,
+             {.x = bf16_data(x),
+              .weight = weight.const_data_ptr<float>(),
+              .cos_sin = cos_sin.const_data_ptr<float>(),
+              .place = place,
+              .out = out.mutable_data_ptr<uint8_t>(),
+              .rows = count,
+              .heads = 1,
+              .eps = static_cast<float>(rows.eps)});
     return;
   }
-  latent_rows_sm90({.x = bf16_data(x),
-                    .weight = weight.const_data_ptr<float>(),
-                    .cos_sin = cos_sin.const_data_ptr<float>(),
-                    .place = place,
-                    .out = out.mutable_data_ptr<uint8_t>(),
-                    .rows = count,
-                    .width = format.width,
-                    .stride = format.width,
-                    .eps = static_cast<float>(rows.eps)},
-                   stream);
+  run_sm90(x, latent_rows_sm90, latent_rows_twin,
+           {.x = bf16_data(x),
+            .weight = weight.const_data_ptr<float>(),
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .place = place,
+            .out = out.mutable_data_ptr<uint8_t>(),
+            .rows = count,
+            .width = format.width,
+            .stride = format.width,
+            .eps = static_cast<float>(rows.eps)});
 }
 
 at::Tensor rows_in_step_with(const at::Tensor& cache, int64_t count) {
@@ -78,15 +77,15 @@ at::Tensor index_queries_sm90(const at::Tensor& q_any, const at::Tensor& cos_sin
   const at::Tensor q = kernel_input(q_any), cos_sin = kernel_input(cos_sin_any);
   at::Tensor packed =
       at::empty({q.size(0), q.size(1), kIndexRow.bytes()}, q.options().dtype(at::kByte));
-  index_rows_sm90({.x = bf16_data(q),
-                   .weight = nullptr,
-                   .cos_sin = cos_sin.const_data_ptr<float>(),
-                   .place = nullptr,
-                   .out = packed.mutable_data_ptr<uint8_t>(),
-                   .rows = q.size(0) * q.size(1),
-                   .heads = q.size(1),
-                   .eps = 0.0f},
-                  current_stream(q));
+  run_sm90(q, index_rows_sm90, index_rows_twin,
+           {.x = bf16_data(q),
+            .weight = nullptr,
+            .cos_sin = cos_sin.const_data_ptr<float>(),
+            .place = nullptr,
+            .out = packed.mutable_data_ptr<uint8_t>(),
+            .rows = q.size(0) * q.size(1),
+            .heads = q.size(1),
+            .eps = 0.0f});
   return packed;
 }
 

@@ -248,8 +248,7 @@ bool serves_keep_rows_sm90(const at::Tensor& kv,
            ring.rows.is_contiguous() && ring.rows.size(1) == kv.size(1);
   };
   return numerics != Numerics::kIdeal && kv.size(1) % 4 == 0 && is_ring(kv_history) &&
-         is_ring(score_history) && kv_history.ring == score_history.ring && kv.is_cuda() &&
-         use_sm90_fp32(kv);
+         is_ring(score_history) && kv_history.ring == score_history.ring && use_sm90_fp32(kv);
 }
 
 void keep_rows_on_sm90(const at::Tensor& kv_any,
@@ -262,11 +261,11 @@ void keep_rows_on_sm90(const at::Tensor& kv_any,
                        const RingWrites& writes) {
   const at::Tensor kv = kernel_input(kv_any), gate = kernel_input(gate_any),
                    ape = fp32_input(ape_any);
-  keep_rows_sm90({.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
-                  .from = writes.from.const_data_ptr<int64_t>(),
-                  .to = writes.to.const_data_ptr<int64_t>(),
-                  .count = writes.to.numel()},
-                 current_stream(kv));
+  run_sm90(kv, keep_rows_sm90, keep_rows_twin,
+           {.rows = rows_of(kv, gate, ape, kv_history, score_history, batch, ratio),
+            .from = writes.from.const_data_ptr<int64_t>(),
+            .to = writes.to.const_data_ptr<int64_t>(),
+            .count = writes.to.numel()});
 }
 
 }  // namespace hadal::ops

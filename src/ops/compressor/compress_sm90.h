@@ -44,5 +44,7 @@ struct KeepRowsSm90Params {
   int64_t count;
 };
 void keep_rows_sm90(const KeepRowsSm90Params& p, Stream stream);
+/// The same on a CPU.
+void keep_rows_twin(const KeepRowsSm90Params& p);
 
 }  // namespace hadal::ops

@@ -62,4 +62,19 @@ void compress_twin(const CompressSm90Params& p) {
   });
 }
 
+void keep_rows_twin(const KeepRowsSm90Params& p) {
+  const CompressorRowsSm90& rows = p.rows;
+  const int64_t width = (rows.ratio == 4 ? 2 : 1) * rows.d;
+  for (int64_t i = 0; i < p.count; ++i) {
+    if (p.from[i] < 0) continue;
+    const float *kv = rows.kv + p.from[i] * rows.stride,
+                *gate = rows.gate + p.from[i] * rows.stride,
+                *ape = rows.ape + rows.pos[p.from[i]] % rows.ratio * width;
+    for (int64_t c = 0; c < width; ++c) {
+      rows.kv_ring[p.to[i] * width + c] = kv[c];
+      rows.score_ring[p.to[i] * width + c] = gate[c] + ape[c];
+    }
+  }
+}
+
 }  // namespace hadal::ops

@@ -40,7 +40,7 @@ namespace {
 enum class OperandKind { kNone, kCodes, kBf16 };
 
 OperandKind operand_kind(const ProductInput& x, const Weight& w, GemmRole role) {
-  if (!x.x().is_cuda() || !use_sm90(x.x())) return OperandKind::kNone;
+  if (!use_sm90(x.x())) return OperandKind::kNone;
   if (w.form() != WeightForm::kSm90 || !serves_linear_sm90(w.sm90(), role))
     return OperandKind::kNone;
   if (w.sm90().format == WeightFormat::kBf16) return OperandKind::kBf16;

@@ -137,7 +137,7 @@ at::Tensor experts_on_sm90(const at::Tensor& x_any,
 }
 
 bool serves_shared_expert_sm90(const ProductInput& x, const RoutedExperts& shared) {
-  if (x.numerics() != Numerics::kReleased || !x.x().is_cuda()) return false;
+  if (x.numerics() != Numerics::kReleased) return false;
   for (const Weight* w : {&shared.w1, &shared.w3, &shared.w2}) {
     if (w->form() != WeightForm::kSm90 || w->matrices() != 1 ||
         w->sm90().format != WeightFormat::kFp8 || !serves_linear_sm90(w->sm90(), GemmRole::kFp8)) {
@@ -155,15 +155,15 @@ at::Tensor shared_expert_on_sm90(const ProductInput& x, const RoutedExperts& sha
   const at::Tensor gate_up = at::empty({tokens, 2 * inter}, x.x().options());
   multiply_fp8_sm90(x.codes(), {&w1, &w3}, gate_up);
   const Sm90Rows hidden = empty_rows_sm90(tokens, inter, x.x().device());
-  swiglu_quantise_sm90({.gate_up = gate_up.const_data_ptr(),
-                        .weight = nullptr,
-                        .limit = static_cast<float>(shared.swiglu_limit),
-                        .rows = tokens,
-                        .inter = inter,
-                        .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
-                        .scales = hidden.scales.mutable_data_ptr<float>(),
-                        .x_groups = hidden.groups},
-                       current_stream(x.x()));
+  run_sm90(x.x(), swiglu_quantise_sm90, swiglu_quantise_twin,
+           {.gate_up = gate_up.const_data_ptr(),
+            .weight = nullptr,
+            .limit = static_cast<float>(shared.swiglu_limit),
+            .rows = tokens,
+            .inter = inter,
+            .codes = hidden.codes.mutable_data_ptr<uint8_t>(),
+            .scales = hidden.scales.mutable_data_ptr<float>(),
+            .x_groups = hidden.groups});
   return linear_sm90(hidden, w2, GemmRole::kFp8);
 }
 
