@@ -54,7 +54,11 @@ Optimizer::Optimizer(model::Transformer& model, OptimizerParams params, Ownershi
       return ownership_.here(index) ? at::zeros_like(value)
                                     : at::empty_like(value, value.options().device(at::kMeta));
     };
-    OptimizerSlot slot{&parameter, rule, ownership_.owner(index), zeros(), {}};
+    OptimizerSlot slot{.parameter = &parameter,
+                       .rule = rule,
+                       .owner = ownership_.owner(index),
+                       .momentum = zeros(),
+                       .variance = {}};
     if (rule != UpdateRule::kMuon) slot.variance = zeros();
     slots_.push_back(std::move(slot));
   });
@@ -66,9 +70,13 @@ void Optimizer::zero_grad() {
 
 void Optimizer::fill_gradients(const std::function<bool(const Parameter&)>& trained) {
   for (size_t i = 0; i < slots_.size(); ++i) {
-    const at::Tensor& value = slots_[i].parameter->value;
-    if (!ownership_.here(i) || value.grad().defined() || !trained(*slots_[i].parameter)) continue;
-    value.mutable_grad() = at::zeros_like(value.detach());
+    OptimizerSlot& slot = slots_[i];
+    const at::Tensor& value = slot.parameter->value;
+    slot.trained = trained(*slot.parameter);
+    HADAL_CHECK(slot.trained || !value.grad().defined(), "optimizer: ", slot.parameter->name,
+                " has a gradient in a step that does not train it");
+    if (slot.trained && ownership_.here(i) && !value.grad().defined())
+      value.mutable_grad() = at::zeros_like(value.detach());
   }
 }
 
@@ -138,13 +146,37 @@ at::Tensor Optimizer::clip_gradients(double max_norm, dist::Ranks& ranks) {
 
 void Optimizer::spread(dist::Ranks& ranks) {
   if (ranks.size() == 1) return;
-  constexpr size_t kUnderWay = 32;
-  std::deque<dist::Transfer> transfers;
-  for (const OptimizerSlot& slot : slots_) {
-    transfers.push_back(ranks.broadcast(slot.parameter->value.detach(), slot.owner));
-    for (; transfers.size() > kUnderWay; transfers.pop_front()) transfers.front().wait();
+  const at::NoGradGuard no_grad;
+  std::vector<size_t> trained;
+  std::vector<int64_t> bytes;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].trained) trained.push_back(i);
+    bytes.push_back(static_cast<int64_t>(slots_[i].parameter->value.nbytes()));
   }
-  for (dist::Transfer& transfer : transfers) transfer.wait();
+  struct Message {
+    at::Tensor bundle;
+    std::vector<at::Tensor> values;
+    bool copies;  ///< out of the bundle when it has arrived
+    dist::Transfer transfer;
+  };
+  std::deque<Message> messages;
+  const auto finish = [](Message& message) {
+    message.transfer.wait();
+    if (!message.copies) return;
+    const std::vector<at::Tensor> parts = unbundled(message.bundle, message.values);
+    for (size_t i = 0; i < parts.size(); ++i) message.values[i].copy_(parts[i]);
+  };
+  constexpr size_t kUnderWay = 32;
+  for (const std::vector<size_t>& indices : ownership_.bundles(trained, bytes)) {
+    Message message;
+    for (const size_t i : indices) message.values.push_back(slots_[i].parameter->value.detach());
+    message.bundle = bundled(message.values);
+    message.copies = !ownership_.here(indices[0]) && !message.bundle.is_same(message.values[0]);
+    message.transfer = ranks.broadcast(message.bundle, ownership_.owner(indices[0]));
+    messages.push_back(std::move(message));
+    for (; messages.size() > kUnderWay; messages.pop_front()) finish(messages.front());
+  }
+  for (Message& message : messages) finish(message);
 }
 
 void Optimizer::step(double lr) {

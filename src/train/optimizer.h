@@ -39,6 +39,7 @@ struct OptimizerSlot {
   model::Parameter* parameter;
   UpdateRule rule;
   int64_t owner;
+  bool trained = true;  ///< by this step: fill_gradients
   at::Tensor momentum;  ///< Muon: momentum; AdamW: first moment
   at::Tensor variance;  ///< AdamW only
 };
@@ -50,7 +51,8 @@ class Optimizer {
   Optimizer(model::Transformer& model, OptimizerParams params, Ownership ownership = {});
 
   void zero_grad();
-  /// What this rank owns and `trained` names has a gradient from here on: zeros where it had none.
+  /// Says what the step trains, for all that follows in it: of that, what this rank owns has a
+  /// gradient from here on, zeros where it had none. Nothing else may have one.
   void fill_gradients(const std::function<bool(const model::Parameter&)>& trained);
   /// Euclidean norm over all gradients [], computed in a fixed order: one number, the same on every
   /// rank and on any number of them.
@@ -61,7 +63,7 @@ class Optimizer {
   at::Tensor clip_gradients(double max_norm);
   /// One update with learning rate lr > 0; parameters without gradient stay as they are.
   void step(double lr);
-  /// After step(): every rank gets its owner's values of each parameter.
+  /// After step(): every rank gets its owner's values of each parameter that was trained.
   void spread(dist::Ranks& ranks);
 
   /// Named state tensors, in a fixed order, those of other ranks as meta tensors; assigning to them

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include <ATen/core/Tensor.h>
+
 #include "model/transformer.h"
 
 namespace hadal::train {
@@ -25,12 +27,20 @@ class Ownership {
   int64_t owner(size_t index) const { return owners_.empty() ? 0 : owners_[index]; }
   bool here(size_t index) const { return owner(index) == rank_; }
   const StateLoad& load() const { return load_; }
+  /// The parameters among `indices` (ascending) by what travels in one message: large ones alone,
+  /// small ones of one owner together. The same on every rank.
+  std::vector<std::vector<size_t>> bundles(const std::vector<size_t>& indices,
+                                           const std::vector<int64_t>& bytes) const;
 
  private:
   std::vector<int64_t> owners_;
   int64_t rank_ = 0;
   StateLoad load_;
 };
+
+/// Tensors of a bundle as one, and one of their total size as views of them; alone, itself.
+at::Tensor bundled(const std::vector<at::Tensor>& tensors);
+std::vector<at::Tensor> unbundled(const at::Tensor& bundle, const std::vector<at::Tensor>& like);
 
 /// Loads of `ranks` buckets for items of these sizes, and the bucket of each: longest processing
 /// time first.

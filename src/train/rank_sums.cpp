@@ -1,8 +1,8 @@
 #include "train/rank_sums.h"
 
-#include <atomic>
 #include <bit>
 #include <deque>
+#include <map>
 #include <span>
 #include <utility>
 
@@ -15,7 +15,7 @@
 namespace hadal::train {
 namespace {
 
-/// Gradients under way from this rank at most; the next one waits for the oldest.
+/// Messages under way from this rank at most; the next one waits for the oldest.
 constexpr size_t kUnderWay = 32;
 
 template <typename Bits, typename Value>
@@ -192,45 +192,105 @@ at::Tensor join_gradients(const NodeTable& table,
   return std::move(parts[0].gradient);
 }
 
-/// Every gradient goes to its owner, parameter after parameter in one order on all ranks, so that
-/// nobody waits for somebody who waits for him.
-void exchange(const NodeTable& table,
-              std::vector<StepNode>& nodes,
-              const std::vector<at::Tensor>& parameters,
-              const StepShare& share,
-              const Ownership& ownership,
-              dist::Ranks& ranks) {
-  const size_t count = table.entries().size();
-  std::deque<dist::Transfer> sent;
-  for (size_t p = 0; p < parameters.size(); ++p) {
-    const bool here = ownership.here(p);
-    std::vector<at::Tensor> gradients(count);
-    std::vector<dist::Transfer> received;
-    for (size_t e = 0; e < count; ++e) {
-      const NodeTable::Entry& entry = table.entries()[e];
-      if (!table.has_gradient(e, p)) continue;
-      const auto tag = static_cast<int64_t>(p * count + e);
-      if (entry.own >= 0) {
-        at::Tensor own = std::move(nodes[static_cast<size_t>(entry.own)].gradients[p]);
-        if (here) {
-          gradients[e] = std::move(own);
-        } else {
-          sent.push_back(ranks.send(own.contiguous(), ownership.owner(p), tag));
-        }
-      } else if (here) {
-        gradients[e] = at::empty_like(parameters[p].detach());
-        received.push_back(ranks.receive(gradients[e], entry.rank, tag));
+/// Every gradient goes to its owner, bundle after bundle in one order on all ranks, so that nobody
+/// waits for somebody who waits for him.
+class Exchange {
+ public:
+  Exchange(const NodeTable& table,
+           std::vector<StepNode>& nodes,
+           const std::vector<at::Tensor>& parameters,
+           const Ownership& ownership,
+           dist::Ranks& ranks)
+      : table_(table),
+        nodes_(nodes),
+        parameters_(parameters),
+        ownership_(ownership),
+        ranks_(ranks) {}
+
+  /// Leaves in each parameter of this rank the sum of its gradients.
+  void run(int64_t leaves) {
+    std::vector<size_t> indices;
+    std::vector<int64_t> bytes;
+    for (const at::Tensor& parameter : parameters_) {
+      indices.push_back(indices.size());
+      bytes.push_back(static_cast<int64_t>(parameter.nbytes()));
+    }
+    for (const std::vector<size_t>& bundle : ownership_.bundles(indices, bytes)) {
+      if (ownership_.here(bundle[0])) {
+        collect(bundle, leaves);
+      } else {
+        send(bundle);
       }
     }
-    for (dist::Transfer& transfer : received) transfer.wait();
-    if (here) {
-      at::Tensor sum = join_gradients(table, share.total, p, gradients);
-      if (sum.defined()) parameters[p].mutable_grad() = std::move(sum);
-    }
-    for (; sent.size() > kUnderWay; sent.pop_front()) sent.front().wait();
+    for (dist::Transfer& transfer : sent_) transfer.wait();
   }
-  for (dist::Transfer& transfer : sent) transfer.wait();
-}
+
+ private:
+  /// Of a bundle, what a node has a gradient of.
+  std::vector<size_t> present(const std::vector<size_t>& bundle, size_t entry) const {
+    std::vector<size_t> result;
+    for (const size_t p : bundle)
+      if (table_.has_gradient(entry, p)) result.push_back(p);
+    return result;
+  }
+  /// Tells a bundle of one node from all others.
+  int64_t tag(const std::vector<size_t>& bundle, size_t entry) const {
+    return static_cast<int64_t>(bundle[0] * table_.entries().size() + entry);
+  }
+  at::Tensor& own(size_t entry, size_t parameter) {
+    return nodes_[static_cast<size_t>(table_.entries()[entry].own)].gradients[parameter];
+  }
+
+  void send(const std::vector<size_t>& bundle) {
+    for (size_t e = 0; e < table_.entries().size(); ++e) {
+      if (table_.entries()[e].own < 0) continue;
+      std::vector<at::Tensor> gradients;
+      for (const size_t p : present(bundle, e)) gradients.push_back(std::move(own(e, p)));
+      if (gradients.empty()) continue;
+      sent_.push_back(ranks_.send(bundled(gradients), ownership_.owner(bundle[0]), tag(bundle, e)));
+    }
+    for (; sent_.size() > kUnderWay; sent_.pop_front()) sent_.front().wait();
+  }
+
+  void collect(const std::vector<size_t>& bundle, int64_t leaves) {
+    const size_t count = table_.entries().size();
+    std::map<size_t, std::vector<at::Tensor>> gradients;  // by parameter, each by entry
+    for (const size_t p : bundle) gradients[p].resize(count);
+    std::vector<dist::Transfer> received;
+    for (size_t e = 0; e < count; ++e) {
+      const std::vector<size_t> some = present(bundle, e);
+      if (some.empty()) continue;
+      if (table_.entries()[e].own >= 0) {
+        for (const size_t p : some) gradients[p][e] = std::move(own(e, p));
+        continue;
+      }
+      std::vector<at::Tensor> like;
+      int64_t elements = 0;
+      for (const size_t p : some) {
+        like.push_back(parameters_[p].detach());
+        elements += like.back().numel();
+      }
+      const at::Tensor arriving = at::empty({elements}, like[0].options());
+      received.push_back(ranks_.receive(arriving, table_.entries()[e].rank, tag(bundle, e)));
+      const std::vector<at::Tensor> parts = unbundled(arriving, like);
+      for (size_t i = 0; i < some.size(); ++i) gradients[some[i]][e] = parts[i];
+    }
+    for (dist::Transfer& transfer : received) transfer.wait();
+    std::vector<at::Tensor> sums(bundle.size());
+    for_each_slot(bundle.size(), true, [&](size_t i) {
+      sums[i] = join_gradients(table_, leaves, bundle[i], gradients.at(bundle[i]));
+    });
+    for (size_t i = 0; i < bundle.size(); ++i)
+      if (sums[i].defined()) parameters_[bundle[i]].mutable_grad() = std::move(sums[i]);
+  }
+
+  const NodeTable& table_;
+  std::vector<StepNode>& nodes_;
+  const std::vector<at::Tensor>& parameters_;
+  const Ownership& ownership_;
+  dist::Ranks& ranks_;
+  std::deque<dist::Transfer> sent_;
+};
 
 }  // namespace
 
@@ -275,7 +335,7 @@ StepMeasures sum_over_ranks(StepSums& sums,
       break;
     }
   }
-  exchange(table, nodes, parameters, share, ownership, ranks);
+  Exchange(table, nodes, parameters, ownership, ranks).run(share.total);
 
   struct Part {
     Span span;
