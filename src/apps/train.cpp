@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -40,16 +42,21 @@ struct TrainFlags {
 };
 
 /// One process a rank on this machine, each of this program with this command line.
-int launch_ranks(const TrainFlags& flags) {
+int launch_ranks(const TrainFlags& flags, std::chrono::steady_clock::time_point start) {
   train::load_run_config(flags.config);  // its errors are told once
   const int threads = flags.threads > 0
                           ? flags.threads
                           : std::max(1, static_cast<int>(num_threads() / flags.ranks));
-  return dist::launch({.command = {"/proc/self/exe", "train", flags.config, "--max-seconds",
-                                   concat(flags.max_seconds), "--threads", concat(threads),
-                                   "--rank-timeout", concat(flags.rank_timeout)},
-                       .ranks = flags.ranks,
-                       .restarts = flags.restarts});
+  const auto command = [flags, threads, start] {
+    // What is left of the time, after restarts, too; 0 would be no limit.
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+    const double left =
+        flags.max_seconds > 0.0 ? std::max(0.001, flags.max_seconds - spent.count()) : 0.0;
+    return std::vector<std::string>{"/proc/self/exe", "train",          flags.config,
+                                    "--max-seconds",  concat(left),     "--threads",
+                                    concat(threads),  "--rank-timeout", concat(flags.rank_timeout)};
+  };
+  return dist::launch({.command = command, .ranks = flags.ranks, .restarts = flags.restarts});
 }
 
 /// The ranks that the environment names; one where it names none.
@@ -101,7 +108,7 @@ int run(const TrainFlags& flags) {
     HADAL_INPUT_CHECK(!dist::find_placement(dist::process_environment()),
                       "--ranks: this process is one of several ranks already (RANK, WORLD_SIZE and "
                       "the like are set): expected one of the two");
-    return launch_ranks(flags);
+    return launch_ranks(flags, start);
   }
   const std::unique_ptr<dist::Ranks> ranks = join_ranks(flags);
   try {

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <gtest/gtest.h>
 
@@ -45,6 +46,16 @@ TEST(Placement, IsWhatEachStarterSays) {
   EXPECT_EQ(torchrun->local_rank, 1);
   EXPECT_EQ(torchrun->host, "node7");
   EXPECT_EQ(torchrun->port, 1234);
+  EXPECT_FALSE(torchrun->agent);
+  const auto elastic = placement_in({{"RANK", "0"},
+                                     {"WORLD_SIZE", "2"},
+                                     {"MASTER_ADDR", "node7"},
+                                     {"MASTER_PORT", "1234"},
+                                     {"TORCHELASTIC_USE_AGENT_STORE", "True"},
+                                     {"TORCHELASTIC_RESTART_COUNT", "2"}});
+  ASSERT_TRUE(elastic);
+  EXPECT_TRUE(elastic->agent);
+  EXPECT_EQ(elastic->attempt, 2);
 
   const auto open_mpi = placement_in({{"OMPI_COMM_WORLD_RANK", "1"},
                                       {"OMPI_COMM_WORLD_SIZE", "2"},
@@ -142,6 +153,35 @@ TEST(Ranks, HearEachOther) {
   }
 }
 
+// torchrun's agent keeps the store, which outlives an attempt: what the one before left in it does
+// not count.
+TEST(Ranks, MeetInTheStoreOfAnAgent) {
+  c10d::TCPStoreOptions options;
+  options.port = 0;
+  options.isServer = true;
+  options.waitWorkers = false;
+  const auto agent = c10::make_intrusive<c10d::TCPStore>("127.0.0.1", options);
+  for (int64_t attempt = 0; attempt < 2; ++attempt) {
+    std::vector<std::thread> threads;
+    std::vector<int64_t> sums(2, 0);
+    for (int64_t rank = 0; rank < 2; ++rank) {
+      threads.emplace_back([&, rank] {
+        Ranks ranks({.rank = rank,
+                     .size = 2,
+                     .host = "127.0.0.1",
+                     .port = agent->getPort(),
+                     .agent = true,
+                     .attempt = attempt,
+                     .starter = "torchrun"},
+                    std::chrono::seconds(20));
+        ranks.sum({&(sums[static_cast<size_t>(rank)] += rank + 1), 1});
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(sums, (std::vector<int64_t>{3, 3}));
+  }
+}
+
 TEST(Ranks, NameWhoHasNotCome) {
   const auto errors = testing::run_ranks(4, [](Ranks&) {}, std::chrono::seconds(1), {1, 3});
   EXPECT_EQ(errors[0], "rank 0: expected 4 ranks within 1 s, missing: 1, 3");
@@ -173,7 +213,12 @@ TEST(Ranks, NameWhoIsLateAndWhere) {
 
 /// A shell script as every rank.
 Launch script(const std::string& text, int64_t ranks, int64_t restarts = 0) {
-  return {.command = {"/bin/sh", "-c", text}, .ranks = ranks, .restarts = restarts};
+  return {.command =
+              [text] {
+                return std::vector<std::string>{"/bin/sh", "-c", text};
+              },
+          .ranks = ranks,
+          .restarts = restarts};
 }
 
 TEST(Launcher, ReturnsWhatTheRanksEndWith) {

@@ -145,9 +145,13 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
   return result;
 }
 
-Child start(const Launch& launch, int64_t rank, const Meeting& meeting, const Signals& signals) {
-  const std::vector<std::string> variables = environment_of(rank, launch.ranks, meeting);
-  const std::vector<char*> argv = pointers(launch.command), envp = pointers(variables);
+Child start(const std::vector<std::string>& command,
+            int64_t rank,
+            int64_t size,
+            const Meeting& meeting,
+            const Signals& signals) {
+  const std::vector<std::string> variables = environment_of(rank, size, meeting);
+  const std::vector<char*> argv = pointers(command), envp = pointers(variables);
   int ends[2] = {-1, -1};
   HADAL_INPUT_CHECK(rank == 0 || ::pipe2(ends, O_CLOEXEC) == 0, "--ranks: no pipe for rank ", rank,
                     ": ", system_reason());
@@ -186,8 +190,9 @@ class Group {
  public:
   Group(const Launch& what, Signals& signals) : signals_(signals) {
     const Meeting meeting;
+    const std::vector<std::string> command = what.command();
     for (int64_t rank = 0; rank < what.ranks; ++rank)
-      children_.push_back(start(what, rank, meeting, signals));
+      children_.push_back(start(command, rank, what.ranks, meeting, signals));
   }
   ~Group() {
     kill(SIGKILL);
@@ -304,8 +309,7 @@ std::string death(int64_t rank, const Child& child) {
 }  // namespace
 
 int launch(const Launch& what) {
-  HADAL_CHECK(what.ranks >= 1 && !what.command.empty(), "launch: ", what.ranks, " ranks of ",
-              what.command.size(), " words");
+  HADAL_CHECK(what.ranks >= 1, "launch: ", what.ranks, " ranks");
   Signals signals;
   for (int64_t attempt = 0;; ++attempt) {
     Group group(what, signals);

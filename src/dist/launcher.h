@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -11,7 +12,8 @@ namespace hadal::dist {
 inline constexpr int kExitStopped = 1, kExitBadInput = 2, kExitRankLost = 4;
 
 struct Launch {
-  std::vector<std::string> command;  ///< program and arguments of every rank
+  /// Program and arguments of every rank, asked for at every start.
+  std::function<std::vector<std::string>()> command;
   int64_t ranks = 1;
   int64_t restarts = 0;  ///< how often all are started again after one of them has died
 };

@@ -89,6 +89,9 @@ void find_address(const Reader& reader, const Starter& starter, Placement& place
     port = 10000 + reader.integer("SLURM_JOB_ID", 0, INT64_MAX) % 20000;  // jobs share nodes
   }
   placement.port = static_cast<uint16_t>(port);
+  placement.agent = reader.text("TORCHELASTIC_USE_AGENT_STORE") == "True";
+  if (reader.has("TORCHELASTIC_RESTART_COUNT"))
+    placement.attempt = reader.integer("TORCHELASTIC_RESTART_COUNT", 0, INT64_MAX);
   if (placement.rank == 0 && reader.has("HADAL_LISTENING"))
     placement.listening = static_cast<int>(reader.integer("HADAL_LISTENING", 3, 1 << 20));
 }

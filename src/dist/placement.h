@@ -14,6 +14,8 @@ struct Placement {
   std::string host;        ///< of rank 0
   uint16_t port = 0;       ///< where rank 0 listens
   int listening = -1;      ///< rank 0 of `hadal train --ranks`: the descriptor that listens there
+  bool agent = false;      ///< somebody else listens there: torchrun's agent
+  int64_t attempt = 0;     ///< how often the starter has started the ranks before
   std::string starter;     ///< for messages: "torchrun", "Open MPI", "MPICH", "Slurm"
 };
 

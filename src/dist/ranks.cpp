@@ -27,7 +27,7 @@ using Store = c10::intrusive_ptr<c10d::Store>;
 /// A rank says so often that it lives, and is given up when nothing was heard for as long.
 constexpr milliseconds kBeat(500), kSilence(3000);
 
-std::string key(const char* what, int64_t rank) { return concat("hadal/", what, "/", rank); }
+std::string key(const char* what, int64_t rank) { return concat(what, "/", rank); }
 
 /// The reason alone: LibTorch's exceptions carry a stack trace behind it.
 std::string reason(const std::exception& error) {
@@ -96,12 +96,12 @@ struct Ranks::Impl {
     if (failed || !store) return;
     constexpr milliseconds kPause(5);
     try {
-      int64_t left = store->add("hadal/left", 1);
+      int64_t left = store->add("left", 1);
       if (placement.rank != 0) return;
       for (auto waited = milliseconds(0); left < placement.size && waited < kSilence;
            waited += kPause) {
         std::this_thread::sleep_for(kPause);
-        left = store->add("hadal/left", 0);
+        left = store->add("left", 0);
       }
     } catch (const std::exception&) {  // rank 0 is gone: nobody is waited for
     }
@@ -112,15 +112,17 @@ struct Ranks::Impl {
   void open_store() {
     c10d::TCPStoreOptions options;
     options.port = placement.port;
-    options.isServer = placement.rank == 0;
+    options.isServer = placement.rank == 0 && !placement.agent;
     options.waitWorkers = false;
     options.timeout = timeout;
     if (placement.listening >= 0) options.masterListenFd = placement.listening;
     try {
-      store = c10::make_intrusive<c10d::TCPStore>(placement.host, options);
+      store = c10::make_intrusive<c10d::PrefixStore>(
+          concat("hadal/attempt_", placement.attempt),
+          c10::make_intrusive<c10d::TCPStore>(placement.host, options));
     } catch (const std::exception& error) {
       const std::string at = concat(placement.host, ":", placement.port);
-      HADAL_INPUT_CHECK(placement.rank != 0, "rank 0 cannot listen at ", at,
+      HADAL_INPUT_CHECK(!options.isServer, "rank 0 cannot listen at ", at,
                         " (MASTER_ADDR, MASTER_PORT): ", reason(error));
       throw RankLost(concat("rank ", placement.rank, ": rank 0 does not answer at ", at,
                             " (MASTER_ADDR, MASTER_PORT): ", reason(error)));
