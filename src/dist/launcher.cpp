@@ -129,9 +129,8 @@ std::vector<std::string> environment_of(int64_t rank, int64_t size, const Meetin
   for (char** entry = environ; *entry != nullptr; ++entry) {
     const std::string text = *entry;
     const std::string name = text.substr(0, text.find('=') + 1);
-    const bool replaced = std::any_of(ours.begin(), ours.end(), [&](const std::string& own) {
-      return own.compare(0, name.size(), name) == 0;
-    });
+    const bool replaced = std::any_of(
+        ours.begin(), ours.end(), [&](const std::string& own) { return own.starts_with(name); });
     if (!replaced) result.push_back(text);
   }
   result.insert(result.end(), ours.begin(), ours.end());
@@ -272,7 +271,7 @@ class Group {
     }
     // The last word of one that dies is told with its death.
     constexpr std::string_view kLast = "hadal: ";
-    if (child.line.rfind(kLast, 0) == 0) {
+    if (child.line.starts_with(kLast)) {
       child.line.erase(0, kLast.size());
       child.errors.reset();
       return;

@@ -17,6 +17,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "base/join.h"
+#include "base/log.h"
 
 namespace hadal::dist {
 namespace {
@@ -103,7 +104,8 @@ struct Ranks::Impl {
         std::this_thread::sleep_for(kPause);
         left = store->add("left", 0);
       }
-    } catch (const std::exception&) {  // rank 0 is gone: nobody is waited for
+    } catch (const std::exception& error) {
+      log::debug("ranks", "rank 0 left first: ", reason(error));
     }
   }
   Impl(const Impl&) = delete;
@@ -132,7 +134,7 @@ struct Ranks::Impl {
   /// Waits until every rank has come.
   void meet() {
     constexpr milliseconds kPause(10);
-    std::vector<int64_t> absent = {0};
+    std::vector<int64_t> absent;
     try {
       heartbeat = std::make_unique<Heartbeat>(store->clone(), placement.rank);
       enter("joining");
@@ -144,7 +146,8 @@ struct Ranks::Impl {
         if (absent.empty()) return;
         std::this_thread::sleep_for(kPause);
       } while (std::chrono::steady_clock::now() < end);
-    } catch (const std::exception&) {  // the store does not answer: rank 0 is absent
+    } catch (const std::exception&) {
+      absent = {0};  // the store does not answer
     }
     linger();
     throw RankLost(concat("rank ", placement.rank, ": expected ", placement.size, " ranks within ",

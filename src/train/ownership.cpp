@@ -34,7 +34,7 @@ Ownership::Ownership(const model::Transformer& model, int64_t ranks, int64_t ran
   model.visit([&](const model::Parameter& parameter) {
     const UpdateRule rule = update_rule(parameter);
     if (rule == UpdateRule::kNone) return;
-    const int64_t bytes = static_cast<int64_t>(parameter.value.nbytes());
+    const auto bytes = static_cast<int64_t>(parameter.value.nbytes());
     sizes.push_back(rule == UpdateRule::kMuon ? bytes : 2 * bytes);
   });
   std::vector<int64_t> loads;

@@ -49,7 +49,7 @@ class Words {
   }
   at::Tensor scalar() {
     const int64_t type = next();
-    const double value = std::bit_cast<double>(next());
+    const auto value = std::bit_cast<double>(next());
     if (type == 0) return {};
     return at::full({}, value, type == 2 ? at::kDouble : at::kFloat);
   }
