@@ -221,8 +221,9 @@ std::function<int()> define_serve(CLI::App& app) {
   app.add_option("--max-context", engine.max_context, "tokens of prompt and answer; 0: all")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--step-tokens", engine.step_tokens, "rows of a step while answers run, at most")
-      ->check(between(1, 1 << 20))
+  app.add_option("--step-tokens", engine.step_tokens,
+                 "rows of a step while answers run, at most; 0: 256, on a GPU 1,024")
+      ->check(between(0, 1 << 20))
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
       ->check(between(0, 8))

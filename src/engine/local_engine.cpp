@@ -57,6 +57,15 @@ KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngine
   return sizes;
 }
 
+int64_t step_tokens(const LocalEngineOptions& options) {
+  if (options.step_tokens > 0) return options.step_tokens;
+  return options.device.is_cpu() ? 256 : 1024;
+}
+int64_t prompt_tokens(const LocalEngineOptions& options) {
+  if (options.prompt_tokens > 0) return options.prompt_tokens;
+  return options.device.is_cpu() ? 1024 : 4096;
+}
+
 /// Prompts of growing length while they take little time, and a token behind the last, where nobody
 /// has anything yet: afterwards code, weights and buffers that steps need are in memory.
 void warm_up(ModelRunner& runner, const KvCache& cache, int64_t most) {
@@ -128,7 +137,7 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     // In a thread of its own: the loop's, which comes next, inherits what glibc gave it to allocate
     // in.
     std::async(std::launch::async, [&] {
-      warm_up(parts_->runner, cache, options.prompt_tokens);
+      warm_up(parts_->runner, cache, prompt_tokens(options));
     }).get();
     tokenizer.take_caches();
     give_back_freed_memory();
@@ -147,16 +156,15 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   engine_core::SchedulerOptions scheduling;
   scheduling.max_running = std::min(options.max_running, cache.num_slots());
   scheduling.max_waiting = options.max_waiting;
-  scheduling.step_tokens = options.step_tokens;
-  scheduling.prompt_tokens = options.prompt_tokens;
+  scheduling.step_tokens = step_tokens(options);
+  scheduling.prompt_tokens = prompt_tokens(options);
   // The MTP block looks one token ahead.
   scheduling.max_drafts = parts_->drafter ? std::min<int64_t>(options.max_drafts, 1) : 0;
   scheduling.always_draft = options.always_draft;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
-  if (options.device.is_cuda()) {
-    log::warn(
-        "engine", "what docs/kernels.md leaves to LibTorch on ", options.device.str(),
-        " is not batch-invariant: where it runs, the bits of an answer may depend on the load");
+  if (options.device.is_cuda() && options.numerics == ops::Numerics::kIdeal) {
+    log::warn("engine", "`ideal` runs references on ", options.device.str(),
+              ", slowly, and the bits of an answer may depend on the load");
   }
   log::info("engine", capacity(), ", context of at most ", context, " tokens");
   if (scheduling.max_running < options.max_running && options.cache_tokens == 0)

@@ -25,12 +25,13 @@ struct LocalEngineOptions {
   int64_t cache_tokens = 0;       ///< > 0: pages for so many instead, and for some states
   int64_t snapshot_interval = 0;  ///< tokens; 0: the page
   int64_t max_context = 0;        ///< 0: what model and pages allow
-  int64_t step_tokens = 256;      ///< rows of a step while answers are running, at most
-  int64_t prompt_tokens = 1024;   ///< rows of a step of prompts alone
-  int64_t max_drafts = 0;         ///< 0: no speculation; the MTP block gives 1
-  bool always_draft = false;      ///< also where it does not pay: to measure
-  at::Device device = at::kCPU;   ///< where the model's parameters are
-  bool lazy_memory = false;       ///< as KvCacheOptions::lazy
+  /// Rows of a step while answers are running, at most; 0: 256, on a GPU 1,024.
+  int64_t step_tokens = 0;
+  int64_t prompt_tokens = 0;     ///< rows of a step of prompts alone; 0: 1,024, on a GPU 4,096
+  int64_t max_drafts = 0;        ///< 0: no speculation; the MTP block gives 1
+  bool always_draft = false;     ///< also where it does not pay: to measure
+  at::Device device = at::kCPU;  ///< where the model's parameters are
+  bool lazy_memory = false;      ///< as KvCacheOptions::lazy
   /// A few tokens are run at the start, so that what steps need is in memory and can be stated.
   bool warm_up = false;
   /// Empty folder: no store on disk. Its identity, page and window are filled in.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "ops/gemm/hopper_twin.h"
@@ -214,6 +215,61 @@ TEST_P(MoeSm90, IsTheTwinsFromTheChoiceToTheSum) {
   int64_t wrong = 0;
   for (size_t i = 0; i < found.size(); ++i) wrong += found[i] != expected[i];
   EXPECT_EQ(wrong, 0) << "of " << found.size();
+}
+
+// One block, and several that count first, against the twin.
+TEST(RouteSm90, EveryRowHasThePlaceOfTheTwin) {
+  constexpr int64_t kTopk = 6;
+  std::mt19937 random(3);
+  for (const int64_t num_experts : {9, 256, 1000}) {
+    for (const int64_t tokens : {1, 300, 4096}) {
+      std::vector<int32_t> experts;
+      std::vector<float> weights;
+      for (int64_t t = 0; t < tokens; ++t) {
+        std::set<int32_t> chosen;
+        while (std::ssize(chosen) < kTopk)
+          chosen.insert(static_cast<int32_t>(random() % static_cast<uint64_t>(num_experts)));
+        experts.insert(experts.end(), chosen.begin(), chosen.end());
+        for (int64_t k = 0; k < kTopk; ++k)
+          weights.push_back(static_cast<float>(random() % 1000) / 1000.0f);
+      }
+      const int64_t rows = max_routed_rows(tokens, kTopk, num_experts);
+      const auto size = static_cast<size_t>(rows);
+      const auto max_runs = static_cast<size_t>(std::min(num_experts, tokens * kTopk));
+      struct Found {
+        std::vector<int32_t> source, place;
+        std::vector<float> weight;
+        std::vector<ExpertRun> runs;
+        int32_t num_runs = 0;
+      };
+      Found wanted{std::vector<int32_t>(size), std::vector<int32_t>(experts.size()),
+                   std::vector<float>(size), std::vector<ExpertRun>(max_runs)};
+      route_twin({experts.data(), weights.data(), wanted.source.data(), wanted.weight.data(),
+                  wanted.place.data(), wanted.runs.data(), &wanted.num_runs, tokens, kTopk,
+                  num_experts, rows});
+      const OnDevice<int32_t> experts_there(experts), source(size), place(experts.size()),
+          num_runs(1), counts(static_cast<size_t>(num_experts));
+      const OnDevice<float> weights_there(weights), weight(size);
+      const OnDevice<ExpertRun> runs(max_runs);
+      for (const bool many : {false, true}) {
+        route_sm90({experts_there.get(), weights_there.get(), source.get(), weight.get(),
+                    place.get(), runs.get(), num_runs.get(), tokens, kTopk, num_experts, rows,
+                    many ? counts.get() : nullptr},
+                   nullptr);
+        EXPECT_EQ(source.read(), wanted.source) << num_experts << " " << tokens << " " << many;
+        EXPECT_EQ(weight.read(), wanted.weight) << num_experts << " " << tokens << " " << many;
+        EXPECT_EQ(place.read(), wanted.place) << num_experts << " " << tokens << " " << many;
+        ASSERT_EQ(num_runs.read()[0], wanted.num_runs);
+        const auto found = runs.read();
+        for (int32_t i = 0; i < wanted.num_runs; ++i) {
+          const auto at = static_cast<size_t>(i);
+          EXPECT_EQ(found[at].expert, wanted.runs[at].expert);
+          EXPECT_EQ(found[at].first_row, wanted.runs[at].first_row);
+          EXPECT_EQ(found[at].rows, wanted.runs[at].rows);
+        }
+      }
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Tokens, MoeSm90, ::testing::Values(1, 7, 64, 300));

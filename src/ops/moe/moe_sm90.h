@@ -18,6 +18,8 @@ struct RouteSm90Params {
   int32_t* num_runs;       ///< [1]
   int64_t tokens, topk, num_experts;  ///< num_experts: at most 1,024
   int64_t rows;                       ///< of source and row_weight: at least max_routed_rows
+  /// [num_experts] for steps of many tokens, whose choices several blocks count; null: one block.
+  int32_t* counts = nullptr;
 };
 void route_sm90(const RouteSm90Params& p, Stream stream);
 void route_twin(const RouteSm90Params& p);  ///< the same on a CPU
