@@ -43,6 +43,9 @@ struct TrainFlags {
 
 /// One process a rank on this machine, each of this program with this command line.
 int launch_ranks(const TrainFlags& flags, std::chrono::steady_clock::time_point start) {
+  HADAL_INPUT_CHECK(!dist::find_placement(dist::process_environment()),
+                    "--ranks: this process is one of several ranks already (RANK, WORLD_SIZE and "
+                    "the like are set): expected one of the two");
   train::load_run_config(flags.config);  // its errors are told once
   const int threads = flags.threads > 0
                           ? flags.threads
@@ -104,14 +107,10 @@ int run(const TrainFlags& flags) {
                 flags.export_folder.c_str());
     return 0;
   }
-  if (flags.ranks > 1) {
-    HADAL_INPUT_CHECK(!dist::find_placement(dist::process_environment()),
-                      "--ranks: this process is one of several ranks already (RANK, WORLD_SIZE and "
-                      "the like are set): expected one of the two");
-    return launch_ranks(flags, start);
-  }
-  const std::unique_ptr<dist::Ranks> ranks = join_ranks(flags);
+  std::unique_ptr<dist::Ranks> ranks;  // outlives what is thrown below
   try {
+    if (flags.ranks > 1) return launch_ranks(flags, start);
+    ranks = join_ranks(flags);
     return train(flags, *ranks, start);
   } catch (const dist::RankLost& error) {
     // Transfers under way would be waited for.

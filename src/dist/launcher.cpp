@@ -20,6 +20,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "dist/rank_lost.h"
 
 extern char** environ;
 
@@ -321,9 +322,10 @@ int launch(const Launch& what) {
       if (dead > 0) throw InputError(concat("rank ", dead, ": ", child.line));
       return kExitBadInput;
     }
-    if (group.stopped()) throw Error(concat(how, " while the run was being stopped"));
+    if (group.stopped()) throw RankLost(concat(how, " while the run was being stopped"));
     if (attempt == what.restarts) {
-      throw Error(concat(how, attempt == 0 ? "" : concat("; ", attempt, " restarts are used up")));
+      throw RankLost(
+          concat(how, attempt == 0 ? "" : concat("; ", attempt, " restarts are used up")));
     }
     log::warn("launch", how, "; all ", what.ranks,
               " ranks start again from the newest checkpoint, ", attempt + 1, " of ",

@@ -26,8 +26,8 @@ struct Launch {
 /// A rank that dies ends all others. What ended with kExitBadInput is not started again and its
 /// code is returned; after any other death all ranks start again, `restarts` times at most. SIGINT
 /// and SIGTERM go to every rank; the second one kills them. Ranks die with this process, however it
-/// dies. Errors: InputError where no process can be started; Error naming rank, process and death
-/// when the restarts are used up.
+/// dies. Errors: InputError where no process can be started; RankLost naming rank, process and
+/// death when the restarts are used up.
 int launch(const Launch& launch);
 
 }  // namespace hadal::dist

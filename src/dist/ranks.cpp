@@ -91,10 +91,11 @@ struct Ranks::Impl {
     }
   }
 
-  /// The store lives on rank 0, which therefore leaves last, unless somebody is lost anyway.
+  /// The store lives on rank 0, which therefore leaves last, unless somebody is lost or an error
+  /// ends this rank anyway.
   ~Impl() {
     heartbeat.reset();
-    if (failed || !store) return;
+    if (failed || !store || std::uncaught_exceptions() > 0) return;
     constexpr milliseconds kPause(5);
     try {
       int64_t left = store->add("left", 1);

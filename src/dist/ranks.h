@@ -14,17 +14,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "base/check.h"
 #include "dist/placement.h"
+#include "dist/rank_lost.h"
 
 namespace hadal::dist {
-
-/// Another rank is gone, or did not come within the time allowed. what() names it where that can be
-/// told. The program's exit code for it is 4.
-class RankLost : public Error {
- public:
-  explicit RankLost(const std::string& message) : Error(Verbatim{}, message) {}
-};
 
 /// A transfer under way; its tensor must stay until wait().
 class Transfer {
