@@ -33,7 +33,7 @@ BEGIN {
   rooms["ops/optim"] = ". cpu gemm"
   rooms["ops/sampling"] = ". cpu cuda"
   rooms["ops/cache"] = ". cpu cuda"
-  rooms["ops/gemm"] = ". cpu cuda quant"
+  rooms["ops/gemm"] = ". cpu cuda quant norm"
   rooms["ops/moe"] = ". cpu cuda gemm"
   rooms["ops/absent"] = ". attention cache compressor gemm indexer mhc moe norm sampling"
   rooms["ops/twin"] = ". cpu attention cache norm quant gemm"

@@ -10,6 +10,7 @@
 #include "ops/attention/sparse_attn.h"
 #include "ops/cache/sm90_rows.h"
 #include "ops/compressor/compress.h"
+#include "ops/gemm/normalised_input.h"
 #include "ops/indexer/hadamard.h"
 #include "ops/indexer/index_kl.h"
 #include "ops/indexer/index_scores.h"
@@ -78,7 +79,12 @@ ops::BlockView compress_step(const Compressor& compressor,
   const ops::BlockPlan& plan = batch.blocks(ratio);
   // A step that completes no block, as most decode steps, has nothing to compute here.
   const bool any = plan.num_blocks() > 0 || context.kv == nullptr;
-  const at::Tensor cos_sin = any ? rope_table.cos_sin(plan.pos, plan.max_pos) : at::Tensor();
+  // The same for every layer of this ratio.
+  const auto kept = context.rope_blocks.find(ratio);
+  const at::Tensor cos_sin = !any ? at::Tensor()
+                             : kept != context.rope_blocks.end()
+                                 ? kept->second
+                                 : rope_table.cos_sin(plan.pos, plan.max_pos);
   KvAccess::BlockPlaces blocks;
   if (context.kv != nullptr) blocks = context.kv->block_places(block, rings.blocks);
   if (any && blocks.view.rows.defined() &&
@@ -111,6 +117,25 @@ ops::BlockView compress_step(const Compressor& compressor,
   return blocks.view;
 }
 
+/// Products of the indexer that came along with attention's; what is undefined it makes itself.
+struct IndexerProducts {
+  CompressorProducts keys;
+  at::Tensor q;        ///< [tokens, heads * dim]
+  at::Tensor weights;  ///< [tokens, heads]
+};
+
+/// Whether a step needs the indexer's scores: to choose blocks, or because somebody asks.
+struct IndexerTask {
+  bool selects = false, scores = false;
+  bool any() const { return selects || scores; }
+
+  IndexerTask(const ModelConfig& config, int64_t block, const ForwardContext& context)
+      : selects(!context.forced_of(block).selection.defined() &&
+                context.mode == AttentionMode::kSparse &&
+                context.batch->max_end_pos() / config.ratio(block) > config.index_topk),
+        scores(context.request.index_loss || context.request.index_scores) {}
+};
+
 /// What the indexer says about a step.
 struct IndexerStep {
   at::Tensor scores;     ///< [tokens, columns]; undefined when nobody needs them
@@ -124,31 +149,30 @@ IndexerStep run_indexer(const Indexer& indexer,
                         int64_t block,
                         const ops::ProductInput& x,
                         const ops::ProductInput& q_rank,
-                        CompressorProducts products,
+                        IndexerProducts products,
+                        const IndexerTask& task,
                         const ops::RopeTable& rope_table,
                         const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
   IndexerStep step{.scores = {}, .selection = context.forced_of(block).selection};
-  const bool selects = !step.selection.defined() && context.mode == AttentionMode::kSparse &&
-                       batch.max_end_pos() / ratio > config.index_topk;
-  const bool scores = context.request.index_loss || context.request.index_scores;
-  const bool asked = selects || scores;
-  if (!asked && context.kv == nullptr) return step;
-  if (!products.kv.defined()) {
-    auto made = apply_linears({&indexer.compressor.wkv, &indexer.compressor.wgate}, x);
-    products = {.kv = made[0], .gate = made[1]};
+  if (!task.any() && context.kv == nullptr) return step;
+  if (!products.keys.kv.defined()) {
+    const auto made = apply_linears({&indexer.compressor.wkv, &indexer.compressor.wgate}, x);
+    products.keys = {.kv = made[0], .gate = made[1]};
   }
   // In a cache the keys must exist, so that a later step may select.
-  const ops::BlockView keys = compress_step(indexer.compressor, kIndexRings, config, block,
-                                            products, x.x().scalar_type(), rope_table, context);
-  if (!asked) return step;
-  at::Tensor q = apply_linear(indexer.wq_b, q_rank)
-                     .reshape({tokens, config.index_n_heads, config.index_head_dim});
+  const ops::BlockView keys =
+      compress_step(indexer.compressor, kIndexRings, config, block, products.keys,
+                    x.x().scalar_type(), rope_table, context);
+  if (!task.any()) return step;
+  if (!products.q.defined()) products.q = apply_linear(indexer.wq_b, q_rank);
+  if (!products.weights.defined()) products.weights = apply_linear(indexer.weights_proj, x);
+  at::Tensor q = products.q.reshape({tokens, config.index_n_heads, config.index_head_dim});
   const double factor = std::pow(static_cast<double>(config.index_head_dim), -0.5) *
                         std::pow(static_cast<double>(config.index_n_heads), -0.5);
-  const at::Tensor projected = apply_linear(indexer.weights_proj, x);
-  if (!scores && ops::serves_index_sm90(q, projected, keys, context.numerics) &&
+  const at::Tensor& projected = products.weights;
+  if (!task.scores && ops::serves_index_sm90(q, projected, keys, context.numerics) &&
       ops::serves_cache_rows_sm90(q, context.rope_compressed, keys.format)) {
     // BF16 times a number is FP32 within on a GPU, rounded once.
     step.selection = ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed),
@@ -158,9 +182,9 @@ IndexerStep run_indexer(const Indexer& indexer,
   }
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
   const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
-  if (scores) {
+  if (task.scores) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
-    if (selects) {
+    if (task.selects) {
       step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
     }
   } else {
@@ -215,7 +239,7 @@ WindowRows make_window(const Attention& attn,
 AttentionOutput attention_forward(const Attention& attn,
                                   const ModelConfig& config,
                                   int64_t block,
-                                  const at::Tensor& x,
+                                  const ops::ProductInput& input,
                                   const ops::RopeTable& compressed_rope,
                                   const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
@@ -224,37 +248,44 @@ AttentionOutput attention_forward(const Attention& attn,
   const int64_t ratio = config.ratio(block);
   const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
 
-  const ops::ProductInput input(x, numerics);
   const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, input);
-  const ops::ProductInput q_rank(ops::rms_norm(low_rank[0], attn.q_norm.value, config.norm_eps),
-                                 numerics);
-  const at::Tensor q = ops::norm_rotate_heads(
-      apply_linear(attn.wq_b, q_rank).reshape({tokens, config.n_heads, config.head_dim}),
-      config.norm_eps, numerics, cos_sin);
-
+  const ops::ProductInput q_rank = ops::normalised_input(
+      low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
+  // In a cache the indexer's products come along with attention's; where there is none they are
+  // made by themselves, without gradients.
+  const bool with_index = attn.indexer && context.kv != nullptr;
+  const bool asks = with_index && IndexerTask(config, block, context).any();
+  IndexerProducts index_products;
+  std::vector<const Parameter*> of_q = {&attn.wq_b};
+  if (asks) of_q.push_back(&attn.indexer->wq_b);
+  const auto queries = apply_linears(of_q, q_rank);
+  if (asks) index_products.q = queries[1];
+  const at::Tensor q =
+      ops::norm_rotate_heads(queries[0].reshape({tokens, config.n_heads, config.head_dim}),
+                             config.norm_eps, numerics, cos_sin);
   const WindowRows window = make_window(attn, config, block, low_rank[1], cos_sin, context);
 
   ops::BlockView blocks;
   IndexerStep indexed;
-  CompressorProducts index_products;
   if (attn.compressor) {
-    // In a cache the indexer's come along; where there is none they are made without gradients.
     std::vector<const Parameter*> weights = {&attn.compressor->wkv, &attn.compressor->wgate};
-    const bool with_index = attn.indexer && context.kv != nullptr;
     if (with_index) {
       weights.push_back(&attn.indexer->compressor.wkv);
       weights.push_back(&attn.indexer->compressor.wgate);
+      if (asks) weights.push_back(&attn.indexer->weights_proj);
     }
     const auto products = apply_linears(weights, input);
-    if (with_index) index_products = {.kv = products[2], .gate = products[3]};
+    if (with_index) index_products.keys = {.kv = products[2], .gate = products[3]};
+    if (asks) index_products.weights = products[4];
     blocks = compress_step(*attn.compressor, kMainRings, config, block,
-                           {.kv = products[0], .gate = products[1]}, x.scalar_type(),
+                           {.kv = products[0], .gate = products[1]}, input.x().scalar_type(),
                            compressed_rope, context);
   }
   // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
   if (attn.indexer && (context.mode != AttentionMode::kDense || context.kv != nullptr)) {
-    indexed = run_indexer(*attn.indexer, config, block, input.detach(), q_rank.detach(),
-                          index_products, compressed_rope, context);
+    indexed =
+        run_indexer(*attn.indexer, config, block, input.detach(), q_rank.detach(), index_products,
+                    IndexerTask(config, block, context), compressed_rope, context);
   }
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
   const ops::AttentionResult result = ops::sparse_attn(

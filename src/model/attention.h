@@ -34,13 +34,13 @@ struct AttentionOutput {
   AttentionAux aux;
 };
 
-/// x [tokens, dim] after attn_norm -> [tokens, dim]. `block` is the index of the block, n_layers
+/// x [tokens, dim], after attn_norm -> [tokens, dim]. `block` is the index of the block, n_layers
 /// for the MTP block. `compressed_rope` is the table of layers with ratio > 0, for the blocks' own
 /// positions.
 AttentionOutput attention_forward(const Attention& attn,
                                   const ModelConfig& config,
                                   int64_t block,
-                                  const at::Tensor& x,
+                                  const ops::ProductInput& x,
                                   const ops::RopeTable& compressed_rope,
                                   const ForwardContext& context);
 

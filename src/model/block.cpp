@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "ops/gemm/normalised_input.h"
 #include "ops/norm/rms_norm.h"
 
 namespace hadal::model {
@@ -24,16 +25,18 @@ BlockOutput block_forward(const Block& block,
   const ops::HcParams params = hc_params(config);
   const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
                                           block.hc_attn.scale.value, params);
-  AttentionOutput attn =
-      attention_forward(block.attn, config, index,
-                        ops::rms_norm(attn_mix.mixed, block.attn_norm.value, config.norm_eps),
-                        compressed_rope, context);
+  AttentionOutput attn = attention_forward(
+      block.attn, config, index,
+      ops::normalised_input(attn_mix.mixed, block.attn_norm.value, config.norm_eps,
+                            context.numerics, {.bf16 = block.attn.compressor.has_value()}),
+      compressed_rope, context);
   streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 
   const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
                                          block.hc_ffn.scale.value, params);
   MoeOutput ffn = moe_forward(block.moe, config, index,
-                              ops::rms_norm(ffn_mix.mixed, block.ffn_norm.value, config.norm_eps),
+                              ops::normalised_input(ffn_mix.mixed, block.ffn_norm.value,
+                                                    config.norm_eps, context.numerics, {}),
                               ids, context);
   streams = ops::hc_post(ffn.out, streams, ffn_mix.post, ffn_mix.comb);
   return {.streams = std::move(streams),

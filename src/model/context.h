@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -32,6 +33,8 @@ struct ForwardContext {
 
   /// cos and sin of every token: window layers and compressed layers. Filled by the model.
   at::Tensor rope_window, rope_compressed;
+  /// Of the blocks that the step completes, by ratio.
+  std::map<int64_t, at::Tensor> rope_blocks;
 
   BlockChoices forced_of(int64_t block) const {
     const auto index = static_cast<size_t>(block);

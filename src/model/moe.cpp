@@ -16,11 +16,11 @@ using ops::GemmRole;
 MoeOutput moe_forward(const Moe& moe,
                       const ModelConfig& config,
                       int64_t block,
-                      const at::Tensor& x,
+                      const ops::ProductInput& input,
                       const at::Tensor& token_ids,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
-  const ops::ProductInput input(x, numerics);
+  const at::Tensor& x = input.x();
   const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
   at::Tensor fixed = context.forced_of(block).experts;
   if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);

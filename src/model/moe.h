@@ -31,7 +31,7 @@ struct MoeOutput {
 MoeOutput moe_forward(const Moe& moe,
                       const ModelConfig& config,
                       int64_t block,
-                      const at::Tensor& x,
+                      const ops::ProductInput& x,
                       const at::Tensor& token_ids,
                       const ForwardContext& context);
 

@@ -115,16 +115,15 @@ at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics n
 }
 
 at::Tensor apply_linear(const Parameter& w, const ops::ProductInput& x) {
-  if (x.x().defined() && trains(w, x.x())) return apply_linear(w, x.rounded(w.role), x.numerics());
+  if (trains(w, x.x())) return apply_linear(w, x.rounded(w.role), x.numerics());
   return ops::linear(x, w.product_operand(x.numerics()), w.role);
 }
 
 std::vector<at::Tensor> apply_linears(const std::vector<const Parameter*>& weights,
                                       const ops::ProductInput& x) {
   std::vector<at::Tensor> results;
-  const bool training = x.x().defined() && std::ranges::any_of(weights, [&](const Parameter* w) {
-                          return trains(*w, x.x());
-                        });
+  const bool training =
+      std::ranges::any_of(weights, [&](const Parameter* w) { return trains(*w, x.x()); });
   if (training) {
     for (const Parameter* w : weights) results.push_back(apply_linear(*w, x));
     return results;

@@ -47,6 +47,13 @@ void Transformer::fill_rope(ForwardContext& context) const {
   const int64_t max_pos = batch.max_end_pos() - 1;
   context.rope_window = rope_window_.cos_sin(batch.pos(), max_pos);
   context.rope_compressed = rope_compressed_.cos_sin(batch.pos(), max_pos);
+  context.rope_blocks.clear();
+  for (const int64_t ratio : config_.compress_ratios) {
+    if (ratio == 0 || context.rope_blocks.contains(ratio)) continue;
+    const ops::BlockPlan& plan = batch.blocks(ratio);
+    if (plan.num_blocks() > 0)
+      context.rope_blocks[ratio] = rope_compressed_.cos_sin(plan.pos, plan.max_pos);
+  }
 }
 
 void Transformer::ensure_rope(ForwardContext& context) const {

@@ -43,6 +43,7 @@ void swiglu_quantise_sm90(const SwigluQuantiseSm90Params&, Stream) { absent(); }
 void combine_sm90(const CombineSm90Params&, Stream) { absent(); }
 void gate_sm90(const GateSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }
+void rms_norm_operands_sm90(const RmsNormSm90Params&, const NormOperandsSm90&, Stream) { absent(); }
 void hc_pre_sm90(const HcPreSm90Params&, Stream) { absent(); }
 void hc_post_sm90(const HcPostSm90Params&, Stream) { absent(); }
 void latent_rows_sm90(const LatentRowsSm90Params&, Stream) { absent(); }
@@ -56,6 +57,7 @@ void index_topk_sm90(const IndexTopkSm90Params&, Stream) { absent(); }
 void index_scores_bf16_sm90(const IndexScoresBf16Sm90Params&, Stream) { absent(); }
 void index_topk_f32_sm90(const IndexTopkF32Sm90Params&, Stream) { absent(); }
 void attn_lists_sm90(const AttnListsSm90Params&, Stream) { absent(); }
+void widen_latents_sm90(const WidenLatentsSm90Params&, Stream) { absent(); }
 void sample_sm90(const SampleSm90Params&, Stream) { absent(); }
 void log_probs_sm90(const LogProbsSm90Params&, Stream) { absent(); }
 void sparse_attn_sm90(const SparseAttnSm90Params&, Stream, SparseAttnKernel) { absent(); }

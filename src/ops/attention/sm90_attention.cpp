@@ -1,8 +1,11 @@
 #include "ops/attention/sm90_attention.h"
 
+#include <algorithm>
+
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/math.h"
 #include "ops/attention/attn_lists_sm90.h"
 #include "ops/attention/sparse_attn_sm90.h"
 #include "ops/cache/rows_sm90.h"
@@ -134,6 +137,78 @@ struct Lists {
   }
 };
 
+/// A step's caches as BF16 rows of its sequences alone, one behind the other.
+struct WideCaches {
+  RingView history;
+  BlockView blocks;
+  at::Tensor kv;
+};
+
+/// Latents [*, bytes] of the rows `numbers` I32, widened.
+at::Tensor widen_rows(const at::Tensor& latents, const at::Tensor& numbers) {
+  at::Tensor wide =
+      at::empty({numbers.numel(), kLatentDim}, latents.options().dtype(at::kBFloat16));
+  widen_latents_sm90({.latents = latents.const_data_ptr<uint8_t>(),
+                      .row = numbers.const_data_ptr<int32_t>(),
+                      .wide = mutable_bf16_data(wide),
+                      .rows = numbers.numel()},
+                     current_stream(latents));
+  return wide;
+}
+
+/// Blocks of each sequence that the step can see, in whole pages.
+int64_t pages_seen(const BlockView& blocks, const Batch& batch, int64_t ratio) {
+  return std::min(ceil_div(batch.max_end_pos() / ratio, blocks.page_blocks), blocks.pages.size(1));
+}
+
+/// Whether many tokens read the same packed rows, so that widening each of them once pays: a
+/// token's share of what it saves is worth some 60 rows. Which way is taken changes no bit.
+bool widening_pays(const at::Tensor& q,
+                   const RingView& history,
+                   const BlockView& blocks,
+                   const Batch& batch,
+                   const AttentionParams& params) {
+  constexpr int64_t kRowsOfAToken = 60, kFewestTokens = 256;
+  const int64_t tokens = batch.num_tokens();
+  if (q.is_cpu() || tokens < kFewestTokens || q.size(2) != kLatentDim || q.size(1) % 64 != 0 ||
+      !history.rows.defined() || !history.format.packed() || history.holds_step) {
+    return false;
+  }
+  int64_t rows = history.ring + tokens;
+  if (params.ratio > 0) {
+    if (blocks.page_blocks != blocks.page_rows) return false;
+    rows += pages_seen(blocks, batch, params.ratio) * blocks.page_blocks;
+  }
+  return rows * batch.num_seqs() <= kRowsOfAToken * tokens;
+}
+
+WideCaches widen_caches(const at::Tensor& kv,
+                        const RingView& history,
+                        const BlockView& blocks,
+                        const Batch& batch,
+                        int64_t ratio) {
+  const int64_t sequences = batch.num_seqs();
+  const auto ints = history.slots.options().dtype(at::kInt);
+  const at::Tensor numbers = at::arange(sequences, ints);
+  const auto spread = [](const at::Tensor& firsts, int64_t each) {
+    return (firsts.reshape({-1, 1}) + at::arange(each, firsts.options())).flatten().to(at::kInt);
+  };
+  WideCaches wide;
+  wide.history = {
+      .rows = widen_rows(history.rows, spread(history.slots * history.ring, history.ring)),
+      .slots = numbers,
+      .ring = history.ring};
+  wide.kv = kv.scalar_type() == at::kByte ? widen_rows(kv, at::arange(kv.size(0), ints)) : kv;
+  if (ratio == 0) return wide;
+  const int64_t pages = pages_seen(blocks, batch, ratio), each = pages * blocks.page_blocks;
+  const at::Tensor lines = blocks.pages.narrow(1, 0, pages).index_select(0, blocks.slots);
+  wide.blocks = {
+      .rows = widen_rows(blocks.rows, spread(lines * blocks.page_rows, blocks.page_blocks)),
+      .slots = numbers,
+      .pages = (numbers * each).unsqueeze(1)};
+  return wide;
+}
+
 }  // namespace
 
 bool serves_latents_sm90(const RowFormat& format) {
@@ -166,6 +241,11 @@ AttentionResult attention_on_sm90(const at::Tensor& q_any,
                                   const at::Tensor& sink_any,
                                   const Batch& batch,
                                   const AttentionParams& params) {
+  if (widening_pays(q_any, history, blocks, batch, params)) {
+    const WideCaches wide = widen_caches(kv, history, blocks, batch, params.ratio);
+    return attention_on_sm90(q_any, wide.kv, wide.history, wide.blocks, selection, sink_any, batch,
+                             params);
+  }
   const at::Tensor q = kernel_input(q_any), sink = fp32_input(sink_any);
   const WindowRows rows(kv, history);
   const Lists lists(rows, history, blocks, selection, batch, params);

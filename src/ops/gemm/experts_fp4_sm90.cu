@@ -107,10 +107,15 @@ __device__ __forceinline__ void multiply_some(float (&run)[S::rows / 2],
 
 template <typename S>
 __global__ void __launch_bounds__(S::threads)
-    experts_fp4_kernel(const __grid_constant__ ExpertsSm90Params p) {
+    experts_fp4_kernel(const __grid_constant__ ExpertsSm90Params both) {
   extern __shared__ __align__(1024) uint8_t ring[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
   __shared__ uint2 table[16];
+  ExpertsSm90Params p = both;
+  if (blockIdx.z != 0) {
+    p.w = both.second_w;
+    p.out = both.second_out;
+  }
   if (threadIdx.x < 16) table[threadIdx.x] = fp4_codes(min(static_cast<int>(threadIdx.x), 14));
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; ++i) {
@@ -145,7 +150,8 @@ void launch(const ExpertsSm90Params& p, Stream stream) {
   auto* kernel = experts_fp4_kernel<S>;
   constexpr int kBytes = S::stages * S::stage_bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  const dim3 grid(static_cast<unsigned>(p.outputs / 64), static_cast<unsigned>(p.max_runs));
+  const dim3 grid(static_cast<unsigned>(p.outputs / 64), static_cast<unsigned>(p.max_runs),
+                  p.second_w != nullptr ? 2u : 1u);
   launch_early(kernel, {grid, S::threads, kBytes}, stream, "experts_fp4_sm90", p);
 }
 

@@ -144,6 +144,10 @@ struct ExpertsSm90Params {
   int64_t max_runs;         ///< an upper bound of *num_runs, known on the host
   Sm90Output out;           ///< rows as in x
   const float* w_scale = nullptr;  ///< FP8: [experts, slabs, ceil(outputs / 128)]
+  /// FP4 on a card: a second matrix of each expert, of the same shape, for the same rows in the
+  /// same launch, or null.
+  const uint8_t* second_w = nullptr;
+  Sm90Output second_out = {};
 };
 void experts_fp4_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice = {});
 void experts_fp8_sm90(const ExpertsSm90Params& p, Stream stream, const Sm90Choice& choice = {});

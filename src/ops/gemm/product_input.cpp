@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 
-#include "base/check.h"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
@@ -12,7 +11,6 @@
 namespace hadal::ops {
 
 const at::Tensor& ProductInput::rounded(GemmRole role) const {
-  HADAL_CHECK(x_.defined(), "product_input: rows that are codes alone");
   if (!quantises_input(role, numerics_)) return x_;
   if (!rounded_.defined()) rounded_ = quantise_input(x_, role, numerics_);
   return rounded_;
@@ -20,7 +18,7 @@ const at::Tensor& ProductInput::rounded(GemmRole role) const {
 
 ProductInput ProductInput::detach() const {
   ProductInput result = *this;
-  if (x_.defined()) result.x_ = x_.detach();
+  result.x_ = x_.detach();
   if (rounded_.defined()) result.rounded_ = rounded_.detach();
   return result;
 }
@@ -42,7 +40,7 @@ namespace {
 enum class OperandKind { kNone, kCodes, kBf16 };
 
 OperandKind operand_kind(const ProductInput& x, const Weight& w, GemmRole role) {
-  if (x.x().defined() && !use_sm90(x.x())) return OperandKind::kNone;
+  if (!use_sm90(x.x())) return OperandKind::kNone;
   if (w.form() != WeightForm::kSm90 || !serves_linear_sm90(w.sm90(), role))
     return OperandKind::kNone;
   if (w.sm90().format == WeightFormat::kBf16) return OperandKind::kBf16;

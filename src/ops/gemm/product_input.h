@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -17,9 +18,15 @@ class ProductInput {
  public:
   /// x [rows, in] as it is, before any rounding that a product asks for. For one thread.
   ProductInput(at::Tensor x, Numerics numerics) : x_(std::move(x)), numerics_(numerics) {}
-  /// Rows whose E4M3 form is there and nothing else: for the kernels of a GPU alone.
-  explicit ProductInput(Sm90Rows codes, Numerics numerics)
-      : numerics_(numerics), codes_(std::move(codes)) {}
+  /// With operands that are there already.
+  ProductInput(at::Tensor x,
+               Numerics numerics,
+               std::optional<Sm90Rows> codes,
+               std::optional<Sm90Rows> bf16_operand)
+      : x_(std::move(x)),
+        numerics_(numerics),
+        codes_(std::move(codes)),
+        bf16_operand_(std::move(bf16_operand)) {}
 
   /// The same rows, and the forms of them that are there, without their gradients.
   ProductInput detach() const;

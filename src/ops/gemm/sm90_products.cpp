@@ -219,25 +219,39 @@ ExpertRun* ExpertRuns::data() const {
   return reinterpret_cast<ExpertRun*>(runs.mutable_data_ptr<int32_t>());
 }
 
+namespace {
+
+ExpertsSm90Params experts_task(const Sm90Rows& x,
+                               const Sm90Matrices& w,
+                               const ExpertRuns& runs,
+                               const Sm90Output& out) {
+  HADAL_CHECK(x.scales.defined() == w.rounds_rows(), "experts: rows of another product");
+  return {.x = x.codes.const_data_ptr<uint8_t>(),
+          .x_scale = x.scales.defined() ? x.scales.const_data_ptr<float>() : nullptr,
+          .x_groups = x.groups,
+          .w = w.data.const_data_ptr<uint8_t>(),
+          .outputs = w.out,
+          .slabs = w.slabs(),
+          .runs = runs.data(),
+          .num_runs = runs.count.const_data_ptr<int32_t>(),
+          .max_runs = runs.runs.size(0),
+          .out = out,
+          .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr};
+}
+
+Sm90Choice expert_choice(const ExpertRuns& runs) {
+  return {.tile = expert_tile(runs.rows, runs.runs.size(0))};
+}
+
+}  // namespace
+
 void multiply_experts_sm90(const Sm90Rows& x,
                            const Sm90Matrices& w,
                            const ExpertRuns& runs,
                            const at::Tensor& y,
                            int64_t first_column) {
-  HADAL_CHECK(x.scales.defined() == w.rounds_rows(), "experts: rows of another product");
-  const ExpertsSm90Params p{
-      .x = x.codes.const_data_ptr<uint8_t>(),
-      .x_scale = x.scales.defined() ? x.scales.const_data_ptr<float>() : nullptr,
-      .x_groups = x.groups,
-      .w = w.data.const_data_ptr<uint8_t>(),
-      .outputs = w.out,
-      .slabs = w.slabs(),
-      .runs = runs.data(),
-      .num_runs = runs.count.const_data_ptr<int32_t>(),
-      .max_runs = runs.runs.size(0),
-      .out = output_of(y, first_column),
-      .w_scale = w.scales.defined() ? w.scales.const_data_ptr<float>() : nullptr};
-  const Sm90Choice choice{.tile = expert_tile(runs.rows, runs.runs.size(0))};
+  const ExpertsSm90Params p = experts_task(x, w, runs, output_of(y, first_column));
+  const Sm90Choice choice = expert_choice(runs);
   const auto run = [&](auto kernel, auto twin) {
     run_sm90(
         y, [&](const auto& task, Stream stream) { kernel(task, stream, choice); }, twin, p);
@@ -250,6 +264,25 @@ void multiply_experts_sm90(const Sm90Rows& x,
     default:
       run(experts_bf16_sm90, experts_bf16_twin);
   }
+}
+
+void multiply_expert_pair_sm90(const Sm90Rows& x,
+                               const Sm90Matrices& w,
+                               const Sm90Matrices& second,
+                               const ExpertRuns& runs,
+                               const at::Tensor& y) {
+  const bool one_launch =
+      w.format == WeightFormat::kFp4 && second.format == w.format && !y.is_cpu();
+  if (!one_launch) {
+    multiply_experts_sm90(x, w, runs, y, 0);
+    return multiply_experts_sm90(x, second, runs, y, w.out);
+  }
+  HADAL_CHECK(second.out == w.out && second.in == w.in && second.matrices == w.matrices,
+              "experts: matrices that are no pair");
+  ExpertsSm90Params p = experts_task(x, w, runs, output_of(y, 0));
+  p.second_w = second.data.const_data_ptr<uint8_t>();
+  p.second_out = output_of(y, w.out);
+  experts_fp4_sm90(p, current_stream(y), expert_choice(runs));
 }
 
 bool serves_linear_sm90(const Sm90Matrices& w, GemmRole role) {

@@ -79,6 +79,14 @@ void multiply_experts_sm90(const Sm90Rows& x,
                            const at::Tensor& y,
                            int64_t first_column);
 
+/// The same of two matrices of each expert: w's columns from 0 on, and then second's. One launch
+/// for FP4 on a GPU.
+void multiply_expert_pair_sm90(const Sm90Rows& x,
+                               const Sm90Matrices& w,
+                               const Sm90Matrices& second,
+                               const ExpertRuns& runs,
+                               const at::Tensor& y);
+
 /// Whether group_linear_sm90 has a kernel for these: widened FP8, or BF16 with in a multiple of 64.
 bool serves_groups_sm90(const Sm90Matrices& w);
 /// x [tokens, groups, in], result [tokens, groups, out] BF16 (ops::group_linear).

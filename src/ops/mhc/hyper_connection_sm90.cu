@@ -82,26 +82,38 @@ template <typename S>
 __device__ __forceinline__ void add_spread(const HcPreSm90Params& p, Memory<S>& m, int tokens) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 16, row = t / 16 % 4, token = t / 64;
   const bool squares = row >= S::rows;
-  constexpr int kAhead = 16;
+  constexpr int kAhead = 16, kRuns = S::piece / (16 * kAhead);
   float sum = 0.0f;
   const auto pieces = static_cast<int>(kStreams * p.dim / S::piece);
   for (int piece = 0; piece < pieces; ++piece) {
     const int stage = piece % S::stages;
     barrier_wait(&m.full[stage], piece / S::stages & 1);
     const uint8_t* at = m.stages[stage];
-    const auto* w = reinterpret_cast<const float*>(at + (squares ? 0 : row) * S::fn_stride);
-    const auto* x = reinterpret_cast<const __nv_bfloat16*>(at + S::fn_bytes) + token * S::piece;
+    const auto* w = reinterpret_cast<const float*>(at + (squares ? 0 : row) * S::fn_stride) + lane;
+    const auto* x =
+        reinterpret_cast<const __nv_bfloat16*>(at + S::fn_bytes) + token * S::piece + lane;
     // Groups without a token leave the shared memory to the others.
-    for (int i = lane; i < S::piece && token < tokens; i += 16 * kAhead) {
-      // Loads first, so that the additions, which depend on each other, wait for none of them.
-      float value[kAhead], weight[kAhead];
+    if (token < tokens) {
+      // Loads of the next run first, so that the additions, which depend on each other, wait for
+      // none of them.
+      float value[2][kAhead], weight[2][kAhead];
+      const auto load = [&](int run) {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        value[k] = to_float(x[i + k * 16]);
-        weight[k] = w[i + k * 16];
+        for (int k = 0; k < kAhead; ++k) {
+          value[run % 2][k] = to_float(x[(run * kAhead + k) * 16]);
+          weight[run % 2][k] = w[(run * kAhead + k) * 16];
+        }
+      };
+      load(0);
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        if (run + 1 < kRuns) load(run + 1);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const float v = value[run % 2][k];
+          sum = fmaf(v, squares ? v : weight[run % 2][k], sum);
+        }
       }
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) sum = fmaf(value[k], squares ? value[k] : weight[k], sum);
     }
     barrier_arrive(&m.empty[stage]);
   }
@@ -179,29 +191,44 @@ __device__ __forceinline__ float sinkhorn(float cell, int lane, int iters, float
   return cell;
 }
 
-/// The gates of a token, by sixteen lanes.
-template <typename S, bool kHead>
-__device__ __forceinline__ void gates(
-    const HcPreSm90Params& p, Memory<S>& m, int64_t first, int token, bool exists, uint32_t rank) {
-  const int lane = static_cast<int>(threadIdx.x) % 16;
+/// The logit of a row of fn of a token, whose sums lie in the block that has the row.
+template <typename S>
+__device__ __forceinline__ float logit_of(
+    const HcPreSm90Params& p, Memory<S>& m, int token, int row, int scale) {
   const auto width = static_cast<float>(kStreams * p.dim);
   const float mean = m.sums[token][3] / width;
   const float rho = 1.0f / sqrtf(mean + p.norm_eps);
-  const auto logit = [&](int row, int scale) {
-    const float z =
-        load_remote(&m.sums[token][row % S::rows], static_cast<uint32_t>(row / S::rows)) * rho;
-    return z * p.scale[scale] + p.base[row];
-  };
-  const int stream = lane % kStreams;
-  const float pre = sigmoid_exact(logit(stream, 0)) + p.hc_eps;
+  const float z =
+      load_remote(&m.sums[token][row % S::rows], static_cast<uint32_t>(row / S::rows)) * rho;
+  return z * p.scale[scale] + p.base[row];
+}
+
+/// What a token's streams are collapsed with, and what the sub-layer's result is spread with, by
+/// sixteen lanes.
+template <typename S, bool kHead>
+__device__ __forceinline__ void outer_gates(
+    const HcPreSm90Params& p, Memory<S>& m, int64_t first, int token, bool exists, uint32_t rank) {
+  const int lane = static_cast<int>(threadIdx.x) % 16, stream = lane % kStreams;
+  const float pre = sigmoid_exact(logit_of(p, m, token, stream, 0)) + p.hc_eps;
   if (lane < kStreams) m.pre[token][lane] = pre;
   if constexpr (!kHead) {
-    const float post = 2.0f * sigmoid_exact(logit(kStreams + stream, 1));
-    const float comb = sinkhorn(logit(2 * kStreams + lane, 2), lane, p.sinkhorn_iters, p.hc_eps);
-    if (rank == 0 && exists) {
-      if (lane < kStreams) p.post[(first + token) * kStreams + lane] = post;
-      p.comb[(first + token) * kCells + lane] = comb;
-    }
+    const float post = 2.0f * sigmoid_exact(logit_of(p, m, token, kStreams + stream, 1));
+    if (rank == 0 && exists && lane < kStreams) p.post[(first + token) * kStreams + lane] = post;
+  }
+}
+
+/// The matrix that carries streams past the sub-layer, by sixteen lanes a token: a chain of
+/// divisions that nothing before the sub-layer's end waits for, so a warp of its own has it.
+template <typename S, int kBlocks>
+__device__ __forceinline__ void inner_gates(
+    const HcPreSm90Params& p, Memory<S>& m, int64_t first, int tokens, uint32_t rank) {
+  const int t = static_cast<int>(threadIdx.x) % 32, lane = t % 16;
+  // Tokens are dealt out to the blocks, two to a warp; all lanes of a warp take part.
+  for (int pair = static_cast<int>(rank) * 2; pair < tokens; pair += kBlocks * 2) {
+    const int token = pair + t / 16, of = min(token, S::tokens - 1);
+    const float comb =
+        sinkhorn(logit_of(p, m, of, 2 * kStreams + lane, 2), lane, p.sinkhorn_iters, p.hc_eps);
+    if (token < tokens) p.comb[(first + token) * kCells + lane] = comb;
   }
 }
 
@@ -234,17 +261,20 @@ __global__ void __launch_bounds__(kThreads + 32)
   }
   wait_for_previous();
   cluster_sync();
-  if (t < kThreads) {
-    for (int token = t / 16; token < (S::tokens + 15) / 16 * 16; token += kThreads / 16) {
-      // All lanes of a warp take part; what does not exist is not written.
-      gates<S, kHead>(p, m, first, min(token, S::tokens - 1), token < tokens, rank);
-    }
+  if (t >= kThreads) {
+    if constexpr (!kHead) inner_gates<S, kBlocks>(p, m, first, tokens, rank);
+    cluster_sync();  // nobody leaves while its sums are read
+    return;
   }
-  cluster_sync();  // nobody leaves while its sums are read; `pre` is there
+  for (int token = t / 16; token < (S::tokens + 15) / 16 * 16; token += kThreads / 16) {
+    // All lanes of a warp take part; what does not exist is not written.
+    outer_gates<S, kHead>(p, m, first, min(token, S::tokens - 1), token < tokens, rank);
+  }
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");  // `pre` is there
   const auto part = static_cast<int>(p.dim / kBlocks), begin = static_cast<int>(rank) * part;
   const auto* streams = static_cast<const __nv_bfloat16*>(p.streams) + first * kStreams * p.dim;
   auto* mixed = static_cast<__nv_bfloat16*>(p.mixed) + first * p.dim;
-  for (int i = t * 4; i < tokens * part; i += (kThreads + 32) * 4) {
+  for (int i = t * 4; i < tokens * part; i += kThreads * 4) {
     const int token = i / part;
     const int64_t channel = begin + i % part;
     const __nv_bfloat16* at = streams + token * kStreams * p.dim + channel;
@@ -259,6 +289,7 @@ __global__ void __launch_bounds__(kThreads + 32)
     }
     store4(mixed + token * p.dim + channel, sum);
   }
+  cluster_sync();
 }
 
 template <bool kHead, bool kSpread, int kEach, int kPieceValues>

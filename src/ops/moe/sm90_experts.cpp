@@ -51,8 +51,7 @@ at::Tensor gate_and_up(const Sm90Rows& rows,
   const Sm90Matrices &w1 = experts.w1.sm90(), &w3 = experts.w3.sm90();
   if (w1.rounds_rows()) {
     at::Tensor y = at::empty({route.rows, 2 * w1.out}, x.options());
-    multiply_experts_sm90(rows, w1, route.runs, y, 0);
-    multiply_experts_sm90(rows, w3, route.runs, y, w1.out);
+    multiply_expert_pair_sm90(rows, w1, w3, route.runs, y);
     return y;
   }
   at::Tensor y = at::empty({2, route.rows, w1.out}, x.options());

@@ -1,5 +1,6 @@
 // One block a row, held in shared memory; sixteen lanes add it in the order of the CPU's vectors.
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/operand_rows.cuh"
 #include "ops/cuda/rows.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
@@ -10,13 +11,27 @@ namespace {
 
 constexpr int kThreads = 256;
 
+/// A row of zeros in the operands.
+__device__ void clear_row(const NormOperandsSm90& to, int64_t row, int dim) {
+  const float4 zero = make_float4(0, 0, 0, 0);
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < dim; i += kThreads * 4) {
+    if (to.codes != nullptr) store_quantised(zero, row, i / 128, to.codes, to.scales, to.x_groups);
+    if (to.operand != nullptr) store_low(zero, row, i, to.operand, to.x_groups);
+  }
+}
+
+template <bool kOperands>
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(const __grid_constant__ RmsNormSm90Params p) {
+    rms_norm_kernel(const __grid_constant__ RmsNormSm90Params p,
+                    const __grid_constant__ NormOperandsSm90 to) {
   extern __shared__ __align__(16) float row[];
   __shared__ float shared_rstd;
   wait_for_previous();
   launch_dependents();
   const int t = static_cast<int>(threadIdx.x), dim = static_cast<int>(p.dim);
+  if constexpr (kOperands) {
+    if (blockIdx.x >= p.rows) return clear_row(to, blockIdx.x, dim);
+  }
   const auto* x = static_cast<const __nv_bfloat16*>(p.x) + blockIdx.x * p.dim;
   auto* out = static_cast<__nv_bfloat16*>(p.out) + blockIdx.x * p.dim;
   for (int i = t * 4; i < dim; i += kThreads * 4) store4(row + i, load4(x + i));
@@ -47,7 +62,25 @@ __global__ void __launch_bounds__(kThreads)
       y = make_float4(w.x * y.x, w.y * y.y, w.z * y.z, w.w * y.w);
     }
     store4(out + i, y);
+    if constexpr (kOperands) {
+      const auto low = [](float v) { return round_to<__nv_bfloat16>(v); };
+      const float4 v = make_float4(low(y.x), low(y.y), low(y.z), low(y.w));
+      if (to.codes != nullptr)
+        store_quantised(v, blockIdx.x, i / 128, to.codes, to.scales, to.x_groups);
+      if (to.operand != nullptr) store_low(v, blockIdx.x, i, to.operand, to.x_groups);
+    }
   }
+}
+
+template <bool kOperands>
+void launch(const RmsNormSm90Params& p, const NormOperandsSm90& to, int64_t blocks, Stream stream) {
+  if (p.rows == 0) return;
+  if (!serves_rms_norm_sm90(p.dim) || (kOperands && p.dim % 128 != 0))
+    throw_kernel_error("rms_norm_sm90", "rows of a multiple of 8 values, 16,384 at most");
+  const auto bytes = static_cast<size_t>(p.dim * 4);
+  auto* kernel = rms_norm_kernel<kOperands>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
+  launch_early(kernel, {blocks_for(blocks, 1), kThreads, bytes}, stream, "rms_norm_sm90", p, to);
 }
 
 }  // namespace
@@ -56,14 +89,13 @@ __global__ void __launch_bounds__(kThreads)
 namespace hadal::ops {
 
 void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream) {
-  if (p.rows == 0) return;
-  if (!serves_rms_norm_sm90(p.dim))
-    throw_kernel_error("rms_norm_sm90", "rows of a multiple of 8 values, 16,384 at most");
-  const auto bytes = static_cast<size_t>(p.dim * 4);
-  cudaFuncSetAttribute(cuda::rms_norm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536);
-  cuda::launch_early(cuda::rms_norm_kernel,
-                     {cuda::blocks_for(p.rows, 1), cuda::kThreads, static_cast<size_t>(bytes)},
-                     stream, "rms_norm_sm90", p);
+  cuda::launch<false>(p, {}, p.rows, stream);
+}
+
+void rms_norm_operands_sm90(const RmsNormSm90Params& p,
+                            const NormOperandsSm90& operands,
+                            Stream stream) {
+  cuda::launch<true>(p, operands, operands.x_groups * 8, stream);
 }
 
 }  // namespace hadal::ops
