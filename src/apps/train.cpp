@@ -1,16 +1,24 @@
 // hadal train: a training run from its configuration.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include "apps/command.h"
 #include "apps/flags.h"
 #include "base/check.h"
+#include "base/log.h"
 #include "base/parallel.h"
+#include "dist/launcher.h"
+#include "dist/placement.h"
+#include "dist/ranks.h"
 #include "train/export_run.h"
 #include "train/trainer.h"
 
@@ -28,7 +36,61 @@ struct TrainFlags {
   std::string config, export_folder, export_format = "bf16";
   double max_seconds = 0.0;
   int threads = 0;
+  int64_t ranks = 0;  ///< 0: as the environment says
+  int64_t restarts = 3;
+  double rank_timeout = 1800.0;
 };
+
+/// One process a rank on this machine, each of this program with this command line.
+int launch_ranks(const TrainFlags& flags, std::chrono::steady_clock::time_point start) {
+  train::load_run_config(flags.config);  // its errors are told once
+  const int threads = flags.threads > 0
+                          ? flags.threads
+                          : std::max(1, static_cast<int>(num_threads() / flags.ranks));
+  const auto command = [flags, threads, start] {
+    // What is left of the time, after restarts, too; 0 would be no limit.
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+    const double left =
+        flags.max_seconds > 0.0 ? std::max(0.001, flags.max_seconds - spent.count()) : 0.0;
+    return std::vector<std::string>{"/proc/self/exe", "train",          flags.config,
+                                    "--max-seconds",  concat(left),     "--threads",
+                                    concat(threads),  "--rank-timeout", concat(flags.rank_timeout)};
+  };
+  return dist::launch({.command = command, .ranks = flags.ranks, .restarts = flags.restarts});
+}
+
+/// The ranks that the environment names; one where it names none.
+std::unique_ptr<dist::Ranks> join_ranks(const TrainFlags& flags) {
+  const auto placement = dist::find_placement(dist::process_environment());
+  if (!placement) return std::make_unique<dist::Ranks>();
+  if (placement->rank > 0) log::set_level(log::Level::kWarn);
+  return std::make_unique<dist::Ranks>(
+      *placement, std::chrono::milliseconds(static_cast<int64_t>(flags.rank_timeout * 1e3)));
+}
+
+int train(const TrainFlags& flags,
+          dist::Ranks& ranks,
+          std::chrono::steady_clock::time_point start) {
+  train::Trainer trainer(train::load_run_config(flags.config), ranks);
+  std::signal(SIGINT, on_signal);
+  std::signal(SIGTERM, on_signal);
+  const train::RunOutcome outcome = trainer.run([&] {
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+    return interrupted.load() || (flags.max_seconds > 0.0 && spent.count() >= flags.max_seconds);
+  });
+  const bool stopped = outcome == train::RunOutcome::kStopped;
+  if (!ranks.first()) return stopped ? dist::kExitStopped : 0;
+  if (stopped) {
+    std::printf("stopped after %lld of %lld tokens; the same command goes on from here\n",
+                static_cast<long long>(trainer.progress().tokens),
+                static_cast<long long>(trainer.total_tokens()));
+    return dist::kExitStopped;
+  }
+  std::printf("trained on %lld tokens in %lld steps\n",
+              static_cast<long long>(trainer.progress().tokens),
+              static_cast<long long>(trainer.progress().step));
+  return 0;
+}
 
 int run(const TrainFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
@@ -42,23 +104,21 @@ int run(const TrainFlags& flags) {
                 flags.export_folder.c_str());
     return 0;
   }
-  train::Trainer trainer(train::load_run_config(flags.config));
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
-  const train::RunOutcome outcome = trainer.run([&] {
-    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-    return interrupted.load() || (flags.max_seconds > 0.0 && spent.count() >= flags.max_seconds);
-  });
-  if (outcome == train::RunOutcome::kStopped) {
-    std::printf("stopped after %lld of %lld tokens; the same command goes on from here\n",
-                static_cast<long long>(trainer.progress().tokens),
-                static_cast<long long>(trainer.total_tokens()));
-    return 1;
+  if (flags.ranks > 1) {
+    HADAL_INPUT_CHECK(!dist::find_placement(dist::process_environment()),
+                      "--ranks: this process is one of several ranks already (RANK, WORLD_SIZE and "
+                      "the like are set): expected one of the two");
+    return launch_ranks(flags, start);
   }
-  std::printf("trained on %lld tokens in %lld steps\n",
-              static_cast<long long>(trainer.progress().tokens),
-              static_cast<long long>(trainer.progress().step));
-  return 0;
+  const std::unique_ptr<dist::Ranks> ranks = join_ranks(flags);
+  try {
+    return train(flags, *ranks, start);
+  } catch (const dist::RankLost& error) {
+    // Transfers under way would be waited for.
+    std::fprintf(stderr, "hadal: %s\n", error.what());
+    std::fflush(nullptr);
+    std::_Exit(dist::kExitRankLost);
+  }
 }
 
 }  // namespace
@@ -76,7 +136,17 @@ std::function<int()> define_train(CLI::App& app) {
       ->check(CLI::IsMember({"bf16", "official"}))
       ->needs(folder)
       ->capture_default_str();
-  app.add_option("--threads", flags->threads, "CPU threads; default: all")->check(between(1, 1024));
+  app.add_option("--threads", flags->threads, "CPU threads of a rank; default: all, shared out")
+      ->check(between(1, 1024));
+  app.add_option("--ranks", flags->ranks,
+                 "train in so many processes of this machine (docs/parallelism.md)")
+      ->check(between(1, 1024));
+  app.add_option("--restarts", flags->restarts,
+                 "with --ranks: how often all start again after one has died")
+      ->check(between(0, 1e6));
+  app.add_option("--rank-timeout", flags->rank_timeout,
+                 "seconds after which a rank that waits for another gives up")
+      ->check(between(1, 1e6));
   return [flags] { return run(*flags); };
 }
 

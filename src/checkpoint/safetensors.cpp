@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "base/join.h"
 #include "base/json.h"
+#include "base/placed_file.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -179,27 +180,70 @@ at::Tensor TensorReader::tensor(const std::string& name) const {
       data, stored.shape, [file](void*) {}, options);
 }
 
+namespace {
+
+/// A file's header and where each tensor lies.
+struct Layout {
+  std::string header;
+  std::vector<TensorInfo> infos;  ///< in the order of the file
+  std::vector<const NamedTensor*> items;
+
+  Layout(const std::vector<NamedTensor>& tensors, const Metadata& metadata) {
+    std::vector<std::pair<TensorInfo, const NamedTensor*>> order;
+    for (const NamedTensor& item : tensors)
+      order.emplace_back(TensorInfo{item.name, stored_dtype(item), item.tensor.sizes().vec(), 0, 0},
+                         &item);
+    // Largest elements first keeps every tensor aligned without padding.
+    std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+      return dtype_bytes(a.first.dtype) > dtype_bytes(b.first.dtype);
+    });
+    for (const auto& [info, item] : order) {
+      infos.push_back(info);
+      items.push_back(item);
+    }
+    header = make_tensor_header(infos, metadata);
+  }
+};
+
+std::span<const std::byte> bytes_of(const at::Tensor& dense) {
+  return {static_cast<const std::byte*>(dense.const_data_ptr()), dense.nbytes()};
+}
+
+}  // namespace
+
 void write_safetensors(const std::string& path,
                        const std::vector<NamedTensor>& tensors,
                        const Metadata& metadata) {
-  std::vector<std::pair<TensorInfo, const NamedTensor*>> order;
-  for (const NamedTensor& item : tensors)
-    order.emplace_back(TensorInfo{item.name, stored_dtype(item), item.tensor.sizes().vec(), 0, 0},
-                       &item);
-  // Largest elements first keeps every tensor aligned without padding.
-  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
-    return dtype_bytes(a.first.dtype) > dtype_bytes(b.first.dtype);
-  });
-  std::vector<TensorInfo> infos;
-  for (const auto& [info, item] : order) infos.push_back(info);
-
+  const Layout layout(tensors, metadata);
   AtomicFile file(path);
-  file.write(make_tensor_header(infos, metadata));
-  for (const auto& [info, item] : order) {
-    const at::Tensor data = item->tensor.detach().to(at::kCPU).contiguous();
-    file.write(std::span(static_cast<const std::byte*>(data.const_data_ptr()), data.nbytes()));
-  }
+  file.write(layout.header);
+  for (const NamedTensor* item : layout.items)
+    file.write(bytes_of(item->tensor.detach().to(at::kCPU).contiguous()));
   file.commit();
+}
+
+void create_safetensors(const std::string& path,
+                        const std::vector<NamedTensor>& tensors,
+                        const Metadata& metadata) {
+  const Layout layout(tensors, metadata);
+  const int64_t end = layout.infos.empty() ? std::ssize(layout.header) : layout.infos.back().end;
+  PlacedFile file(path, PlacedFile::kCreate);
+  file.resize(end);
+  file.write(0, std::as_bytes(std::span(layout.header)));
+  file.sync();
+}
+
+void fill_safetensors(const std::string& path,
+                      const std::vector<NamedTensor>& tensors,
+                      const Metadata& metadata) {
+  const Layout layout(tensors, metadata);
+  PlacedFile file(path, PlacedFile::kOpen);
+  for (size_t i = 0; i < layout.items.size(); ++i) {
+    const at::Tensor& tensor = layout.items[i]->tensor;
+    if (tensor.is_meta()) continue;
+    file.write(layout.infos[i].begin, bytes_of(tensor.detach().to(at::kCPU).contiguous()));
+  }
+  file.sync();
 }
 
 ShardWriter::ShardWriter(std::string folder, int64_t max_shard_bytes)

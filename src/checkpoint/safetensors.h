@@ -70,6 +70,15 @@ using Metadata = std::map<std::string, std::string>;
 void write_safetensors(const std::string& path,
                        const std::vector<NamedTensor>& tensors,
                        const Metadata& metadata = {{"format", "pt"}});
+/// The same file written by several processes: each calls fill_safetensors with all tensors, those
+/// of the others as meta tensors (shapes without memory), after one has called create_safetensors,
+/// which writes everything but data. Not atomic: for a folder that is (AtomicDirectory).
+void create_safetensors(const std::string& path,
+                        const std::vector<NamedTensor>& tensors,
+                        const Metadata& metadata = {{"format", "pt"}});
+void fill_safetensors(const std::string& path,
+                      const std::vector<NamedTensor>& tensors,
+                      const Metadata& metadata = {{"format", "pt"}});
 /// Writes a checkpoint of several shards into a folder. A shard goes to disk as soon as the next
 /// tensor would make it larger than `max_shard_bytes`; finish() gives the shards their official
 /// names and writes the index, or names a single shard model.safetensors. The folder as a whole is

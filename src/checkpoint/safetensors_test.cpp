@@ -80,6 +80,26 @@ TEST_F(SafetensorsTest, ShardsAndSingleFileHoldTheSame) {
   }
 }
 
+// What a run on several ranks saves is what one rank saves.
+TEST_F(SafetensorsTest, AFileThatSeveralWriteIsTheFileOfOne) {
+  const std::vector<NamedTensor> all = {{"bytes", at::arange(7, at::kByte)},
+                                        {"a", at::arange(12, at::kFloat).view({3, 4}).t()},
+                                        {"b", at::arange(5, at::kFloat)},
+                                        {"wide", at::arange(3, at::kLong)},
+                                        {"empty", at::empty({0, 3})}};
+  write_safetensors(path("one"), all);
+  create_safetensors(path("many"), all);
+  for (size_t writer = 0; writer < 2; ++writer) {
+    std::vector<NamedTensor> own = all;
+    for (size_t i = 0; i < own.size(); ++i)
+      if (i % 2 != writer) own[i].tensor = own[i].tensor.to(at::kMeta);
+    fill_safetensors(path("many"), own);
+  }
+  EXPECT_EQ(read_file(path("many")), read_file(path("one")));
+  EXPECT_THROW(create_safetensors(path("many"), all), InputError);
+  EXPECT_THROW(fill_safetensors(path("absent"), all), InputError);
+}
+
 TEST_F(SafetensorsTest, IndexAndShardsMustAgree) {
   ShardWriter writer(root_.string(), 1);
   writer.add({"a", at::zeros({2}), false});

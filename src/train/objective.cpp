@@ -152,6 +152,13 @@ MicroBatch::MicroBatch(const PackedRows& packed, Labels labels, at::Device devic
   for (const PackedRows& row : rows_of(packed)) each_row.emplace_back(row, device);
 }
 
+bool is_trained(const model::Parameter& parameter, const ObjectiveParams& params) {
+  if (!parameter.trainable()) return false;
+  if (parameter.name.find(".indexer.") != std::string::npos) return params.index_loss();
+  if (parameter.name.rfind("mtp.", 0) == 0 && params.mtp_weight == 0.0) return false;
+  return params.language_loss();
+}
+
 void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) {
   targets += micro.num_targets;
   mtp_targets += micro.num_mtp_targets;

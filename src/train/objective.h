@@ -59,6 +59,9 @@ struct ObjectiveParams {
   bool index_loss() const { return mode != model::AttentionMode::kDense; }
 };
 
+/// Whether a step under these rules trains the parameter, be it without a gradient in all its rows.
+bool is_trained(const model::Parameter& parameter, const ObjectiveParams& params);
+
 /// Totals over the micro-batches of one step; the losses are divided by them.
 struct StepCounts {
   int64_t targets = 0, mtp_targets = 0, rows = 0;

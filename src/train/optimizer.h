@@ -6,13 +6,16 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
+#include "dist/ranks.h"
 #include "model/transformer.h"
+#include "train/ownership.h"
 
 namespace hadal::train {
 
@@ -30,10 +33,13 @@ struct OptimizerParams {
 enum class UpdateRule { kMuon, kAdamDecay, kAdam, kNone };
 UpdateRule update_rule(const model::Parameter& parameter);
 
-/// A parameter with its state.
+/// A parameter with its state. On ranks that do not own it the state is a meta tensor: shape and
+/// type without memory.
 struct OptimizerSlot {
   model::Parameter* parameter;
   UpdateRule rule;
+  int64_t owner;
+  bool trained = true;  ///< by this step: fill_gradients
   at::Tensor momentum;  ///< Muon: momentum; AdamW: first moment
   at::Tensor variance;  ///< AdamW only
 };
@@ -41,19 +47,30 @@ struct OptimizerSlot {
 class Optimizer {
  public:
   /// Takes every trainable parameter of the model; their values must be FP32 or FP64 leaves with
-  /// requires_grad.
-  Optimizer(model::Transformer& model, OptimizerParams params);
+  /// requires_grad. Holds the state of what the rank owns.
+  Optimizer(model::Transformer& model, OptimizerParams params, Ownership ownership = {});
 
   void zero_grad();
-  /// Euclidean norm over all gradients [], computed in a fixed order.
+  /// Says what the step trains, for all that follows in it: of that, what this rank owns has a
+  /// gradient from here on, zeros where it had none. Nothing else may have one.
+  void fill_gradients(const std::function<bool(const model::Parameter&)>& trained);
+  /// Euclidean norm over all gradients [], computed in a fixed order: one number, the same on every
+  /// rank and on any number of them.
+  at::Tensor grad_norm(dist::Ranks& ranks) const;
   at::Tensor grad_norm() const;
   /// Multiplies every gradient by min(1, max_norm / norm) on the device; returns the norm before.
+  at::Tensor clip_gradients(double max_norm, dist::Ranks& ranks);
   at::Tensor clip_gradients(double max_norm);
   /// One update with learning rate lr > 0; parameters without gradient stay as they are.
   void step(double lr);
+  /// After step(): every rank gets its owner's values of each parameter that was trained.
+  void spread(dist::Ranks& ranks);
 
-  /// Named state tensors, in a fixed order; assigning to them restores a checkpoint.
+  /// Named state tensors, in a fixed order, those of other ranks as meta tensors; assigning to them
+  /// restores a checkpoint.
   std::vector<std::pair<std::string, at::Tensor>> state();
+  const std::vector<OptimizerSlot>& slots() const { return slots_; }
+  const Ownership& ownership() const { return ownership_; }
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
 
@@ -61,6 +78,7 @@ class Optimizer {
   std::vector<at::Tensor> gradients() const;
 
   OptimizerParams params_;
+  Ownership ownership_;
   std::vector<OptimizerSlot> slots_;
   int64_t num_steps_ = 0;
 };

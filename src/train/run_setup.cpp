@@ -6,6 +6,9 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "base/file.h"
+#include "base/hash.h"
+#include "base/join.h"
 #include "base/log.h"
 #include "checkpoint/load_model.h"
 #include "checkpoint/names.h"
@@ -51,6 +54,63 @@ at::Device pick_device(const std::string& name) {
   HADAL_INPUT_CHECK(name != "cuda" || has_cuda,
                     "device: \"cuda\" was asked for, but this build or machine has no CUDA device");
   return at::Device(name == "cpu" || !has_cuda ? at::kCPU : at::kCUDA);
+}
+
+at::Device training_device(const RunConfig& config, const dist::Ranks& ranks) {
+  const at::Device device = pick_device(config.device);
+  HADAL_INPUT_CHECK(ranks.size() == 1 || device.is_cpu(), config.path,
+                    ": device: several ranks train on the CPU: expected \"cpu\", found \"",
+                    config.device, "\"");
+  return device;
+}
+
+namespace {
+
+constexpr const char* kPreparing = "the first rank prepares the run";
+
+}  // namespace
+
+dist::Ranks& after_the_first(dist::Ranks& ranks) {
+  if (!ranks.first()) ranks.barrier(kPreparing);
+  return ranks;
+}
+
+void let_the_others_follow(dist::Ranks& ranks) {
+  if (ranks.first()) ranks.barrier(kPreparing);
+}
+
+void check_that_ranks_agree(const RunConfig& config,
+                            const std::string& newest_checkpoint,
+                            dist::Ranks& ranks) {
+  if (ranks.size() == 1) return;
+  std::vector<int64_t> words(static_cast<size_t>(2 * ranks.size()), 0);
+  const auto own = static_cast<size_t>(2 * ranks.rank());
+  words[own] = static_cast<int64_t>(fnv1a64(read_file(config.path)));
+  words[own + 1] = static_cast<int64_t>(fnv1a64(newest_checkpoint));
+  ranks.sum(words);
+  const auto differing = [&](size_t word) {
+    std::vector<std::string> names;
+    for (size_t rank = 1; rank < words.size() / 2; ++rank)
+      if (words[2 * rank + word] != words[word]) names.push_back(concat("rank ", rank));
+    return join(names);
+  };
+  HADAL_INPUT_CHECK(differing(0).empty(), config.path, ": ", differing(0),
+                    ": expected the file of rank 0, found another");
+  HADAL_INPUT_CHECK(differing(1).empty(), config.out, ": ", differing(1),
+                    ": expected a folder that all ranks see, found another newest checkpoint than "
+                    "rank 0, ",
+                    newest_checkpoint.empty() ? "none" : newest_checkpoint, " here");
+}
+
+void report_ranks(const Ownership& ownership, const dist::Ranks& ranks) {
+  if (ranks.size() == 1) return;
+  const auto megabytes = [](double bytes) { return std::round(bytes / 1e4) / 1e2; };
+  const StateLoad& load = ownership.load();
+  log::info("train", ranks.size(),
+            " ranks; optimizer state a rank: ", megabytes(static_cast<double>(load.most)),
+            " MB at most, ",
+            megabytes(static_cast<double>(load.total) / static_cast<double>(ranks.size())),
+            " MB on average");
 }
 
 model::ModelConfig checked_model_config(const RunConfig& config) {

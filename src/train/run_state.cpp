@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
+#include <map>
+#include <memory>
+#include <set>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -38,7 +41,7 @@ std::vector<std::pair<int64_t, std::string>> states(const std::string& out) {
   return result;
 }
 
-/// Every tensor of the state under its name in the file.
+/// Every tensor of the state under its name in the file; optimizer state of other ranks is meta.
 std::vector<std::pair<std::string, at::Tensor>> named_state(model::Transformer& model,
                                                             Optimizer& optimizer) {
   std::vector<std::pair<std::string, at::Tensor>> result;
@@ -46,6 +49,27 @@ std::vector<std::pair<std::string, at::Tensor>> named_state(model::Transformer& 
     result.emplace_back(parameter.name, parameter.value.detach());
   });
   for (auto& entry : optimizer.state()) result.push_back(std::move(entry));
+  return result;
+}
+
+/// What this rank writes; the rest is meta. Values that all ranks have are their owner's to write,
+/// those without an owner the first rank's.
+std::vector<checkpoint::NamedTensor> written_here(model::Transformer& model,
+                                                  Optimizer& optimizer,
+                                                  const dist::Ranks& ranks) {
+  std::map<std::string, int64_t> owners;
+  for (const OptimizerSlot& slot : optimizer.slots()) owners[slot.parameter->name] = slot.owner;
+  std::set<std::string> elsewhere;
+  model.visit([&](const model::Parameter& parameter) {
+    const auto owner = owners.find(parameter.name);
+    if ((owner == owners.end() ? 0 : owner->second) != ranks.rank())
+      elsewhere.insert(parameter.name);
+  });
+  std::vector<checkpoint::NamedTensor> result;
+  for (auto& [name, tensor] : named_state(model, optimizer)) {
+    const bool here = !elsewhere.contains(name);
+    result.push_back({.name = name, .tensor = here ? tensor : tensor.to(at::kMeta)});
+  }
   return result;
 }
 
@@ -66,42 +90,68 @@ StageParts parts_of(const JsonObject& json) {
 
 }  // namespace
 
+namespace {
+
+std::string progress_json(const RunProgress& progress, const Optimizer& optimizer) {
+  JsonWriter json;
+  json.begin_object()
+      .field("format", kFormat)
+      .field("step", progress.step)
+      .field("stage", progress.stage)
+      .field("row", progress.row)
+      .field("tokens", progress.tokens)
+      .field("skipped_steps", progress.skipped_steps)
+      .field("optimizer_steps", optimizer.num_steps());
+  std::vector<int64_t> plan(progress.plan.begin(), progress.plan.end());
+  json.field("plan", plan);
+  std::vector<int64_t> stages, tokens;
+  for (size_t stage = 0; stage < progress.parts.size(); ++stage) {
+    for (const int64_t part : progress.parts[stage]) {
+      stages.push_back(static_cast<int64_t>(stage));
+      tokens.push_back(part);
+    }
+  }
+  json.field("part_stages", stages).field("part_tokens", tokens).end_object();
+  return json.str();
+}
+
+/// All ranks' parts of one file; whole when this returns.
+void write_together(const std::string& path,
+                    const std::vector<checkpoint::NamedTensor>& tensors,
+                    dist::Ranks& ranks) {
+  if (ranks.first()) checkpoint::create_safetensors(path, tensors);
+  ranks.barrier("checkpoint: the file is there");
+  HADAL_INPUT_CHECK(fs::exists(path), path, ": expected in a folder that all ranks see, not found ",
+                    "by rank ", ranks.rank());
+  checkpoint::fill_safetensors(path, tensors);
+  ranks.barrier("checkpoint: every rank has written");
+}
+
+}  // namespace
+
 void save_state(const std::string& out,
                 const RunProgress& progress,
                 int64_t keep,
                 model::Transformer& model,
-                Optimizer& optimizer) {
+                Optimizer& optimizer,
+                dist::Ranks& ranks) {
   const fs::path folder = fs::path(out) / "checkpoints";
-  fs::create_directories(folder);
+  if (ranks.first()) fs::create_directories(folder);
   const std::string target = (folder / concat("step-", progress.step)).string();
-  if (!fs::exists(target)) {
-    AtomicDirectory directory(target);
-    std::vector<checkpoint::NamedTensor> tensors;
-    for (auto& [name, tensor] : named_state(model, optimizer)) {
-      tensors.push_back({.name = name, .tensor = tensor});
-    }
-    checkpoint::write_safetensors(directory.temporary() + "/state.safetensors", tensors);
-    JsonWriter json;
-    json.begin_object()
-        .field("format", kFormat)
-        .field("step", progress.step)
-        .field("stage", progress.stage)
-        .field("row", progress.row)
-        .field("tokens", progress.tokens)
-        .field("skipped_steps", progress.skipped_steps)
-        .field("optimizer_steps", optimizer.num_steps());
-    std::vector<int64_t> plan(progress.plan.begin(), progress.plan.end());
-    json.field("plan", plan);
-    std::vector<int64_t> stages, tokens;
-    for (size_t stage = 0; stage < progress.parts.size(); ++stage) {
-      for (const int64_t part : progress.parts[stage]) {
-        stages.push_back(static_cast<int64_t>(stage));
-        tokens.push_back(part);
-      }
-    }
-    json.field("part_stages", stages).field("part_tokens", tokens).end_object();
-    write_file_atomic(directory.temporary() + "/progress.json", json.str());
-    directory.commit();
+  // The first rank looks, so that all do the same.
+  std::unique_ptr<AtomicDirectory> directory;
+  if (ranks.first() && !fs::exists(target)) directory = std::make_unique<AtomicDirectory>(target);
+  const std::string temporary = ranks.broadcast(directory ? directory->temporary() : "");
+  if (!temporary.empty()) {
+    const auto tensors = written_here(model, optimizer, ranks);
+    const std::string path = temporary + "/state.safetensors";
+    ranks.size() == 1 ? checkpoint::write_safetensors(path, tensors)
+                      : write_together(path, tensors, ranks);
+  }
+  if (!ranks.first()) return;
+  if (directory) {
+    write_file_atomic(temporary + "/progress.json", progress_json(progress, optimizer));
+    directory->commit();
   }
   auto all = states(out);
   for (size_t i = 0; i + static_cast<size_t>(keep) < all.size(); ++i) {
@@ -170,7 +220,8 @@ RunProgress load_state(const std::string& folder, model::Transformer& model, Opt
   HADAL_INPUT_CHECK(reader.names().size() == targets.size(), reader.path(), ": ",
                     reader.names().size(), " tensors, expected ", targets.size());
   const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : targets) tensor.copy_(reader.tensor(name));
+  for (const auto& [name, tensor] : targets)
+    if (!tensor.is_meta()) tensor.copy_(reader.tensor(name));
   optimizer.set_num_steps(optimizer_steps);
   return progress;
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "dist/ranks.h"
 #include "model/transformer.h"
 #include "train/optimizer.h"
 
@@ -29,12 +30,16 @@ struct RunProgress {
   StageParts parts;            ///< tokens of the stages begun; checkpoints of old have none
 };
 
-/// Writes a checkpoint and removes the oldest beyond `keep`.
+/// Writes a checkpoint and removes the oldest beyond `keep`. Of several ranks each writes what it
+/// owns, into one file in a folder that all must see; the first makes it and gives it its name. The
+/// bytes are those that one rank would write. Errors: InputError where a rank does not see the
+/// folder.
 void save_state(const std::string& out,
                 const RunProgress& progress,
                 int64_t keep,
                 model::Transformer& model,
-                Optimizer& optimizer);
+                Optimizer& optimizer,
+                dist::Ranks& ranks);
 
 /// Removes what a process that was killed while it wrote has left below a run's folder: unfinished
 /// checkpoints, token files, metrics and models. Only for whoever holds the run's lock.
@@ -46,7 +51,8 @@ std::vector<std::string> complete_states(const std::string& out);
 /// RunProgress::parts alone.
 StageParts load_parts(const std::string& folder);
 
-/// Restores model and optimizer in place. InputErrors name file and tensor where the checkpoint is
+/// Restores model and optimizer in place, of the optimizer's state what this rank owns, whatever
+/// the number of ranks that saved. InputErrors name file and tensor where the checkpoint is
 /// of another model or damaged; nothing is changed then.
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer);
 

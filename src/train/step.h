@@ -3,9 +3,13 @@
 #pragma once
 
 #include <span>
+#include <string>
+#include <vector>
 
+#include "dist/ranks.h"
 #include "train/objective.h"
 #include "train/optimizer.h"
+#include "train/rank_sums.h"
 
 namespace hadal::train {
 
@@ -20,6 +24,8 @@ struct StepOutcome {
   StepMeasures measures;
   double norm = 0.0;  ///< of the gradients, before clipping
   bool moved = true;  ///< false: the norm is not finite, nothing was updated
+  /// Then: on which ranks, and the first parameter there ("rank 2: layers.0.attn.wq_a.weight").
+  std::vector<std::string> not_finite;
   double loss() const;
 };
 
@@ -28,5 +34,13 @@ StepOutcome training_step(model::Transformer& model,
                           Optimizer& optimizer,
                           std::span<const MicroBatch> batches,
                           const StepRules& rules);
+/// The same of a step whose rows are on several ranks: `batches` hold those of share.rows. All
+/// ranks move their models alike, by the bits that one rank with all rows would give.
+StepOutcome training_step(model::Transformer& model,
+                          Optimizer& optimizer,
+                          std::span<const MicroBatch> batches,
+                          const StepRules& rules,
+                          const StepShare& share,
+                          dist::Ranks& ranks);
 
 }  // namespace hadal::train

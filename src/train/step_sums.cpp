@@ -1,6 +1,5 @@
 #include "train/step_sums.h"
 
-#include <bit>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -10,9 +9,7 @@
 #include "train/slots.h"
 
 namespace hadal::train {
-namespace {
 
-/// left += right in left's memory, which nobody else holds.
 void add_in_place(at::Tensor& left, at::Tensor right) {
   if (!right.defined()) return;
   if (left.defined()) {
@@ -21,8 +18,6 @@ void add_in_place(at::Tensor& left, at::Tensor right) {
     left = std::move(right);
   }
 }
-
-}  // namespace
 
 void StepMeasures::add(const StepMeasures& other) {
   const auto sum = [](at::Tensor& to, const at::Tensor& from) {
@@ -37,7 +32,7 @@ void StepMeasures::add(const StepMeasures& other) {
   for (size_t i = 0; i < other.expert_load.size(); ++i) sum(expert_load[i], other.expert_load[i]);
 }
 
-StepSums::StepSums(const model::Transformer& model) {
+StepSums::StepSums(const model::Transformer& model, int64_t first) : next_(first) {
   model.visit([&](const model::Parameter& parameter) {
     if (!parameter.value.defined() || !parameter.value.requires_grad()) return;
     parameters_.push_back(parameter.value);
@@ -48,37 +43,49 @@ StepSums::StepSums(const model::Transformer& model) {
 
 void StepSums::add(StepMeasures measures) {
   const at::NoGradGuard no_grad;
-  Node leaf{.gradients = {}, .measures = std::move(measures)};
+  StepNode leaf{.span = {next_, next_ + 1}, .gradients = {}, .measures = std::move(measures)};
+  ++next_;
   leaf.gradients.reserve(parameters_.size());
   for (const at::Tensor& parameter : parameters_) {
     leaf.gradients.push_back(std::move(parameter.mutable_grad()));
     parameter.mutable_grad().reset();
   }
   nodes_.push_back(std::move(leaf));
-  ++leaves_;
   // Elsewhere bits depend on the cut anyway: one set of gradients is enough.
   if (!on_cpu_) {
-    while (nodes_.size() > 1) join();
+    while (nodes_.size() > 1) join_last();
     return;
   }
-  for (int level = std::countr_zero(leaves_); level > 0; --level) join();
+  constexpr int64_t kUnknown = INT64_MAX;  // how many leaves there are is told last
+  join_meeting(nodes_, kUnknown, [&](StepNode& left, StepNode& right) { join(left, right); });
 }
 
 StepMeasures StepSums::finish() {
   HADAL_CHECK(!nodes_.empty(), "step: no passes");
   const at::NoGradGuard no_grad;
-  while (nodes_.size() > 1) join();
-  Node root = std::move(nodes_.front());
+  while (nodes_.size() > 1) join_last();
+  StepNode root = std::move(nodes_.front());
   nodes_.clear();
   for (size_t i = 0; i < parameters_.size(); ++i)
     parameters_[i].mutable_grad() = std::move(root.gradients[i]);
   return std::move(root.measures);
 }
 
-void StepSums::join() {
-  Node right = std::move(nodes_.back());
+std::vector<StepNode> StepSums::take(int64_t leaves) {
+  const at::NoGradGuard no_grad;
+  if (on_cpu_)
+    join_meeting(nodes_, leaves, [&](StepNode& left, StepNode& right) { join(left, right); });
+  return std::move(nodes_);
+}
+
+void StepSums::join_last() {
+  StepNode& left = nodes_[nodes_.size() - 2];
+  join(left, nodes_.back());
+  left.span.end = nodes_.back().span.end;
   nodes_.pop_back();
-  Node& left = nodes_.back();
+}
+
+void StepSums::join(StepNode& left, StepNode& right) const {
   for_each_slot(parameters_.size(), on_cpu_,
                 [&](size_t i) { add_in_place(left.gradients[i], std::move(right.gradients[i])); });
   left.measures.add(right.measures);

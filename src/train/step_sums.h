@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/transformer.h"
+#include "train/step_share.h"
 
 namespace hadal::train {
 
@@ -22,14 +23,24 @@ struct StepMeasures {
   void add(const StepMeasures& other);
 };
 
-/// Leaf i is the i-th pass of the step. Two sums meet at the level of the highest bit in which the
-/// numbers of their leaves differ, so a run of 2^k passes that begins at a multiple of 2^k is a
-/// subtree. At most log2(passes) + 1 sets of gradients are held; on a GPU, where passes are added
-/// in their order, two.
+/// One node of the step's tree: the sums over the leaves of a span.
+struct StepNode {
+  Span span;
+  std::vector<at::Tensor> gradients;  ///< of the parameters that take one, in the model's order
+  StepMeasures measures;
+};
+
+/// left += right in left's memory, which nobody else holds; what is undefined adds nothing.
+void add_in_place(at::Tensor& left, at::Tensor right);
+
+/// Leaf first + i is the i-th pass of this process. Two sums meet at the level of the highest bit
+/// in which the numbers of their leaves differ, so a run of 2^k passes that begins at a multiple of
+/// 2^k is a subtree. At most log2(passes) + 1 sets of gradients are held; on a GPU, where passes
+/// are added in their order, two.
 class StepSums {
  public:
   /// Drops the gradients that the parameters have.
-  explicit StepSums(const model::Transformer& model);
+  explicit StepSums(const model::Transformer& model, int64_t first = 0);
 
   /// The gradients that a pass left in the parameters, which then have none, and its measures. A
   /// parameter without a gradient adds nothing.
@@ -37,18 +48,21 @@ class StepSums {
   /// Puts the sums of the gradients into the parameters and returns those of the measures. After
   /// the last pass, once.
   StepMeasures finish();
+  /// Instead of finish() where the passes are some of a step's `leaves`: their nodes_of.
+  std::vector<StepNode> take(int64_t leaves);
+
+  /// What takes a gradient, in the model's order.
+  const std::vector<at::Tensor>& parameters() const { return parameters_; }
+  bool on_cpu() const { return on_cpu_; }
 
  private:
-  struct Node {
-    std::vector<at::Tensor> gradients;  ///< of parameters_
-    StepMeasures measures;
-  };
-  void join();  ///< the last two nodes
+  void join(StepNode& left, StepNode& right) const;
+  void join_last();
 
   std::vector<at::Tensor> parameters_;
   bool on_cpu_ = true;
-  std::vector<Node> nodes_;
-  uint64_t leaves_ = 0;
+  std::vector<StepNode> nodes_;
+  int64_t next_ = 0;  ///< number of the next leaf
 };
 
 }  // namespace hadal::train

@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "base/file.h"
+#include "base/join.h"
 #include "base/log.h"
 #include "base/metrics.h"
 #include "base/progress.h"
@@ -34,12 +35,13 @@ double seconds_since(Clock::time_point start) {
 }  // namespace
 
 struct Trainer::Impl {
-  explicit Impl(RunConfig run)
+  Impl(RunConfig run, dist::Ranks& all)
       : config(std::move(run)),
+        ranks(after_the_first(all)),
         // What can be wrong with the configuration is found before anything is written.
         model_config(checked_model_config(config)),
-        device(pick_device(config.device)),
-        lock(prepare_folder(config)),
+        device(training_device(config, ranks)),
+        lock(ranks.first() ? std::make_unique<FileLock>(prepare_folder(config)) : nullptr),
         sources(open_sources(config)),
         plan(config, sources, from_newest(config, load_parts)),
         model(build_model(config, model_config, sources)) {
@@ -47,17 +49,22 @@ struct Trainer::Impl {
     if (device.is_cpu()) at::set_num_threads(1);
     model::move_to(model, device);
     model::require_gradients(model);
-    optimizer = std::make_unique<Optimizer>(model, config.optimizer);
+    optimizer = std::make_unique<Optimizer>(model, config.optimizer,
+                                            Ownership(model, ranks.size(), ranks.rank()));
+    let_the_others_follow(ranks);
+    check_that_ranks_agree(config, newest(config), ranks);
     if (!config.validation.source.empty()) {
       const auto index = static_cast<size_t>(config.source_index(config.validation.source));
       validation =
           validation_rows(sources[index], config.sources[index].kind == data::SourceKind::kText,
                           config.validation.rows, config.validation.row_length);
     }
-    remove_leftovers(config.out);
+    if (ranks.first()) remove_leftovers(config.out);
     restore();
+    if (!ranks.first()) return;
     metrics = std::make_unique<MetricsWriter>(config.out, progress.step);
     bar = std::make_unique<Progress>("train", plan.total_tokens(), "tokens");
+    report_ranks(optimizer->ownership(), ranks);
   }
 
   static std::string prepare_folder(const RunConfig& config) {
@@ -143,7 +150,7 @@ struct Trainer::Impl {
         end_stage();
         continue;
       }
-      if (stop()) {
+      if (ranks.any(stop())) {
         save();
         return RunOutcome::kStopped;
       }
@@ -154,13 +161,17 @@ struct Trainer::Impl {
       if (save_is_due()) save();
     }
     save();
-    bar->finish();
-    export_model();
+    if (ranks.first()) {
+      bar->finish();
+      export_model();
+    }
+    ranks.barrier("the end of the run");
     return RunOutcome::kFinished;
   }
 
   /// A run that was finished and got further stages since: its model is no longer the last word.
   void set_earlier_model_aside() {
+    if (!ranks.first()) return;
     const std::string folder = config.out + "/model";
     if (!std::filesystem::exists(folder)) return;
     const std::string aside = concat(folder, "-step-", progress.step);
@@ -211,11 +222,13 @@ struct Trainer::Impl {
         std::max<int64_t>(1, config.schedule.batch_tokens(progress.tokens) / row_length);
     const int64_t rows = std::min(wanted, plan.num_rows(index) - progress.row);
     const int64_t micro_rows = std::max<int64_t>(1, config.micro_batch_tokens / row_length);
+    const StepShare share{.rows = row_share(rows, ranks.size(), ranks.rank()), .total = rows};
+    ranks.enter(concat("step ", progress.step + 1));
 
     std::vector<MicroBatch> batches;
-    for (int64_t row = 0; row < rows; row += micro_rows) {
-      batches.emplace_back(plan.rows(index, progress.row + row, std::min(micro_rows, rows - row)),
-                           device);
+    for (int64_t row = share.rows.begin; row < share.rows.end; row += micro_rows) {
+      const int64_t count = std::min(micro_rows, share.rows.end - row);
+      batches.emplace_back(plan.rows(index, progress.row + row, count), device);
     }
     const bool count_clamps =
         config.count_clamps_every_steps > 0 && progress.step % config.count_clamps_every_steps == 0;
@@ -232,20 +245,22 @@ struct Trainer::Impl {
                              : config.schedule.learning_rate.at(progress.tokens, step_tokens),
         .clip_norm = config.clip_norm,
         .router_bias_speed = config.router_bias_speed};
-    const StepOutcome outcome = training_step(model, *optimizer, batches, rules);
+    const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks);
     if (outcome.moved) {
       skipped_in_a_row = 0;
     } else {
-      leave_out(outcome.norm);
+      leave_out(outcome);
     }
 
     progress.row += rows;
     progress.tokens += step_tokens;
     ++progress.step;
-    bar->update(progress.tokens, concat("loss ", std::round(outcome.loss() * 1e4) / 1e4));
-    if (progress.step % config.log_every_steps == 0) {
-      report_step(*metrics, progress, outcome, rules.learning_rate, step_tokens,
-                  seconds_since(start));
+    if (ranks.first()) {
+      bar->update(progress.tokens, concat("loss ", std::round(outcome.loss() * 1e4) / 1e4));
+      if (progress.step % config.log_every_steps == 0) {
+        report_step(*metrics, progress, outcome, rules.learning_rate, step_tokens,
+                    seconds_since(start));
+      }
     }
     const int64_t every = config.validation.every_tokens;
     if (every > 0 && progress.tokens / every != (progress.tokens - step_tokens) / every) {
@@ -254,11 +269,15 @@ struct Trainer::Impl {
   }
 
   /// A step without finite gradients; ten in a row end the run.
-  void leave_out(double norm) {
+  void leave_out(const StepOutcome& outcome) {
     ++progress.skipped_steps;
     ++skipped_in_a_row;
-    log::warn("train", "step ", progress.step, ": the gradient norm is ", norm,
-              "; the update is left out");
+    if (ranks.first()) {
+      const std::string where =
+          outcome.not_finite.empty() ? "" : concat(" (", join(outcome.not_finite), ")");
+      log::warn("train", "step ", progress.step, ": the gradient norm is ", outcome.norm, where,
+                "; the update is left out");
+    }
     HADAL_INPUT_CHECK(skipped_in_a_row < 10, config.path,
                       ": ten steps in a row without finite gradients; the newest checkpoint is "
                       "from before them");
@@ -270,39 +289,44 @@ struct Trainer::Impl {
     last_validation = {progress.tokens, &rules};
     const int64_t micro_rows =
         std::max<int64_t>(1, config.micro_batch_tokens / validation.row_length);
-    report_validation(*metrics, progress, name, rules,
-                      evaluate_rows(model, validation, micro_rows, rules, device));
+    ranks.enter(name);
+    const Evaluation result = evaluate_rows(model, validation, micro_rows, rules, device, ranks);
+    if (ranks.first()) report_validation(*metrics, progress, name, rules, result);
   }
 
   bool save_is_due() const {
     const CheckpointSpec& spec = config.checkpoint;
-    return (spec.every_steps > 0 && progress.step % spec.every_steps == 0) ||
-           (spec.every_seconds > 0.0 && seconds_since(last_save) >= spec.every_seconds);
+    if (spec.every_steps > 0 && progress.step % spec.every_steps == 0) return true;
+    // Clocks differ: the first rank's counts.
+    return spec.every_seconds > 0.0 &&
+           ranks.any(ranks.first() && seconds_since(last_save) >= spec.every_seconds);
   }
 
   void save() {
-    save_state(config.out, progress, config.checkpoint.keep, model, *optimizer);
+    save_state(config.out, progress, config.checkpoint.keep, model, *optimizer, ranks);
     last_save = Clock::now();
   }
 
   RunConfig config;
+  dist::Ranks& ranks;
   model::ModelConfig model_config;
   at::Device device;
-  FileLock lock;
+  std::unique_ptr<FileLock> lock;  ///< the first rank's
   std::vector<data::TokenShards> sources;
   RowPlan plan;
   model::Transformer model;
   std::unique_ptr<Optimizer> optimizer;
   PackedRows validation;
   RunProgress progress;
-  std::unique_ptr<MetricsWriter> metrics;
+  std::unique_ptr<MetricsWriter> metrics;  ///< the first rank's, like the bar
   std::unique_ptr<Progress> bar;
   Clock::time_point last_save;
   int64_t skipped_in_a_row = 0;
   std::pair<int64_t, const Stage*> last_validation{-1, nullptr};
 };
 
-Trainer::Trainer(RunConfig config) : impl_(std::make_unique<Impl>(std::move(config))) {}
+Trainer::Trainer(RunConfig config, dist::Ranks& ranks)
+    : impl_(std::make_unique<Impl>(std::move(config), ranks)) {}
 Trainer::~Trainer() = default;
 const RunProgress& Trainer::progress() const { return impl_->progress; }
 int64_t Trainer::total_tokens() const { return impl_->plan.total_tokens(); }

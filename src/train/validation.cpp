@@ -1,20 +1,22 @@
 #include "train/validation.h"
 
 #include <algorithm>
+#include <bit>
+#include <vector>
+
+#include "train/step_share.h"
 
 namespace hadal::train {
+namespace {
 
-Evaluation evaluate_rows(const model::Transformer& model,
-                         const PackedRows& rows,
-                         int64_t micro_rows,
-                         const Stage& rules,
-                         at::Device device) {
-  Evaluation result;
+/// The rows, `count` at a time.
+std::vector<PackedRows> cut(const PackedRows& rows, int64_t count) {
+  std::vector<PackedRows> parts;
   size_t sample = 0;
-  for (int64_t row = 0; row < rows.rows; row += micro_rows) {
-    const int64_t count = std::min(micro_rows, rows.rows - row);
-    const int64_t begin = rows.row_length * row, end = begin + rows.row_length * count;
-    PackedRows part{.rows = count,
+  for (int64_t row = 0; row < rows.rows; row += count) {
+    const int64_t taken = std::min(count, rows.rows - row);
+    const int64_t begin = rows.row_length * row, end = begin + rows.row_length * taken;
+    PackedRows part{.rows = taken,
                     .row_length = rows.row_length,
                     .tokens = {},
                     .scored = {},
@@ -25,7 +27,42 @@ Evaluation evaluate_rows(const model::Transformer& model,
       part.sample_lengths.push_back(rows.sample_lengths[sample]);
       filled += rows.sample_lengths[sample];
     }
-    evaluate(model, MicroBatch(part, device), rules.mode, rules.numerics, result);
+    parts.push_back(std::move(part));
+  }
+  return parts;
+}
+
+constexpr size_t kWords = 5;
+
+}  // namespace
+
+Evaluation evaluate_rows(const model::Transformer& model,
+                         const PackedRows& rows,
+                         int64_t micro_rows,
+                         const Stage& rules,
+                         at::Device device,
+                         dist::Ranks& ranks) {
+  const std::vector<PackedRows> parts = cut(rows, device.is_cpu() ? 1 : micro_rows);
+  const Span own = row_share(std::ssize(parts), ranks.size(), ranks.rank());
+  // Ranks add integers only: a part's words are zero but on its rank.
+  std::vector<int64_t> words(parts.size() * kWords, 0);
+  for (int64_t i = own.begin; i < own.end; ++i) {
+    const auto part = static_cast<size_t>(i);
+    Evaluation one;
+    evaluate(model, MicroBatch(parts[part], device), rules.mode, rules.numerics, one);
+    const int64_t values[kWords] = {std::bit_cast<int64_t>(one.loss_sum), one.targets,
+                                    std::bit_cast<int64_t>(one.mass_sum),
+                                    std::bit_cast<int64_t>(one.best_mass_sum), one.mass_queries};
+    std::copy(values, values + kWords, words.begin() + static_cast<int64_t>(part * kWords));
+  }
+  ranks.sum(words);
+  Evaluation result;
+  for (size_t at = 0; at < words.size(); at += kWords) {
+    result.loss_sum += std::bit_cast<double>(words[at]);
+    result.targets += words[at + 1];
+    result.mass_sum += std::bit_cast<double>(words[at + 2]);
+    result.best_mass_sum += std::bit_cast<double>(words[at + 3]);
+    result.mass_queries += words[at + 4];
   }
   return result;
 }

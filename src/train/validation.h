@@ -3,16 +3,19 @@
 
 #include <c10/core/Device.h>
 
+#include "dist/ranks.h"
 #include "train/objective.h"
 #include "train/schedule.h"
 
 namespace hadal::train {
 
-/// Evaluates the rows, `micro_rows` at a time, under a stage's mode and numerics.
+/// Evaluates the rows under a stage's mode and numerics: on the CPU one at a time, elsewhere
+/// `micro_rows`. Each rank takes some of them; the result is on all, with the bits of one rank.
 Evaluation evaluate_rows(const model::Transformer& model,
                          const PackedRows& rows,
                          int64_t micro_rows,
                          const Stage& rules,
-                         at::Device device);
+                         at::Device device,
+                         dist::Ranks& ranks);
 
 }  // namespace hadal::train

@@ -9,6 +9,7 @@
 #include "ops/cache/rows_sm90.h"
 #include "ops/compressor/compress_sm90.h"
 #include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/normalised_sm90.h"
 #include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/mhc/hyper_connection_sm90.h"
@@ -43,7 +44,7 @@ void swiglu_quantise_sm90(const SwigluQuantiseSm90Params&, Stream) { absent(); }
 void combine_sm90(const CombineSm90Params&, Stream) { absent(); }
 void gate_sm90(const GateSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }
-void rms_norm_operands_sm90(const RmsNormSm90Params&, const NormOperandsSm90&, Stream) { absent(); }
+void normalised_sm90(const NormalisedSm90Params&, Stream) { absent(); }
 void hc_pre_sm90(const HcPreSm90Params&, Stream) { absent(); }
 void hc_post_sm90(const HcPostSm90Params&, Stream) { absent(); }
 void latent_rows_sm90(const LatentRowsSm90Params&, Stream) { absent(); }

@@ -5,9 +5,9 @@
 #include <ATen/ATen.h>
 
 #include "base/math.h"
+#include "ops/gemm/normalised_sm90.h"
 #include "ops/gemm/sm90_layout.h"
 #include "ops/norm/rms_norm.h"
-#include "ops/norm/rms_norm_sm90.h"
 #include "ops/sm90.h"
 
 namespace hadal::ops {
@@ -20,36 +20,34 @@ ProductInput normalised_input(const at::Tensor& x_any,
   const bool learns = at::GradMode::is_enabled() && weight_any.requires_grad();
   const int64_t rows = x_any.size(0), dim = x_any.size(-1);
   const bool codes = kinds.codes && numerics == Numerics::kReleased;
-  if (x_any.dim() != 2 || rows == 0 || dim % 128 != 0 || !serves_rms_norm_sm90(dim) || learns ||
+  if (x_any.dim() != 2 || rows == 0 || dim % 128 != 0 || dim > 16384 || learns ||
       !(codes || kinds.bf16) || !x_any.is_cuda() || !use_sm90(x_any)) {
     return {rms_norm(x_any, weight_any, eps), numerics};
   }
   check_shape(weight_any, {dim}, "normalised_input: weight");
   const at::Tensor x = kernel_input(x_any), weight = fp32_input(weight_any);
   at::Tensor out = at::empty_like(x);
-  NormOperandsSm90 operands{.x_groups = ceil_div(rows, sm90::kGroupRows)};
+  const int64_t x_groups = ceil_div(rows, sm90::kGroupRows);
   std::optional<Sm90Rows> quantised, low;
-  if (codes) {
-    quantised = empty_rows_sm90(rows, dim, x.device());
-    operands.codes = quantised->codes.mutable_data_ptr<uint8_t>();
-    operands.scales = quantised->scales.mutable_data_ptr<float>();
-  }
+  if (codes) quantised = empty_rows_sm90(rows, dim, x.device());
   if (kinds.bf16) {
-    low = Sm90Rows{.codes = at::empty({dim * 2 * operands.x_groups * sm90::kGroupRows},
-                                      x.options().dtype(at::kByte)),
-                   .scales = {},
-                   .groups = operands.x_groups,
-                   .rows = rows};
-    operands.operand = low->codes.mutable_data_ptr<uint8_t>();
+    low = Sm90Rows{
+        .codes = at::empty({dim * 2 * x_groups * sm90::kGroupRows}, x.options().dtype(at::kByte)),
+        .scales = {},
+        .groups = x_groups,
+        .rows = rows};
   }
-  rms_norm_operands_sm90({.x = x.const_data_ptr(),
-                          .weight = weight.const_data_ptr<float>(),
-                          .out = out.mutable_data_ptr(),
-                          .rows = rows,
-                          .dim = dim,
-                          .eps = static_cast<float>(eps),
-                          .bf16_chain = false},
-                         operands, current_stream(x));
+  normalised_sm90({.x = x.const_data_ptr(),
+                   .weight = weight.const_data_ptr<float>(),
+                   .out = out.mutable_data_ptr(),
+                   .rows = rows,
+                   .dim = dim,
+                   .eps = static_cast<float>(eps),
+                   .codes = quantised ? quantised->codes.mutable_data_ptr<uint8_t>() : nullptr,
+                   .scales = quantised ? quantised->scales.mutable_data_ptr<float>() : nullptr,
+                   .operand = low ? low->codes.mutable_data_ptr<uint8_t>() : nullptr,
+                   .x_groups = x_groups},
+                  current_stream(x));
   return {std::move(out), numerics, std::move(quantised), std::move(low)};
 }
 

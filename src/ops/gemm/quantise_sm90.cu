@@ -2,11 +2,11 @@
 // and BF16.
 #include "ops/cuda/elementwise.cuh"
 #include "ops/cuda/launch.cuh"
-#include "ops/cuda/operand_rows.cuh"
 #include "ops/cuda/row_piece.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
 #include "ops/gemm/linear_sm90.h"
+#include "ops/gemm/operand_rows.cuh"
 #include "ops/gemm/sm90_layout.h"
 
 namespace hadal::ops::cuda {

@@ -14,19 +14,9 @@ struct RmsNormSm90Params {
   float eps;
   bool bf16_chain;  ///< the released per-head norm: every intermediate rounded to BF16
 };
-/// What products take of the results, beside them: either or both. dim: a multiple of 128.
-struct NormOperandsSm90 {
-  uint8_t* codes = nullptr;    ///< E4M3 by Q8_128: K-major operand of x_groups row groups
-  float* scales = nullptr;     ///< [dim / 128, 8 * x_groups]
-  uint8_t* operand = nullptr;  ///< BF16: K-major operand of as many
-  int64_t x_groups = 0;        ///< rows from p.rows on become zero
-};
 /// Whether there is a kernel for rows of `dim` values.
 inline bool serves_rms_norm_sm90(int64_t dim) { return dim % 8 == 0 && dim <= 16384; }
 void rms_norm_sm90(const RmsNormSm90Params& p, Stream stream);
-void rms_norm_operands_sm90(const RmsNormSm90Params& p,
-                            const NormOperandsSm90& operands,
-                            Stream stream);
 /// The same on a CPU.
 void rms_norm_twin(const RmsNormSm90Params& p);
 

@@ -1,0 +1,2 @@
+// See cmake/gloo/README.md: nothing of this header is mentioned.
+#pragma once
