@@ -152,15 +152,19 @@ void KvCache::copy_page(int64_t from, int64_t to) {
 void KvCache::read_page(int64_t page, std::span<std::byte> out) const {
   HADAL_CHECK(static_cast<int64_t>(out.size()) == page_bytes(), "kv_cache: a page has ",
               page_bytes(), " bytes, not ", out.size());
-  std::byte* end = out.data();
+  DeviceBytes bytes(out, options_.device);
+  std::byte* end = bytes.to_fill();
   for (const auto& [id, rows] : blocks_) end = rows.memory.read(rows.of_page(page), end);
+  bytes.wait();
 }
 
 void KvCache::write_page(int64_t page, std::span<const std::byte> in) {
   HADAL_CHECK(static_cast<int64_t>(in.size()) == page_bytes(), "kv_cache: a page has ",
               page_bytes(), " bytes, not ", in.size());
-  const std::byte* end = in.data();
+  DeviceBytes bytes(in, options_.device);
+  const std::byte* end = bytes.filled();
   for (auto& [id, rows] : blocks_) end = rows.memory.write(rows.of_page(page), end);
+  bytes.wait();
 }
 
 std::vector<int64_t> KvCache::kept_rows(const Ring& ring,
@@ -177,16 +181,20 @@ void KvCache::save_kept(int64_t slot, int64_t pos, int64_t window, std::span<std
   HADAL_CHECK(static_cast<int64_t>(out.size()) == kept_bytes(pos, window),
               "kv_cache: the state at ", pos, " has ", kept_bytes(pos, window), " bytes, not ",
               out.size());
-  std::byte* end = out.data();
+  DeviceBytes bytes(out, options_.device);
+  std::byte* end = bytes.to_fill();
   for (const auto& [id, ring] : rings_)
     end = ring.memory.read(kept_rows(ring, slot, pos, window), end);
+  bytes.wait();
 }
 
 void KvCache::load_kept(int64_t slot, int64_t pos, int64_t window, std::span<const std::byte> in) {
   HADAL_CHECK(static_cast<int64_t>(in.size()) == kept_bytes(pos, window), "kv_cache: the state at ",
               pos, " has ", kept_bytes(pos, window), " bytes, not ", in.size());
-  const std::byte* end = in.data();
+  DeviceBytes bytes(in, options_.device);
+  const std::byte* end = bytes.filled();
   for (auto& [id, ring] : rings_) end = ring.memory.write(kept_rows(ring, slot, pos, window), end);
+  bytes.wait();
 }
 
 void KvCache::save_snapshot(int64_t slot, int64_t pos, std::span<std::byte> out) const {

@@ -158,19 +158,22 @@ void ModelRunner::note_seen(std::span<const engine_core::SequenceStep> steps) {
     if (step.num_logits > 0) last.push_back(rows - 1);
   }
   if (last.empty()) return;
-  if (std::ssize(last) < rows && !output_.selections->empty()) {
+  // Narrowing waits for the device: a few rows more are kept instead.
+  const bool narrows = rows > RecordedSteps::kMostTokens && std::ssize(last) < rows;
+  if (narrows && !output_.selections->empty()) {
     auto narrowed = std::make_shared<std::map<int64_t, at::Tensor>>();
     const at::Tensor numbers = on_device(last);
     for (const auto& [layer, selection] : *output_.selections)
       (*narrowed)[layer] = selection.index_select(0, numbers);
     output_.selections = std::move(narrowed);
   }
-  int64_t row = 0;
+  size_t i = 0;
   for (const engine_core::SequenceStep& step : steps) {
     if (step.num_logits == 0) continue;
     seen_[static_cast<size_t>(step.slot)] = {.tokens = step.start + std::ssize(step.tokens),
-                                             .row = row++,
+                                             .row = narrows ? static_cast<int64_t>(i) : last[i],
                                              .selections = output_.selections};
+    ++i;
   }
 }
 

@@ -1,20 +1,15 @@
 #include "engine/row_memory.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "base/check.h"
 #include "ops/cache/lazy_memory.h"
 
 namespace hadal::engine {
-namespace {
-
-at::Tensor upload(std::span<const int64_t> numbers, at::Device device) {
-  return at::tensor(at::ArrayRef<int64_t>(numbers.data(), numbers.size()), at::kLong).to(device);
-}
-
-}  // namespace
 
 RowMemory::RowMemory(int64_t count,
                      int64_t width,
@@ -30,34 +25,81 @@ RowMemory::RowMemory(int64_t count,
               : at::zeros({count, columns}, at::TensorOptions(device).dtype(type));
 }
 
+namespace {
+
+/// Calls f(first, count, bytes before) for the runs of consecutive numbers.
+template <typename F>
+void each_run(std::span<const int64_t> numbers, int64_t row_bytes, F f) {
+  for (size_t first = 0; first < numbers.size();) {
+    size_t end = first + 1;
+    while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+    f(numbers[first], static_cast<int64_t>(end - first), static_cast<int64_t>(first) * row_bytes);
+    first = end;
+  }
+}
+
+/// Host memory as rows of the type of `like`.
+at::Tensor host_rows(const std::byte* bytes, int64_t count, const at::Tensor& like) {
+  return at::from_blob(const_cast<std::byte*>(bytes), {count, like.size(1)}, like.scalar_type());
+}
+
+}  // namespace
+
 std::byte* RowMemory::read(std::span<const int64_t> numbers, std::byte* out) const {
-  const auto size = static_cast<size_t>(row_bytes());
+  const int64_t size = row_bytes();
+  std::byte* const end = out + std::ssize(numbers) * size;
   if (!rows_.is_cpu()) {
-    const at::Tensor found = rows_.index_select(0, upload(numbers, rows_.device())).cpu();
-    std::memcpy(out, found.const_data_ptr(), found.nbytes());
-    return out + found.nbytes();
+    each_run(numbers, size, [&](int64_t first, int64_t count, int64_t before) {
+      host_rows(out + before, count, rows_)
+          .copy_(rows_.narrow(0, first, count), /*non_blocking=*/true);
+    });
+    return end;
   }
   for (const int64_t row : numbers) {
-    std::memcpy(out, bytes(row), size);
+    std::memcpy(out, bytes(row), static_cast<size_t>(size));
     out += size;
   }
-  return out;
+  return end;
 }
 
 const std::byte* RowMemory::write(std::span<const int64_t> numbers, const std::byte* in) {
-  const auto size = static_cast<size_t>(row_bytes());
+  const int64_t size = row_bytes();
+  const std::byte* const end = in + std::ssize(numbers) * size;
   if (!rows_.is_cpu()) {
-    const at::Tensor given =
-        at::empty({static_cast<int64_t>(numbers.size()), rows_.size(1)}, rows_.scalar_type());
-    std::memcpy(given.mutable_data_ptr(), in, given.nbytes());
-    rows_.index_copy_(0, upload(numbers, rows_.device()), given.to(rows_.device()));
-    return in + given.nbytes();
+    each_run(numbers, size, [&](int64_t first, int64_t count, int64_t before) {
+      rows_.narrow(0, first, count)
+          .copy_(host_rows(in + before, count, rows_), /*non_blocking=*/true);
+    });
+    return end;
   }
   for (const int64_t row : numbers) {
-    std::memcpy(bytes(row), in, size);
+    std::memcpy(bytes(row), in, static_cast<size_t>(size));
     in += size;
   }
-  return in;
+  return end;
+}
+
+DeviceBytes::DeviceBytes(int64_t count, at::Device device) : device_(device) {
+  if (!device.is_cpu())
+    pinned_ =
+        at::empty({std::max<int64_t>(count, 1)}, at::TensorOptions(at::kByte).pinned_memory(true));
+}
+
+DeviceBytes::DeviceBytes(std::span<std::byte> out, at::Device device)
+    : DeviceBytes(std::ssize(out), device) {
+  out_ = out;
+}
+
+DeviceBytes::DeviceBytes(std::span<const std::byte> in, at::Device device)
+    : DeviceBytes(std::ssize(in), device) {
+  in_ = in;
+  if (pinned_.defined()) std::memcpy(pinned_data(), in.data(), in.size());
+}
+
+void DeviceBytes::wait() {
+  if (!pinned_.defined()) return;
+  c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).synchronize();
+  if (!out_.empty()) std::memcpy(out_.data(), pinned_data(), out_.size());
 }
 
 void RowMemory::store(const at::Tensor& source, const at::Tensor& from, const at::Tensor& to) {

@@ -27,9 +27,11 @@ class RowMemory {
   const ops::RowFormat& format() const { return format_; }
   int64_t row_bytes() const { return rows_.size(1) * rows_.element_size(); }
 
-  /// The rows' bytes one behind the other; returns the end of `out`.
+  /// The rows' bytes one behind the other; returns the end of `out`. On a GPU the copies are only
+  /// under way then, and `out` is pinned memory (DeviceBytes).
   std::byte* read(std::span<const int64_t> numbers, std::byte* out) const;
-  /// The inverse; returns the end of what it took.
+  /// The inverse; returns the end of what it took. On a GPU `in` is pinned memory, which is read
+  /// later.
   const std::byte* write(std::span<const int64_t> numbers, const std::byte* in);
   /// Rows `from` of `source` [n, width], packed on the way where the format says so, become rows
   /// `to`; both [m] I64 on the rows' device; `from` undefined: all rows in order. Errors: on the
@@ -45,6 +47,31 @@ class RowMemory {
 
   at::Tensor rows_;
   ops::RowFormat format_;
+};
+
+/// Bytes on their way from or to the device of a cache, in pinned memory: many copies, one wait.
+/// Where the cache is the host's, no more than the caller's own memory.
+class DeviceBytes {
+ public:
+  /// To be filled by read(); wait() then brings them to `out`.
+  DeviceBytes(std::span<std::byte> out, at::Device device);
+  /// Filled with `in`, for write().
+  DeviceBytes(std::span<const std::byte> in, at::Device device);
+
+  std::byte* to_fill() { return pinned_.defined() ? pinned_data() : out_.data(); }
+  const std::byte* filled() const { return pinned_.defined() ? pinned_data() : in_.data(); }
+  /// Until all copies have ended: before this is gone, and before `out` is read.
+  void wait();
+
+ private:
+  DeviceBytes(int64_t count, at::Device device);
+  std::byte* pinned_data() const {
+    return reinterpret_cast<std::byte*>(pinned_.mutable_data_ptr<uint8_t>());
+  }
+  at::Device device_;
+  std::span<std::byte> out_;
+  std::span<const std::byte> in_;
+  at::Tensor pinned_;  // undefined on the host
 };
 
 }  // namespace hadal::engine
