@@ -353,6 +353,9 @@ void CompletionParser::begin_call(const dsml::Tag& tag, Events& events) {
   mode_ = Mode::kCall;
   last_ = Last::kInvoke;
   if (!tag.key || tag.key->empty()) return drop_call("a tool call has no name", events);
+  // Around a special token inside the tag, which is left out, text may add up to the marker.
+  if (tag.key->find(kDsml) != std::string::npos)
+    return drop_call("the name of a tool call holds a marker", events);
   call_.name = *tag.key;
   recording_ = true;
   call_.raw.text = concat(dsml::kInvoke, " name=\"", call_.name, "\">");

@@ -305,6 +305,24 @@ TEST(CompletionParser, OtherSpecialTokensAreNoText) {
   EXPECT_EQ(read_so.content, "so");
 }
 
+// What is left out of a tag may bring the pieces of a marker together.
+TEST(CompletionParser, ANameNeverHoldsAMarker) {
+  const std::string marker(kDsml), first = marker.substr(0, 5), second = marker.substr(5);
+  const auto call = [&](const std::string& before, const std::string& behind) {
+    return read(
+        ThinkingMode::kChat,
+        {"a\n\n<", marker, "tool_calls>\n<", marker, "invoke name=\"f" + before,
+         std::string(kThinkEnd), behind + "\">\n</", marker, "invoke>\n</", marker, "tool_calls>"});
+  };
+  const Completion broken = call(first, second);
+  EXPECT_TRUE(broken.tool_calls.empty());
+  EXPECT_FALSE(broken.ok);
+  EXPECT_EQ(broken.content, "a");
+  const Completion whole = call("", "g");
+  ASSERT_EQ(whole.tool_calls.size(), 1u);
+  EXPECT_EQ(whole.tool_calls[0].name, "fg");
+}
+
 TEST(CompletionParser, AnEndInsideTheReasoningIsTold) {
   const Completion completion = read(kThinking, {"why"});
   EXPECT_EQ(completion.reasoning, "why");
