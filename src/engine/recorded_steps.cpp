@@ -15,6 +15,23 @@ int64_t RecordedSteps::padded_end(int64_t end) {
   return align_up(end, std::max<int64_t>(1024, below / 8));
 }
 
+namespace {
+
+int64_t bytes_of(const StepOutput& output) {
+  int64_t bytes = static_cast<int64_t>(output.streams.nbytes());
+  if (output.logits.defined()) bytes += static_cast<int64_t>(output.logits.nbytes());
+  for (const auto& [layer, selection] : *output.selections)
+    bytes += static_cast<int64_t>(selection.nbytes());
+  return bytes;
+}
+
+}  // namespace
+
+void RecordedSteps::clear() {
+  kept_.clear();
+  bytes_ = 0;
+}
+
 StepOutput RecordedSteps::run(const std::vector<int64_t>& lengths,
                               int64_t padded_end,
                               int64_t moves,
@@ -41,13 +58,20 @@ StepOutput RecordedSteps::run(const std::vector<int64_t>& lengths,
       return step();
     }
   }
+  if (kept.bytes == 0) {
+    kept.bytes = bytes_of(kept.output);
+    bytes_ += kept.bytes;
+    while (bytes_ > kMostBytes && kept_.size() > 1) forget_oldest();
+  }
   kept.graph->replay();
   return kept.output;
 }
 
 void RecordedSteps::forget_oldest() {
-  kept_.erase(
-      std::ranges::min_element(kept_, {}, [](const auto& entry) { return entry.second.used; }));
+  const auto oldest =
+      std::ranges::min_element(kept_, {}, [](const auto& entry) { return entry.second.used; });
+  bytes_ -= oldest->second.bytes;
+  kept_.erase(oldest);
 }
 
 int64_t RecordedSteps::num_graphs() const {

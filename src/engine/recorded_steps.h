@@ -31,8 +31,9 @@ class RecordedSteps {
  public:
   /// Tokens of a step that is worth recording, at most.
   static constexpr int64_t kMostTokens = 256;
-  /// Graphs that are kept: those used last.
+  /// Graphs that are kept: those used last, so many and with results of so many bytes.
   static constexpr size_t kMostGraphs = 96;
+  static constexpr int64_t kMostBytes = int64_t{512} << 20;
 
   explicit RecordedSteps(at::Device device) : memory_(device) {}
 
@@ -47,7 +48,7 @@ class RecordedSteps {
                  int64_t moves,
                  const std::function<StepOutput()>& step);
   /// Forgets all: other weights.
-  void clear() { kept_.clear(); }
+  void clear();
   int64_t num_graphs() const;
 
  private:
@@ -56,12 +57,14 @@ class RecordedSteps {
     std::unique_ptr<ops::RecordedGraph> graph;  ///< null: this kind of step was seen once
     StepOutput output;
     uint64_t used = 0;
+    int64_t bytes = 0;     ///< of the output, once recorded
     bool refused = false;  ///< it cannot be recorded
   };
   void forget_oldest();
 
   ops::GraphMemory memory_;
   std::map<Key, Kept> kept_;
+  int64_t bytes_ = 0;  // of all outputs
   int64_t moves_ = 0;
   uint64_t clock_ = 0;
 };
