@@ -449,7 +449,7 @@ TEST_F(BenchServeCli, RefusesBadUsage) {
   expect_refused(run(url + "--rate 1 --cancel 2"), "--cancel");
   expect_refused(run(url + "--rate 1 --extra '[1]'"), "--extra");
   expect_refused(run(url + "--rate 1 --expect " + write("bad", "{\"request\": 1}\n")), "line 1");
-  expect_refused(run("bench"), "expected read, gemm, step or serve");
+  expect_refused(run("bench"), "expected read, gemm, step, model or serve");
 }
 
 TEST_F(BenchServeCli, ARunWithoutAnyAnswerIsNoSuccess) {
