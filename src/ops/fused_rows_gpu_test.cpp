@@ -10,6 +10,7 @@
 #include "ops/attention/rope.h"
 #include "ops/cache/sm90_rows.h"
 #include "ops/compressor/compress.h"
+#include "ops/gemm/normalised_input.h"
 #include "ops/gemm/product_input.h"
 #include "ops/indexer/hadamard.h"
 #include "ops/moe/sm90_experts.h"
@@ -114,6 +115,32 @@ TEST_P(FusedRowsGpu, RoundsRowsOnceForSeveralProducts) {
   for (const GemmRole role : {GemmRole::kFp32, GemmRole::kBf16})
     EXPECT_TRUE(
         same_bits(wide[role == GemmRole::kFp32 ? 0 : 1].cpu(), linear(x, third, role).cpu()));
+}
+
+TEST_P(FusedRowsGpu, NormsMakeTheOperandsOfProducts) {
+  const auto a = make_fp8(192, 512, 5);
+  const Weight codes = Weight(*pack_sm90_fp8({a.data}, {a.scale})).to(at::kCUDA),
+               wide = Weight(*pack_sm90_bf16(low(at::randn({96, 512})))).to(at::kCUDA);
+  const at::Tensor x = low(at::randn({rows(), 512}) * 3).to(at::kCUDA),
+                   weight = at::randn({512}).to(at::kCUDA);
+  const at::Tensor normed = rms_norm(x, weight, 1e-6);
+  const ProductInput plain(normed, Numerics::kReleased);
+  for (const OperandKinds kinds : {OperandKinds{}, {.bf16 = false}, {.codes = false}}) {
+    const ProductInput input = normalised_input(x, weight, 1e-6, Numerics::kReleased, kinds);
+    EXPECT_TRUE(same_bits(input.x().cpu(), normed.cpu()));
+    EXPECT_TRUE(same_bits(linear(input, codes, GemmRole::kFp8).cpu(),
+                          linear(plain, codes, GemmRole::kFp8).cpu()));
+    EXPECT_TRUE(same_bits(linear(input, wide, GemmRole::kFp32).cpu(),
+                          linear(plain, wide, GemmRole::kFp32).cpu()));
+    // Padding included.
+    if (kinds.codes) {
+      EXPECT_TRUE(at::equal(input.codes().codes, plain.codes().codes));
+      EXPECT_TRUE(at::equal(input.codes().scales, plain.codes().scales));
+    }
+    if (kinds.bf16) {
+      EXPECT_TRUE(at::equal(input.bf16_operand().codes, plain.bf16_operand().codes));
+    }
+  }
 }
 
 TEST_P(FusedRowsGpu, RunsTheSharedExpert) {

@@ -152,6 +152,69 @@ TEST(Batch, TablesSayWhereEverythingGoes) {
   }
 }
 
+// Steps of the same lengths have tables of the same sizes, at the same places, whatever they
+// complete.
+TEST(Batch, PaddedStepsHaveTheTablesOfEachOther) {
+  constexpr int64_t kPageTokens = 16, kPages = 8, kEnd = 64;
+  PageTable pages(2, kPages, kPages, at::kCPU);
+  const std::vector<int64_t> first = {3, 1, 6, 0}, second = {2, 7, 4, 5};
+  pages.update(0, first);
+  pages.update(1, second);
+  TableMemory memory(at::kCPU);
+  const std::vector<int64_t> ratios = {4, 16}, ids = {11, 12, 13, 21, 22};
+  std::vector<const void*> addresses;
+  int64_t moves = -1;
+  for (int64_t start = 0; start < 40; ++start) {
+    const StepPlaces places{.slots = {1, 0},
+                            .pages = &pages,
+                            .page_tokens = kPageTokens,
+                            .memory = &memory,
+                            .ratios = ratios,
+                            .ids = ids,
+                            .padded_end = kEnd};
+    const Batch batch({3, 2}, {start, start + 9}, at::kCPU, places);
+    EXPECT_EQ(batch.max_end_pos(), kEnd);
+    EXPECT_EQ(batch.max_length(), 3);
+    EXPECT_EQ(numbers_of(batch.ids()), ids);
+    EXPECT_EQ(numbers_of(batch.token_slots()), (std::vector<int64_t>{1, 1, 1, 0, 0}));
+    std::vector<const void*> found = {batch.pos().const_data_ptr(), batch.ids().const_data_ptr()};
+    for (const int64_t ratio : ratios) {
+      const std::vector<int64_t> visible = numbers_of(batch.visible(ratio));
+      for (size_t t = 0; t < visible.size(); ++t)
+        EXPECT_EQ(visible[t], (batch.host_pos()[t] + 1) / ratio);
+      const BlockPlan& plan = batch.blocks(ratio);
+      const BlockPlan exact = Batch({3, 2}, {start, start + 9}, at::kCPU).blocks(ratio);
+      EXPECT_EQ(plan.num_blocks(), 2);  // one a sequence, at most
+      EXPECT_EQ(plan.num_blocks() - plan.num_absent, exact.num_blocks());
+      EXPECT_EQ(plan.max_pos, kEnd - 1);
+      const auto seq = numbers_of(plan.seq), pos = numbers_of(plan.pos),
+                 rows = numbers_of(plan.cache_rows);
+      for (size_t b = 0; b < seq.size(); ++b) {
+        const bool there = static_cast<int64_t>(b) < exact.num_blocks();
+        EXPECT_EQ(seq[b], there ? numbers_of(exact.seq)[b] : -1);
+        EXPECT_EQ(pos[b], there ? numbers_of(exact.pos)[b] : 0);
+        // Absent blocks would go behind all pages.
+        EXPECT_EQ(rows[b] == kPages * (kPageTokens / ratio), !there);
+      }
+      EXPECT_EQ(plan.rows.size(0), 2 * ratio);
+      found.push_back(plan.cache_rows.const_data_ptr());
+      found.push_back(plan.rows.const_data_ptr());
+    }
+    // After the first steps nothing moves any more.
+    if (start >= 2) {
+      if (moves < 0) moves = memory.moves(), addresses = found;
+      EXPECT_EQ(memory.moves(), moves);
+      EXPECT_EQ(found, addresses);
+    }
+  }
+  StepPlaces late{.slots = {0}, .pages = &pages, .page_tokens = kPageTokens, .padded_end = 10};
+  EXPECT_THROW(Batch({3}, {8}, at::kCPU, late), Error);
+  late.padded_end = 11;
+  EXPECT_NO_THROW(Batch({3}, {8}, at::kCPU, late));
+  late.ids = ids;
+  EXPECT_THROW(Batch({3}, {8}, at::kCPU, late), Error);
+}
+
 // What autograd keeps of a step outlives the step.
 TEST(Batch, CopiesShareThePlan) {
   auto batch = std::make_unique<Batch>(std::vector<int64_t>{9}, std::vector<int64_t>{0}, at::kCPU);
