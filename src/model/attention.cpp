@@ -1,6 +1,7 @@
 #include "model/attention.h"
 
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -18,6 +19,7 @@
 #include "ops/indexer/sm90_index.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/quant/round_trip.h"
+#include "ops/recorded_graph.h"
 #include "ops/sm90.h"
 
 namespace hadal::model {
@@ -117,12 +119,17 @@ ops::BlockView compress_step(const Compressor& compressor,
   return blocks.view;
 }
 
-/// Products of the indexer that came along with attention's; what is undefined it makes itself.
-struct IndexerProducts {
-  CompressorProducts keys;
+/// What came along with attention's products; what is not there the indexer makes itself.
+struct IndexerInputs {
+  std::optional<ops::BlockView> keys;
   at::Tensor q;        ///< [tokens, heads * dim]
-  at::Tensor weights;  ///< [tokens, heads]
+  at::Tensor weights;  ///< [tokens, heads], scaled where `keys` are there
 };
+
+double index_factor(const ModelConfig& config) {
+  return std::pow(static_cast<double>(config.index_head_dim), -0.5) *
+         std::pow(static_cast<double>(config.index_n_heads), -0.5);
+}
 
 /// Whether a step needs the indexer's scores: to choose blocks, or because somebody asks.
 struct IndexerTask {
@@ -135,6 +142,44 @@ struct IndexerTask {
                 context.batch->max_end_pos() / config.ratio(block) > config.index_topk),
         scores(context.request.index_loss || context.request.index_scores) {}
 };
+
+/// A step's compressed blocks, and what the indexer needs of a step beside its queries.
+struct CompressedStep {
+  ops::BlockView blocks;
+  IndexerInputs index;
+};
+
+/// In a cache the indexer's products come along with attention's, `asks`: its weights, too. Where
+/// there is none the indexer makes them, without gradients.
+CompressedStep make_compressed(const Attention& attn,
+                               const ModelConfig& config,
+                               int64_t block,
+                               const ops::ProductInput& input,
+                               bool asks,
+                               const ops::RopeTable& rope_table,
+                               const ForwardContext& context) {
+  const bool with_index = attn.indexer && context.kv != nullptr;
+  std::vector<const Parameter*> weights = {&attn.compressor->wkv, &attn.compressor->wgate};
+  if (with_index) {
+    weights.push_back(&attn.indexer->compressor.wkv);
+    weights.push_back(&attn.indexer->compressor.wgate);
+    if (asks) weights.push_back(&attn.indexer->weights_proj);
+  }
+  const auto products = apply_linears(weights, input);
+  const at::ScalarType type = input.x().scalar_type();
+  CompressedStep made;
+  // The indexer's keys first: its scores wait for them.
+  if (with_index) {
+    made.index.keys =
+        compress_step(attn.indexer->compressor, kIndexRings, config, block,
+                      {.kv = products[2], .gate = products[3]}, type, rope_table, context);
+    // BF16 times a number is FP32 within, rounded once.
+    if (asks) made.index.weights = products[4].mul(index_factor(config));
+  }
+  made.blocks = compress_step(*attn.compressor, kMainRings, config, block,
+                              {.kv = products[0], .gate = products[1]}, type, rope_table, context);
+  return made;
+}
 
 /// What the indexer says about a step.
 struct IndexerStep {
@@ -149,7 +194,7 @@ IndexerStep run_indexer(const Indexer& indexer,
                         int64_t block,
                         const ops::ProductInput& x,
                         const ops::ProductInput& q_rank,
-                        IndexerProducts products,
+                        IndexerInputs inputs,
                         const IndexerTask& task,
                         const ops::RopeTable& rope_table,
                         const ForwardContext& context) {
@@ -157,31 +202,30 @@ IndexerStep run_indexer(const Indexer& indexer,
   const int64_t tokens = batch.num_tokens(), ratio = config.ratio(block);
   IndexerStep step{.scores = {}, .selection = context.forced_of(block).selection};
   if (!task.any() && context.kv == nullptr) return step;
-  if (!products.keys.kv.defined()) {
+  if (!inputs.keys) {
     const auto made = apply_linears({&indexer.compressor.wkv, &indexer.compressor.wgate}, x);
-    products.keys = {.kv = made[0], .gate = made[1]};
+    inputs.keys =
+        compress_step(indexer.compressor, kIndexRings, config, block,
+                      {.kv = made[0], .gate = made[1]}, x.x().scalar_type(), rope_table, context);
   }
-  // In a cache the keys must exist, so that a later step may select.
-  const ops::BlockView keys =
-      compress_step(indexer.compressor, kIndexRings, config, block, products.keys,
-                    x.x().scalar_type(), rope_table, context);
+  const ops::BlockView& keys = *inputs.keys;
   if (!task.any()) return step;
-  if (!products.q.defined()) products.q = apply_linear(indexer.wq_b, q_rank);
-  if (!products.weights.defined()) products.weights = apply_linear(indexer.weights_proj, x);
-  at::Tensor q = products.q.reshape({tokens, config.index_n_heads, config.index_head_dim});
-  const double factor = std::pow(static_cast<double>(config.index_head_dim), -0.5) *
-                        std::pow(static_cast<double>(config.index_n_heads), -0.5);
-  const at::Tensor& projected = products.weights;
-  if (!task.scores && ops::serves_index_sm90(q, projected, keys, context.numerics) &&
+  if (!inputs.q.defined()) inputs.q = apply_linear(indexer.wq_b, q_rank);
+  at::Tensor q = inputs.q.reshape({tokens, config.index_n_heads, config.index_head_dim});
+  if (!inputs.weights.defined()) {
+    const at::Tensor projected = apply_linear(indexer.weights_proj, x);
+    inputs.weights =
+        (ops::to_compute(projected) * index_factor(config)).to(projected.scalar_type());
+  }
+  const at::Tensor& weights = inputs.weights;
+  if (!task.scores && ops::serves_index_sm90(q, weights, keys, context.numerics) &&
       ops::serves_cache_rows_sm90(q, context.rope_compressed, keys.format)) {
-    // BF16 times a number is FP32 within on a GPU, rounded once.
-    step.selection = ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed),
-                                             projected.mul(factor), keys, batch, ratio,
-                                             config.index_topk, context.numerics);
+    step.selection =
+        ops::index_topk_on_sm90(ops::index_queries_sm90(q, context.rope_compressed), weights, keys,
+                                batch, ratio, config.index_topk, context.numerics);
     return step;
   }
   q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
-  const at::Tensor weights = (ops::to_compute(projected) * factor).to(projected.scalar_type());
   if (task.scores) {
     step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
     if (task.selects) {
@@ -248,48 +292,42 @@ AttentionOutput attention_forward(const Attention& attn,
   const int64_t ratio = config.ratio(block);
   const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
 
+  const bool asks =
+      attn.indexer && context.kv != nullptr && IndexerTask(config, block, context).any();
+  // Nothing of this step's keys waits for its queries.
+  CompressedStep cached;
+  ops::SideBranch beside(0), window_beside(1);
+  if (attn.compressor) {
+    make_operands({&attn.wq_a, &attn.compressor->wkv}, input);
+    beside.run([&] {
+      cached = make_compressed(attn, config, block, input, asks, compressed_rope, context);
+    });
+  }
   const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, input);
+  WindowRows window;
+  window_beside.run(
+      [&] { window = make_window(attn, config, block, low_rank[1], cos_sin, context); });
   const ops::ProductInput q_rank = ops::normalised_input(
       low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
-  // In a cache the indexer's products come along with attention's; where there is none they are
-  // made by themselves, without gradients.
-  const bool with_index = attn.indexer && context.kv != nullptr;
-  const bool asks = with_index && IndexerTask(config, block, context).any();
-  IndexerProducts index_products;
   std::vector<const Parameter*> of_q = {&attn.wq_b};
   if (asks) of_q.push_back(&attn.indexer->wq_b);
   const auto queries = apply_linears(of_q, q_rank);
-  if (asks) index_products.q = queries[1];
+  if (asks) cached.index.q = queries[1];
   const at::Tensor q =
       ops::norm_rotate_heads(queries[0].reshape({tokens, config.n_heads, config.head_dim}),
                              config.norm_eps, numerics, cos_sin);
-  const WindowRows window = make_window(attn, config, block, low_rank[1], cos_sin, context);
-
-  ops::BlockView blocks;
+  beside.join();
   IndexerStep indexed;
-  if (attn.compressor) {
-    std::vector<const Parameter*> weights = {&attn.compressor->wkv, &attn.compressor->wgate};
-    if (with_index) {
-      weights.push_back(&attn.indexer->compressor.wkv);
-      weights.push_back(&attn.indexer->compressor.wgate);
-      if (asks) weights.push_back(&attn.indexer->weights_proj);
-    }
-    const auto products = apply_linears(weights, input);
-    if (with_index) index_products.keys = {.kv = products[2], .gate = products[3]};
-    if (asks) index_products.weights = products[4];
-    blocks = compress_step(*attn.compressor, kMainRings, config, block,
-                           {.kv = products[0], .gate = products[1]}, input.x().scalar_type(),
-                           compressed_rope, context);
-  }
   // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
   if (attn.indexer && (context.mode != AttentionMode::kDense || context.kv != nullptr)) {
-    indexed =
-        run_indexer(*attn.indexer, config, block, input.detach(), q_rank.detach(), index_products,
-                    IndexerTask(config, block, context), compressed_rope, context);
+    indexed = run_indexer(*attn.indexer, config, block, input.detach(), q_rank.detach(),
+                          std::move(cached.index), IndexerTask(config, block, context),
+                          compressed_rope, context);
   }
+  window_beside.join();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
   const ops::AttentionResult result = ops::sparse_attn(
-      q, window.kv, window.history, blocks, indexed.selection, attn.attn_sink.value, batch,
+      q, window.kv, window.history, cached.blocks, indexed.selection, attn.attn_sink.value, batch,
       {.window = config.window_size,
        .scale = scale,
        .ratio = ratio,
@@ -300,12 +338,12 @@ AttentionOutput attention_forward(const Attention& attn,
   if (context.request.index_scores && indexed.scores.defined())
     aux.index_scores = indexed.scores.detach();
   if (context.request.index_loss && indexed.scores.defined()) {
-    aux.index_loss = ops::index_kl(indexed.scores, indexed.selection, q.detach(), blocks,
+    aux.index_loss = ops::index_kl(indexed.scores, indexed.selection, q.detach(), cached.blocks,
                                    result.lse.detach(), batch, ratio, scale);
   }
   if (context.request.attention) {
-    aux.seen = {.q = q.detach(), .blocks = blocks, .lse = result.lse.detach()};
-    if (blocks.rows.defined()) aux.seen.blocks.rows = blocks.rows.detach();
+    aux.seen = {.q = q.detach(), .blocks = cached.blocks, .lse = result.lse.detach()};
+    if (cached.blocks.rows.defined()) aux.seen.blocks.rows = cached.blocks.rows.detach();
   }
   if (context.kv != nullptr && !window.history.holds_step)
     context.kv->commit(block, RingKind::kWindow, window.kv);

@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 
-#include "ops/gemm/normalised_input.h"
 #include "ops/norm/rms_norm.h"
 
 namespace hadal::model {
@@ -23,21 +22,19 @@ BlockOutput block_forward(const Block& block,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context) {
   const ops::HcParams params = hc_params(config);
-  const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
-                                          block.hc_attn.scale.value, params);
-  AttentionOutput attn = attention_forward(
-      block.attn, config, index,
-      ops::normalised_input(attn_mix.mixed, block.attn_norm.value, config.norm_eps,
-                            context.numerics, {.bf16 = block.attn.compressor.has_value()}),
-      compressed_rope, context);
+  const auto enter = [&](const HyperConnection& hc, const Parameter& norm,
+                         ops::OperandKinds kinds) {
+    return ops::hc_pre_normalised(streams, hc.fn.value, hc.base.value, hc.scale.value, params,
+                                  norm.value, context.numerics, kinds);
+  };
+  const ops::HcInput attn_mix =
+      enter(block.hc_attn, block.attn_norm, {.bf16 = block.attn.compressor.has_value()});
+  AttentionOutput attn =
+      attention_forward(block.attn, config, index, attn_mix.input, compressed_rope, context);
   streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 
-  const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
-                                         block.hc_ffn.scale.value, params);
-  MoeOutput ffn = moe_forward(block.moe, config, index,
-                              ops::normalised_input(ffn_mix.mixed, block.ffn_norm.value,
-                                                    config.norm_eps, context.numerics, {}),
-                              ids, context);
+  const ops::HcInput ffn_mix = enter(block.hc_ffn, block.ffn_norm, {});
+  MoeOutput ffn = moe_forward(block.moe, config, index, ffn_mix.input, ids, context);
   streams = ops::hc_post(ffn.out, streams, ffn_mix.post, ffn_mix.comb);
   return {.streams = std::move(streams),
           .aux = {.attn = std::move(attn.aux), .moe = std::move(ffn.aux)}};

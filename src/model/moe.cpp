@@ -21,21 +21,7 @@ MoeOutput moe_forward(const Moe& moe,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const at::Tensor& x = input.x();
-  const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
-  at::Tensor fixed = context.forced_of(block).experts;
-  if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
-  const ops::Routing routing =
-      fixed.defined() ? ops::gate_fixed(logits, fixed, config.route_scale, numerics)
-                      : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts,
-                                  config.route_scale, numerics);
   MoeAux aux;
-  if (context.request.experts || context.request.routing)
-    aux.routing.experts = routing.experts.to(at::kLong);
-  if (context.request.routing) {
-    aux.routing.weights = routing.weights.detach();
-    aux.routing.affinity = routing.affinity;
-  }
-
   const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
     if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
     return ops::swiglu(gate, up, weight, config.swiglu_limit);
@@ -49,17 +35,40 @@ MoeOutput moe_forward(const Moe& moe,
                                    .w3 = moe.w3.weight,
                                    .w2 = moe.w2.weight,
                                    .swiglu_limit = config.swiglu_limit};
-  if (!context.request.swiglu && ops::serves_experts_sm90(x, experts, numerics)) {
+  const bool on_sm90 = !context.request.swiglu && ops::serves_experts_sm90(x, experts, numerics);
+  // Nobody waits for the shared expert before the sum over a token's experts.
+  ops::SideBranch beside(0);
+  at::Tensor shared;
+  if (on_sm90) {
     // The kernels round rows of x as they gather them, and of the shared expert as they multiply.
-    const ops::RoutedExperts shared{.w1 = moe.shared_w1.weight,
+    const ops::RoutedExperts of_all{.w1 = moe.shared_w1.weight,
                                     .w3 = moe.shared_w3.weight,
                                     .w2 = moe.shared_w2.weight,
                                     .swiglu_limit = config.swiglu_limit};
-    const at::Tensor out = ops::serves_shared_expert_sm90(input, shared)
-                               ? ops::shared_expert_on_sm90(input, shared)
-                               : shared_expert();
-    return {.out = ops::experts_on_sm90(x, routing, experts, out), .aux = std::move(aux)};
+    make_operands({&moe.shared_w1, &moe.gate}, input);
+    beside.run([&] {
+      shared = ops::serves_shared_expert_sm90(input, of_all)
+                   ? ops::shared_expert_on_sm90(input, of_all)
+                   : shared_expert();
+    });
   }
+  const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
+  at::Tensor fixed = context.forced_of(block).experts;
+  if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
+  const ops::Routing routing =
+      fixed.defined() ? ops::gate_fixed(logits, fixed, config.route_scale, numerics)
+                      : ops::gate(logits, moe.gate_bias->value, config.n_activated_experts,
+                                  config.route_scale, numerics);
+  if (context.request.experts || context.request.routing)
+    aux.routing.experts = routing.experts.to(at::kLong);
+  if (context.request.routing) {
+    aux.routing.weights = routing.weights.detach();
+    aux.routing.affinity = routing.affinity;
+  }
+
+  if (on_sm90)
+    return {.out = ops::experts_on_sm90(x, routing, experts, shared, beside),
+            .aux = std::move(aux)};
 
   const ops::Permutation order =
       ops::permute_by_expert(routing.experts.to(at::kLong), config.n_routed_experts);

@@ -133,6 +133,16 @@ std::vector<at::Tensor> apply_linears(const std::vector<const Parameter*>& weigh
   return ops::linear(x, factors);
 }
 
+void make_operands(const std::vector<const Parameter*>& weights, const ops::ProductInput& x) {
+  for (const Parameter* w : weights) {
+    if (trains(*w, x.x())) {
+      x.rounded(w->role);
+    } else {
+      ops::make_operand(x, w->product_operand(x.numerics()), w->role);
+    }
+  }
+}
+
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,
                          const ops::Permutation& order,

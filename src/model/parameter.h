@@ -100,6 +100,9 @@ at::Tensor apply_linear(const Parameter& w, const ops::ProductInput& x);
 /// Of several parameters with the same rows.
 std::vector<at::Tensor> apply_linears(const std::vector<const Parameter*>& weights,
                                       const ops::ProductInput& x);
+/// Makes the forms of x that these products take, if nobody did: for products on an
+/// ops::SideBranch.
+void make_operands(const std::vector<const Parameter*>& weights, const ops::ProductInput& x);
 /// Stacked experts: rows of x in the order of ops::permute_rows (ops::grouped_linear).
 at::Tensor apply_experts(const Parameter& w,
                          const at::Tensor& x,

@@ -3,6 +3,9 @@
 #include "base/check.h"
 
 #ifdef HADAL_WITH_CUDA
+#include <array>
+
+#include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -12,27 +15,51 @@ namespace hadal::ops {
 
 #ifdef HADAL_WITH_CUDA
 
+namespace {
+
+struct Branch {
+  c10::cuda::CUDAStream stream;
+  at::cuda::CUDAEvent forked, done;
+};
+
+c10::cuda::CUDAStream new_stream(at::Device device) {
+  return c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
+}
+
+/// The branches of the graph that this thread records.
+thread_local std::array<Branch, SideBranch::kBranches>* recording = nullptr;
+
+}  // namespace
+
 struct GraphMemory::Parts {
   at::Device device;
   at::cuda::MempoolId_t pool;
   c10::cuda::CUDAStream stream;  // that recordings are made on: the default one cannot be recorded
+  std::array<Branch, SideBranch::kBranches> branches;
 };
 struct RecordedGraph::Parts {
   at::cuda::CUDAGraph graph;
 };
 
 GraphMemory::GraphMemory(at::Device device)
-    : parts_(std::make_unique<Parts>(Parts{
-          .device = device,
-          .pool = at::cuda::graph_pool_handle(),
-          .stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())})) {}
+    : parts_(std::make_unique<Parts>(
+          Parts{.device = device,
+                .pool = at::cuda::graph_pool_handle(),
+                .stream = new_stream(device),
+                .branches = {Branch{.stream = new_stream(device), .forked = {}, .done = {}},
+                             Branch{.stream = new_stream(device), .forked = {}, .done = {}}}})) {}
 
 RecordedGraph::RecordedGraph(GraphMemory& memory, const std::function<void()>& work)
     : parts_(std::make_unique<Parts>()) {
   const c10::cuda::CUDAStreamGuard guard(memory.parts_->stream);
   // Other threads may go on asking the device for things.
   parts_->graph.capture_begin(memory.parts_->pool, cudaStreamCaptureModeThreadLocal);
+  struct Recording {
+    explicit Recording(GraphMemory::Parts& parts) { recording = &parts.branches; }
+    ~Recording() { recording = nullptr; }
+  };
   try {
+    const Recording branches(*memory.parts_);
     work();
   } catch (...) {
     // The stream must stop recording, which it only says in the same way.
@@ -47,6 +74,25 @@ RecordedGraph::RecordedGraph(GraphMemory& memory, const std::function<void()>& w
 
 void RecordedGraph::replay() { parts_->graph.replay(); }
 
+void SideBranch::run(const std::function<void()>& work) {
+  if (recording == nullptr) return work();
+  Branch& branch = (*recording)[static_cast<size_t>(number_)];
+  branch.forked.record();
+  branch.forked.block(branch.stream);
+  forked_ = true;
+  const c10::cuda::CUDAStreamGuard guard(branch.stream);
+  work();
+}
+
+void SideBranch::join() {
+  if (!forked_) return;
+  forked_ = false;
+  if (recording == nullptr) return;
+  Branch& branch = (*recording)[static_cast<size_t>(number_)];
+  branch.done.record(branch.stream);
+  branch.done.block(c10::cuda::getCurrentCUDAStream(branch.stream.device_index()));
+}
+
 #else
 
 struct GraphMemory::Parts {};
@@ -58,7 +104,22 @@ GraphMemory::GraphMemory(at::Device device) {
 RecordedGraph::RecordedGraph(GraphMemory&, const std::function<void()>&) {}
 void RecordedGraph::replay() {}
 
+void SideBranch::run(const std::function<void()>& work) { work(); }
+void SideBranch::join() {}
+
 #endif
+
+SideBranch::SideBranch(int number) : number_(number) {
+  HADAL_CHECK(number >= 0 && number < kBranches, "side branch ", number, " of ", kBranches);
+}
+
+SideBranch::~SideBranch() {
+  // After an error the recording is thrown away with all its branches.
+  try {
+    join();
+  } catch (const std::exception&) {
+  }
+}
 
 GraphMemory::~GraphMemory() = default;
 RecordedGraph::~RecordedGraph() = default;

@@ -45,4 +45,27 @@ class RecordedGraph {
   std::unique_ptr<Parts> parts_;
 };
 
+/// A part of a step that what follows it does not need at once: while a graph is recorded, a branch
+/// that runs beside the rest; elsewhere the same work where it stands. Bits do not depend on it.
+class SideBranch {
+ public:
+  /// Parts of one number, below kBranches, follow each other.
+  static constexpr int kBranches = 2;
+  explicit SideBranch(int number);
+  /// Joins, where that was not done.
+  ~SideBranch();
+  SideBranch(const SideBranch&) = delete;
+  SideBranch& operator=(const SideBranch&) = delete;
+
+  /// Does `work` after all that was launched before this call. Tensors that it reads and did not
+  /// make must live until `join`, because what is freed may be reused by the rest of the step.
+  void run(const std::function<void()>& work);
+  /// What is launched from here on begins after all of the branch.
+  void join();
+
+ private:
+  int number_;
+  bool forked_ = false;
+};
+
 }  // namespace hadal::ops

@@ -46,6 +46,7 @@ void gate_sm90(const GateSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }
 void normalised_sm90(const NormalisedSm90Params&, Stream) { absent(); }
 void hc_pre_sm90(const HcPreSm90Params&, Stream) { absent(); }
+void hc_pre_norm_sm90(const HcPreNormSm90Params&, Stream) { absent(); }
 void hc_post_sm90(const HcPostSm90Params&, Stream) { absent(); }
 void latent_rows_sm90(const LatentRowsSm90Params&, Stream) { absent(); }
 void index_rows_sm90(const IndexRowsSm90Params&, Stream) { absent(); }

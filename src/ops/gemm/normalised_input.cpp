@@ -12,43 +12,68 @@
 
 namespace hadal::ops {
 
+bool serves_normalised_sm90(const at::Tensor& x,
+                            int64_t dim,
+                            const at::Tensor& weight,
+                            Numerics numerics,
+                            OperandKinds kinds) {
+  const bool learns = at::GradMode::is_enabled() && weight.requires_grad();
+  const bool codes = kinds.codes && numerics == Numerics::kReleased;
+  return x.is_cuda() && x.size(0) > 0 && dim % 128 == 0 && dim <= 16384 && !learns &&
+         (codes || kinds.bf16) && use_sm90(x);
+}
+
+NormalisedRows::NormalisedRows(const at::Tensor& x,
+                               const at::Tensor& weight_any,
+                               double eps,
+                               Numerics numerics,
+                               OperandKinds kinds)
+    : weight_(fp32_input(weight_any)) {
+  const int64_t rows = x.size(0), dim = x.size(-1), groups = ceil_div(rows, sm90::kGroupRows);
+  check_shape(weight_any, {dim}, "normalised_input: weight");
+  out_ = at::empty({rows, dim}, x.options());
+  params = {.x = nullptr,
+            .weight = weight_.const_data_ptr<float>(),
+            .out = out_.mutable_data_ptr(),
+            .rows = rows,
+            .dim = dim,
+            .eps = static_cast<float>(eps),
+            .codes = nullptr,
+            .scales = nullptr,
+            .operand = nullptr,
+            .x_groups = groups};
+  if (kinds.codes && numerics == Numerics::kReleased) {
+    codes_ = empty_rows_sm90(rows, dim, x.device());
+    params.codes = codes_->codes.mutable_data_ptr<uint8_t>();
+    params.scales = codes_->scales.mutable_data_ptr<float>();
+  }
+  if (kinds.bf16) {
+    bf16_ = Sm90Rows{
+        .codes = at::empty({dim * 2 * groups * sm90::kGroupRows}, x.options().dtype(at::kByte)),
+        .scales = {},
+        .groups = groups,
+        .rows = rows};
+    params.operand = bf16_->codes.mutable_data_ptr<uint8_t>();
+  }
+}
+
+ProductInput NormalisedRows::input(Numerics numerics) && {
+  return {std::move(out_), numerics, std::move(codes_), std::move(bf16_)};
+}
+
 ProductInput normalised_input(const at::Tensor& x_any,
                               const at::Tensor& weight_any,
                               double eps,
                               Numerics numerics,
                               OperandKinds kinds) {
-  const bool learns = at::GradMode::is_enabled() && weight_any.requires_grad();
-  const int64_t rows = x_any.size(0), dim = x_any.size(-1);
-  const bool codes = kinds.codes && numerics == Numerics::kReleased;
-  if (x_any.dim() != 2 || rows == 0 || dim % 128 != 0 || dim > 16384 || learns ||
-      !(codes || kinds.bf16) || !x_any.is_cuda() || !use_sm90(x_any)) {
+  if (x_any.dim() != 2 ||
+      !serves_normalised_sm90(x_any, x_any.size(-1), weight_any, numerics, kinds))
     return {rms_norm(x_any, weight_any, eps), numerics};
-  }
-  check_shape(weight_any, {dim}, "normalised_input: weight");
-  const at::Tensor x = kernel_input(x_any), weight = fp32_input(weight_any);
-  at::Tensor out = at::empty_like(x);
-  const int64_t x_groups = ceil_div(rows, sm90::kGroupRows);
-  std::optional<Sm90Rows> quantised, low;
-  if (codes) quantised = empty_rows_sm90(rows, dim, x.device());
-  if (kinds.bf16) {
-    low = Sm90Rows{
-        .codes = at::empty({dim * 2 * x_groups * sm90::kGroupRows}, x.options().dtype(at::kByte)),
-        .scales = {},
-        .groups = x_groups,
-        .rows = rows};
-  }
-  normalised_sm90({.x = x.const_data_ptr(),
-                   .weight = weight.const_data_ptr<float>(),
-                   .out = out.mutable_data_ptr(),
-                   .rows = rows,
-                   .dim = dim,
-                   .eps = static_cast<float>(eps),
-                   .codes = quantised ? quantised->codes.mutable_data_ptr<uint8_t>() : nullptr,
-                   .scales = quantised ? quantised->scales.mutable_data_ptr<float>() : nullptr,
-                   .operand = low ? low->codes.mutable_data_ptr<uint8_t>() : nullptr,
-                   .x_groups = x_groups},
-                  current_stream(x));
-  return {std::move(out), numerics, std::move(quantised), std::move(low)};
+  const at::Tensor x = kernel_input(x_any);
+  NormalisedRows rows(x, weight_any, eps, numerics, kinds);
+  rows.params.x = x.const_data_ptr();
+  normalised_sm90(rows.params, current_stream(x));
+  return std::move(rows).input(numerics);
 }
 
 }  // namespace hadal::ops

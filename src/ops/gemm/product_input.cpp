@@ -50,6 +50,20 @@ OperandKind operand_kind(const ProductInput& x, const Weight& w, GemmRole role) 
 
 }  // namespace
 
+void make_operand(const ProductInput& x, const Weight& w, GemmRole role) {
+  switch (operand_kind(x, w, role)) {
+    case OperandKind::kCodes:
+      x.codes();
+      return;
+    case OperandKind::kBf16:
+      x.bf16_operand();
+      return;
+    case OperandKind::kNone:
+      x.rounded(role);
+      return;
+  }
+}
+
 at::Tensor linear(const ProductInput& x, const Weight& w, GemmRole role) {
   switch (operand_kind(x, w, role)) {
     case OperandKind::kCodes:

@@ -51,6 +51,10 @@ class ProductInput {
 /// rounds anyway.
 at::Tensor linear(const ProductInput& x, const Weight& w, GemmRole role);
 
+/// Makes the form of x that this product takes, if nobody did: for products that run beside others
+/// of the same x.
+void make_operand(const ProductInput& x, const Weight& w, GemmRole role);
+
 /// Several of them; on a GPU products of one format are one launch.
 struct Factor {
   Weight w;

@@ -352,6 +352,39 @@ HcPre run_pre_sm90(const at::Tensor& streams_any,
   return result;
 }
 
+/// hc_pre and the norm behind it in one launch.
+HcInput run_pre_norm_sm90(const at::Tensor& streams_any,
+                          const at::Tensor& fn,
+                          const at::Tensor& base_any,
+                          const at::Tensor& scale_any,
+                          const HcParams& params,
+                          const at::Tensor& norm,
+                          Numerics numerics,
+                          OperandKinds kinds) {
+  const at::Tensor streams = kernel_input(streams_any), base = fp32_input(base_any),
+                   scale = fp32_input(scale_any);
+  const int64_t tokens = streams.size(0), dim = streams.size(2);
+  NormalisedRows rows(streams, norm, params.norm_eps, numerics, kinds);
+  const at::Tensor post = at::empty({tokens, hc::kStreams}, fn.options()),
+                   comb = at::empty({tokens, hc::kStreams, hc::kStreams}, fn.options());
+  hc_pre_norm_sm90({.pre = {.streams = streams.const_data_ptr(),
+                            .fn = fn.const_data_ptr<float>(),
+                            .base = base.const_data_ptr<float>(),
+                            .scale = scale.const_data_ptr<float>(),
+                            .mixed = nullptr,
+                            .post = post.mutable_data_ptr<float>(),
+                            .comb = comb.mutable_data_ptr<float>(),
+                            .tokens = tokens,
+                            .dim = dim,
+                            .sinkhorn_iters = static_cast<int>(params.sinkhorn_iters),
+                            .norm_eps = static_cast<float>(params.norm_eps),
+                            .hc_eps = static_cast<float>(params.hc_eps),
+                            .head = false},
+                    .norm = rows.params},
+                   current_stream(streams));
+  return {.input = std::move(rows).input(numerics), .post = post, .comb = comb};
+}
+
 at::Tensor run_post_sm90(const at::Tensor& out_any,
                          const at::Tensor& streams_any,
                          const at::Tensor& post_any,
@@ -402,6 +435,30 @@ HcPre hc_pre(const at::Tensor& streams,
     return {.mixed = out[0], .post = out[1], .comb = out[2]};
   }
   return reference::hc_pre(streams, fn, base, scale, params);
+}
+
+HcInput hc_pre_normalised(const at::Tensor& streams,
+                          const at::Tensor& fn,
+                          const at::Tensor& base,
+                          const at::Tensor& scale,
+                          const HcParams& params,
+                          const at::Tensor& norm,
+                          Numerics numerics,
+                          OperandKinds kinds) {
+  check_shape(streams, {-1, -1, -1}, "hc_pre: streams");
+  const int64_t dim = streams.size(2);
+  if (streams.size(0) <= kHcPreNormTokens && dim % 256 == 0 && dim <= 8192 && on_sm90(streams) &&
+      serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_as_it_is(fn) &&
+      !learns({fn, base, scale})) {
+    check_shape(fn, {hc::kRows, hc::kStreams * dim}, "hc_pre: fn");
+    check_shape(base, {hc::kRows}, "hc_pre: base");
+    check_shape(scale, {3}, "hc_pre: scale");
+    return run_pre_norm_sm90(streams, fn, base, scale, params, norm, numerics, kinds);
+  }
+  const HcPre pre = hc_pre(streams, fn, base, scale, params);
+  return {.input = normalised_input(pre.mixed, norm, params.norm_eps, numerics, kinds),
+          .post = pre.post,
+          .comb = pre.comb};
 }
 
 at::Tensor hc_post(const at::Tensor& out,

@@ -6,11 +6,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/gemm/normalised_input.h"
+
 namespace hadal::ops {
 
 struct HcParams {
   int64_t sinkhorn_iters = 20;
-  double norm_eps = 1e-6;  ///< inside the RMS over all streams
+  double norm_eps = 1e-6;  ///< inside the RMS over all streams, and of the norm behind
   double hc_eps = 1e-6;    ///< added to collapse weights and Sinkhorn entries and sums
 };
 
@@ -45,6 +47,21 @@ at::Tensor hc_head(const at::Tensor& streams,
                    const at::Tensor& base,
                    const at::Tensor& scale,
                    const HcParams& params);
+
+/// hc_pre and the RMSNorm of what it mixes, as a sub-layer's input: `norm` [dim], eps; see
+/// normalised_input.
+struct HcInput {
+  ProductInput input;
+  at::Tensor post, comb;  ///< as of HcPre
+};
+HcInput hc_pre_normalised(const at::Tensor& streams,
+                          const at::Tensor& fn,
+                          const at::Tensor& base,
+                          const at::Tensor& scale,
+                          const HcParams& params,
+                          const at::Tensor& norm,
+                          Numerics numerics,
+                          OperandKinds kinds);
 
 namespace reference {
 HcPre hc_pre(const at::Tensor& streams,

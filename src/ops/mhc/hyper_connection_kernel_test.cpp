@@ -55,6 +55,59 @@ TEST_P(HyperConnectionSm90, PreHasTheBitsOfTheCpu) {
   }
 }
 
+TEST(HcPreNormSm90, HasTheBitsOfBothKernels) {
+  for (const auto [tokens, dim] : {Size{1, 4096}, Size{2, 256}, Size{3, 512}, Size{5, 4096},
+                                   Size{8, 1792}, Size{11, 4096}, Size{16, 1024}, Size{2, 7168}}) {
+    const auto count = static_cast<size_t>(tokens * dim);
+    const int64_t groups = (tokens + 7) / 8;
+    const OnDevice<uint16_t> streams(normals_bf16(count * 4, 1.5f, 1));
+    const OnDevice<float> fn(normals(static_cast<size_t>(24 * 4 * dim), 0.02f, 2)),
+        base(normals(24, 0.5f, 3)), scale(normals(3, 1.0f, 4)),
+        weight(normals(static_cast<size_t>(dim), 1.0f, 5));
+    struct Outputs {
+      OnDevice<uint16_t> mixed, out;
+      OnDevice<float> post, comb, scales;
+      OnDevice<uint8_t> codes, operand;
+      Outputs(size_t rows, size_t width, size_t padded)
+          : mixed(rows * width),
+            out(rows * width),
+            post(rows * 4),
+            comb(rows * 16),
+            scales(padded * (width / 128)),
+            codes(padded * width),
+            operand(padded * width * 2) {}
+    };
+    const auto rows = static_cast<size_t>(tokens), width = static_cast<size_t>(dim),
+               padded = static_cast<size_t>(groups * 8);
+    const Outputs one(rows, width, padded), other(rows, width, padded);
+    const auto pre = [&](const Outputs& to) {
+      return HcPreSm90Params{streams.get(), fn.get(),      base.get(), scale.get(), to.mixed.get(),
+                             to.post.get(), to.comb.get(), tokens,     dim,         20,
+                             1e-6f,         1e-6f,         false};
+    };
+    const auto norm = [&](const Outputs& to) {
+      return NormalisedSm90Params{
+          to.mixed.get(), weight.get(),   to.out.get(),    tokens,           dim,
+          1e-6f,          to.codes.get(), to.scales.get(), to.operand.get(), groups};
+    };
+    hc_pre_sm90(pre(one), nullptr);
+    normalised_sm90(norm(one), nullptr);
+    hc_pre_norm_sm90({pre(other), norm(other)}, nullptr);
+    EXPECT_EQ(differences(other.out.read(), one.out.read()), 0) << tokens << " " << dim;
+    EXPECT_EQ(differences(other.post.read(), one.post.read()), 0) << tokens << " " << dim;
+    EXPECT_EQ(differences(other.comb.read(), one.comb.read()), 0) << tokens << " " << dim;
+    EXPECT_EQ(differences(other.codes.read(), one.codes.read()), 0) << tokens << " " << dim;
+    EXPECT_EQ(differences(other.operand.read(), one.operand.read()), 0) << tokens << " " << dim;
+    // Scales of rows of zeros are their own smallest, too.
+    EXPECT_EQ(differences(other.scales.read(), one.scales.read()), 0) << tokens << " " << dim;
+    const HcPreNormSm90Params no_codes{pre(other),
+                                       {nullptr, weight.get(), other.out.get(), tokens, dim, 1e-6f,
+                                        nullptr, nullptr, other.operand.get(), groups}};
+    hc_pre_norm_sm90(no_codes, nullptr);
+    EXPECT_EQ(differences(other.operand.read(), one.operand.read()), 0) << tokens << " " << dim;
+  }
+}
+
 TEST_P(HyperConnectionSm90, PostHasTheBitsOfTheCpu) {
   const auto [tokens, dim] = GetParam();
   const auto streams = normals_bf16(static_cast<size_t>(tokens * 4 * dim), 1.5f, 1);

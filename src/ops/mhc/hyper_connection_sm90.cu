@@ -9,11 +9,11 @@
 #include "ops/cuda/sm90.cuh"
 #include "ops/cuda/warp.cuh"
 #include "ops/mhc/hyper_connection_sm90.h"
+#include "ops/mhc/sinkhorn.cuh"
 
 namespace hadal::ops::cuda {
 namespace {
 
-constexpr int kStreams = 4, kCells = 16;
 constexpr int kThreads = 256, kGroups = kThreads / 16;
 
 /// kRows: rows of fn of a block. kSpread: a group has one row (or the squares) of a token, four
@@ -157,38 +157,6 @@ __device__ __forceinline__ void add_together(const HcPreSm90Params& p, Memory<S>
       if (lane == 0) m.sums[first + j][row < S::rows ? row : 3] = all;
     }
   }
-}
-
-/// Divides each line of the 4 x 4 matrix of sixteen lanes by its sum + eps: columns, or rows.
-template <bool kColumns>
-__device__ __forceinline__ float normalise(float cell, int lane, float eps) {
-  const int line = kColumns ? lane % 4 : lane / 4 * 4, step = kColumns ? 4 : 1;
-  float total = __shfl_sync(0xffffffffu, cell, line, 16);
-#pragma unroll
-  for (int k = 1; k < 4; ++k) total = total + __shfl_sync(0xffffffffu, cell, line + k * step, 16);
-  total = total + eps;
-  return cell / total;
-}
-
-/// softmax over rows + eps, columns, then iters - 1 times rows and columns.
-__device__ __forceinline__ float sinkhorn(float cell, int lane, int iters, float eps) {
-  const int row = lane / 4 * 4;
-  float highest = __shfl_sync(0xffffffffu, cell, row, 16);
-#pragma unroll
-  for (int k = 1; k < 4; ++k) {
-    const float other = __shfl_sync(0xffffffffu, cell, row + k, 16);
-    highest = other > highest ? other : highest;
-  }
-  const float e = exp_exact(cell - highest);
-  float total = __shfl_sync(0xffffffffu, e, row, 16);
-#pragma unroll
-  for (int k = 1; k < 4; ++k) total = total + __shfl_sync(0xffffffffu, e, row + k, 16);
-  cell = normalise<true>(e / total + eps, lane, eps);
-  for (int i = 1; i < iters; ++i) {
-    cell = normalise<false>(cell, lane, eps);
-    cell = normalise<true>(cell, lane, eps);
-  }
-  return cell;
 }
 
 /// The logit of a row of fn of a token, whose sums lie in the block that has the row.

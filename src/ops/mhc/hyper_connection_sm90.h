@@ -2,6 +2,7 @@
 // functions of pointers; four streams, BF16. Free of ATen.
 #pragma once
 
+#include "ops/gemm/normalised_sm90.h"
 #include "ops/kernel_types.h"
 
 namespace hadal::ops {
@@ -22,6 +23,16 @@ struct HcPreSm90Params {
 void hc_pre_sm90(const HcPreSm90Params& p, Stream stream);
 /// The same on a CPU.
 void hc_pre_twin(const HcPreSm90Params& p);
+
+/// hc_pre of few tokens and the norm behind it (normalised_sm90) in one launch; `mixed` stays
+/// within it. Not for the head.
+struct HcPreNormSm90Params {
+  HcPreSm90Params pre;        ///< mixed: unused; dim: a multiple of 256, 8,192 at most
+  NormalisedSm90Params norm;  ///< x: unused
+};
+/// Tokens from which on hc_pre_sm90 and normalised_sm90 take less time.
+inline constexpr int64_t kHcPreNormTokens = 16;
+void hc_pre_norm_sm90(const HcPreNormSm90Params& p, Stream stream);
 
 struct HcPostSm90Params {
   const void* out;      ///< [tokens, dim] BF16

@@ -109,7 +109,8 @@ bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts, Nume
 at::Tensor experts_on_sm90(const at::Tensor& x_any,
                            const Routing& routing,
                            const RoutedExperts& experts,
-                           const at::Tensor& shared_any) {
+                           const at::Tensor& shared_any,
+                           SideBranch& shared_beside) {
   const Sm90Matrices &w1 = experts.w1.sm90(), &w3 = experts.w3.sm90(), &w2 = experts.w2.sm90();
   const int64_t tokens = x_any.size(0), dim = w1.in, inter = w1.out;
   check_shape(x_any, {-1, dim}, "experts: x");
@@ -118,8 +119,8 @@ at::Tensor experts_on_sm90(const at::Tensor& x_any,
   HADAL_CHECK(w3.in == dim && w3.out == inter && w2.in == inter && w2.out == dim &&
                   w1.matrices == w2.matrices && w1.matrices == w3.matrices,
               "experts: matrices that do not belong together");
-  const at::Tensor x = kernel_input(x_any), shared = kernel_input(shared_any);
-  if (tokens == 0) return shared;
+  const at::Tensor x = kernel_input(x_any);
+  if (tokens == 0) return shared_any;
   const Route route(routing, w1.matrices);
 
   const bool rounds = w1.rounds_rows();
@@ -129,7 +130,8 @@ at::Tensor experts_on_sm90(const at::Tensor& x_any,
       hidden_rows(gate_up, route, inter, rounds, static_cast<float>(experts.swiglu_limit));
   const at::Tensor y = at::empty({route.rows, dim}, x.options());
   multiply_experts_sm90(hidden, w2, route.runs, y, 0);
-  const at::Tensor out = at::empty_like(shared);
+  shared_beside.join();
+  const at::Tensor shared = kernel_input(shared_any), out = at::empty_like(shared);
   run_sm90(x, combine_sm90, combine_twin,
            {.rows = y.const_data_ptr(),
             .place = route.place.const_data_ptr<int32_t>(),

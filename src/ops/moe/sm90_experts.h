@@ -9,6 +9,7 @@
 #include "ops/gemm/product_input.h"
 #include "ops/gemm/weight.h"
 #include "ops/moe/gate.h"
+#include "ops/recorded_graph.h"
 
 namespace hadal::ops {
 
@@ -24,10 +25,12 @@ bool serves_experts_sm90(const at::Tensor& x, const RoutedExperts& experts, Nume
 /// sum over a token's experts of weight * expert(x), plus `shared`.
 ///   x, shared  [tokens, dim] BF16; x, and what goes to w2, is rounded by Q8_128 where weights are
 ///              FP4 or FP8
+///   shared_beside  what `shared` is made on: joined before it is read
 at::Tensor experts_on_sm90(const at::Tensor& x,
                            const Routing& routing,
                            const RoutedExperts& experts,
-                           const at::Tensor& shared);
+                           const at::Tensor& shared,
+                           SideBranch& shared_beside);
 
 /// Whether the shared expert's matrices, FP8, have a chain of kernels, too.
 bool serves_shared_expert_sm90(const ProductInput& x, const RoutedExperts& shared);
