@@ -208,7 +208,8 @@ void bench_experts(cudaStream_t stream, double copy) {
     auto* h_scales = allocate<float>(static_cast<size_t>(most * kInter / 128));
     auto* y = allocate<uint16_t>(static_cast<size_t>(most * kDim));
     const double bytes = static_cast<double>(hit) / 8 * static_cast<double>(kUpBytes + kDownBytes);
-    for (const int tile : tokens < 256 ? std::vector<int>{8, 16} : std::vector<int>{64, 128}) {
+    for (const int tile :
+         tokens < 256 ? std::vector<int>{-1, 8, 16} : std::vector<int>{-1, 64, 128}) {
       for (int part = 0; part < 3; ++part) {  // all, gate and up alone, down alone
         const double us = microseconds(8, stream, [&] {
           for (const Routing& r : sets) {
@@ -279,7 +280,8 @@ void bench_wide_experts(cudaStream_t stream, double copy) {
                              r.runs,  r.num_runs,
                              r.hit,   {y, kOut, ElementType::kBf16},
                              w_scale};
-      for (const int tile : tokens < 256 ? std::vector<int>{8, 16} : std::vector<int>{64, 128}) {
+      for (const int tile :
+           tokens < 256 ? std::vector<int>{-1, 8, 16} : std::vector<int>{-1, 64, 128}) {
         const double us = microseconds(2, stream, [&] {
           for (int i = 0; i < 2; ++i) {
             if (fp8) {

@@ -71,9 +71,24 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
   if (address == MAP_FAILED) fail(path, "map");
   data_ = static_cast<const std::byte*>(address);
+  fd_ = std::exchange(file.fd, -1);
+}
+
+void MappedFile::read(size_t offset, std::span<std::byte> to) const {
+  HADAL_INPUT_CHECK(offset <= size_ && to.size() <= size_ - offset, path_, ": has ", size_,
+                    " bytes, asked for ", to.size(), " from ", offset, " on");
+  while (!to.empty()) {
+    const ssize_t got = ::pread(fd_, to.data(), to.size(), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail(path_, "read");
+    HADAL_INPUT_CHECK(got > 0, path_, ": became shorter while it was read");
+    offset += static_cast<size_t>(got);
+    to = to.subspan(static_cast<size_t>(got));
+  }
 }
 
 MappedFile::~MappedFile() {
+  if (fd_ >= 0) ::close(fd_);
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
@@ -82,6 +97,7 @@ MappedFile::MappedFile(MappedFile&& other) noexcept { *this = std::move(other); 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(fd_, other.fd_);
   std::swap(path_, other.path_);
   return *this;
 }

@@ -25,11 +25,15 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// Bytes from `offset` on, by reading instead of through the mapping, which costs a fault a page;
+  /// from any thread. InputError for what the file does not hold (any more).
+  void read(size_t offset, std::span<std::byte> to) const;
   const std::string& path() const { return path_; }
 
  private:
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
+  int fd_ = -1;
   std::string path_;
 };
 

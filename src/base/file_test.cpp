@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <span>
 
 #include <gtest/gtest.h>
 
@@ -34,6 +35,20 @@ TEST_F(FileTest, WrittenContentIsReadAndMapped) {
   EXPECT_EQ(std::string(reinterpret_cast<const char*>(mapped.bytes().data()), 4), content);
   EXPECT_EQ(mapped.bytes().size(), 4u);
   EXPECT_EQ(num_entries(), 1);
+}
+
+TEST_F(FileTest, PartsAreReadBesideTheMapping) {
+  write_file_atomic(path("x"), "0123456789");
+  const MappedFile mapped(path("x"));
+  std::string part(4, ' ');
+  const auto to = std::as_writable_bytes(std::span(part));
+  mapped.read(3, to);
+  EXPECT_EQ(part, "3456");
+  mapped.read(10, to.first(0));
+  EXPECT_THROW(mapped.read(7, to), InputError);
+  EXPECT_THROW(mapped.read(11, to.first(0)), InputError);
+  fs::resize_file(path("x"), 5);
+  EXPECT_THROW(mapped.read(3, to), InputError);
 }
 
 TEST_F(FileTest, EmptyFileIsEmptyRange) {

@@ -1,12 +1,21 @@
 #include "checkpoint/load_model.h"
 
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <span>
+
 #include <ATen/ATen.h>
+
+#include <fmt/format.h>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/progress.h"
 #include "checkpoint/requantise.h"
 #include "checkpoint/weight_checks.h"
 #include "ops/gemm/sm90_products.h"
+#include "ops/gemm/sm90_upload.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -47,9 +56,37 @@ class Loader {
       : checkpoint_(checkpoint), numerics_(numerics), target_(target) {
     HADAL_CHECK(target.held != Held::kPanels || target.device.is_cpu(),
                 "load_model: panels are for the CPU");
+    if (target.held != Held::kAccelerator || numerics == ops::Numerics::kIdeal) return;
+    uploader_.emplace(target.device, [this](const std::byte* from, std::span<std::byte> to) {
+      checkpoint_.reader().read(from, to);
+      scans_.look(from, to);
+    });
   }
 
   void load(Parameter& parameter) {
+    if (!uploader_ || !upload(parameter)) load_by_host(parameter);
+  }
+
+  /// After the last parameter.
+  void finish() {
+    for (const Doubtful& one : doubtful_) {
+      if (one.inexact.item<int32_t>() != 0) load_by_host(*one.parameter);
+    }
+    doubtful_.clear();
+    if (uploader_) check_weights(checkpoint_, &scans_);
+  }
+
+  bool uploads() const { return uploader_.has_value(); }
+  int64_t num_without_form() const { return without_form_; }
+
+ private:
+  /// Held, unless the layout turns out to have no exact form for it.
+  struct Doubtful {
+    Parameter* parameter;
+    at::Tensor inexact;
+  };
+
+  void load_by_host(Parameter& parameter) {
     const std::vector<CheckpointTensor> tensors = stored(parameter);
     parameter.as_stored = false;
     const bool ideal = numerics_ == ops::Numerics::kIdeal;
@@ -78,9 +115,61 @@ class Loader {
     parameter.hold(ops::Weight(ops::pack_panels(matrices_of(value, parameter))));
   }
 
-  int64_t num_without_form() const { return without_form_; }
+  /// Packed on the device, out of bytes that are read once. False for what is left to the host.
+  bool upload(Parameter& parameter) {
+    const std::vector<CheckpointTensor> tensors = stored(parameter);
+    std::optional<Codes> codes;
+    ops::WeightFormat format = ops::WeightFormat::kBf16;
+    if (serves_packed(parameter) && reads_codes() && is_coded(tensors[0])) {
+      codes = codes_of(tensors, parameter);
+      format = is_fp8(tensors[0]) ? ops::WeightFormat::kFp8 : ops::WeightFormat::kFp4;
+    } else if (parameter.shard.whole() && all_bf16(tensors)) {
+      if (parameter.kind == ParamKind::kEmbedding && !target_.device.is_cpu()) {
+        expect(parameter, tensors);
+        parameter.as_stored = true;
+        parameter.hold(ops::upload(*uploader_, tensors[0].data));
+        return true;
+      }
+      if (serves_packed(parameter)) codes = bf16_of(tensors, parameter);
+    }
+    if (!codes) return false;
+    const bool widened =
+        format == ops::WeightFormat::kFp8 && parameter.role == ops::GemmRole::kBf16;
+    ops::Sm90Matrices matrices = ops::plan_upload(format, widened, codes->data, codes->scale);
+    const bool bf16 = format == ops::WeightFormat::kBf16;
+    if (!matrices.data.defined() || !(bf16 || serves(matrices, parameter))) return false;
+    expect(parameter, tensors);
+    const at::Tensor inexact = ops::upload_sm90(*uploader_, matrices, codes->data, codes->scale);
+    if (!bf16) doubtful_.push_back({&parameter, inexact});
+    parameter.as_stored = bf16;
+    parameter.hold(ops::Weight(std::move(matrices)));
+    return true;
+  }
 
- private:
+  static bool all_bf16(const std::vector<CheckpointTensor>& tensors) {
+    return std::ranges::all_of(tensors, [](const CheckpointTensor& tensor) {
+      return tensor.data.scalar_type() == at::kBFloat16 && tensor.data.dim() == 2;
+    });
+  }
+
+  /// The matrices of a parameter that is stored in BF16.
+  static Codes bf16_of(const std::vector<CheckpointTensor>& tensors, const Parameter& parameter) {
+    Codes matrices;
+    const int64_t groups = parameter.kind == ParamKind::kGroups ? parameter.local_units() : 1;
+    for (const CheckpointTensor& tensor : tensors) {
+      for (const at::Tensor& matrix : tensor.data.chunk(groups, 0)) matrices.data.push_back(matrix);
+    }
+    return matrices;
+  }
+
+  /// What is read as a whole is looked at as it comes by; of what is read in part check_weights
+  /// looks at all.
+  void expect(const Parameter& parameter, const std::vector<CheckpointTensor>& tensors) {
+    if (!parameter.shard.whole() && !by_expert(parameter)) return;
+    const std::vector<std::string> names = stored_names(parameter);
+    for (size_t i = 0; i < names.size(); ++i) scans_.expect(names[i], tensors[i]);
+  }
+
   /// On an accelerator the products of codes round their rows, as `released` alone does.
   bool reads_codes() const {
     return numerics_ == ops::Numerics::kReleased ||
@@ -95,18 +184,23 @@ class Loader {
   }
 
   /// The stored matrices of a parameter: one for each expert of its shard, else one.
-  std::vector<CheckpointTensor> stored(const Parameter& parameter) const {
+  static std::vector<std::string> stored_names(const Parameter& parameter) {
     const size_t star = parameter.name.find('*');
-    if (star == std::string::npos) return {checkpoint_.get(parameter.name)};
-    std::vector<CheckpointTensor> experts;
+    if (star == std::string::npos) return {parameter.name};
+    std::vector<std::string> names;
     const int64_t first = by_expert(parameter) ? parameter.shard.offset : 0;
     const int64_t count = by_expert(parameter) ? parameter.shard.length : parameter.shape[0];
     for (int64_t expert = first; expert < first + count; ++expert) {
-      std::string name = parameter.name;
-      name.replace(star, 1, std::to_string(expert));
-      experts.push_back(checkpoint_.get(name));
+      names.push_back(parameter.name);
+      names.back().replace(star, 1, std::to_string(expert));
     }
-    return experts;
+    return names;
+  }
+  std::vector<CheckpointTensor> stored(const Parameter& parameter) const {
+    std::vector<CheckpointTensor> tensors;
+    for (const std::string& name : stored_names(parameter))
+      tensors.push_back(checkpoint_.get(name));
+    return tensors;
   }
 
   static bool by_expert(const Parameter& parameter) {
@@ -198,6 +292,36 @@ class Loader {
   ops::Numerics numerics_;
   LoadTarget target_;
   int64_t without_form_ = 0;
+  WeightScans scans_;
+  std::optional<ops::Uploader> uploader_;  ///< to an accelerator; reads through scans_
+  std::vector<Doubtful> doubtful_;
+};
+
+/// Shows how far a large load is, and says what it took.
+class LoadProgress {
+ public:
+  explicit LoadProgress(const TensorReader& reader) {
+    constexpr int64_t kLarge = int64_t{4} << 30;
+    for (const std::string& name : reader.names()) total_ += reader.info(name).num_bytes();
+    if (total_ >= kLarge) progress_.emplace("load", total_, "B");
+  }
+  void add(const Parameter& parameter) {
+    done_ += parameter.num_bytes();  // about what it has in the files
+    if (progress_) progress_->update(std::min(done_, total_));
+  }
+  void finish() {
+    if (!progress_) return;
+    progress_->finish();
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin_;
+    const double gigabytes = static_cast<double>(total_) / 1e9;
+    log::info("checkpoint", fmt::format("{:.1f} GB of weights in {:.2f} s, {:.1f} GB/s", gigabytes,
+                                        taken.count(), gigabytes / taken.count()));
+  }
+
+ private:
+  std::optional<Progress> progress_;
+  int64_t total_ = 0, done_ = 0;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace
@@ -229,9 +353,16 @@ void load_weights(model::Transformer& model,
                     ": FP8 with F32 scales (a -Base checkpoint) cannot be run as it is: its values "
                     "have no exact BF16 "
                     "form");
-  check_weights(checkpoint);
   Loader loader(checkpoint, numerics, target);
-  model.visit([&](Parameter& parameter) { loader.load(parameter); });
+  // What an upload reads is looked at on the way.
+  if (!loader.uploads()) check_weights(checkpoint);
+  LoadProgress progress(checkpoint.reader());
+  model.visit([&](Parameter& parameter) {
+    loader.load(parameter);
+    progress.add(parameter);
+  });
+  loader.finish();
+  progress.finish();
   if (target.held == Held::kAccelerator && loader.num_without_form() > 0) {
     log::warn(
         "checkpoint", loader.num_without_form(),

@@ -12,6 +12,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/parallel.h"
 #include "checkpoint/problems.h"
 
 namespace hadal::checkpoint {
@@ -143,13 +144,18 @@ std::string expert_table_problem(const at::Tensor& table, int64_t num_experts) {
 }
 
 void check_values(const OfficialCheckpoint& checkpoint, const std::vector<TensorSpec>& table) {
-  Problems scales, experts;
-  for (const TensorSpec& spec : table) {
-    if (stored_scale(spec, Storage::kFp8)) {
-      const CheckpointTensor tensor = checkpoint.get(spec.name);
-      if (tensor.scale.defined() && has_nan_scale(tensor.scale))
-        scales.add(checkpoint.described_scale(spec.name));
+  std::vector<uint8_t> nan(table.size());
+  parallel_for(std::ssize(table), 16, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      if (!stored_scale(table[i], Storage::kFp8)) continue;
+      const CheckpointTensor tensor = checkpoint.get(table[i].name);
+      nan[i] = tensor.scale.defined() && has_nan_scale(tensor.scale);
     }
+  });
+  Problems scales, experts;
+  for (size_t i = 0; i < table.size(); ++i) {
+    const TensorSpec& spec = table[i];
+    if (nan[i] != 0) scales.add(checkpoint.described_scale(spec.name));
     if (spec.role != TensorRole::kI64) continue;
     const std::string problem =
         expert_table_problem(checkpoint.get(spec.name).data, checkpoint.config().n_routed_experts);

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <set>
 #include <span>
 #include <utility>
@@ -178,6 +179,16 @@ at::Tensor TensorReader::tensor(const std::string& name) const {
   auto* data = const_cast<std::byte*>(file->bytes().data() + stored.begin);
   return at::from_blob(
       data, stored.shape, [file](void*) {}, options);
+}
+
+void TensorReader::read(const std::byte* from, std::span<std::byte> to) const {
+  for (const auto& file : files_) {
+    const std::span<const std::byte> bytes = file->bytes();
+    if (std::less<>()(from, bytes.data()) || !std::less<>()(from, bytes.data() + bytes.size()))
+      continue;
+    return file->read(static_cast<size_t>(from - bytes.data()), to);
+  }
+  throw Error(concat(path_, ": read of an address outside its files"));
 }
 
 namespace {

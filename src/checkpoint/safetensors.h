@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,9 @@ class TensorReader {
   /// A view of the mapped file that keeps it alive: never write to it. An empty tensor owns
   /// nothing.
   at::Tensor tensor(const std::string& name) const;
+  /// Bytes of a tensor from an address inside it on, read from the file (MappedFile::read); from
+  /// any thread.
+  void read(const std::byte* from, std::span<std::byte> to) const;
   /// The metadata of the single file, or of the first shard.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   /// The files, in the order of their names.

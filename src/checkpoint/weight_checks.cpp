@@ -1,7 +1,9 @@
 #include "checkpoint/weight_checks.h"
 
-#include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -47,9 +49,48 @@ Pattern pattern_of(Dtype dtype) {
   }
 }
 
+/// What some words showed.
 struct Seen {
   uint64_t special = 0, magnitude = 0, different = 0;
 };
+
+/// The element at `data` in every lane.
+uint64_t first_of(const void* data, const Pattern& pattern) {
+  uint64_t first = 0;
+  for (size_t at = 0; at < 8; at += static_cast<size_t>(pattern.width / 8))
+    std::memcpy(reinterpret_cast<unsigned char*>(&first) + at, data,
+                static_cast<size_t>(pattern.width / 8));
+  return first;
+}
+
+Seen look_at_bytes(const void* data, size_t size, const Pattern& pattern, uint64_t first) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  uint64_t special = 0, magnitude = 0, different = 0;
+  const auto take = [&](uint64_t word) {
+    special |= ((word & pattern.special) + pattern.carry) & pattern.top;
+    magnitude |= word & pattern.magnitude;
+    different |= word ^ first;
+  };
+  size_t at = 0;
+  for (; at + 8 <= size; at += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + at, 8);
+    take(word);
+  }
+  if (at < size) {
+    uint64_t word = first;  // the rest of the last word is elements seen before
+    std::memcpy(&word, bytes + at, size - at);
+    take(word);
+  }
+  return {special, magnitude, different};
+}
+
+ValueScan told_by(const Seen& seen, int64_t num_elements) {
+  return {.finite = seen.special == 0,
+          .zero = seen.magnitude == 0,
+          .constant = seen.different == 0,
+          .num_elements = num_elements};
+}
 
 Dtype dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -72,10 +113,8 @@ ValueScan scan(const at::Tensor& tensor) {
   return scan_values(tensor.const_data_ptr(), tensor.numel(), dtype_of(tensor));
 }
 
-bool all_equal_bytes(const at::Tensor& scale, bool zero) {
-  const Dtype dtype = scale.scalar_type() == at::kByte ? Dtype::kF8E8M0 : dtype_of(scale);
-  const ValueScan seen = scan_values(scale.const_data_ptr(), scale.numel(), dtype);
-  return zero ? seen.zero : seen.constant;
+Dtype scale_dtype(const at::Tensor& scale) {
+  return scale.scalar_type() == at::kByte ? Dtype::kF8E8M0 : dtype_of(scale);
 }
 
 enum Finding : uint8_t {
@@ -86,62 +125,115 @@ enum Finding : uint8_t {
   kConstantScales = 16,
 };
 
-uint8_t look_at(const OfficialCheckpoint& checkpoint, const TensorSpec& spec) {
+uint8_t findings_of(const TensorSpec& spec,
+                    const ValueScan& weight,
+                    const std::optional<ValueScan>& scale) {
   constexpr int64_t kManyScales = 64;  // few may well agree by chance
-  const CheckpointTensor tensor = checkpoint.get(spec.name);
-  if (spec.role == TensorRole::kI64 || tensor.data.numel() == 0) return 0;
-  const ValueScan seen = scan(tensor.data);
-  uint8_t found = seen.finite ? 0 : kNotFinite;
+  uint8_t found = weight.finite ? 0 : kNotFinite;
   const bool matrix = spec.shape.size() == 2 && spec.num_elements() >= kManyScales;
-  if (matrix && seen.zero)
+  if (matrix && weight.zero)
     found |= kZero;
-  else if (matrix && seen.constant)
+  else if (matrix && weight.constant)
     found |= kConstant;
-  if (spec.role != TensorRole::kExpert || !tensor.scale.defined()) return found;
-  if (all_equal_bytes(tensor.scale, true)) return found | (seen.zero ? 0 : kZeroScales);
-  if (tensor.scale.numel() >= kManyScales && all_equal_bytes(tensor.scale, false) && !seen.zero)
+  if (!scale) return found;
+  if (scale->zero) return found | (weight.zero ? 0 : kZeroScales);
+  if (scale->num_elements >= kManyScales && scale->constant && !weight.zero)
     found |= kConstantScales;
   return found;
+}
+
+uint8_t look_at(const OfficialCheckpoint& checkpoint,
+                const TensorSpec& spec,
+                const WeightScans* scans) {
+  if (spec.role == TensorRole::kI64) return 0;
+  if (scans != nullptr) {
+    if (const auto seen = scans->weight(spec.name))
+      return findings_of(spec, *seen, scans->scale(spec.name));
+  }
+  const CheckpointTensor tensor = checkpoint.get(spec.name);
+  if (tensor.data.numel() == 0) return 0;
+  std::optional<ValueScan> scale;
+  if (spec.role == TensorRole::kExpert && tensor.scale.defined())
+    scale =
+        scan_values(tensor.scale.const_data_ptr(), tensor.scale.numel(), scale_dtype(tensor.scale));
+  return findings_of(spec, scan(tensor.data), scale);
 }
 
 }  // namespace
 
 ValueScan scan_values(const void* data, int64_t num_elements, Dtype dtype) {
   const Pattern pattern = pattern_of(dtype);
-  const auto* bytes = static_cast<const unsigned char*>(data);
   const auto size = static_cast<size_t>(num_elements * dtype_bytes(dtype));
   if (size == 0) return {};
-  const auto element = static_cast<size_t>(pattern.width / 8);
-  uint64_t first = 0;  // the first element in every lane
-  for (size_t at = 0; at < 8; at += element)
-    std::memcpy(reinterpret_cast<unsigned char*>(&first) + at, bytes, element);
-  Seen seen;
-  const auto take = [&](uint64_t word) {
-    seen.special |= ((word & pattern.special) + pattern.carry) & pattern.top;
-    seen.magnitude |= word & pattern.magnitude;
-    seen.different |= word ^ first;
-  };
-  size_t at = 0;
-  for (; at + 8 <= size; at += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + at, 8);
-    take(word);
-  }
-  if (at < size) {
-    uint64_t word = first;  // the rest of the last word is elements seen before
-    std::memcpy(&word, bytes + at, size - at);
-    take(word);
-  }
-  return {
-      .finite = seen.special == 0, .zero = seen.magnitude == 0, .constant = seen.different == 0};
+  return told_by(look_at_bytes(data, size, pattern, first_of(data, pattern)), num_elements);
 }
 
-void check_weights(const OfficialCheckpoint& checkpoint) {
+class PieceScan {
+ public:
+  PieceScan(const at::Tensor& tensor, Dtype dtype)
+      : pattern_(pattern_of(dtype)),
+        first_(first_of(tensor.const_data_ptr(), pattern_)),
+        end_(static_cast<const std::byte*>(tensor.const_data_ptr()) + tensor.nbytes()),
+        num_elements_(tensor.numel()) {}
+
+  const std::byte* end() const { return end_; }
+  void look(std::span<const std::byte> bytes) {
+    const Seen seen = look_at_bytes(bytes.data(), bytes.size(), pattern_, first_);
+    special_ |= seen.special;
+    magnitude_ |= seen.magnitude;
+    different_ |= seen.different;
+  }
+  ValueScan result() const { return told_by({special_, magnitude_, different_}, num_elements_); }
+
+ private:
+  Pattern pattern_;
+  uint64_t first_;
+  const std::byte* end_;
+  int64_t num_elements_;
+  std::atomic<uint64_t> special_{0}, magnitude_{0}, different_{0};
+};
+
+WeightScans::WeightScans() = default;
+WeightScans::~WeightScans() = default;
+
+void WeightScans::expect(const std::string& name, const CheckpointTensor& weight) {
+  const auto add = [&](const at::Tensor& tensor, Dtype dtype) {
+    const auto* begin = static_cast<const std::byte*>(tensor.const_data_ptr());
+    auto& entry = tensors_[begin];
+    if (entry == nullptr) entry = std::make_unique<PieceScan>(tensor, dtype);
+    return entry.get();
+  };
+  if (weight.data.numel() == 0) return;
+  weights_[name] = add(weight.data, dtype_of(weight.data));
+  if (weight.scale.defined() && weight.scale.numel() > 0)
+    scales_[name] = add(weight.scale, scale_dtype(weight.scale));
+}
+
+void WeightScans::look(const std::byte* from, std::span<const std::byte> bytes) {
+  auto next = tensors_.upper_bound(from);
+  if (next == tensors_.begin()) return;
+  PieceScan& scan = *std::prev(next)->second;
+  if (std::less<>()(from, scan.end())) scan.look(bytes);
+}
+
+std::optional<ValueScan> WeightScans::weight(const std::string& name) const {
+  const auto found = weights_.find(name);
+  if (found == weights_.end()) return std::nullopt;
+  return found->second->result();
+}
+
+std::optional<ValueScan> WeightScans::scale(const std::string& name) const {
+  const auto found = scales_.find(name);
+  if (found == scales_.end()) return std::nullopt;
+  return found->second->result();
+}
+
+void check_weights(const OfficialCheckpoint& checkpoint, const WeightScans* scans) {
   const std::vector<TensorSpec> table = tensor_table(checkpoint.config());
   std::vector<uint8_t> findings(table.size());
   parallel_for(static_cast<int64_t>(table.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      findings[static_cast<size_t>(i)] = look_at(checkpoint, table[static_cast<size_t>(i)]);
+      findings[static_cast<size_t>(i)] = look_at(checkpoint, table[static_cast<size_t>(i)], scans);
   });
   Problems not_finite, zero, constant, zero_scales, constant_scales;
   for (size_t i = 0; i < table.size(); ++i) {

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <sstream>
 #include <unistd.h>
 
 #include <ATen/ATen.h>
@@ -103,6 +104,12 @@ class WeightChecks : public ::testing::Test {
     }
     write_safetensors(base_ + "/model.safetensors", tensors);
     write_file_atomic(base_ + "/config.json", read_file(folder(format) + "/config.json"));
+    // What an accelerator's weights are looked at for on their way there.
+    const auto numerics =
+        format == SaveFormat::kOfficial ? ops::Numerics::kReleased : ops::Numerics::kBf16;
+    EXPECT_EQ(said_by_loading(numerics, Held::kAccelerator),
+              said_by_loading(numerics, Held::kDense))
+        << name;
     ::testing::internal::CaptureStderr();
     std::string error;
     try {
@@ -113,6 +120,21 @@ class WeightChecks : public ::testing::Test {
       error = refusal.what();
     }
     return ::testing::internal::GetCapturedStderr() + error;
+  }
+
+  /// Warnings, without their times, and the error.
+  std::string said_by_loading(ops::Numerics numerics, Held held) const {
+    ::testing::internal::CaptureStderr();
+    std::string error;
+    try {
+      load_model(OfficialCheckpoint::open(base_), numerics, {.held = held});
+    } catch (const InputError& refusal) {
+      error = refusal.what();
+    }
+    std::istringstream lines(::testing::internal::GetCapturedStderr());
+    std::string text;
+    for (std::string line; std::getline(lines, line);) text += line.substr(line.find(' ')) + "\n";
+    return text + error;
   }
 
   std::string base_;

@@ -10,6 +10,7 @@
 #include "ops/compressor/compress_sm90.h"
 #include "ops/gemm/linear_sm90.h"
 #include "ops/gemm/normalised_sm90.h"
+#include "ops/gemm/pack_sm90.h"
 #include "ops/indexer/index_bf16_sm90.h"
 #include "ops/indexer/index_scores_sm90.h"
 #include "ops/mhc/hyper_connection_sm90.h"
@@ -37,6 +38,10 @@ void experts_fp8_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { abs
 void experts_bf16_sm90(const ExpertsSm90Params&, Stream, const Sm90Choice&) { absent(); }
 void quantise_operand_sm90(const QuantiseSm90Params&, Stream) { absent(); }
 void bf16_operand_sm90(const Bf16OperandSm90Params&, Stream) { absent(); }
+void pack_fp4_sm90(const PackFp4Sm90Params&, Stream) { absent(); }
+void pack_operand_sm90(const PackOperandSm90Params&, Stream) { absent(); }
+void pack_widened_sm90(const PackWidenedSm90Params&, Stream) { absent(); }
+void pack_scales_sm90(const PackScalesSm90Params&, Stream) { absent(); }
 void pad_groups_sm90(const PadGroupsSm90Params&, Stream) { absent(); }
 void swiglu_sm90(const SwigluSm90Params&, Stream) { absent(); }
 void route_sm90(const RouteSm90Params&, Stream) { absent(); }
