@@ -64,7 +64,11 @@ engine_core::Runner::Ticket ModelRunner::launch(std::span<const engine_core::Seq
                 scored.from, " of ", count);
   }
   logits_ = at::Tensor();
-  if (!on_host()) run_step(steps);
+  launched_.reset();
+  if (!on_host()) {
+    run_step(steps);
+    begin_draws(steps);
+  }
   in_flight_.assign(steps.begin(), steps.end());
   return ++ticket_;
 }
@@ -74,23 +78,24 @@ engine_core::StepResult ModelRunner::collect(Ticket ticket) {
   const c10::InferenceMode inference;  // no gradients, and no way through autograd's dispatch
   latest_ = std::exchange(in_flight_, {});
   const std::span<const engine_core::SequenceStep> steps = latest_;
-  if (on_host()) run_step(steps);
-  engine_core::StepResult result;
-  result.sequences.resize(steps.size());
+  if (on_host()) {
+    run_step(steps);
+    begin_draws(steps);
+  }
   int64_t row = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
     score(steps[i].scored, output_.streams.narrow(0, row, std::ssize(steps[i].tokens)),
-          result.sequences[i]);
+          result_.sequences[i]);
     row += std::ssize(steps[i].tokens);
   }
   const bool shown = std::ranges::any_of(steps, &engine_core::SequenceStep::shows_logits);
   if (shown && output_.logits.defined()) fetch_logits();
   const auto begin = std::chrono::steady_clock::now();
-  draw_tokens(steps, result);
-  result.sampling_seconds =
+  finish_draws();
+  result_.sampling_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (on_host()) output_ = {.streams = {}, .logits = {}, .selections = output_.selections};
-  return result;
+  return std::move(result_);
 }
 
 bool ModelRunner::recordable(std::span<const engine_core::SequenceStep> steps) const {
@@ -181,32 +186,43 @@ void ModelRunner::fetch_logits() {
   if (!logits_.defined()) logits_ = output_.logits.cpu().contiguous();
 }
 
-void ModelRunner::draw_tokens(std::span<const engine_core::SequenceStep> steps,
-                              engine_core::StepResult& result) {
-  std::vector<DeviceDraw> draws, left;
+void ModelRunner::begin_draws(std::span<const engine_core::SequenceStep> steps) {
+  result_ = {};
+  result_.sequences.resize(steps.size());
+  masked_draws_.clear();
+  host_draws_.clear();
+  std::vector<DeviceDraw> draws;
   for (size_t i = 0; i < steps.size(); ++i) {
-    result.sequences[i].drawn.resize(steps[i].draws.size());
-    for (size_t j = 0; j < steps[i].draws.size(); ++j) {
+    std::vector<engine_core::Sampled>& drawn = result_.sequences[i].drawn;
+    drawn.resize(steps[i].draws.size());
+    for (size_t j = 0; j < drawn.size(); ++j) {
       const engine_core::Draw& draw = steps[i].draws[j];
       const bool there = device_sampler_ != nullptr && device_sampler_->serves(draw, vocab_size());
-      (there ? draws : left)
-          .push_back({.draw = &draw,
-                      .row = first_logits_[i] + draw.row,
-                      .sampled = &result.sequences[i].drawn[j]});
+      std::vector<DeviceDraw>& where = !there              ? host_draws_
+                                       : draw.masked_later ? masked_draws_
+                                                           : draws;
+      where.push_back({.draw = &draw, .row = first_logits_[i] + draw.row, .sampled = &drawn[j]});
     }
   }
-  if (!draws.empty()) device_sampler_->sample(output_.logits, draws);
-  if (left.empty()) return;
+  if (!draws.empty()) launched_ = device_sampler_->launch(output_.logits, draws);
+}
+
+void ModelRunner::finish_draws() {
+  std::unique_ptr<DeviceSampler::Launched> masked;
+  if (!masked_draws_.empty()) masked = device_sampler_->launch(output_.logits, masked_draws_);
+  if (launched_ != nullptr) std::exchange(launched_, nullptr)->finish();
+  if (masked != nullptr) masked->finish();
+  if (host_draws_.empty()) return;
   fetch_logits();
   std::vector<engine_core::DrawInput> inputs;
   const auto vocab = static_cast<size_t>(vocab_size());
-  for (const DeviceDraw& draw : left)
+  for (const DeviceDraw& draw : host_draws_)
     inputs.push_back(
         {.draw = *draw.draw,
          .logits = {logits_.const_data_ptr<float>() + draw.row * vocab_size(), vocab}});
   std::vector<engine_core::Sampled> sampled(inputs.size());
   sampler_.sample(inputs, sampled);
-  for (size_t i = 0; i < left.size(); ++i) *left[i].sampled = std::move(sampled[i]);
+  for (size_t i = 0; i < host_draws_.size(); ++i) *host_draws_[i].sampled = std::move(sampled[i]);
 }
 
 void ModelRunner::score(const engine_core::ScoredTokens& scored,

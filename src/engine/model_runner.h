@@ -83,10 +83,14 @@ class ModelRunner final : public engine_core::Runner {
   std::unique_ptr<RecordedSteps> recorded_;  // null: no step is recorded
   Ticket ticket_ = 0;
   std::vector<engine_core::SequenceStep> in_flight_;
-  std::vector<engine_core::SequenceStep> latest_;  // of the step whose logits are there
-  StepOutput output_;                              // of the step in flight or the latest
-  at::Tensor logits_;                              // output_.logits on the host; or undefined
-  std::vector<int64_t> first_logits_;              // [sequences + 1]
+  std::vector<engine_core::SequenceStep> latest_;      // of the step whose logits are there
+  StepOutput output_;                                  // of the step in flight or the latest
+  at::Tensor logits_;                                  // output_.logits on the host; or undefined
+  std::vector<int64_t> first_logits_;                  // [sequences + 1]
+  engine_core::StepResult result_;                     // of the step in flight
+  std::unique_ptr<DeviceSampler::Launched> launched_;  // draws that the device makes behind it
+  std::vector<DeviceDraw> masked_draws_;               // there, too, once their masks are set
+  std::vector<DeviceDraw> host_draws_;
 
   at::Tensor on_device(const std::vector<int64_t>& numbers) const;
   bool on_host() const { return cache_.options().device.is_cpu(); }
@@ -101,8 +105,10 @@ class ModelRunner final : public engine_core::Runner {
   /// Brings logits to the host.
   void fetch_logits();
   std::span<const float> row(size_t sequence, int64_t token) const;
-  void draw_tokens(std::span<const engine_core::SequenceStep> steps,
-                   engine_core::StepResult& result);
+  /// Sorts the step's draws by where they are made, and begins those that the device can make now.
+  void begin_draws(std::span<const engine_core::SequenceStep> steps);
+  /// The rest of them, and all answers.
+  void finish_draws();
   /// Piece by piece, so that no more than a piece's rows of logits exist at once.
   void score(const engine_core::ScoredTokens& scored,
              const at::Tensor& streams,

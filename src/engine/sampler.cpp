@@ -44,6 +44,22 @@ ops::Adjustment adjustment_of(const engine_core::Draw& draw,
           .avoided = draw.avoided};
 }
 
+class LaunchedSample final : public DeviceSampler::Launched {
+ public:
+  LaunchedSample(ops::LaunchedDraws draws, std::vector<engine_core::Sampled*> answers)
+      : draws_(std::move(draws)), answers_(std::move(answers)) {}
+  void finish() override {
+    std::vector<ops::Drawn> drawn = draws_.read();
+    for (size_t i = 0; i < drawn.size(); ++i)
+      *answers_[i] = {
+          .token = drawn[i].token, .logprob = drawn[i].logprob, .top = std::move(drawn[i].top)};
+  }
+
+ private:
+  ops::LaunchedDraws draws_;
+  std::vector<engine_core::Sampled*> answers_;
+};
+
 }  // namespace
 
 int64_t ModelSampler::num_with_text(int64_t row_size) const {
@@ -63,7 +79,8 @@ bool ModelSampler::serves(const engine_core::Draw& draw, int64_t row_size) const
                                 .stride = row_size});
 }
 
-void ModelSampler::sample(const at::Tensor& logits, std::span<const DeviceDraw> draws) {
+std::unique_ptr<DeviceSampler::Launched> ModelSampler::launch(const at::Tensor& logits,
+                                                              std::span<const DeviceDraw> draws) {
   std::vector<ops::DeviceDrawRow> rows;
   std::vector<std::unique_ptr<engine_core::SamplerMemory>> forgotten;
   rows.reserve(draws.size());
@@ -75,11 +92,10 @@ void ModelSampler::sample(const at::Tensor& logits, std::span<const DeviceDraw> 
                     .choice = draw->choice,
                     .top_logprobs = draw->top_logprobs});
   }
-  std::vector<ops::Drawn> drawn(rows.size());
-  ops::draw_rows_sm90(logits, num_with_text(logits.size(1)), rows, drawn);
-  for (size_t i = 0; i < drawn.size(); ++i)
-    *draws[i].sampled = {
-        .token = drawn[i].token, .logprob = drawn[i].logprob, .top = std::move(drawn[i].top)};
+  std::vector<engine_core::Sampled*> answers;
+  for (const DeviceDraw& draw : draws) answers.push_back(draw.sampled);
+  return std::make_unique<LaunchedSample>(
+      ops::LaunchedDraws(logits, num_with_text(logits.size(1)), rows), std::move(answers));
 }
 
 engine_core::TokenScore ModelSampler::score(std::span<const float> logits,

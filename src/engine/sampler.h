@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include <ATen/core/Tensor.h>
@@ -24,8 +25,16 @@ class DeviceSampler {
   virtual ~DeviceSampler() = default;
   /// Whether it can: of a row of `row_size` logits.
   virtual bool serves(const engine_core::Draw& draw, int64_t row_size) const = 0;
-  /// logits [rows, vocab] FP32 on a GPU; waits for it.
-  virtual void sample(const at::Tensor& logits, std::span<const DeviceDraw> draws) = 0;
+  /// What it began.
+  class Launched {
+   public:
+    virtual ~Launched() = default;
+    /// Waits, and writes the answers.
+    virtual void finish() = 0;
+  };
+  /// logits [rows, vocab] FP32 on a GPU. The draws are read now, their answers written by finish().
+  virtual std::unique_ptr<Launched> launch(const at::Tensor& logits,
+                                           std::span<const DeviceDraw> draws) = 0;
 };
 
 class ModelSampler final : public engine_core::Sampler, public DeviceSampler {
@@ -33,7 +42,8 @@ class ModelSampler final : public engine_core::Sampler, public DeviceSampler {
   /// Ids from `vocab_size` on have no text and are never chosen.
   explicit ModelSampler(int64_t vocab_size) : vocab_size_(vocab_size) {}
   bool serves(const engine_core::Draw& draw, int64_t row_size) const override;
-  void sample(const at::Tensor& logits, std::span<const DeviceDraw> draws) override;
+  std::unique_ptr<Launched> launch(const at::Tensor& logits,
+                                   std::span<const DeviceDraw> draws) override;
   void sample(std::span<const engine_core::DrawInput> inputs,
               std::span<engine_core::Sampled> sampled) override;
   engine_core::TokenScore score(std::span<const float> logits,

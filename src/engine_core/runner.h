@@ -79,9 +79,10 @@ struct StepResult {
 /// Runs steps in two halves, so that a device can be at work while its host is, too.
 ///
 /// What launch() is given, and what that points to, stays as it is until collect() has returned,
-/// with one exception: Draw::mask is read by collect() alone and may be set until then. Nobody
-/// touches the pages and slots of a step in flight, nor calls anything else of the runner. One step
-/// is in flight at most. When either half throws, none is, and the states of its slots are lost.
+/// with one exception: Draw::mask of a draw that is `masked_later` is read by collect() alone and
+/// may be set until then. Nobody touches the pages and slots of a step in flight, nor calls
+/// anything else of the runner. One step is in flight at most. When either half throws, none is,
+/// and the states of its slots are lost.
 class Runner {
  public:
   using Ticket = uint64_t;

@@ -29,6 +29,8 @@ struct Draw {
   int64_t pos = 0;  ///< of the token to be drawn: everything before it
   std::span<const int64_t> prompt, answer;
   std::span<const int64_t> ahead = {};  ///< of the answer, too: drafts behind it
+  /// `mask` may be set while the step runs; else it is what it is from the start.
+  bool masked_later = false;
   /// Bit t % 32 of word t / 32: token t is allowed. Empty: all are.
   std::span<const int32_t> mask = {};
   /// Not to be drawn while anything else can be.
@@ -78,6 +80,8 @@ class AnswerFilter {
   };
 
   virtual ~AnswerFilter() = default;
+  /// Whether masks() may ever forbid a token.
+  virtual bool masks_tokens() const { return true; }
   /// Tokens allowed next, as Draw::mask, then those behind each token of `draft` as if it had been
   /// accepted: [1 + draft], valid until the next call of masks() or accept(). Behind a token that
   /// is not allowed they say nothing.

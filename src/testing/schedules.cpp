@@ -53,6 +53,7 @@ class RecordingSampler final : public engine_core::Sampler {
 
 class NoFilter final : public engine_core::AnswerFilter {
  public:
+  bool masks_tokens() const override { return false; }
   std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
     return std::vector<std::span<const int32_t>>(1 + draft.size());
   }

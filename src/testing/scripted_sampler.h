@@ -81,6 +81,7 @@ class ScriptedFilters : public engine_core::AnswerFilters {
         : filters_(filters),
           stop_(request.stop),
           grammar_(request.grammar.kind != engine_core::Grammar::Kind::kNone) {}
+    bool masks_tokens() const override { return grammar_; }
     std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
       std::vector<std::span<const int32_t>> all(1 + draft.size());
       if (!grammar_) return all;

@@ -25,6 +25,8 @@ class TextFilter final : public AnswerFilter {
         grammar_(std::move(grammar)),
         mask_words_(mask_words) {}
 
+  bool masks_tokens() const override { return grammar_.has_value() || budget_ >= 0; }
+
   std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
     std::vector<std::span<const int32_t>> all(1 + draft.size());
     if (words_.size() < all.size() * mask_words_) words_.resize(all.size() * mask_words_);

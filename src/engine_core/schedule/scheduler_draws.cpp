@@ -41,6 +41,7 @@ void Scheduler::plan_draws(Sequence& sequence) {
   if (request.max_tokens == 0) return;
   const auto add = [&](Sequence& choice, int64_t row) {
     Draw& draw = sequence.draws.emplace_back(draw_of(choice, row));
+    draw.masked_later = choice.filter->masks_tokens();
     draw.top_logprobs = request.top_logprobs;
     draw.sampled_logprob = request.sampled_logprobs;
   };

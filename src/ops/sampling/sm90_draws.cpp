@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "base/check.h"
 #include "base/hash.h"
@@ -64,6 +65,11 @@ class Layout {
 
 at::Tensor pinned(int64_t bytes) {
   return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(true));
+}
+
+/// Until all that was launched on x's device is done.
+void wait_for(const at::Tensor& x) {
+  c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).synchronize();
 }
 
 template <typename T>
@@ -150,12 +156,9 @@ DrawTables draw_tables(int64_t vocab, std::span<const DeviceDrawRow> rows) {
   return tables;
 }
 
-void draw_rows_sm90(const at::Tensor& logits_any,
-                    int64_t vocab,
-                    std::span<const DeviceDrawRow> rows,
-                    std::span<Drawn> drawn) {
-  HADAL_CHECK(rows.size() == drawn.size(), "sample: ", rows.size(), " rows, room for ",
-              drawn.size());
+LaunchedDraws::LaunchedDraws(const at::Tensor& logits_any,
+                             int64_t vocab,
+                             std::span<const DeviceDrawRow> rows) {
   HADAL_CHECK(
       logits_any.is_cuda() && logits_any.scalar_type() == at::kFloat && logits_any.dim() == 2,
       "sample: logits ", logits_any.scalar_type(), " on ", logits_any.device());
@@ -163,64 +166,73 @@ void draw_rows_sm90(const at::Tensor& logits_any,
   // The kernels take one row of logits for each draw.
   bool in_order = std::ssize(rows) == logits_any.size(0);
   std::vector<int64_t> numbers;
-  int64_t most = -1;
   for (const DeviceDrawRow& row : rows) {
     in_order = in_order && row.row == std::ssize(numbers);
     numbers.push_back(row.row);
-    most = std::max(most, row.top_logprobs);
+    top_logprobs_.push_back(row.top_logprobs);
+    most_ = std::max(most_, row.top_logprobs);
   }
-  const at::Tensor logits =
-      kernel_input(in_order ? logits_any
-                            : logits_any.index_select(
-                                  0, at::tensor(numbers, at::kLong).to(logits_any.device())));
+  logits_ = kernel_input(in_order ? logits_any
+                                  : logits_any.index_select(
+                                        0, at::tensor(numbers, at::kLong).to(logits_any.device())));
   const DrawTables tables = draw_tables(vocab, rows);
-  const SentTables sent(tables, logits.device());
+  const SentTables sent(tables, logits_.device());
+  sent_ = sent.device;
 
-  const size_t n = rows.size(), top = n * static_cast<size_t>(std::max<int64_t>(most, 0));
+  const size_t n = rows.size(), top = n * static_cast<size_t>(std::max<int64_t>(most_, 0));
   Layout layout;
-  const int64_t tokens = layout.add<int32_t>(n), top_tokens = layout.add<int32_t>(top);
-  const int64_t logprob = layout.add<double>(n), top_logprob = layout.add<double>(top);
-  const at::Tensor result = at::empty({layout.bytes()}, sent.device.options());
-  const Stream stream = current_stream(logits);
+  tokens_ = layout.add<int32_t>(n);
+  top_tokens_ = layout.add<int32_t>(top);
+  logprob_ = layout.add<double>(n);
+  top_logprob_ = layout.add<double>(top);
+  result_ = at::empty({layout.bytes()}, sent_.options());
+  const Stream stream = current_stream(logits_);
   sample_sm90(
-      {.logits = logits.const_data_ptr<float>(),
-       .rows = at_offset<SamplingRowSm90>(sent.device, sent.rows),
-       .changes = at_offset<LogitChangeSm90>(sent.device, sent.changes),
-       .masks = tables.masks.empty() ? nullptr : at_offset<uint32_t>(sent.device, sent.masks),
-       .avoided = tables.avoided.empty() ? nullptr : at_offset<int32_t>(sent.device, sent.avoided),
-       .tokens = at_offset<int32_t>(result, tokens),
+      {.logits = logits_.const_data_ptr<float>(),
+       .rows = at_offset<SamplingRowSm90>(sent_, sent.rows),
+       .changes = at_offset<LogitChangeSm90>(sent_, sent.changes),
+       .masks = tables.masks.empty() ? nullptr : at_offset<uint32_t>(sent_, sent.masks),
+       .avoided = tables.avoided.empty() ? nullptr : at_offset<int32_t>(sent_, sent.avoided),
+       .tokens = at_offset<int32_t>(result_, tokens_),
        .num_rows = static_cast<int64_t>(n),
        .vocab = vocab,
-       .stride = logits.size(1),
+       .stride = logits_.size(1),
        .mask_words = tables.mask_words},
       stream);
-  if (most >= 0) {
-    log_probs_sm90({.logits = logits.const_data_ptr<float>(),
-                    .picked = at_offset<int32_t>(result, tokens),
-                    .picked_logprob = at_offset<double>(result, logprob),
-                    .tokens = at_offset<int32_t>(result, top_tokens),
-                    .logprobs = at_offset<double>(result, top_logprob),
+  if (most_ >= 0) {
+    log_probs_sm90({.logits = logits_.const_data_ptr<float>(),
+                    .picked = at_offset<int32_t>(result_, tokens_),
+                    .picked_logprob = at_offset<double>(result_, logprob_),
+                    .tokens = at_offset<int32_t>(result_, top_tokens_),
+                    .logprobs = at_offset<double>(result_, top_logprob_),
                     .log_sum_exp = nullptr,
                     .num_rows = static_cast<int64_t>(n),
                     .vocab = vocab,
-                    .stride = logits.size(1),
-                    .count = most},
+                    .stride = logits_.size(1),
+                    .count = most_},
                    stream);
   }
-  const at::Tensor host = result.cpu();
-  for (size_t i = 0; i < n; ++i) {
-    drawn[i] = {};
-    drawn[i].token = at_offset<int32_t>(host, tokens)[i];
-    if (drawn[i].token < 0 || rows[i].top_logprobs < 0) continue;
-    drawn[i].logprob = at_offset<double>(host, logprob)[i];
-    for (size_t k = 0; k < static_cast<size_t>(rows[i].top_logprobs); ++k) {
-      const size_t place = i * static_cast<size_t>(most) + k;
-      const int32_t token = at_offset<int32_t>(host, top_tokens)[place];
+  host_ = pinned(layout.bytes());
+  host_.copy_(result_, /*non_blocking=*/true);
+}
+
+std::vector<Drawn> LaunchedDraws::read() {
+  std::vector<Drawn> drawn(top_logprobs_.size());
+  if (drawn.empty()) return drawn;
+  wait_for(logits_);
+  for (size_t i = 0; i < drawn.size(); ++i) {
+    drawn[i].token = at_offset<int32_t>(host_, tokens_)[i];
+    if (drawn[i].token < 0 || top_logprobs_[i] < 0) continue;
+    drawn[i].logprob = at_offset<double>(host_, logprob_)[i];
+    for (size_t k = 0; k < static_cast<size_t>(top_logprobs_[i]); ++k) {
+      const size_t place = i * static_cast<size_t>(most_) + k;
+      const int32_t token = at_offset<int32_t>(host_, top_tokens_)[place];
       if (token < 0) break;
       drawn[i].top.push_back(
-          {.token = token, .logprob = at_offset<double>(host, top_logprob)[place]});
+          {.token = token, .logprob = at_offset<double>(host_, top_logprob_)[place]});
     }
   }
+  return drawn;
 }
 
 }  // namespace hadal::ops

@@ -29,12 +29,21 @@ struct DeviceDrawRow {
   int64_t position = 0, choice = 0, top_logprobs = -1;
 };
 
-/// Draws as draw_rows() does from the first `vocab` of logits [rows, stride] FP32 on a GPU, and
-/// waits for the tokens. Errors: Error for a biased, penalised or avoided token outside the row.
-void draw_rows_sm90(const at::Tensor& logits,
-                    int64_t vocab,
-                    std::span<const DeviceDrawRow> rows,
-                    std::span<Drawn> drawn);
+/// Draws as draw_rows() does from the first `vocab` of logits [rows, stride] FP32 on a GPU: behind
+/// what is launched there so far, while the host goes on.
+class LaunchedDraws {
+ public:
+  /// Errors: Error for a biased, penalised or avoided token outside the row.
+  LaunchedDraws(const at::Tensor& logits, int64_t vocab, std::span<const DeviceDrawRow> rows);
+  /// Waits for the tokens of all rows, in order.
+  std::vector<Drawn> read();
+
+ private:
+  at::Tensor logits_, sent_, result_, host_;
+  std::vector<int64_t> top_logprobs_;                                    ///< asked for, by row
+  int64_t most_ = -1;                                                    ///< of those
+  int64_t tokens_ = 0, top_tokens_ = 0, logprob_ = 0, top_logprob_ = 0;  ///< offsets in `host_`
+};
 
 /// The kernels' inputs in host memory: what draw_rows_sm90 sends, one row of logits for each.
 struct DrawTables {

@@ -17,11 +17,12 @@ TEST(DrawsOnGpu, AreThoseOfTheCpu) {
        {std::tuple{int64_t{300}, 9, 500}, {int64_t{8192}, 64, 64}, {int64_t{129'280}, 4, 40}}) {
     const testing::DrawWorld w(vocab, rows, count, static_cast<unsigned>(vocab));
     const auto host = w.host_rows();
-    std::vector<Drawn> wanted(host.size()), found(host.size());
+    std::vector<Drawn> wanted(host.size()), found;
     draw_rows(host, wanted);
     const at::Tensor logits =
         at::tensor(w.logits, at::kFloat).reshape({w.num_rows, w.stride}).to(at::kCUDA);
-    draw_rows_sm90(logits, vocab, w.device_rows(), found);
+    found = LaunchedDraws(logits, vocab, w.device_rows()).read();
+    ASSERT_EQ(found.size(), wanted.size());
     for (size_t i = 0; i < wanted.size(); ++i) {
       ASSERT_EQ(found[i].token, wanted[i].token) << vocab << " " << i;
       EXPECT_NEAR(found[i].logprob, wanted[i].logprob, 4e-7) << i;
