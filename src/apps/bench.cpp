@@ -234,6 +234,20 @@ int run_step(const BenchFlags& options) {
   return 0;
 }
 
+void print(const LongRun& run, int64_t layers) {
+  const auto context = static_cast<double>(run.context), answer = static_cast<double>(run.answer);
+  std::printf(
+      "context of %.0f: prefill %.1f s, %.0f tokens/s, a chunk of 4,096 %.1f ms at first, %.1f at "
+      "last (%.2f, %.2f a layer)\n",
+      context, run.prefill_seconds, context / run.prefill_seconds, run.first_chunk_ms,
+      run.last_chunk_ms, run.first_chunk_ms / static_cast<double>(layers),
+      run.last_chunk_ms / static_cast<double>(layers));
+  std::printf("answer of %.0f: %.2f ms a token, %.2f in its first tenth, %.2f in its last\n",
+              answer, run.decode_ms, run.early_ms, run.late_ms);
+  std::printf("cache %.0f bytes, %.4f of the formula's %.0f\n", run.cache_bytes,
+              run.cache_bytes / run.formula_bytes, run.formula_bytes);
+}
+
 int run_model(const BenchFlags& options) {
   const ModelBench bench = bench_model(options.model);
   if (options.json) {
@@ -252,12 +266,28 @@ int run_model(const BenchFlags& options) {
           .field("host_us", line.host_us)
           .field("tokens_per_s", static_cast<double>(line.tokens) / line.milliseconds * 1e3)
           .end_object();
+    out.end_array().key("long").begin_array();
+    for (const LongRun& one : bench.long_runs)
+      out.begin_object()
+          .field("context", one.context)
+          .field("answer", one.answer)
+          .field("prefill_s", one.prefill_seconds)
+          .field("first_chunk_ms", one.first_chunk_ms)
+          .field("last_chunk_ms", one.last_chunk_ms)
+          .field("decode_ms", one.decode_ms)
+          .field("early_ms", one.early_ms)
+          .field("late_ms", one.late_ms)
+          .field("cache_bytes", one.cache_bytes)
+          .field("formula_bytes", one.formula_bytes)
+          .end_object();
     std::fputs(out.end_array().end_object().str().c_str(), stdout);
     return 0;
   }
   std::printf("%s, %lld layers, %.1f GiB of random weights, %.1f GiB of cache\n",
               options.model.preset.c_str(), static_cast<long long>(bench.layers), bench.weights_gib,
               bench.kv_gib);
+  for (const LongRun& one : bench.long_runs) print(one, bench.layers);
+  if (bench.lines.empty()) return 0;
   std::printf("%-44s %10s %12s %12s %12s\n", "", "ms", "us a layer", "us of host", "tokens/s");
   for (const ModelBenchLine& line : bench.lines)
     std::printf("%-44s %10.2f %12.1f %12.1f %12.0f\n", line.what.c_str(), line.milliseconds,
@@ -312,6 +342,14 @@ void define_model_bench(CLI::App& app, ModelBenchOptions& options) {
       ->capture_default_str();
   app.add_flag("--whole-prefill", options.whole_prefill,
                "model: compute whole contexts, not the first 8,192 tokens alone");
+  app.add_option("--answer", options.answer,
+                 "model: one sequence alone, that computes each context whole and goes on by so "
+                 "many tokens as it draws them; 0: steps")
+      ->check(between(0, 1 << 20))
+      ->capture_default_str();
+  app.add_option(
+      "--text", options.text,
+      "model, with --answer: file that the context begins with, by the shipped model's tokenizer");
 }
 
 }  // namespace

@@ -10,7 +10,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "apps/model_folder.h"
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "base/math.h"
 #include "base/progress.h"
@@ -18,9 +20,11 @@
 #include "engine/memory_plan.h"
 #include "engine/model_runner.h"
 #include "engine/sampler.h"
+#include "model/cost.h"
 #include "model/presets.h"
 #include "model/random_weights.h"
 #include "ops/device_memory.h"
+#include "text/tokenizer.h"
 
 namespace hadal::apps {
 namespace {
@@ -117,6 +121,42 @@ class Case {
   struct Times {
     double step_us = 0, host_us = 0;
   };
+
+  /// The whole context in chunks, then an answer. `text`: tokens that the context begins with.
+  LongRun go(const std::vector<int64_t>& text, int64_t answer) {
+    text_ = text;
+    LongRun result{.context = context_, .answer = answer};
+    std::vector<double> chunks;
+    Progress progress("prefill", context_, "tokens");
+    const auto begin = Clock::now();
+    for (int64_t at = 0; at < context_; at += kPrefillTokens) {
+      const int64_t count = std::min(kPrefillTokens, context_ - at);
+      const double us = run({{0, at, count, at + count == context_ ? 1 : 0}}, true).step_us;
+      if (count == kPrefillTokens) chunks.push_back(us / 1e3);
+      progress.update(at + count);
+    }
+    result.prefill_seconds = microseconds(begin, Clock::now()) / 1e6;
+    progress.finish();
+    if (!chunks.empty()) {
+      result.first_chunk_ms = chunks[chunks.size() > 1 ? 1 : 0];  // the very first warms up
+      result.last_chunk_ms = chunks.back();
+    }
+    std::vector<double> steps;
+    for (int64_t i = 0; i < answer; ++i) {
+      text_ = {drawn_};
+      text_at_ = context_ + i;
+      steps.push_back(run({{0, context_ + i, 1, 1}}).step_us / 1e3);
+    }
+    const auto tenth = std::max<std::ptrdiff_t>(1, std::ssize(steps) / 10);
+    result.decode_ms = middle(steps);
+    result.early_ms = middle({steps.begin(), steps.begin() + tenth});
+    result.late_ms = middle({steps.end() - tenth, steps.end()});
+    result.cache_bytes = static_cast<double>(cache_.allocated_bytes());
+    const model::Cost cost = model::decode_cost(model_.config(), context_ + answer);
+    result.formula_bytes = cost.kv_bytes_per_token * static_cast<double>(context_ + answer) +
+                           cost.window_bytes + cost.state_bytes;
+    return result;
+  }
   /// Steps of so many tokens in every sequence, each behind the last unless `in_place`.
   Times time(int64_t tokens, int64_t logits, int64_t steps, bool in_place) {
     std::vector<double> whole, host;
@@ -156,9 +196,7 @@ class Case {
     draws.reserve(runs.size());
     for (const Run& r : runs) {
       auto& tokens = ids.emplace_back();
-      for (int64_t i = 0; i < r.count; ++i)
-        tokens.push_back(
-            static_cast<int64_t>(random_() % static_cast<uint64_t>(model_.config().vocab_size)));
+      for (int64_t i = r.start; i < r.start + r.count; ++i) tokens.push_back(token(i));
       auto& drawn = draws.emplace_back();
       for (int64_t row = 0; row < r.logits; ++row) {
         drawn.emplace_back();
@@ -183,10 +221,18 @@ class Case {
       c10::impl::VirtualGuardImpl(at::kCUDA).synchronizeDevice(0);
       synced = Clock::now();
     }
-    runner_.collect(ticket);
+    const engine_core::StepResult result = runner_.collect(ticket);
+    if (runs.back().logits > 0) drawn_ = result.sequences.back().drawn.back().token;
     const auto end = Clock::now();
     return {.step_us = microseconds(begin, end),
             .host_us = microseconds(begin, launched) + microseconds(synced, end)};
+  }
+
+  /// The text's where there is one, else a random one.
+  int64_t token(int64_t at) {
+    if (at >= text_at_ && at - text_at_ < std::ssize(text_))
+      return text_[static_cast<size_t>(at - text_at_)];
+    return static_cast<int64_t>(random_() % static_cast<uint64_t>(model_.config().vocab_size));
   }
 
   const model::Transformer& model_;
@@ -197,6 +243,8 @@ class Case {
   engine::ModelRunner runner_;
   std::vector<std::vector<int64_t>> pages_;  // of each sequence
   std::mt19937_64 random_{5};
+  std::vector<int64_t> text_;  // from position text_at_ on
+  int64_t text_at_ = 0, drawn_ = 0;
 };
 
 /// Runs `work`; false where the device's memory does not hold it.
@@ -236,6 +284,23 @@ ModelBench bench_model(const ModelBenchOptions& options) {
                             .layer_us = t.step_us / static_cast<double>(result.layers),
                             .host_us = t.host_us});
   };
+  if (options.answer > 0) {
+    std::vector<int64_t> text;
+    if (!options.text.empty()) {
+      const auto tokenizer = text::Tokenizer::from_file(model_folder("") + "/tokenizer.json");
+      for (const int64_t id :
+           tokenizer.encode(read_file(options.text), text::SpecialTokens::kAsText))
+        text.push_back(id);
+    }
+    for (const int64_t context : options.contexts) {
+      fits(concat("a context of ", context), [&] {
+        Case c(model, 1, context, options.answer);
+        result.kv_gib = static_cast<double>(c.cache_bytes()) / kBytesPerGiB;
+        result.long_runs.push_back(c.go(text, options.answer));
+      });
+    }
+    return result;
+  }
   for (const int64_t context : options.contexts) {
     for (const int64_t batch : options.batches) {
       const std::string name = concat("decode, ", batch, " x ", context);

@@ -99,6 +99,7 @@ struct Schedules::Machine {
   Machine(const model::Transformer& model,
           const engine::KvCacheOptions& memory,
           const engine_core::SchedulerOptions& options,
+          int64_t max_context,
           engine_core::PrefixStore* store)
       : cache(model.config(), memory),
         sampler(model.config().vocab_size),
@@ -107,7 +108,7 @@ struct Schedules::Machine {
     const engine_core::EngineInfo info{
         .model_name = "test",
         .vocab_size = model.config().vocab_size,
-        .max_context = std::min<int64_t>(memory.num_pages * cache.page_tokens(), 4096),
+        .max_context = std::min(memory.num_pages * cache.page_tokens(), max_context),
         .max_choices = 4,
         .eos_token = -1};
     scheduler = std::make_unique<engine_core::Scheduler>(
@@ -150,8 +151,14 @@ Schedules::Schedules(const model::Transformer& model,
     requests_.push_back(draw_request(1000 + static_cast<uint64_t>(i), shared));
   }
   for (const Request& request : requests_) {
-    Machine machine(model_, {.numerics = numerics_, .num_pages = 16, .num_slots = 4, .slack = 3},
-                    {}, nullptr);
+    Machine machine(
+        model_,
+        {.numerics = numerics_,
+         .num_pages = ceil_div(shape.max_context, engine::page_tokens_of(model.config())),
+         .num_slots = 4,
+         .slack = 3,
+         .device = shape.device},
+        {}, shape.max_context, nullptr);
     const auto answer = machine.add(request);
     while (machine.scheduler->step()) {
     }
@@ -183,7 +190,7 @@ Request Schedules::draw_request(uint64_t seed, const std::vector<int64_t>& share
   request.sampling.top_p = 0.9;
   request.sampling.seed = seed;
   request.priority = static_cast<int>(seed % 2);
-  if (seed % 7 == 3) request.prompt_logprobs = 2;
+  if (shape_.scores && seed % 7 == 3) request.prompt_logprobs = 2;
   return request;
 }
 
@@ -198,7 +205,8 @@ void Schedules::run() {
                             : static_cast<int64_t>(std::exp2(static_cast<double>(random(0, 1000)) /
                                                              1000 * std::log2(shape_.max_company)));
   options.step_tokens = 4 + random(0, 120);
-  options.prompt_tokens = options.step_tokens + random(0, 300);
+  options.prompt_tokens =
+      options.step_tokens + random(0, std::max<int64_t>(0, shape_.max_chunk - 120));
   constexpr std::array kPolicies = {engine_core::WindowPolicy::kFull,
                                     engine_core::WindowPolicy::kPeriodic,
                                     engine_core::WindowPolicy::kZero};
@@ -217,7 +225,8 @@ void Schedules::run() {
       .num_slots = options.max_running + 2,
       .slack = 3,
       .with_mtp = drafts,
-      .whole_windows = on_disk && kPolicies[policy] == engine_core::WindowPolicy::kFull};
+      .whole_windows = on_disk && kPolicies[policy] == engine_core::WindowPolicy::kFull,
+      .device = shape_.device};
 
   std::unique_ptr<engine_core::DiskStore> store;
   int64_t* from_disk = nullptr;
@@ -234,7 +243,7 @@ void Schedules::run() {
     std::filesystem::create_directories(folder_);
     store = std::make_unique<engine_core::DiskStore>(disk);
   }
-  Machine machine(model_, memory, options, store.get());
+  Machine machine(model_, memory, options, shape_.max_context, store.get());
   int64_t tokens_from_disk = 0;
   std::vector<std::shared_ptr<Answer>> answers;
   const auto step = [&] {

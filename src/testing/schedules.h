@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include <c10/core/Device.h>
+
 #include "engine_core/disk/disk_store.h"
 #include "engine_core/request.h"
 #include "model/transformer.h"
@@ -25,13 +27,17 @@ struct Drawn {
 };
 
 struct ScheduleShape {
-  int num_requests = 56;      ///< that schedules are drawn from
-  int max_company = 64;       ///< sequences together
-  int64_t shared = 600;       ///< tokens of the beginning that prompts share parts of
-  int64_t max_own = 60;       ///< tokens of a prompt behind it
-  int64_t max_answer = 24;    ///< tokens
-  int64_t small_memory = 6;   ///< pages that force preemption
-  int64_t large_memory = 72;  ///< pages
+  int num_requests = 56;         ///< that schedules are drawn from
+  int max_company = 64;          ///< sequences together
+  int64_t shared = 600;          ///< tokens of the beginning that prompts share parts of
+  int64_t max_own = 60;          ///< tokens of a prompt behind it
+  int64_t max_answer = 24;       ///< tokens
+  int64_t small_memory = 6;      ///< pages that force preemption
+  int64_t large_memory = 72;     ///< pages
+  int64_t max_context = 4096;    ///< tokens that a request alone has memory for, at most
+  int64_t max_chunk = 420;       ///< tokens of a step of prompts alone
+  bool scores = true;            ///< some requests ask for their prompts' log-probabilities
+  at::Device device = at::kCPU;  ///< where the model's parameters are
 };
 
 /// What the schedules went through; a test asks that none of it is 0.
