@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <optional>
 #include <span>
 
 #include <ATen/ATen.h>
-
-#include <fmt/format.h>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -314,8 +313,9 @@ class LoadProgress {
     progress_->finish();
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin_;
     const double gigabytes = static_cast<double>(total_) / 1e9;
-    log::info("checkpoint", fmt::format("{:.1f} GB of weights in {:.2f} s, {:.1f} GB/s", gigabytes,
-                                        taken.count(), gigabytes / taken.count()));
+    const auto tenths = [](double value) { return std::round(value * 10) / 10; };
+    log::info("checkpoint", tenths(gigabytes), " GB of weights in ", tenths(taken.count()), " s, ",
+              tenths(gigabytes / taken.count()), " GB/s");
   }
 
  private:

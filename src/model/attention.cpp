@@ -157,7 +157,8 @@ CompressedStep make_compressed(const Attention& attn,
                                const ops::ProductInput& input,
                                bool asks,
                                const ops::RopeTable& rope_table,
-                               const ForwardContext& context) {
+                               const ForwardContext& context,
+                               ops::SideBranch& blocks_beside) {
   const bool with_index = attn.indexer && context.kv != nullptr;
   std::vector<const Parameter*> weights = {&attn.compressor->wkv, &attn.compressor->wgate};
   if (with_index) {
@@ -168,16 +169,19 @@ CompressedStep make_compressed(const Attention& attn,
   const auto products = apply_linears(weights, input);
   const at::ScalarType type = input.x().scalar_type();
   CompressedStep made;
-  // The indexer's keys first: its scores wait for them.
+  // The indexer's scores wait for its keys, and attention for the blocks: two branches.
+  blocks_beside.run([&] {
+    made.blocks =
+        compress_step(*attn.compressor, kMainRings, config, block,
+                      {.kv = products[0], .gate = products[1]}, type, rope_table, context);
+  });
   if (with_index) {
+    // BF16 times a number is FP32 within, rounded once.
+    if (asks) made.index.weights = products[4].mul(index_factor(config));
     made.index.keys =
         compress_step(attn.indexer->compressor, kIndexRings, config, block,
                       {.kv = products[2], .gate = products[3]}, type, rope_table, context);
-    // BF16 times a number is FP32 within, rounded once.
-    if (asks) made.index.weights = products[4].mul(index_factor(config));
   }
-  made.blocks = compress_step(*attn.compressor, kMainRings, config, block,
-                              {.kv = products[0], .gate = products[1]}, type, rope_table, context);
   return made;
 }
 
@@ -296,16 +300,17 @@ AttentionOutput attention_forward(const Attention& attn,
       attn.indexer && context.kv != nullptr && IndexerTask(config, block, context).any();
   // Nothing of this step's keys waits for its queries.
   CompressedStep cached;
-  ops::SideBranch beside(0), window_beside(1);
+  ops::SideBranch beside(0), rows_beside(1);
   if (attn.compressor) {
     make_operands({&attn.wq_a, &attn.compressor->wkv}, input);
     beside.run([&] {
-      cached = make_compressed(attn, config, block, input, asks, compressed_rope, context);
+      cached =
+          make_compressed(attn, config, block, input, asks, compressed_rope, context, rows_beside);
     });
   }
   const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, input);
   WindowRows window;
-  window_beside.run(
+  rows_beside.run(
       [&] { window = make_window(attn, config, block, low_rank[1], cos_sin, context); });
   const ops::ProductInput q_rank = ops::normalised_input(
       low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
@@ -313,9 +318,12 @@ AttentionOutput attention_forward(const Attention& attn,
   if (asks) of_q.push_back(&attn.indexer->wq_b);
   const auto queries = apply_linears(of_q, q_rank);
   if (asks) cached.index.q = queries[1];
-  const at::Tensor q =
-      ops::norm_rotate_heads(queries[0].reshape({tokens, config.n_heads, config.head_dim}),
-                             config.norm_eps, numerics, cos_sin);
+  // The indexer's queries, where there are some, go first.
+  at::Tensor q;
+  rows_beside.run([&] {
+    q = ops::norm_rotate_heads(queries[0].reshape({tokens, config.n_heads, config.head_dim}),
+                               config.norm_eps, numerics, cos_sin);
+  });
   beside.join();
   IndexerStep indexed;
   // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
@@ -324,7 +332,7 @@ AttentionOutput attention_forward(const Attention& attn,
                           std::move(cached.index), IndexerTask(config, block, context),
                           compressed_rope, context);
   }
-  window_beside.join();
+  rows_beside.join();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
   const ops::AttentionResult result = ops::sparse_attn(
       q, window.kv, window.history, cached.blocks, indexed.selection, attn.attn_sink.value, batch,

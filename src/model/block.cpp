@@ -22,19 +22,23 @@ BlockOutput block_forward(const Block& block,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context) {
   const ops::HcParams params = hc_params(config);
-  const auto enter = [&](const HyperConnection& hc, const Parameter& norm,
-                         ops::OperandKinds kinds) {
+  const auto enter = [&](const HyperConnection& hc, const Parameter& norm, ops::OperandKinds kinds,
+                         ops::SideBranch& comb_beside) {
     return ops::hc_pre_normalised(streams, hc.fn.value, hc.base.value, hc.scale.value, params,
-                                  norm.value, context.numerics, kinds);
+                                  norm.value, context.numerics, kinds, comb_beside);
   };
+  // What carries the streams past a sub-layer is made beside it.
+  ops::SideBranch attn_comb(1), ffn_comb(1);
   const ops::HcInput attn_mix =
-      enter(block.hc_attn, block.attn_norm, {.bf16 = block.attn.compressor.has_value()});
+      enter(block.hc_attn, block.attn_norm, {.bf16 = block.attn.compressor.has_value()}, attn_comb);
   AttentionOutput attn =
       attention_forward(block.attn, config, index, attn_mix.input, compressed_rope, context);
+  attn_comb.join();
   streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 
-  const ops::HcInput ffn_mix = enter(block.hc_ffn, block.ffn_norm, {});
+  const ops::HcInput ffn_mix = enter(block.hc_ffn, block.ffn_norm, {}, ffn_comb);
   MoeOutput ffn = moe_forward(block.moe, config, index, ffn_mix.input, ids, context);
+  ffn_comb.join();
   streams = ops::hc_post(ffn.out, streams, ffn_mix.post, ffn_mix.comb);
   return {.streams = std::move(streams),
           .aux = {.attn = std::move(attn.aux), .moe = std::move(ffn.aux)}};

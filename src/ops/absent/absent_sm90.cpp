@@ -51,6 +51,8 @@ void gate_sm90(const GateSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }
 void normalised_sm90(const NormalisedSm90Params&, Stream) { absent(); }
 void hc_pre_sm90(const HcPreSm90Params&, Stream) { absent(); }
+bool serves_hc_pre_norm_sm90(int64_t, int64_t) { absent(); }
+void hc_comb_sm90(const HcCombSm90Params&, Stream) { absent(); }
 void hc_pre_norm_sm90(const HcPreNormSm90Params&, Stream) { absent(); }
 void hc_post_sm90(const HcPostSm90Params&, Stream) { absent(); }
 void latent_rows_sm90(const LatentRowsSm90Params&, Stream) { absent(); }

@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   constexpr int kBytes = (kEnd + 7) / 8 * 8;
   const int64_t row = row_of_half(), from = min(row, p.rows - 1);
   const int lane = lane_of_half();
+  if (p.weight != nullptr) prefetch_constant(p.weight + lane * kPer);
   wait_for_previous();
   launch_dependents();
   const uint16_t* x = p.x + from * p.stride;
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   constexpr int kEnd = kScales + kGroups - 1, kBytes = (kEnd + 7) / 8 * 8;
   const int64_t row = row_of_half(), from = min(row, p.rows - 1);
   const int lane = lane_of_half();
+  if (p.weight != nullptr) prefetch_constant(p.weight + lane * (kGroups * 4));
   wait_for_previous();
   launch_dependents();
   const uint16_t* x = p.x + from * p.stride;
@@ -230,6 +232,7 @@ __global__ void __launch_bounds__(kHalfRowThreads)
   constexpr int kPer = 8, kBytes = 68;
   const int64_t row = row_of_half(), from = min(row, p.rows - 1);
   const int lane = lane_of_half();
+  if (p.weight != nullptr) prefetch_constant(p.weight + lane * kPer);
   wait_for_previous();
   launch_dependents();
   const uint16_t* x = p.x + from * kPer * 16;

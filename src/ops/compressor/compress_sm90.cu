@@ -67,10 +67,13 @@ __device__ __forceinline__ void store_pooled(
 __global__ void __launch_bounds__(kFewThreads)
     compress_few_kernel(const __grid_constant__ CompressSm90Params p) {
   constexpr int kCount = 8;
-  wait_for_previous();
-  launch_dependents();
   const auto [block, piece] = row_piece(pieces_of(p.rows.d, kFewThreads));
   const int64_t i = static_cast<int64_t>(piece) * kFewThreads + threadIdx.x;
+  if (threadIdx.x % 32 == 0 && i < p.rows.d) {
+    for (int line = 0; line < kCount; ++line) prefetch_constant(p.rows.ape + line * p.rows.d + i);
+  }
+  wait_for_previous();
+  launch_dependents();
   if (i >= p.rows.d || p.block_seq[block] < 0) return;
   const Candidates candidates(p, block, 2);
   const int absent = candidates.absent();
@@ -100,13 +103,15 @@ __global__ void __launch_bounds__(kThreads)
   const auto count = static_cast<int>(p.rows.ratio);
   float* scores = memory;
   float* values = memory + count * kChannels;
-  wait_for_previous();
-  launch_dependents();
   const int channel = static_cast<int>(threadIdx.x) % kChannels;
   const int slice = static_cast<int>(threadIdx.x) / kChannels;
   const auto [block, piece] = row_piece(pieces_of(p.rows.d, kChannels));
   const int64_t i = static_cast<int64_t>(piece) * kChannels + channel;
   const bool exists = i < p.rows.d;
+  for (int j = slice; exists && channel % 32 == 0 && j < count; j += kSlices)
+    prefetch_constant(p.rows.ape + j * p.rows.d + i);
+  wait_for_previous();
+  launch_dependents();
   if (p.block_seq[block] < 0) return;
   const Candidates candidates(p, block, 1);
   float highest = kLowest;

@@ -151,6 +151,12 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+/// Has a constant brought to the second-level cache, where who waits for the kernel before finds
+/// it.
+__device__ __forceinline__ void prefetch_constant(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 // --- matrix instructions
 
 /// Descriptor of an operand in rows of 128 bytes whose 16-byte pieces are swizzled (piece c of row

@@ -96,8 +96,9 @@ void bf16_operand_twin(const Bf16OperandSm90Params& p);
 
 /// SwiGLU of a gate and up product, rounded to BF16 and then as above.
 struct SwigluQuantiseSm90Params {
-  const void* gate_up;  ///< [rows, 2 inter] BF16: gate, then up
-  const float* weight;  ///< [rows], or null for ones
+  const void* gate_up;    ///< [rows, 2 inter] BF16: gate, then up
+  const float* weight;    ///< [rows], or null for ones
+  const int32_t* source;  ///< [rows] rows below 0 become zero; or null
   float limit;
   int64_t rows, inter;  ///< inter: a multiple of 128
   uint8_t* codes;       ///< K-major operand of x_groups row groups

@@ -16,9 +16,11 @@ __device__ __forceinline__ void store_operands(const NormalisedSm90Params& p, in
 __global__ void __launch_bounds__(kNormThreads)
     normalised_kernel(const __grid_constant__ NormalisedSm90Params p) {
   extern __shared__ __align__(16) float row[];
+  const int dim = static_cast<int>(p.dim);
+  for (int i = static_cast<int>(threadIdx.x) * 32; i < dim; i += kNormThreads * 32)
+    prefetch_constant(p.weight + i);
   wait_for_previous();
   launch_dependents();
-  const int dim = static_cast<int>(p.dim);
   if (blockIdx.x >= p.rows) {
     for (int i = static_cast<int>(threadIdx.x) * 4; i < dim; i += kNormThreads * 4)
       store_operands(p, i, make_float4(0, 0, 0, 0));

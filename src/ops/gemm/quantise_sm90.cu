@@ -12,48 +12,58 @@
 namespace hadal::ops::cuda {
 namespace {
 
-/// The row and slab of this warp.
-struct Unit {
-  int64_t row, slab;
-};
-__device__ __forceinline__ Unit unit_of(int64_t slabs) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  return {unit / slabs, unit % slabs};
+constexpr int kUnitThreads = 128, kMostUnitBlocks = 132 * 16;  // as many as run at once
+
+/// Calls f(row, slab) for every row and slab of this warp, once the kernel before has ended.
+template <typename F>
+__device__ __forceinline__ void each_unit(int64_t rows, int64_t slabs, F f) {
+  constexpr int kWarps = kUnitThreads / 32;
+  int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int64_t row = unit / slabs, slab = unit % slabs;
+  wait_for_previous();
+  launch_dependents();
+  const int64_t step = int64_t{gridDim.x} * kWarps;
+  const int64_t rows_of_step = step / slabs, slabs_of_step = step % slabs;
+  while (row < rows) {
+    f(row, slab);
+    row += rows_of_step;
+    slab += slabs_of_step;
+    if (slab >= slabs) {
+      slab -= slabs;
+      ++row;
+    }
+  }
 }
 
 __global__ void quantise_kernel(const __grid_constant__ QuantiseSm90Params p) {
-  const Unit at = unit_of(p.in / 128);
-  wait_for_previous();
-  launch_dependents();
-  if (at.row >= p.x_groups * 8) return;
-  float4 v = make_float4(0, 0, 0, 0);
-  if (at.row < p.rows) {
-    const int64_t from = p.source != nullptr ? p.source[at.row] : at.row;
-    if (from >= 0) {
-      v = load4(static_cast<const __nv_bfloat16*>(p.x) + from * p.stride + at.slab * 128 +
-                threadIdx.x % 32 * 4);
+  each_unit(p.x_groups * 8, p.in / 128, [&](int64_t row, int64_t slab) {
+    float4 v = make_float4(0, 0, 0, 0);
+    if (row < p.rows) {
+      const int64_t from = p.source != nullptr ? p.source[row] : row;
+      if (from >= 0) {
+        v = load4(static_cast<const __nv_bfloat16*>(p.x) + from * p.stride + slab * 128 +
+                  threadIdx.x % 32 * 4);
+      }
     }
-  }
-  store_quantised(v, at.row, at.slab, p.codes, p.scales, p.x_groups);
+    store_quantised(v, row, slab, p.codes, p.scales, p.x_groups);
+  });
 }
 
 __global__ void swiglu_quantise_kernel(const __grid_constant__ SwigluQuantiseSm90Params p) {
-  const Unit at = unit_of(p.inter / 128);
-  wait_for_previous();
-  launch_dependents();
-  if (at.row >= p.x_groups * 8) return;
-  float4 h = make_float4(0, 0, 0, 0);
-  if (at.row < p.rows) {
-    const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(p.gate_up) + at.row * 2 * p.inter +
-                               at.slab * 128 + threadIdx.x % 32 * 4;
-    const float4 g = load4(row), u = load4(row + p.inter);
-    const float w = p.weight != nullptr ? p.weight[at.row] : 1.0f;
-    const auto one = [&](float gate, float up) {
-      return round_to<__nv_bfloat16>(swiglu_exact(gate, up, w, p.limit));
-    };
-    h = make_float4(one(g.x, u.x), one(g.y, u.y), one(g.z, u.z), one(g.w, u.w));
-  }
-  store_quantised(h, at.row, at.slab, p.codes, p.scales, p.x_groups);
+  each_unit(p.x_groups * 8, p.inter / 128, [&](int64_t row, int64_t slab) {
+    float4 h = make_float4(0, 0, 0, 0);
+    if (row < p.rows && (p.source == nullptr || p.source[row] >= 0)) {
+      const __nv_bfloat16* at = static_cast<const __nv_bfloat16*>(p.gate_up) + row * 2 * p.inter +
+                                slab * 128 + threadIdx.x % 32 * 4;
+      const float4 g = load4(at), u = load4(at + p.inter);
+      const float w = p.weight != nullptr ? p.weight[row] : 1.0f;
+      const auto one = [&](float gate, float up) {
+        return round_to<__nv_bfloat16>(swiglu_exact(gate, up, w, p.limit));
+      };
+      h = make_float4(one(g.x, u.x), one(g.y, u.y), one(g.z, u.z), one(g.w, u.w));
+    }
+    store_quantised(h, row, slab, p.codes, p.scales, p.x_groups);
+  });
 }
 
 /// Eight values of a row a thread: a piece of the operand.
@@ -75,12 +85,13 @@ __global__ void bf16_operand_kernel(const __grid_constant__ Bf16OperandSm90Param
   *reinterpret_cast<uint4*>(p.operand + sm90::operand_offset(row, piece * 16, p.x_groups)) = v;
 }
 
-/// A grid of warps, one for every row and slab, that may start beside the kernel before it.
+/// A grid of warps, for all rows and slabs, that may start beside the kernel before it.
 template <typename Params>
 void launch_units(
     void (*kernel)(Params), const Params& p, int64_t units, Stream stream, const char* name) {
   if (units == 0) return;
-  launch_early(kernel, {blocks_for(units, 4), 128}, stream, name, p);
+  const unsigned blocks = min(blocks_for(units, kUnitThreads / 32), unsigned{kMostUnitBlocks});
+  launch_early(kernel, {blocks, kUnitThreads}, stream, name, p);
 }
 
 }  // namespace

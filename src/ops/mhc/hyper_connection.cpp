@@ -360,7 +360,8 @@ HcInput run_pre_norm_sm90(const at::Tensor& streams_any,
                           const HcParams& params,
                           const at::Tensor& norm,
                           Numerics numerics,
-                          OperandKinds kinds) {
+                          OperandKinds kinds,
+                          SideBranch& comb_beside) {
   const at::Tensor streams = kernel_input(streams_any), base = fp32_input(base_any),
                    scale = fp32_input(scale_any);
   const int64_t tokens = streams.size(0), dim = streams.size(2);
@@ -382,6 +383,13 @@ HcInput run_pre_norm_sm90(const at::Tensor& streams_any,
                             .head = false},
                     .norm = rows.params},
                    current_stream(streams));
+  comb_beside.run([&] {
+    hc_comb_sm90({.comb = comb.mutable_data_ptr<float>(),
+                  .tokens = tokens,
+                  .iters = static_cast<int>(params.sinkhorn_iters),
+                  .eps = static_cast<float>(params.hc_eps)},
+                 current_stream(streams));
+  });
   return {.input = std::move(rows).input(numerics), .post = post, .comb = comb};
 }
 
@@ -444,16 +452,17 @@ HcInput hc_pre_normalised(const at::Tensor& streams,
                           const HcParams& params,
                           const at::Tensor& norm,
                           Numerics numerics,
-                          OperandKinds kinds) {
+                          OperandKinds kinds,
+                          SideBranch& comb_beside) {
   check_shape(streams, {-1, -1, -1}, "hc_pre: streams");
   const int64_t dim = streams.size(2);
-  if (streams.size(0) <= kHcPreNormTokens && dim % 256 == 0 && dim <= 8192 && on_sm90(streams) &&
+  if (streams.is_cuda() && on_sm90(streams) && serves_hc_pre_norm_sm90(streams.size(0), dim) &&
       serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_as_it_is(fn) &&
       !learns({fn, base, scale})) {
     check_shape(fn, {hc::kRows, hc::kStreams * dim}, "hc_pre: fn");
     check_shape(base, {hc::kRows}, "hc_pre: base");
     check_shape(scale, {3}, "hc_pre: scale");
-    return run_pre_norm_sm90(streams, fn, base, scale, params, norm, numerics, kinds);
+    return run_pre_norm_sm90(streams, fn, base, scale, params, norm, numerics, kinds, comb_beside);
   }
   const HcPre pre = hc_pre(streams, fn, base, scale, params);
   return {.input = normalised_input(pre.mixed, norm, params.norm_eps, numerics, kinds),

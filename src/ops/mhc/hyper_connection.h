@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "ops/gemm/normalised_input.h"
+#include "ops/recorded_graph.h"
 
 namespace hadal::ops {
 
@@ -49,10 +50,10 @@ at::Tensor hc_head(const at::Tensor& streams,
                    const HcParams& params);
 
 /// hc_pre and the RMSNorm of what it mixes, as a sub-layer's input: `norm` [dim], eps; see
-/// normalised_input.
+/// normalised_input. `comb_beside` is to be joined before comb is read.
 struct HcInput {
   ProductInput input;
-  at::Tensor post, comb;  ///< as of HcPre
+  at::Tensor post, comb;  ///< as of HcPre; comb may be made on `comb_beside`
 };
 HcInput hc_pre_normalised(const at::Tensor& streams,
                           const at::Tensor& fn,
@@ -61,7 +62,8 @@ HcInput hc_pre_normalised(const at::Tensor& streams,
                           const HcParams& params,
                           const at::Tensor& norm,
                           Numerics numerics,
-                          OperandKinds kinds);
+                          OperandKinds kinds,
+                          SideBranch& comb_beside);
 
 namespace reference {
 HcPre hc_pre(const at::Tensor& streams,

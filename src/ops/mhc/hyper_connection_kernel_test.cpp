@@ -57,7 +57,8 @@ TEST_P(HyperConnectionSm90, PreHasTheBitsOfTheCpu) {
 
 TEST(HcPreNormSm90, HasTheBitsOfBothKernels) {
   for (const auto [tokens, dim] : {Size{1, 4096}, Size{2, 256}, Size{3, 512}, Size{5, 4096},
-                                   Size{8, 1792}, Size{11, 4096}, Size{16, 1024}, Size{2, 7168}}) {
+                                   Size{8, 1792}, Size{11, 4096}, Size{16, 1024}, Size{2, 7168},
+                                   Size{17, 512}, Size{66, 4096}, Size{64, 4096}, Size{129, 256}}) {
     const auto count = static_cast<size_t>(tokens * dim);
     const int64_t groups = (tokens + 7) / 8;
     const OnDevice<uint16_t> streams(normals_bf16(count * 4, 1.5f, 1));
@@ -92,7 +93,9 @@ TEST(HcPreNormSm90, HasTheBitsOfBothKernels) {
     };
     hc_pre_sm90(pre(one), nullptr);
     normalised_sm90(norm(one), nullptr);
+    ASSERT_TRUE(serves_hc_pre_norm_sm90(tokens, dim));
     hc_pre_norm_sm90({pre(other), norm(other)}, nullptr);
+    hc_comb_sm90({other.comb.get(), tokens, 20, 1e-6f}, nullptr);
     EXPECT_EQ(differences(other.out.read(), one.out.read()), 0) << tokens << " " << dim;
     EXPECT_EQ(differences(other.post.read(), one.post.read()), 0) << tokens << " " << dim;
     EXPECT_EQ(differences(other.comb.read(), one.comb.read()), 0) << tokens << " " << dim;

@@ -24,15 +24,24 @@ void hc_pre_sm90(const HcPreSm90Params& p, Stream stream);
 /// The same on a CPU.
 void hc_pre_twin(const HcPreSm90Params& p);
 
-/// hc_pre of few tokens and the norm behind it (normalised_sm90) in one launch; `mixed` stays
-/// within it. Not for the head.
+/// hc_pre of few tokens and the norm behind it (normalised_sm90) in one launch. Not for the head.
 struct HcPreNormSm90Params {
-  HcPreSm90Params pre;        ///< mixed: unused; dim: a multiple of 256, 8,192 at most
+  HcPreSm90Params pre;        ///< mixed: unused; comb: logits, which hc_comb_sm90 turns into it
   NormalisedSm90Params norm;  ///< x: unused
 };
-/// Tokens from which on hc_pre_sm90 and normalised_sm90 take less time.
-inline constexpr int64_t kHcPreNormTokens = 16;
+/// Up to 16 tokens, or 256 of up to 4,096 channels, of a multiple of 256.
+bool serves_hc_pre_norm_sm90(int64_t tokens, int64_t dim);
 void hc_pre_norm_sm90(const HcPreNormSm90Params& p, Stream stream);
+
+/// Sinkhorn's iteration, in place: a chain of divisions that nothing waits for before the
+/// sub-layer has ended.
+struct HcCombSm90Params {
+  float* comb;  ///< [tokens, 4, 4]: logits
+  int64_t tokens;
+  int iters;
+  float eps;
+};
+void hc_comb_sm90(const HcCombSm90Params& p, Stream stream);
 
 struct HcPostSm90Params {
   const void* out;      ///< [tokens, dim] BF16

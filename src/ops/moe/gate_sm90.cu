@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
   __shared__ float affinity[kMaxExperts];
   const auto experts = static_cast<int>(p.num_experts), topk = static_cast<int>(p.topk);
   const int64_t token = blockIdx.x;
+  if (p.bias != nullptr && threadIdx.x * 32 < experts) prefetch_constant(p.bias + threadIdx.x * 32);
   wait_for_previous();
   launch_dependents();
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {

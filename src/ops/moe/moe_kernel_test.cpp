@@ -195,8 +195,8 @@ TEST_P(MoeSm90, IsTheTwinsFromTheChoiceToTheSum) {
                     max_runs,
                     {gate_up.get(), 2 * kInter, ElementType::kBf16}},
                    nullptr);
-  swiglu_quantise_sm90({gate_up.get(), row_weight.get(), kLimit, capacity, kInter, h_codes.get(),
-                        h_scale.get(), groups},
+  swiglu_quantise_sm90({gate_up.get(), row_weight.get(), source.get(), kLimit, capacity, kInter,
+                        h_codes.get(), h_scale.get(), groups},
                        nullptr);
   experts_fp4_sm90({h_codes.get(),
                     h_scale.get(),

@@ -48,7 +48,8 @@ void swiglu_quantise_twin(const SwigluQuantiseSm90Params& p) {
     std::vector<uint16_t> hidden(static_cast<size_t>(p.inter));
     for (int64_t row = begin; row < end; ++row) {
       const uint16_t* gate = gate_up + row * 2 * p.inter;
-      if (row < p.rows) {
+      const bool exists = row < p.rows && (p.source == nullptr || p.source[row] >= 0);
+      if (exists) {
         swiglu_cpu({.gate = gate,
                     .up = gate + p.inter,
                     .weight = p.weight != nullptr ? p.weight + row : nullptr,
@@ -58,7 +59,7 @@ void swiglu_quantise_twin(const SwigluQuantiseSm90Params& p) {
                     .dtype = ElementType::kBf16},
                    0, 1);
       }
-      quantise_row_twin(row < p.rows ? hidden.data() : nullptr, p.inter, row, p.codes, p.scales,
+      quantise_row_twin(exists ? hidden.data() : nullptr, p.inter, row, p.codes, p.scales,
                         p.x_groups);
     }
   });
