@@ -347,8 +347,9 @@ void define_model_bench(CLI::App& app, ModelBenchOptions& options) {
                  "many tokens as it draws them; 0: steps")
       ->check(between(0, 1 << 20))
       ->capture_default_str();
-  app.add_option("--text", options.text,
-                 "model, with --answer: file whose bytes the context begins with");
+  app.add_option(
+      "--text", options.text,
+      "model, with --answer: file that the context begins with, by the shipped model's tokenizer");
 }
 
 }  // namespace

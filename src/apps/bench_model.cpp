@@ -10,6 +10,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "apps/model_folder.h"
 #include "base/check.h"
 #include "base/file.h"
 #include "base/log.h"
@@ -23,6 +24,7 @@
 #include "model/presets.h"
 #include "model/random_weights.h"
 #include "ops/device_memory.h"
+#include "text/tokenizer.h"
 
 namespace hadal::apps {
 namespace {
@@ -285,7 +287,10 @@ ModelBench bench_model(const ModelBenchOptions& options) {
   if (options.answer > 0) {
     std::vector<int64_t> text;
     if (!options.text.empty()) {
-      for (const char byte : read_file(options.text)) text.push_back(static_cast<uint8_t>(byte));
+      const auto tokenizer = text::Tokenizer::from_file(model_folder("") + "/tokenizer.json");
+      for (const int64_t id :
+           tokenizer.encode(read_file(options.text), text::SpecialTokens::kAsText))
+        text.push_back(id);
     }
     for (const int64_t context : options.contexts) {
       fits(concat("a context of ", context), [&] {

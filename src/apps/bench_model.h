@@ -20,7 +20,8 @@ struct ModelBenchOptions {
   /// > 0: in place of the above, a sequence computes each context whole and goes on by so many
   /// tokens, every one of them the one drawn before.
   int64_t answer = 0;
-  std::string text;  ///< with `answer`: a file whose bytes are the first tokens; else random ones
+  std::string text;  ///< with `answer`: a file whose tokens, by the shipped model's tokenizer,
+                     ///< come first; random ones behind them
 };
 
 struct ModelBenchLine {
