@@ -195,13 +195,40 @@ __device__ __forceinline__ void keep_chain(float* chains,
   for (int j = 0; j < S::rows_b / 2; ++j) out[thread_row(j) * S::rows_b + thread_column(j)] = v[j];
 }
 
+/// The scales of a block's outputs, slab by slab. Read one by one they would come from far each
+/// time, so those of a part of K of at most kNear slabs are brought before anybody needs them.
+struct WeightScales {
+  static constexpr int kNear = 256;
+  const float* far;   ///< of the part's first slab
+  int64_t stride;     ///< from slab to slab
+  const float* near;  ///< in shared memory, or null
+
+  /// By `threads` threads, which meet at barrier 1.
+  __device__ WeightScales(const LinearSm90Params& p,
+                          int64_t w_row,
+                          int64_t begin,
+                          int64_t end,
+                          float* memory,
+                          int threads)
+      : far(p.w_scale + begin * ((p.outputs + 127) / 128) + w_row / 128),
+        stride((p.outputs + 127) / 128),
+        near(end - begin <= kNear ? memory : nullptr) {
+    if (near == nullptr) return;
+    for (int i = static_cast<int>(threadIdx.x); i < end - begin; i += threads)
+      memory[i] = __ldg(far + i * stride);
+    named_barrier_wait(1, threads);
+  }
+  __device__ __forceinline__ float of(int64_t slab) const {
+    return near != nullptr ? near[slab] : __ldg(far + slab * stride);
+  }
+};
+
 /// Multiplies kCount slabs from `turn` on (counted from the part's begin) with one wait for all.
 /// kKeep: every chain goes to `chains` instead of being added to `run`.
 template <typename S, bool kKeep, int kCount>
-__device__ __forceinline__ void multiply_slabs(const LinearSm90Params& p,
-                                               Chains<S>& d,
+__device__ __forceinline__ void multiply_slabs(Chains<S>& d,
                                                float (&run)[S::rows_b / 2],
-                                               int64_t w_row,
+                                               const WeightScales& scales,
                                                int64_t begin,
                                                int64_t end,
                                                int64_t turn,
@@ -212,9 +239,8 @@ __device__ __forceinline__ void multiply_slabs(const LinearSm90Params& p,
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   float w_scale[kCount];
   if constexpr (S::fp8) {
-    const float* scales = p.w_scale + (begin + turn) * ((p.outputs + 127) / 128) + w_row / 128;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) w_scale[i] = __ldg(scales + i * ((p.outputs + 127) / 128));
+    for (int i = 0; i < kCount; ++i) w_scale[i] = scales.of(turn + i);
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -260,9 +286,8 @@ __device__ __forceinline__ void multiply_slabs(const LinearSm90Params& p,
 }
 
 template <typename S, bool kKeep>
-__device__ void consume(const LinearSm90Params& p,
-                        float (&run)[S::rows_b / 2],
-                        int64_t w_row,
+__device__ void consume(float (&run)[S::rows_b / 2],
+                        const WeightScales& scales,
                         int64_t begin,
                         int64_t end,
                         const uint8_t* ring,
@@ -272,10 +297,9 @@ __device__ void consume(const LinearSm90Params& p,
   Chains<S> d;
   int64_t turn = 0;
   for (; begin + turn + S::batch <= end; turn += S::batch)
-    multiply_slabs<S, kKeep, S::batch>(p, d, run, w_row, begin, end, turn, ring, full, empty,
-                                       chains);
+    multiply_slabs<S, kKeep, S::batch>(d, run, scales, begin, end, turn, ring, full, empty, chains);
   for (; begin + turn < end; ++turn)
-    multiply_slabs<S, kKeep, 1>(p, d, run, w_row, begin, end, turn, ring, full, empty, chains);
+    multiply_slabs<S, kKeep, 1>(d, run, scales, begin, end, turn, ring, full, empty, chains);
 }
 
 template <typename S>
@@ -315,6 +339,7 @@ __global__ void __launch_bounds__(S::threads, 1)
     linear_sm90_kernel(const __grid_constant__ Products all, int split) {
   extern __shared__ __align__(1024) uint8_t memory[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
+  __shared__ float near[S::fp8 ? WeightScales::kNear : 1];
   uint8_t* ring = memory;
   float* chains = reinterpret_cast<float*>(memory + S::stages * S::stage_bytes);
 
@@ -341,8 +366,11 @@ __global__ void __launch_bounds__(S::threads, 1)
       produce<S>(p, a_first / 8, b_first / 8, begin, end, ring, full, empty);
   } else {
     launch_dependents();
-    const int64_t w_row = S::x_is_a ? b_first : a_first + warpgroup * 64;
-    consume<S, kSplit>(p, run, w_row, begin, end, ring, full, empty, chains);
+    // A tile's outputs share 128 that have one scale.
+    static_assert(S::w_rows <= 128);
+    const WeightScales scales(p, S::x_is_a ? b_first : a_first, begin, S::fp8 ? end : begin, near,
+                              S::warpgroups * kWarpgroup);
+    consume<S, kSplit>(run, scales, begin, end, ring, full, empty, chains);
   }
   wait_for_previous();  // it may read what we write
   if constexpr (kSplit) {
@@ -373,7 +401,7 @@ void launch(const Products& all, Stream stream, int split) {
   const int64_t chains = kSplit ? part_chains<S>(p.slabs, split) * S::tile * 4 : 0;
   const auto bytes = static_cast<size_t>(S::stages * S::stage_bytes + chains);
   auto* kernel = linear_sm90_kernel<S, kSplit>;
-  if (bytes > 227 * 1024 - 256)
+  if (bytes > 227 * 1024 - 2048)
     throw_kernel_error("linear_sm90", "this split of K does not fit into shared memory");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));

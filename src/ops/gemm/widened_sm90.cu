@@ -149,9 +149,12 @@ __device__ __forceinline__ void multiply_half(float (&d)[S::rows / 2],
 /// tile, all its chains.
 struct Memory {
   uint8_t* ring;
-  float* chains;
+  float *chains, *scales;
   uint64_t *full, *empty;
 };
+
+/// Slabs whose scales are brought before anybody needs them: one by one they would come from far.
+constexpr int kNearScales = 256;
 
 /// The chains of a warpgroup, added to `run` or kept.
 template <typename S>
@@ -162,7 +165,14 @@ __device__ __forceinline__ void consume(const WidenedSm90Params& p,
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int part = S::shared ? warpgroup : 0, own = S::shared ? 0 : warpgroup;
   const int64_t blocks = (p.outputs + 127) / 128;
+  // The tiles of a block share 128 outputs, which have one scale.
   const float* scale = p.scales + static_cast<int64_t>(blockIdx.z) * p.slabs * blocks + tile / 2;
+  const bool near = p.slabs <= kNearScales;
+  if (near) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.slabs; i += S::warpgroups * kWarpgroup)
+      m.scales[i] = scale[i * blocks];
+    named_barrier_wait(1, S::warpgroups * kWarpgroup);
+  }
   float d[S::rows / 2];
   uint32_t first[4][4], second[4][4];
   Turn<S> at;
@@ -186,8 +196,8 @@ __device__ __forceinline__ void consume(const WidenedSm90Params& p,
       const uint8_t* stage = m.ring + at.stage * S::stage_bytes + part * S::part_bytes;
       const uint8_t* weights = stage + S::x_bytes + own * kWideTileBytes;
       // The block's scale, and the 2^120 that the codes lack.
-      const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(
-          static_cast<uint16_t>((__float_as_uint(scale[slab * blocks]) >> 16) + (120u << 7))));
+      const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(static_cast<uint16_t>(
+          (__float_as_uint(near ? m.scales[slab] : scale[slab * blocks]) >> 16) + (120u << 7))));
       wgmma_wait<1>();  // who read `first`
       widen_half(first, weights, 0, power);
       multiply_half<S>(d, first, stage, turn > begin);
@@ -227,7 +237,9 @@ __global__ void __launch_bounds__(S::threads, 1)
     widened_kernel(const __grid_constant__ WidenedSm90Params p) {
   extern __shared__ __align__(1024) uint8_t ring[];
   __shared__ uint64_t full[S::stages], empty[S::stages];
-  const Memory m = {ring, reinterpret_cast<float*>(ring + S::stages * S::stage_bytes), full, empty};
+  __shared__ float scales[kNearScales];
+  const Memory m = {ring, reinterpret_cast<float*>(ring + S::stages * S::stage_bytes), scales, full,
+                    empty};
   constexpr int kConsumers = S::warpgroups * kWarpgroup;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; ++i) {
@@ -269,7 +281,7 @@ void launch(const WidenedSm90Params& p, Stream stream) {
   auto* kernel = widened_kernel<S>;
   const int64_t chains = S::shared ? (p.slabs + S::chain - 1) / S::chain * S::tile * 4 : 0;
   const auto bytes = static_cast<size_t>(S::stages * S::stage_bytes + chains);
-  if (bytes > 227 * 1024 - 256) throw_kernel_error("widened_sm90", "too many inputs for this tile");
+  if (bytes > 227 * 1024 - 2048) throw_kernel_error("widened_sm90", "too many inputs for this tile");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
   const dim3 grid(blocks_for(p.outputs / 64, S::tiles), blocks_for(p.rows, S::rows),
