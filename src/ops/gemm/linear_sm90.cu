@@ -51,7 +51,9 @@ __device__ __forceinline__ LinearSm90Params product_of(const Products& all,
 }
 
 /// Shared memory for the chains of a split product, beside the ring of a tile of so many rows.
-constexpr int64_t chain_bytes(int64_t tile) { return (tile <= 16 ? 128 : 64) * 1024; }
+constexpr int64_t chain_bytes(bool fp8, int64_t tile) {
+  return (tile > 16 ? 64 : fp8 ? 128 : 32) * 1024;
+}
 
 /// kXIsA: the rows of x are operand A. kBatch: slabs multiplied between two waits, a divisor of 16.
 template <bool kFp8, bool kXIsA, int kWarpgroups, int kN, int kStages, int kBatch>
@@ -424,8 +426,8 @@ void launch_few(const Products& p, Stream stream, int split) {
 
 /// Blocks that share K: as many as fill the card's 132 processors, up to 8, where each block's
 /// chains fit beside its ring and are at least `least`.
-int split_for(int64_t tiles, int64_t chains, int64_t tile, int least) {
-  const int64_t tile_bytes = 64 * tile * 4, most = chain_bytes(tile);
+int split_for(bool fp8, int64_t tiles, int64_t chains, int64_t tile, int least) {
+  const int64_t tile_bytes = 64 * tile * 4, most = chain_bytes(fp8, tile);
   int split = 1;
   while (split < 8 && tiles * split * 2 <= 160 && chains >= split * 2 * least) split *= 2;
   while (split > 1 && split < 8 && (chains + split - 1) / split * tile_bytes > most) split *= 2;
@@ -455,11 +457,14 @@ void linear(const LinearSm90Params& p,
   if (small) tile = 32, tiles *= (p.rows + 31) / 32;
   if (split < 0) {
     const bool shares = tile == 8 || tile == 16 || small;
-    split = shares ? split_for(tiles, chains, tile, kFp8 ? 2 : 1) : 1;
+    split = shares ? split_for(kFp8, tiles, chains, tile, kFp8 ? 2 : 1) : 1;
     if (small && split < 4) split = 1;
   }
   switch (tile) {
     case 8:
+      // Few blocks have an SM each, and room for all that a part of K reads: 16 slabs are a chain.
+      if constexpr (!kFp8)
+        if (split > 1) return launch<Shape<false, false, 1, 8, 16, 4>, true>(all, stream, split);
       return launch_few<kFp8, 8, 7, 4>(all, stream, split);
     case 16:
       return launch_few<kFp8, 16, 6, 4>(all, stream, split);

@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     index_topk_kernel(const __grid_constant__ IndexTopkSm90Params p) {
   extern __shared__ __align__(16) uint8_t raw[];
   auto& m = *reinterpret_cast<Memory*>(raw);
+  for (int i = static_cast<int>(threadIdx.x); i < kCopies * kBins; i += kThreads)
+    m.counts[i / kBins][i % kBins] = 0;
   wait_for_previous();
   launch_dependents();
   const int64_t token = blockIdx.x / kBlocks;
@@ -131,7 +133,6 @@ __global__ void __launch_bounds__(kThreads)
   const int share = (visible + kBlocks * kEach - 1) / (kBlocks * kEach) * kEach;
   const int begin = min(static_cast<int>(rank) * share, visible), end = min(begin + share, visible);
 
-  for (int i = t; i < kCopies * kBins; i += kThreads) m.counts[i / kBins][i % kBins] = 0;
   if (t < 32) m.low[t] = 0;
   __syncthreads();
   int* copy = m.counts[t / 32 % kCopies];

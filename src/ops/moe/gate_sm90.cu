@@ -17,19 +17,24 @@ __device__ __forceinline__ uint32_t ordered(float score) {
   return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
 }
 
-/// The chosen expert of lane k < topk, in no order: each lane knows the best of its experts, and
-/// looks again where it was taken. Ties go to the lower expert.
-__device__ int choose(uint32_t* scores, int experts, int topk) {
+/// The chosen expert of lane k < topk, in no order: each lane has the scores of its experts, knows
+/// the best, and looks again where it was taken. Ties go to the lower expert. kEach: experts of a
+/// lane.
+template <int kEach>
+__device__ int choose(const uint32_t* all, int experts, int topk) {
   const int lane = static_cast<int>(threadIdx.x);
   int chosen = 0, own = -1;
-  uint32_t best = 0;
+  uint32_t best = 0, scores[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) scores[i] = lane + 32 * i < experts ? all[lane + 32 * i] : 0;
   const auto look = [&] {
     best = 0;
     own = experts;
-    for (int e = lane; e < experts; e += 32) {
-      if (scores[e] <= best) continue;
-      best = scores[e];
-      own = e;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (scores[i] <= best) continue;
+      best = scores[i];
+      own = lane + 32 * i;
     }
   };
   look();
@@ -39,7 +44,9 @@ __device__ int choose(uint32_t* scores, int experts, int topk) {
     const auto expert = static_cast<int>(__reduce_min_sync(0xffffffffu, mine));
     if (lane == k) chosen = expert;
     if (expert == own) {
-      scores[expert] = 0;  // only this lane reads it
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (lane + 32 * i == expert) scores[i] = 0;
       look();
     }
   }
@@ -65,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
   if (lane >= 32) return;
   int chosen = 0;
   if (p.bias != nullptr) {
-    chosen = choose(scores, experts, topk);
+    chosen = experts <= 256 ? choose<8>(scores, experts, topk)
+                            : choose<kMaxExperts / 32>(scores, experts, topk);
   } else if (lane < topk) {
     chosen = p.table[p.ids[token] * p.topk + lane];
   }
