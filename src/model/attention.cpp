@@ -300,12 +300,12 @@ AttentionOutput attention_forward(const Attention& attn,
       attn.indexer && context.kv != nullptr && IndexerTask(config, block, context).any();
   // Nothing of this step's keys waits for its queries.
   CompressedStep cached;
-  ops::SideBranch beside(0), rows_beside(1);
+  ops::SideBranch beside(0), blocks_beside(1), rows_beside(2);
   if (attn.compressor) {
     make_operands({&attn.wq_a, &attn.compressor->wkv}, input);
     beside.run([&] {
-      cached =
-          make_compressed(attn, config, block, input, asks, compressed_rope, context, rows_beside);
+      cached = make_compressed(attn, config, block, input, asks, compressed_rope, context,
+                               blocks_beside);
     });
   }
   const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, input);
@@ -332,6 +332,7 @@ AttentionOutput attention_forward(const Attention& attn,
                           std::move(cached.index), IndexerTask(config, block, context),
                           compressed_rope, context);
   }
+  blocks_beside.join();
   rows_beside.join();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
   const ops::AttentionResult result = ops::sparse_attn(

@@ -17,14 +17,15 @@ namespace hadal::ops {
 
 namespace {
 
-struct Branch {
-  c10::cuda::CUDAStream stream;
-  at::cuda::CUDAEvent forked, done;
-};
-
 c10::cuda::CUDAStream new_stream(at::Device device) {
   return c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
 }
+
+struct Branch {
+  explicit Branch(at::Device device) : stream(new_stream(device)) {}
+  c10::cuda::CUDAStream stream;
+  at::cuda::CUDAEvent forked, done;
+};
 
 /// The branches of the graph that this thread records.
 thread_local std::array<Branch, SideBranch::kBranches>* recording = nullptr;
@@ -46,8 +47,9 @@ GraphMemory::GraphMemory(at::Device device)
           Parts{.device = device,
                 .pool = at::cuda::graph_pool_handle(),
                 .stream = new_stream(device),
-                .branches = {Branch{.stream = new_stream(device), .forked = {}, .done = {}},
-                             Branch{.stream = new_stream(device), .forked = {}, .done = {}}}})) {}
+                .branches = {Branch(device), Branch(device), Branch(device)}})) {
+  static_assert(SideBranch::kBranches == 3);
+}
 
 RecordedGraph::RecordedGraph(GraphMemory& memory, const std::function<void()>& work)
     : parts_(std::make_unique<Parts>()) {

@@ -50,7 +50,7 @@ class RecordedGraph {
 class SideBranch {
  public:
   /// Parts of one number, below kBranches, follow each other.
-  static constexpr int kBranches = 2;
+  static constexpr int kBranches = 3;
   explicit SideBranch(int number);
   /// Joins, where that was not done.
   ~SideBranch();

@@ -52,7 +52,7 @@ __device__ __forceinline__ LinearSm90Params product_of(const Products& all,
 
 /// Shared memory for the chains of a split product, beside the ring of a tile of so many rows.
 constexpr int64_t chain_bytes(bool fp8, int64_t tile) {
-  return (tile > 16 ? 64 : fp8 ? 128 : 32) * 1024;
+  return (tile > 16 ? 64 : tile > 8 ? 128 : fp8 ? 96 : 32) * 1024;
 }
 
 /// kXIsA: the rows of x are operand A. kBatch: slabs multiplied between two waits, a divisor of 16.
@@ -462,10 +462,10 @@ void linear(const LinearSm90Params& p,
   }
   switch (tile) {
     case 8:
-      // Few blocks have an SM each, and room for all that a part of K reads: 16 slabs are a chain.
-      if constexpr (!kFp8)
-        if (split > 1) return launch<Shape<false, false, 1, 8, 16, 4>, true>(all, stream, split);
-      return launch_few<kFp8, 8, 7, 4>(all, stream, split);
+      // Where blocks share K there are few, and a ring may take what room the chains leave.
+      if (split > 1)
+        return launch<Shape<kFp8, false, 1, 8, kFp8 ? 12 : 16, 4>, true>(all, stream, split);
+      return launch<Shape<kFp8, false, 1, 8, 7, 4>, false>(all, stream, 1);
     case 16:
       return launch_few<kFp8, 16, 6, 4>(all, stream, split);
     case 32:
