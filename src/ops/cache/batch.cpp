@@ -125,13 +125,12 @@ const BlockPlan& Batch::plan_blocks(int64_t ratio, TableMemory* memory) const {
     plan.max_pos = plan_->max_end_pos - 1;
     plan.inside = false;
     const int64_t behind = plan_->pages->num_pages() * (plan_->page_tokens / ratio);
-    for (int64_t i = 0; i < plan.num_absent; ++i) {
-      block_pos.push_back(0);
-      seqs.push_back(-1);
-      previous.push_back(0);
-      cache_rows.push_back(behind);
-      rows.insert(rows.end(), static_cast<size_t>(ratio), -1);
-    }
+    const auto absent = static_cast<size_t>(plan.num_absent);
+    block_pos.resize(block_pos.size() + absent, 0);
+    seqs.resize(seqs.size() + absent, -1);
+    previous.resize(previous.size() + absent, 0);
+    cache_rows.resize(cache_rows.size() + absent, behind);
+    rows.resize(rows.size() + absent * static_cast<size_t>(ratio), -1);
   }
   const auto table = [&](const char* name, const std::vector<int64_t>& values,
                          at::ScalarType type) {

@@ -28,6 +28,7 @@ int32_t checked(int64_t token, int64_t vocab, const char* what) {
 void add_changes(const Adjustment& adjustment,
                  int64_t vocab,
                  std::vector<LogitChangeSm90>& changes) {
+  if (adjustment.sampling.logit_bias.empty() && !has_penalties(adjustment.sampling)) return;
   std::unordered_map<int32_t, LogitChangeSm90> by_token;
   const auto change = [&](int64_t token, const char* what) -> LogitChangeSm90& {
     const int32_t id = checked(token, vocab, what);
@@ -107,9 +108,11 @@ bool serves_draw_sm90(const DrawShape& shape) {
   const Sampling& sampling = shape.sampling;
   // The likelihood of a draw behind truncation has no kernel; at temperature 0 it is 0.
   if (shape.sampled_logprob && sampling.temperature > 0.0) return false;
-  std::unordered_set<int64_t> biased;
-  for (const auto& [token, bias] : sampling.logit_bias)
-    if (!biased.insert(token).second) return false;
+  if (sampling.logit_bias.size() > 1) {
+    std::unordered_set<int64_t> biased;
+    for (const auto& [token, bias] : sampling.logit_bias)
+      if (!biased.insert(token).second) return false;
+  }
   return shape.vocab <= kMostVocab && shape.stride % 4 == 0 && shape.num_avoided <= kMostAvoided &&
          shape.top_logprobs <= kMostLogprobs;
 }
