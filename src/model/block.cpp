@@ -22,14 +22,26 @@ BlockOutput block_forward(const Block& block,
                           const at::Tensor& ids,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context) {
+  return block_around(block, config, index, std::move(streams), ids, context,
+                      [&](const ops::ProductInput& x) {
+                        return attention_forward(block.attn, config, index, x, compressed_rope,
+                                                 context);
+                      });
+}
+
+BlockOutput block_around(const Block& block,
+                         const ModelConfig& config,
+                         int64_t index,
+                         at::Tensor streams,
+                         const at::Tensor& ids,
+                         const ForwardContext& context,
+                         const Attend& attend) {
   const ops::HcParams params = hc_params(config);
   const ops::HcPre attn_mix = ops::hc_pre(streams, block.hc_attn.fn.value, block.hc_attn.base.value,
                                           block.hc_attn.scale.value, params);
-  AttentionOutput attn = attention_forward(
-      block.attn, config, index,
-      ops::normalised_input(attn_mix.mixed, block.attn_norm.value, config.norm_eps,
-                            context.numerics, {.bf16 = block.attn.compressor.has_value()}),
-      compressed_rope, context);
+  AttentionOutput attn =
+      attend(ops::normalised_input(attn_mix.mixed, block.attn_norm.value, config.norm_eps,
+                                   context.numerics, {.bf16 = block.attn.compressor.has_value()}));
   streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 
   const ops::HcPre ffn_mix = ops::hc_pre(streams, block.hc_ffn.fn.value, block.hc_ffn.base.value,
