@@ -128,8 +128,8 @@ class DrafterVerifier {
                const std::vector<at::Tensor>& contexts,
                model::DraftedBlocks& drafted,
                model::DraftTrace* trace) {
-    drafted = model_.draft({.anchors = anchors, .starts = starts, .context = contexts}, numerics_,
-                           trace);
+    drafted =
+        model_.draft({.anchors = anchors, .starts = starts, .context = contexts}, numerics_, trace);
     const auto seqs = std::ssize(anchors);
     std::vector<at::Tensor> drafts, confidence, logits;
     at::Tensor previous = numbers(anchors);
@@ -148,8 +148,7 @@ class DrafterVerifier {
 
   void drafter_alone() {
     const at::Tensor means = expected_.tensor(prefix_ + "main_hidden");
-    const ops::ProductInput input =
-        model::draft_input(model_.drafter(), config_, means, numerics_);
+    const ops::ProductInput input = model::draft_input(model_.drafter(), config_, means, numerics_);
     const ops::RopeTable rope(config_.rope_head_dim, config_.rope_theta, nullptr);
     const at::Tensor cos_sin = rope.cos_sin(at::arange(means.size(0)), means.size(0));
     std::vector<at::Tensor> rows;  // by stage, of all positions
@@ -288,8 +287,8 @@ class DrafterVerifier {
       const int64_t start = kv->length(0), count = std::min(config_.window_size, start);
       std::vector<at::Tensor> contexts;
       for (int64_t stage = 0; stage < config_.drafter.n_stages; ++stage)
-        contexts.push_back(kv->ring(config_.n_layers + stage, RingKind::kWindow)
-                               .gather(0, start - count, start));
+        contexts.push_back(
+            kv->ring(config_.n_layers + stage, RingKind::kWindow).gather(0, start - count, start));
       model::DraftedBlocks drafted;
       const Greedy greedy = draft({text.tokens.back()}, {start}, contexts, drafted, nullptr);
       const int64_t most = std::min(block_, answer_ - std::ssize(text.tokens) - 1);

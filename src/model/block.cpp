@@ -22,11 +22,10 @@ BlockOutput block_forward(const Block& block,
                           const at::Tensor& ids,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context) {
-  return block_around(block, config, index, std::move(streams), ids, context,
-                      [&](const ops::ProductInput& x) {
-                        return attention_forward(block.attn, config, index, x, compressed_rope,
-                                                 context);
-                      });
+  return block_around(
+      block, config, index, std::move(streams), ids, context, [&](const ops::ProductInput& x) {
+        return attention_forward(block.attn, config, index, x, compressed_rope, context);
+      });
 }
 
 BlockOutput block_around(const Block& block,

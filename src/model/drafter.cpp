@@ -31,9 +31,9 @@ at::Tensor list_attention(const Attention& attn,
   const ops::ProductInput q_rank = ops::normalised_input(
       low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
   const at::Tensor product = apply_linear(attn.wq_b, q_rank);
-  const at::Tensor q = ops::norm_rotate_heads(
-      product.reshape({product.size(0), config.n_heads, config.head_dim}), config.norm_eps,
-      numerics, plan.cos_sin);
+  const at::Tensor q =
+      ops::norm_rotate_heads(product.reshape({product.size(0), config.n_heads, config.head_dim}),
+                             config.norm_eps, numerics, plan.cos_sin);
   const at::Tensor kv = window_latents(attn, config, low_rank[1], plan.cos_sin, numerics);
   const at::Tensor rows = at::cat({cached.to(kv.scalar_type()), kv}).index_select(0, plan.list);
   const ops::AttentionResult result =
@@ -137,8 +137,7 @@ at::Tensor draft_hidden(const Drafter& drafter,
     if (trace != nullptr) trace->out.push_back(streams);
   }
   const HyperConnection& head = drafter.stages.back().hc_head;
-  return ops::hc_head(streams, head.fn.value, head.base.value, head.scale.value,
-                      hc_params(config));
+  return ops::hc_head(streams, head.fn.value, head.base.value, head.scale.value, hc_params(config));
 }
 
 DraftScores draft_scores(const Drafter& drafter,
@@ -150,9 +149,9 @@ DraftScores draft_scores(const Drafter& drafter,
   const at::Tensor e =
       ops::embedding(previous, last.markov_w1.operand(numerics), last.markov_w1.value);
   const at::Tensor hidden = blocks.hidden.index_select(0, rows);
-  return {.logits = blocks.logits.index_select(0, rows) + apply_linear(last.markov_w2, e, numerics),
-          .confidence =
-              apply_linear(last.confidence, at::cat({hidden, e}, 1), numerics).squeeze(1)};
+  return {
+      .logits = blocks.logits.index_select(0, rows) + apply_linear(last.markov_w2, e, numerics),
+      .confidence = apply_linear(last.confidence, at::cat({hidden, e}, 1), numerics).squeeze(1)};
 }
 
 }  // namespace hadal::model

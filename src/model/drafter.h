@@ -1,12 +1,11 @@
-// The DSpark drafter of V4-0731 (model.md 14): a few window layers that draft a block of tokens in
-// one pass.
+// The DSpark drafter of V4-0731 (model.md 13.1): a few window layers that draft a block of tokens
+// in one pass.
 //
 // It reads the streams of some main layers. Each stage has a row of context a position, made of
-// those alone, and a block of tokens - the anchor, which is the last token chosen and not processed
-// yet, and noise tokens behind it - attends to the last `window` of them and to all of itself, later
-// tokens included. Row i of a block predicts the token i + 1 positions behind the anchor; what it
-// says of the token before comes on top when that is known (draft_scores). What it says is only ever
-// proposed.
+// those alone. A block is the anchor, the last token chosen and not processed yet, with noise
+// tokens behind it; it attends to the last `window` rows of context and to all of itself, later
+// tokens included. Row i of a block predicts the token i + 1 positions behind the anchor; what the
+// token before says comes on top when that is known (draft_scores). It is only ever proposed.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +57,7 @@ struct DraftBlocks {
 
 struct DraftedBlocks {
   at::Tensor hidden;  ///< [sequences * block_size, dim] behind the collapse, before the norm
-  at::Tensor logits;  ///< [sequences * block_size, vocab] FP32, as if nothing was known of the token
-                      ///< before
+  at::Tensor logits;  ///< [sequences * block_size, vocab] FP32, whatever the token before
 };
 
 /// What a block goes through, for tests: by stage.
@@ -71,11 +69,11 @@ struct DraftTrace {
 
 /// What all stages share of a pass.
 struct DraftPlan {
-  at::Tensor ids;         ///< [tokens] I64: anchor, noise, noise, ... of every sequence
-  at::Tensor cos_sin;     ///< [tokens, rotary / 2, 2]
-  at::Tensor list;        ///< [rows] I64: which rows of context and block a sequence sees, in order
-  ops::Batch batch;       ///< of the lists: see draft_hidden
-  int64_t list_ratio;     ///< of the batch's blocks, which are the rows of the lists
+  at::Tensor ids;      ///< [tokens] I64: anchor, noise, noise, ... of every sequence
+  at::Tensor cos_sin;  ///< [tokens, rotary / 2, 2]
+  at::Tensor list;     ///< [rows] I64: which rows of context and block a sequence sees, in order
+  ops::Batch batch;    ///< of the lists: see draft_hidden
+  int64_t list_ratio;  ///< of the batch's blocks, which are the rows of the lists
   std::vector<int64_t> first_rows;  ///< [sequences] of each list
 };
 /// Errors: Error for blocks that cannot be.

@@ -1,6 +1,6 @@
 #include "model/transformer.h"
 
-#include <set>
+#include <algorithm>
 
 #include <ATen/ATen.h>
 
@@ -102,14 +102,12 @@ ForwardOutput Transformer::forward(const at::Tensor& ids, ForwardContext& contex
   fill_rope(context);
   ForwardOutput output{.streams = embed(ids, context.numerics), .aux = {}};
   output.aux.reserve(parameters_.blocks.size());
-  const std::set<int64_t> targets(config_.drafter.target_layers.begin(),
-                                  config_.drafter.target_layers.end());
   std::vector<at::Tensor> means;
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     BlockOutput block = run_checked(layer, std::move(output.streams), ids, context);
     output.streams = std::move(block.streams);
     output.aux.push_back(std::move(block.aux));
-    if (context.target_means && targets.contains(layer)) means.push_back(stream_mean(output.streams));
+    if (context.target_means && is_target(layer)) means.push_back(stream_mean(output.streams));
   }
   if (context.target_means) output.target_means = at::cat(means, 1);
   return output;
@@ -131,6 +129,10 @@ MtpOutput Transformer::mtp(const at::Tensor& streams,
   ensure_rope(context);
   return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
                      rope_compressed_, context);
+}
+
+bool Transformer::is_target(int64_t layer) const {
+  return std::ranges::count(config_.drafter.target_layers, layer) > 0;
 }
 
 void Transformer::drop_drafter() {

@@ -66,6 +66,8 @@ class Transformer {
 
   /// The DSpark drafter, without stages where the model has none.
   const Drafter& drafter() const { return parameters_.drafter; }
+  /// Whether it reads the streams behind this main layer.
+  bool is_target(int64_t layer) const;
   /// The model without it: for training, which moves every parameter that it visits.
   void drop_drafter();
   /// Its context rows of the context's tokens [tokens, target layers * dim], of all stages, into
