@@ -17,7 +17,7 @@ PyJson call_id(int64_t number) { return PyJson::string(concat("call_", number));
 }  // namespace
 
 ChatSession::ChatSession(const LoadedModel& loaded, ChatSettings settings)
-    : loaded_(loaded), settings_(std::move(settings)), engine_(loaded, {.max_drafts = 1}) {
+    : loaded_(loaded), settings_(std::move(settings)), engine_(loaded, {.max_drafts = 8}) {
   reset();
 }
 

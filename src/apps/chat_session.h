@@ -2,7 +2,7 @@
 //
 // What messages hold never becomes a special token. The answers are the engine's: its
 // prefix tree goes on where the last turn ended, or before the reasoning that the new prompt leaves
-// out, and the model's MTP block drafts where that is faster. Neither changes a bit of an answer. A
+// out, and the model drafts where that is faster. Neither changes a bit of an answer. A
 // session is used by one thread; the engine has its own.
 #pragma once
 

@@ -75,7 +75,7 @@ void print_table(const model::ModelConfig& config,
               static_cast<long long>(config.n_routed_experts), storage_name(storage));
   const model::DsparkConfig& drafter = config.drafter;
   if (drafter.exists())
-    std::printf("DSpark drafter: %lld stages, blocks of %lld tokens; kept, not run yet\n",
+    std::printf("DSpark drafter: %lld stages, blocks of %lld tokens\n",
                 static_cast<long long>(drafter.n_stages),
                 static_cast<long long>(drafter.block_size));
   if (facts)

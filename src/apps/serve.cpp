@@ -155,9 +155,6 @@ int run(ServeFlags flags) {
       concat("reasoning effort has the levels of ", text::effort_levels_name(loaded.effort.levels),
              " (", loaded.effort.reason, ")");
   loaded.effort.certain ? log::info("serve", effort_line) : log::warn("serve", effort_line);
-  if (loaded.config().drafter.exists())
-    log::info("serve", "the checkpoint's DSpark drafter (", loaded.config().drafter.n_stages,
-              " stages) is kept, but this server does not draft with it yet");
   touch_own_code();
   const int64_t working = resident_bytes();
   rest();
@@ -227,6 +224,10 @@ std::function<int()> define_serve(CLI::App& app) {
       ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
       ->check(between(0, 8))
+      ->capture_default_str();
+  app.add_option("--draft-threshold", engine.draft_threshold,
+                 "a DSpark drafter's blocks end before a draft less probable to be right")
+      ->check(between(0, 1))
       ->capture_default_str();
   app.add_flag("--always-draft", engine.always_draft, "drafts even where they do not pay");
   app.add_option("--disk-cache", engine.disk.folder, "folder of the prefix store; default: none");

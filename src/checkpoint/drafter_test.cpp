@@ -1,4 +1,4 @@
-// The DSpark drafter of V4-0731: counted, checked, kept.
+// The DSpark drafter of V4-0731: counted, checked, kept, and run against recorded outputs.
 #include <filesystem>
 #include <functional>
 #include <unistd.h>
@@ -82,6 +82,15 @@ class RecordedDrafter : public ::testing::TestWithParam<const char*> {
     fs::create_directories(base_);
   }
   void TearDown() override { fs::remove_all(base_); }
+
+  /// Of a checkpoint against this recording.
+  VerifyOptions options(const std::string& checkpoint) const {
+    return {.folder = checkpoint,
+            .expected = folder_ + "/expected.safetensors",
+            .numerics = {},
+            .gradients = false,
+            .max_abs = {}};
+  }
 
   /// Message of opening a copy with its tensors and its config changed.
   std::string error_after(const std::function<void(NamedTensor&)>& change,
@@ -171,6 +180,54 @@ TEST_P(RecordedDrafter, IsKeptByConversions) {
     EXPECT_EQ(other.config().drafter, first.config().drafter) << name;
     EXPECT_TRUE(at::equal(other.get("mtp.2.markov_head.markov_w2.weight").data,
                           first.get("mtp.2.markov_head.markov_w2.weight").data));
+  }
+}
+
+/// Every key of the recording: the drafter alone, the main model, both together.
+TEST_P(RecordedDrafter, EveryKeyHolds) {
+  int lines = 0, skipped = 0;
+  double draft_agreement = 1.0;
+  verify(options(folder_), [&](const VerifyLine& line) {
+    ++lines;
+    skipped += line.skipped ? 1 : 0;
+    EXPECT_TRUE(line.pass) << line.key << ": max " << line.max << ", mean " << line.mean << " "
+                           << line.note;
+    if (line.key.ends_with(".draft"))
+      draft_agreement = std::min(draft_agreement, line.agreement.value());
+  });
+  EXPECT_EQ(lines, 125);
+  // A token of the main model's text is a near tie in one of the five of `released`.
+  EXPECT_EQ(skipped, std::string(GetParam()) == "dspark-ideal" ? 0 : 2);
+  EXPECT_EQ(draft_agreement, 1.0);
+}
+
+// A check that cannot fail checks nothing: each part's first key to differ.
+TEST_P(RecordedDrafter, ABrokenWeightFails) {
+  const std::map<std::string, std::string> parts = {
+      {"mtp.0.main_norm.weight", "record.main_x"},
+      {"mtp.1.attn.kv_norm.weight", "record.stage.1.main_kv"},
+      {"mtp.0.attn.attn_sink", "record.base_logits"},
+      {"mtp.2.ffn.gate.weight", "record.base_logits"},
+      {"mtp.2.hc_head_base", "record.base_logits"},
+      {"mtp.2.norm.weight", "record.base_logits"},
+      {"mtp.2.markov_head.markov_w2.weight", "draft"},
+  };
+  for (const auto& [name, key] : parts) {
+    const auto negate = [&, name = name](NamedTensor& t) {
+      if (t.name == name) t.tensor = t.tensor.neg();
+    };
+    EXPECT_EQ(error_after(negate), "no error");
+    struct Found {
+      bool pass;
+    };
+    try {
+      verify(options(base_), [&, key = key](const VerifyLine& line) {
+        if (line.key == "prompt.0." + key) throw Found{line.pass};
+      });
+      ADD_FAILURE() << name << ": no " << key;
+    } catch (const Found& found) {
+      EXPECT_FALSE(found.pass) << name << ": " << key;
+    }
   }
 }
 

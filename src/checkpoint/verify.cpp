@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <map>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -9,6 +10,7 @@
 #include "base/check.h"
 #include "checkpoint/load_model.h"
 #include "checkpoint/safetensors.h"
+#include "checkpoint/verify_drafter.h"
 #include "model/contiguous_kv.h"
 #include "model/init.h"
 #include "ops/indexer/index_topk.h"
@@ -33,16 +35,16 @@ constexpr double kIdenticalFirstRows = 20.0 / 38.0;
 
 class Verifier {
  public:
-  Verifier(const VerifyOptions& options,
+  Verifier(OfficialCheckpoint checkpoint,
+           TensorReader expected,
+           const VerifyOptions& options,
            const std::function<void(const VerifyLine&)>& report,
            const CacheFactory& make_cache)
       : options_(options),
         report_(report),
         make_cache_(make_cache),
-        checkpoint_(OfficialCheckpoint::open(options.folder)),
-        expected_(TensorReader::open(options.expected.empty()
-                                         ? options.folder + "/expected.safetensors"
-                                         : options.expected)),
+        checkpoint_(std::move(checkpoint)),
+        expected_(std::move(expected)),
         numerics_(options.numerics.value_or(default_numerics(checkpoint_))),
         model_(load_model(checkpoint_, numerics_)),
         config_(checkpoint_.config()) {
@@ -437,7 +439,15 @@ std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConf
 void verify(const VerifyOptions& options,
             const std::function<void(const VerifyLine&)>& report,
             const CacheFactory& make_cache) {
-  Verifier verifier(options, report, make_cache);
+  OfficialCheckpoint checkpoint = OfficialCheckpoint::open(options.folder);
+  TensorReader expected = TensorReader::open(
+      options.expected.empty() ? options.folder + "/expected.safetensors" : options.expected);
+  if (records_drafter(checkpoint, expected)) {
+    HADAL_INPUT_CHECK(!options.gradients, expected.path(),
+                      ": --gradients: no gradients of a drafter are recorded");
+    return verify_drafter(checkpoint, expected, options, report, make_cache);
+  }
+  Verifier verifier(std::move(checkpoint), std::move(expected), options, report, make_cache);
   verifier.run();
   if (options.gradients) verifier.run_gradients();
 }

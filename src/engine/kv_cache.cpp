@@ -62,7 +62,7 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheOptions& options)
         .page_blocks = page_blocks,
         .ratio = ratio};
   };
-  const int64_t blocks = options.with_mtp ? config.n_blocks() : config.n_layers;
+  const int64_t blocks = options.with_mtp ? config.n_drafting_blocks() : config.n_layers;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t rows =
         options.whole_windows ? std::max(config.window_size, page_tokens_) : config.window_size;
@@ -219,7 +219,8 @@ void KvCache::load_window(int64_t slot, int64_t pos, std::span<const std::byte> 
 
 int64_t KvCache::rebuild_tokens(int64_t layer) const {
   const int64_t layers = options_.with_mtp ? config_.n_blocks() : config_.n_layers;
-  return (layers - layer) * (config_.window_size - 1);
+  const int64_t stages = options_.with_mtp && config_.drafter.exists() ? config_.window_size : 0;
+  return (layers - layer) * (config_.window_size - 1) + stages;
 }
 
 ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps, int64_t padded_end) {
@@ -252,6 +253,14 @@ ops::Batch KvCache::begin(std::span<const engine_core::SequenceStep> steps, int6
   places.ids = ids;
   pages_.upload();
   return step_.emplace(std::move(lengths), std::move(starts), options_.device, places);
+}
+
+at::Tensor KvCache::read_window(int64_t block,
+                                const at::Tensor& slots,
+                                const at::Tensor& pos) const {
+  const Ring& ring = rings_.at({block, RingKind::kWindow});
+  const at::Tensor numbers = slots * ring.size + pos.remainder(ring.size);
+  return ops::dense_rows(ring.memory.rows().index_select(0, numbers), ring.memory.format());
 }
 
 ops::RingView KvCache::ring(int64_t block, RingKind kind) {

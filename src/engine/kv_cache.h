@@ -35,7 +35,7 @@ struct KvCacheOptions {
   int64_t num_pages = 0;
   int64_t num_slots = 0;
   int64_t slack = 8;      ///< tokens a sequence can be taken back
-  bool with_mtp = false;  ///< the MTP block has a cache, too
+  bool with_mtp = false;  ///< the MTP block, or each stage of the DSpark drafter, has a cache, too
   /// Window rings hold at least a page, as save_window() needs: for stores that keep all windows.
   bool whole_windows = false;
   at::Device device = at::kCPU;
@@ -84,7 +84,8 @@ class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
   void give_pages(bool given) { pages_are_given_ = given; }
   /// Tokens before a page border whose run makes the state behind it: L (n_win - 1), L the layers
   /// that have a cache (kv_cache_disk.md): each layer's windows are right n_win - 1 positions after
-  /// those of the layer below.
+  /// those of the layer below. The drafter's stages, which depend on the layers alone, need n_win
+  /// more.
   int64_t rebuild_tokens() const { return rebuild_tokens(0); }
   /// Those that a layer must see: (n_win - 1) for itself and for each one above it.
   int64_t rebuild_tokens(int64_t layer) const;
@@ -95,6 +96,10 @@ class KvCache final : public engine_core::CacheMemory, public model::KvAccess {
   /// the same. Errors: Error for a slot used twice, too few pages, numbers out of range.
   ops::Batch begin(std::span<const engine_core::SequenceStep> steps, int64_t padded_end = 0);
   int64_t table_moves() const { return tables_.moves(); }
+
+  /// Rows of block `block`'s windows: of slot slots[i] at position pos[i], both [n] I64 on the
+  /// device; [n, head_dim] unpacked.
+  at::Tensor read_window(int64_t block, const at::Tensor& slots, const at::Tensor& pos) const;
 
   ops::RingView ring(int64_t block, model::RingKind kind) override;
   ops::BlockView append_blocks(int64_t block,

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "base/math.h"
 #include "base/memory.h"
+#include "engine/dspark_drafter.h"
 #include "engine/memory_plan.h"
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
@@ -36,13 +37,19 @@ engine_core::GrammarLimits grammar_limits(int64_t cache_bytes) {
   return limits;
 }
 
+/// Of a sequence in a step, at most; 0: none.
+int64_t most_drafts(const model::ModelConfig& config, const LocalEngineOptions& options) {
+  const int64_t drafter = config.drafter.exists() ? config.drafter.block_size : config.n_mtp_layers;
+  return std::min(options.max_drafts, drafter);
+}
+
 KvCacheOptions cache_options(const model::ModelConfig& config, const LocalEngineOptions& options) {
-  const bool drafts = options.max_drafts > 0 && config.n_mtp_layers > 0;
+  const int64_t drafts = most_drafts(config, options);
   KvCacheOptions sizes{.numerics = options.numerics,
                        .num_pages = 1,
                        .num_slots = 1,
-                       .slack = std::max<int64_t>(options.max_drafts, 1),
-                       .with_mtp = drafts,
+                       .slack = std::max<int64_t>(drafts, 1),
+                       .with_mtp = drafts > 0,
                        .whole_windows = !options.disk.folder.empty() &&
                                         options.disk.policy == engine_core::WindowPolicy::kFull};
   if (options.cache_tokens > 0) {
@@ -98,7 +105,7 @@ struct LocalEngine::Parts {
   ModelSampler sampler;
   ModelRunner runner;
   engine_core::TextFilters filters;
-  std::unique_ptr<MtpDrafter> drafter;
+  std::unique_ptr<engine_core::Drafter> drafter;
   std::unique_ptr<engine_core::DiskStore> disk;
   engine_core::AnswerCuts cuts;
   model::ModelConfig config;
@@ -123,8 +130,13 @@ LocalEngine::LocalEngine(const model::Transformer& model,
     : parts_(std::make_unique<Parts>(model, tokenizer, options)) {
   const model::ModelConfig& config = model.config();
   KvCache& cache = parts_->cache;
-  if (parts_->runner.drafts())
+  const bool in_blocks = parts_->runner.block_size() > 0;
+  if (in_blocks) {
+    parts_->drafter =
+        std::make_unique<DsparkDrafter>(parts_->runner, parts_->sampler, options.draft_threshold);
+  } else if (parts_->runner.drafts()) {
     parts_->drafter = std::make_unique<MtpDrafter>(parts_->runner, parts_->sampler);
+  }
   if (!options.disk.folder.empty()) {
     engine_core::DiskStoreOptions disk = options.disk;
     disk.identity = identity_of(weights_digest, cache);
@@ -158,8 +170,8 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.max_waiting = options.max_waiting;
   scheduling.step_tokens = step_tokens(options);
   scheduling.prompt_tokens = prompt_tokens(options);
-  // The MTP block looks one token ahead.
-  scheduling.max_drafts = parts_->drafter ? std::min<int64_t>(options.max_drafts, 1) : 0;
+  scheduling.max_drafts = most_drafts(config, options);
+  scheduling.drafts_in_blocks = in_blocks;
   scheduling.always_draft = options.always_draft;
   scheduling.cache.snapshot_interval = options.snapshot_interval;
   if (options.device.is_cuda() && options.numerics == ops::Numerics::kIdeal) {

@@ -57,7 +57,8 @@ class Collected final : public engine_core::Sink {
   int64_t finished_ = 0;
 };
 
-class Speculation : public ::testing::Test {
+/// With the MTP block, or with a DSpark drafter.
+class Speculation : public ::testing::TestWithParam<bool> {
  protected:
   Speculation()
       : tokenizer_(text::Tokenizer::from_json(testing::byte_tokenizer_json(), "test")),
@@ -66,14 +67,15 @@ class Speculation : public ::testing::Test {
   static model::ModelConfig config() {
     model::ModelConfig config = testing::tiny_config();
     config.vocab_size = testing::byte_tokenizer_size();
-    return config;
+    return GetParam() ? testing::with_drafter(config) : config;
   }
   static LocalEngineOptions options(bool drafts) {
     LocalEngineOptions options;
     options.numerics = ops::Numerics::kIdeal;
     options.max_running = 6;
     options.cache_tokens = 8192;
-    options.max_drafts = drafts ? 1 : 0;
+    options.max_drafts = !drafts ? 0 : GetParam() ? 4 : 1;
+    options.draft_threshold = 0.1;
     options.always_draft = drafts;
     return options;
   }
@@ -100,7 +102,7 @@ class Speculation : public ::testing::Test {
   engine_core::EngineStats stats_;
 };
 
-TEST_F(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
+TEST_P(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
   std::mt19937 random(3);
   std::vector<engine_core::Request> requests;
   for (int i = 0; i < 10; ++i) {
@@ -135,7 +137,7 @@ TEST_F(Speculation, ChangesNoAnswerWithStopStringsGreedyOrNot) {
   EXPECT_GT(stopped, 5);
 }
 
-TEST_F(Speculation, DraftsOfSampledRequestsUseTheSamplersOwnRandomness) {
+TEST_P(Speculation, DraftsOfSampledRequestsUseTheSamplersOwnRandomness) {
   // So hot that the noise decides almost alone: a draft by the same noise is mostly right, one by
   // the largest logit would hardly ever be.
   engine_core::Request request;
@@ -146,6 +148,30 @@ TEST_F(Speculation, DraftsOfSampledRequestsUseTheSamplersOwnRandomness) {
   static_cast<void>(answers({request}, true));
   EXPECT_GT(stats_.accepted * 2, stats_.drafted);
 }
+
+// Masks behind drafts, ends and stop tokens among them, few tokens left.
+TEST_P(Speculation, GrammarsAndEndsAmongDrafts) {
+  std::vector<engine_core::Request> requests;
+  for (int i = 0; i < 12; ++i) {
+    engine_core::Request request;
+    request.prompt = {3 + i, 40, 50};
+    request.max_tokens = 1 + 5 * i;
+    request.grammar = {.kind = engine_core::Grammar::Kind::kRegex,
+                       .text = i % 2 == 0 ? "[ab]{3,40}c" : "(x|yy|zzz){2,}(1|2)"};
+    request.sampling.temperature = i % 3 == 0 ? 0.0 : 3.0;
+    request.sampling.seed = static_cast<uint64_t>(i);
+    if (i % 4 == 3) request.stop_tokens = {3 + 'b', 3 + 'y'};
+    requests.push_back(request);
+  }
+  const auto wanted = answers(requests, false);
+  const auto found = answers(requests, true);
+  for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(found[i], wanted[i]) << "request " << i;
+  EXPECT_GT(stats_.accepted * 4, stats_.drafted);
+}
+
+INSTANTIATE_TEST_SUITE_P(Drafters, Speculation, ::testing::Bool(), [](const auto& test) {
+  return std::string(test.param ? "dspark" : "mtp");
+});
 
 }  // namespace
 }  // namespace hadal::engine

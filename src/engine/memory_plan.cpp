@@ -23,7 +23,7 @@ KvCache smallest(const model::ModelConfig& config, KvCacheOptions options) {
 
 int64_t slot_bytes(const model::ModelConfig& config, const KvCache& cache) {
   int64_t bytes = cache.state_bytes();
-  if (cache.options().with_mtp) {
+  if (cache.options().with_mtp && config.n_mtp_layers > 0) {
     const int64_t element = cache.options().numerics == ops::Numerics::kIdeal ? 4 : 2;
     bytes += (config.window_size + cache.options().slack) * config.hc_mult * config.dim * element;
   }

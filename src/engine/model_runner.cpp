@@ -34,7 +34,7 @@ ModelRunner::ModelRunner(const model::Transformer& model,
   // References ask the device for sizes in the middle of a step.
   if (!on_host() && numerics_ != ops::Numerics::kIdeal)
     recorded_ = std::make_unique<RecordedSteps>(cache.options().device);
-  if (!drafts_) return;
+  if (!drafts_by_mtp()) return;
   const model::ModelConfig& config = model.config();
   const at::ScalarType type = numerics_ == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
   streams_ = RowMemory(cache.num_slots() * kept_streams_, config.hc_mult * config.dim, {}, type,
@@ -114,7 +114,9 @@ StepOutput ModelRunner::forward(const ops::Batch& batch, const std::vector<int64
   context.numerics = numerics_;
   context.kv = &cache_;
   context.request.selection = true;
+  context.target_means = block_size() > 0;
   model::ForwardOutput output = model_->forward(batch.ids(), context);
+  if (context.target_means) model_->keep_draft_context(output.target_means, context);
   auto selections = std::make_shared<std::map<int64_t, at::Tensor>>();
   for (size_t layer = 0; layer < output.aux.size(); ++layer) {
     const at::Tensor& selection = output.aux[layer].attn.selection;
@@ -151,7 +153,7 @@ void ModelRunner::run_step(std::span<const engine_core::SequenceStep> steps) {
     output_ = forward(batch, std::ssize(asked) == rows ? nullptr : &asked);
   }
   note_seen(steps);
-  if (drafts_) keep_streams(steps, batch, output_.streams);
+  if (drafts_by_mtp()) keep_streams(steps, batch, output_.streams);
 }
 
 void ModelRunner::note_seen(std::span<const engine_core::SequenceStep> steps) {
@@ -301,6 +303,7 @@ void ModelRunner::rebuild(int64_t slot,
     streams = streams.narrow(0, dropped, left);
     return true;
   };
+  std::vector<at::Tensor> means;  // of target layers, each of the tokens that it saw
   for (int64_t layer = 0; layer < model_->config().n_layers; ++layer) {
     if (!narrow(layer)) return;
     const ops::Batch batch = cache_.begin({&step, 1});
@@ -309,9 +312,18 @@ void ModelRunner::rebuild(int64_t slot,
     context.numerics = numerics_;
     context.kv = &cache_;
     streams = model_->run_layer(layer, streams, ids, context).streams;
+    if (block_size() > 0 && model_->is_target(layer)) means.push_back(model::stream_mean(streams));
   }
-  if (drafts_ && narrow(model_->config().n_layers))
-    keep_streams({&step, 1}, cache_.begin({&step, 1}), streams);
+  if (!drafts_ || !narrow(model_->config().n_layers)) return;
+  const ops::Batch batch = cache_.begin({&step, 1});
+  if (drafts_by_mtp()) return keep_streams({&step, 1}, batch, streams);
+  for (at::Tensor& mean : means)
+    mean = mean.narrow(0, mean.size(0) - batch.num_tokens(), batch.num_tokens());
+  model::ForwardContext context;
+  context.batch = &batch;
+  context.numerics = numerics_;
+  context.kv = &cache_;
+  model_->keep_draft_context(at::cat(means, 1), context);
 }
 
 std::span<const float> ModelRunner::row(size_t sequence, int64_t token) const {
@@ -359,7 +371,7 @@ std::shared_ptr<const engine_core::ContextView> ModelRunner::context_view(int64_
 }
 
 void ModelRunner::rewind(int64_t slot, int64_t pos) {
-  if (!drafts_) return;
+  if (!drafts_by_mtp()) return;
   Followed& done = followed_.at(static_cast<size_t>(slot));
   done.end = std::min(done.end, pos);
   // The position before `pos` saw a token that is no longer there.
@@ -367,7 +379,7 @@ void ModelRunner::rewind(int64_t slot, int64_t pos) {
 }
 
 bool ModelRunner::can_draft(int64_t slot, int64_t pos) const {
-  if (!drafts_) return false;
+  if (!drafts_by_mtp()) return drafts_ && pos >= 1;
   const Followed& done = followed_.at(static_cast<size_t>(slot));
   return done.end == pos && done.first < pos;
 }
@@ -393,7 +405,7 @@ void ModelRunner::keep_streams(std::span<const engine_core::SequenceStep> steps,
 }
 
 at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
-  HADAL_CHECK(drafts_, "model_runner: no room for the MTP block");
+  HADAL_CHECK(drafts_by_mtp(), "model_runner: no room for the MTP block");
   const c10::InferenceMode inference;
   std::vector<engine_core::SequenceStep> parts;
   std::vector<int64_t> rows, ids, last;
@@ -425,6 +437,37 @@ at::Tensor ModelRunner::draft(std::span<const DraftStep> steps) {
   at::Tensor head = model_->mtp(streams, on_device(ids), context).head_input;
   if (last.size() < ids.size()) head = head.index_select(0, on_device(last));
   return model_->logits(head, numerics_).cpu().contiguous();
+}
+
+model::DraftedBlocks ModelRunner::draft_blocks(std::span<const DraftStep> steps) {
+  HADAL_CHECK(block_size() > 0, "model_runner: no room for the drafter's context");
+  const c10::InferenceMode inference;
+  const model::ModelConfig& config = model_->config();
+  model::DraftBlocks blocks;
+  std::vector<int64_t> slots, pos;
+  for (const DraftStep& step : steps) {
+    const int64_t start = std::ssize(step.tokens) - 1;
+    blocks.anchors.push_back(step.tokens.back());
+    blocks.starts.push_back(start);
+    for (int64_t p = std::max<int64_t>(0, start - config.window_size); p < start; ++p) {
+      slots.push_back(step.slot);
+      pos.push_back(p);
+    }
+  }
+  const at::Tensor of_slots = on_device(slots), at_pos = on_device(pos);
+  for (int64_t stage = 0; stage < config.drafter.n_stages; ++stage)
+    blocks.context.push_back(cache_.read_window(config.n_layers + stage, of_slots, at_pos));
+  return model_->draft(blocks, numerics_);
+}
+
+model::DraftScores ModelRunner::draft_scores(const model::DraftedBlocks& blocks,
+                                             const std::vector<int64_t>& rows,
+                                             const std::vector<int64_t>& previous) const {
+  const c10::InferenceMode inference;
+  const model::DraftScores scores =
+      model_->draft_scores(blocks, on_device(rows), on_device(previous), numerics_);
+  return {.logits = scores.logits.cpu().contiguous(),
+          .confidence = scores.confidence.cpu().contiguous()};
 }
 
 }  // namespace hadal::engine

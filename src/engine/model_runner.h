@@ -1,5 +1,5 @@
-// Runs steps of many sequences through the model over the paged caches, and the MTP block for
-// drafts.
+// Runs steps of many sequences through the model over the paged caches, and the MTP block or the
+// DSpark drafter for drafts.
 //
 // On the CPU a step is computed in collect(), so that what its caller does meanwhile is done first.
 // On a GPU launch() sends it there: steps of few tokens as recorded graphs, and tokens are drawn
@@ -9,6 +9,10 @@
 // only keeps the streams; draft() feeds it the positions since the last draft, those a window away
 // at most. So it costs nothing where nobody drafts. What it says is only ever proposed: positions
 // that it missed (after a resumption) make drafts worse and change no answer.
+//
+// The DSpark drafter's context rows are made in every step, of all its tokens, in rings like any
+// window: kept, stored and rebuilt with the rest. Those of rejected drafts lie behind the position
+// that the sequence goes back to, where nothing reads them before they are made anew.
 #pragma once
 
 #include <cstdint>
@@ -68,11 +72,19 @@ class ModelRunner final : public engine_core::Runner {
   void set_model(const model::Transformer& model);
 
   bool drafts() const { return drafts_; }
-  /// Whether the streams of the token before `pos` are there.
+  /// Whether what drafts are made of is there for the token behind `pos`.
   bool can_draft(int64_t slot, int64_t pos) const;
   /// The MTP block's logits [steps, vocab] for the token behind each step's tokens. The slots' last
   /// step must have ended before the last of them. Error unless drafts().
   at::Tensor draft(std::span<const DraftStep> steps);
+  /// Tokens of a block of the DSpark drafter; 0 where the runner does not draft with one.
+  int64_t block_size() const { return drafts_ ? model_->config().drafter.block_size : 0; }
+  /// A block behind each step's last token. Error unless block_size() > 0.
+  model::DraftedBlocks draft_blocks(std::span<const DraftStep> steps);
+  /// Transformer::draft_scores() of rows of them, on the host.
+  model::DraftScores draft_scores(const model::DraftedBlocks& blocks,
+                                  const std::vector<int64_t>& rows,
+                                  const std::vector<int64_t>& previous) const;
 
  private:
   const model::Transformer* model_;
@@ -117,6 +129,7 @@ class ModelRunner final : public engine_core::Runner {
   void keep_streams(std::span<const engine_core::SequenceStep> steps,
                     const ops::Batch& batch,
                     const at::Tensor& streams);
+  bool drafts_by_mtp() const { return drafts_ && block_size() == 0; }
   /// Row of streams_ that holds position pos of a slot.
   int64_t stream_row(int64_t slot, int64_t pos) const;
   /// The selections of a slot's latest step with logits: tensors shared with the step's others. Of

@@ -30,6 +30,10 @@ model::ModelConfig odd_config() {
   return config;
 }
 
+model::ModelConfig tiny_drafter() { return testing::with_drafter(testing::tiny_config()); }
+model::ModelConfig odd_drafter() { return testing::with_drafter(odd_config()); }
+model::ModelConfig small_drafter() { return testing::with_drafter(testing::small_config()); }
+
 struct Setup {
   const char* name;
   model::ModelConfig (*config)();
@@ -71,7 +75,10 @@ INSTANTIATE_TEST_SUITE_P(
                       Setup{"tiny_bf16", testing::tiny_config, Numerics::kBf16},
                       Setup{"odd_ideal", odd_config, Numerics::kIdeal},
                       Setup{"odd_bf16", odd_config, Numerics::kBf16},
-                      Setup{"small_released", testing::small_config, Numerics::kReleased, 24}),
+                      Setup{"small_released", testing::small_config, Numerics::kReleased, 24},
+                      Setup{"tiny_drafter_ideal", tiny_drafter, Numerics::kIdeal, 24},
+                      Setup{"odd_drafter_bf16", odd_drafter, Numerics::kBf16, 24},
+                      Setup{"small_drafter_released", small_drafter, Numerics::kReleased, 18}),
     [](const auto& test) { return std::string(test.param.name); });
 
 }  // namespace

@@ -106,11 +106,13 @@ class AnswerFilters {
 /// A sequence to guess ahead of.
 struct DraftRequest {
   int64_t slot = 0;
-  std::span<const int64_t> tokens;  ///< all so far; the state is behind the last but one
-  std::span<const int64_t> pages;   ///< for all tokens and max_drafts more
-  int64_t max_drafts = 0;           ///< at least one
-  Draw next;                        ///< how the next token will be drawn
-  std::vector<int64_t> drafts;      ///< the answer, at most max_drafts
+  std::span<const int64_t> tokens;     ///< all so far; the state is behind the last but one
+  std::span<const int64_t> pages;      ///< for all tokens and max_drafts more
+  int64_t max_drafts = 0;              ///< at least one
+  Draw next;                           ///< how the next token will be drawn
+  AnswerFilter* filter = nullptr;      ///< that made its mask and makes those behind drafts
+  std::span<const int64_t> ends = {};  ///< tokens that nothing follows
+  std::vector<int64_t> drafts;         ///< the answer, at most max_drafts
 };
 
 class Drafter {

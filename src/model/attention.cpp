@@ -276,13 +276,30 @@ WindowRows make_window(const Attention& attn,
     }
     return window;
   }
-  window.kv = ops::rms_norm(product, attn.kv_norm.value, config.norm_eps);
-  window.kv =
-      quantise_latent(ops::rope(window.kv, cos_sin), config.rope_head_dim, context.numerics);
+  window.kv = window_latents(attn, config, product, cos_sin, context.numerics);
   return window;
 }
 
 }  // namespace
+
+at::Tensor window_latents(const Attention& attn,
+                          const ModelConfig& config,
+                          const at::Tensor& product,
+                          const at::Tensor& cos_sin,
+                          Numerics numerics) {
+  const at::Tensor normalised = ops::rms_norm(product, attn.kv_norm.value, config.norm_eps);
+  return quantise_latent(ops::rope(normalised, cos_sin), config.rope_head_dim, numerics);
+}
+
+void keep_window_latents(const Attention& attn,
+                         const ModelConfig& config,
+                         int64_t block,
+                         const at::Tensor& product,
+                         const at::Tensor& cos_sin,
+                         const ForwardContext& context) {
+  const WindowRows window = make_window(attn, config, block, product, cos_sin, context);
+  if (!window.history.holds_step) context.kv->commit(block, RingKind::kWindow, window.kv);
+}
 
 AttentionOutput attention_forward(const Attention& attn,
                                   const ModelConfig& config,

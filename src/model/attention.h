@@ -44,4 +44,19 @@ AttentionOutput attention_forward(const Attention& attn,
                                   const ops::RopeTable& compressed_rope,
                                   const ForwardContext& context);
 
+/// The latents of a window layer of their wkv products [tokens, head_dim]: normalised, rotated, in
+/// `released` through their round trip.
+at::Tensor window_latents(const Attention& attn,
+                          const ModelConfig& config,
+                          const at::Tensor& product,
+                          const at::Tensor& cos_sin,
+                          ops::Numerics numerics);
+/// Puts them into the window ring of block `block` of the context's cache, for passes to come.
+void keep_window_latents(const Attention& attn,
+                         const ModelConfig& config,
+                         int64_t block,
+                         const at::Tensor& product,
+                         const at::Tensor& cos_sin,
+                         const ForwardContext& context);
+
 }  // namespace hadal::model

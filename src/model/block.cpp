@@ -21,6 +21,19 @@ BlockOutput block_forward(const Block& block,
                           const at::Tensor& ids,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context) {
+  return block_around(
+      block, config, index, std::move(streams), ids, context, [&](const ops::ProductInput& x) {
+        return attention_forward(block.attn, config, index, x, compressed_rope, context);
+      });
+}
+
+BlockOutput block_around(const Block& block,
+                         const ModelConfig& config,
+                         int64_t index,
+                         at::Tensor streams,
+                         const at::Tensor& ids,
+                         const ForwardContext& context,
+                         const Attend& attend) {
   const ops::HcParams params = hc_params(config);
   const auto enter = [&](const HyperConnection& hc, const Parameter& norm, ops::OperandKinds kinds,
                          ops::SideBranch& comb_beside) {
@@ -31,8 +44,7 @@ BlockOutput block_forward(const Block& block,
   ops::SideBranch attn_comb(1), ffn_comb(1);
   const ops::HcInput attn_mix =
       enter(block.hc_attn, block.attn_norm, {.bf16 = block.attn.compressor.has_value()}, attn_comb);
-  AttentionOutput attn =
-      attention_forward(block.attn, config, index, attn_mix.input, compressed_rope, context);
+  AttentionOutput attn = attend(attn_mix.input);
   attn_comb.join();
   streams = ops::hc_post(attn.out, streams, attn_mix.post, attn_mix.comb);
 

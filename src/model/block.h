@@ -2,6 +2,8 @@
 // blocks of a model have in common.
 #pragma once
 
+#include <functional>
+
 #include <ATen/core/Tensor.h>
 
 #include "model/attention.h"
@@ -39,6 +41,18 @@ BlockOutput block_forward(const Block& block,
                           const at::Tensor& ids,
                           const ops::RopeTable& compressed_rope,
                           const ForwardContext& context);
+
+/// Attention of a block: its rows after attn_norm -> [tokens, dim].
+using Attend = std::function<AttentionOutput(const ops::ProductInput& x)>;
+/// A block around an attention of another kind. `index` is its number for forced experts; of the
+/// context only numerics, request and forced choices are read.
+BlockOutput block_around(const Block& block,
+                         const ModelConfig& config,
+                         int64_t index,
+                         at::Tensor streams,
+                         const at::Tensor& ids,
+                         const ForwardContext& context,
+                         const Attend& attend);
 
 ops::HcParams hc_params(const ModelConfig& config);
 /// The collapse of the streams and the norm behind it: [tokens, dim].

@@ -19,8 +19,8 @@ enum class LayerKind { kWindow, kCsa, kHca };
 /// Storage of the routed experts' matrices.
 enum class ExpertDtype { kFp4, kFp8, kBf16 };
 
-/// The DSpark drafter of V4-0731 (stages `mtp.0` ... of the checkpoint, in place of the MTP block).
-/// Its tensors are checked and kept; nothing here runs it.
+/// The DSpark drafter of V4-0731 (stages `mtp.0` ... of the checkpoint, in place of the MTP block;
+/// model/drafter.h).
 struct DsparkConfig {
   int64_t n_stages = 0;    ///< 0 beside a block size: not said by the config
   int64_t block_size = 0;  ///< tokens drafted a round; 0: no drafter
@@ -78,7 +78,13 @@ struct ModelConfig {
 
   /// Layers and MTP blocks together; index n_layers is the MTP block.
   int64_t n_blocks() const { return n_layers + n_mtp_layers; }
-  int64_t ratio(int64_t block) const { return compress_ratios.at(static_cast<size_t>(block)); }
+  /// Blocks that have a cache when drafts are made: the layers, then the MTP block or the drafter's
+  /// stages.
+  int64_t n_drafting_blocks() const { return n_blocks() + drafter.n_stages; }
+  int64_t ratio(int64_t block) const {
+    const bool is_stage = block >= n_blocks() && block < n_drafting_blocks();
+    return is_stage ? 0 : compress_ratios.at(static_cast<size_t>(block));
+  }
   static LayerKind kind_of(int64_t ratio) {
     return ratio == 0 ? LayerKind::kWindow : ratio == 4 ? LayerKind::kCsa : LayerKind::kHca;
   }

@@ -28,6 +28,8 @@ struct ForwardContext {
   AuxRequest request;      ///< what every block returns beside its streams
   /// By block: what it is made to choose. Undefined parts and blocks beyond the end are free.
   std::vector<BlockChoices> forced;
+  /// Transformer::forward() also returns what the DSpark drafter reads.
+  bool target_means = false;
   /// The backward pass computes blocks again instead of keeping their graphs (run_block()).
   bool recompute = false;
 

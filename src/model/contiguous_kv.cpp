@@ -57,7 +57,7 @@ ContiguousKv::ContiguousKv(const ModelConfig& config,
         .rows = at::zeros({slots, 0, width}, at::TensorOptions(dtype).device(device)),
         .capacity = 0};
   };
-  for (int64_t block = 0; block < config.n_blocks(); ++block) {
+  for (int64_t block = 0; block < config.n_drafting_blocks(); ++block) {
     add_ring(block, RingKind::kWindow, config.window_size + slack, config.head_dim, dtype);
     const int64_t ratio = config.ratio(block);
     if (ratio == 0) continue;

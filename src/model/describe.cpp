@@ -28,34 +28,18 @@ class Describer {
              [&] { block(m.blocks[static_cast<size_t>(i)], c_.ratio(i), c_.is_hashed(i)); });
     }
     norm_and_head(m);
-    if (c_.n_mtp_layers == 0) return;
-    if (!m.mtp) m.mtp.emplace();
-    inside("mtp.0.", c_.n_layers, kLast, [&] { mtp(*m.mtp); });
+    if (c_.n_mtp_layers > 0) {
+      if (!m.mtp) m.mtp.emplace();
+      inside("mtp.0.", c_.n_layers, kLast, [&] { mtp(*m.mtp); });
+    }
+    m.drafter.stages.resize(static_cast<size_t>(c_.drafter.n_stages));
+    for (int64_t i = 0; i < c_.drafter.n_stages; ++i)
+      stage(m.drafter.stages[static_cast<size_t>(i)], i);
   }
 
   void one_block(Block& b, int64_t index) {
     const std::string prefix = index < c_.n_layers ? concat("layers.", index, ".") : "mtp.0.";
     inside(prefix, index, kLast, [&] { block(b, c_.ratio(index), c_.is_hashed(index)); });
-  }
-
-  void stage(DrafterStage& s, int64_t index) {
-    inside(concat("mtp.", index, "."), c_.n_layers + index, kLast, [&] {
-      const DsparkConfig& drafter = c_.drafter;
-      block(s.block, 0, false);
-      if (index == 0) {
-        const auto targets = static_cast<int64_t>(drafter.target_layers.size());
-        part_ = Part::kMtpProjection;
-        fp8(s.main_proj, "main_proj.weight", c_.dim, targets * c_.dim);
-        norm(s.main_norm, "main_norm.weight", c_.dim, Part::kNorm);
-      }
-      if (index + 1 < drafter.n_stages) return;
-      norm(s.norm, "norm.weight", c_.dim, Part::kNorm);
-      hyper_connection(s.hc_head, "hc_head", c_.hc_mult, 1);
-      part_ = Part::kMtpProjection;
-      bf16(s.markov_w1, "markov_head.markov_w1.weight", c_.vocab_size, drafter.markov_rank);
-      bf16(s.markov_w2, "markov_head.markov_w2.weight", c_.vocab_size, drafter.markov_rank);
-      bf16(s.confidence, "confidence_head.proj.weight", 1, c_.dim + drafter.markov_rank);
-    });
   }
 
  private:
@@ -85,6 +69,28 @@ class Describer {
     at_front(kEarly, [&] { block(m.block, c_.ratio(c_.n_layers), c_.is_hashed(c_.n_layers)); });
     norm(m.norm, "norm.weight", c_.dim, Part::kNorm);
     hyper_connection(m.hc_head, "hc_head", c_.hc_mult, 1);
+  }
+
+  void stage(DrafterStage& s, int64_t index) {
+    inside(concat("mtp.", index, "."), c_.n_layers + index, kLast, [&] {
+      const DsparkConfig& drafter = c_.drafter;
+      block(s.block, 0, false);
+      if (index == 0) {
+        const auto targets = static_cast<int64_t>(drafter.target_layers.size());
+        part_ = Part::kMtpProjection;
+        fp8(s.main_proj, "main_proj.weight", c_.dim, targets * c_.dim);
+        norm(s.main_norm, "main_norm.weight", c_.dim, Part::kNorm);
+      }
+      if (index + 1 < drafter.n_stages) return;
+      norm(s.norm, "norm.weight", c_.dim, Part::kNorm);
+      hyper_connection(s.hc_head, "hc_head", c_.hc_mult, 1);
+      part_ = Part::kMtpProjection;
+      const int64_t rank = drafter.markov_rank;
+      add(s.markov_w1, "markov_head.markov_w1.weight", ParamKind::kEmbedding, Storage::kBf16,
+          {c_.vocab_size, rank});
+      bf16(s.markov_w2, "markov_head.markov_w2.weight", c_.vocab_size, rank, GemmRole::kFp32);
+      bf16(s.confidence, "confidence_head.proj.weight", 1, c_.dim + rank, GemmRole::kFp32);
+    });
   }
 
   void block(Block& b, int64_t ratio, bool hashed) {
@@ -296,12 +302,6 @@ void describe(const ModelConfig& config, int64_t index, Block& block, FieldVisit
   Describer(config, visitor).one_block(block, index);
 }
 
-void describe(const ModelConfig& config, std::vector<DrafterStage>& stages, FieldVisitor& visitor) {
-  stages.resize(static_cast<size_t>(config.drafter.n_stages));
-  Describer describer(config, visitor);
-  for (size_t i = 0; i < stages.size(); ++i) describer.stage(stages[i], static_cast<int64_t>(i));
-}
-
 ModelParameters declare(const ModelConfig& config) {
   ModelParameters parameters;
   Declare visitor;
@@ -311,10 +311,8 @@ ModelParameters declare(const ModelConfig& config) {
 
 std::vector<Field> declared_in_file_order(const ModelConfig& config) {
   ModelParameters parameters;
-  std::vector<DrafterStage> stages;
   FileOrder order;
   describe(config, parameters, order);
-  describe(config, stages, order);
   return order.take();
 }
 

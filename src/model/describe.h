@@ -13,6 +13,7 @@
 
 #include "model/block.h"
 #include "model/config.h"
+#include "model/drafter.h"
 #include "model/mtp.h"
 #include "model/parameter.h"
 
@@ -54,16 +55,7 @@ struct ModelParameters {
   HyperConnection hc_head;
   std::vector<Block> blocks;
   std::optional<Mtp> mtp;
-};
-
-/// A stage of the DSpark drafter: a window layer with learned routing; what it reads from the main
-/// model comes in through the first stage, its heads sit on the last.
-struct DrafterStage {
-  Block block;
-  Parameter main_proj, main_norm;  ///< of the first
-  Parameter norm;                  ///< this and what follows: of the last
-  HyperConnection hc_head;
-  Parameter markov_w1, markov_w2, confidence;
+  Drafter drafter;  ///< no stages: none
 };
 
 /// Meets the fields of a model in the order in which it is visited: the order of optimizer states
@@ -82,12 +74,10 @@ class FieldVisitor {
 void describe(const ModelConfig& config, ModelParameters& parameters, FieldVisitor& visitor);
 /// Likewise one block of it; index n_layers: the MTP block's.
 void describe(const ModelConfig& config, int64_t index, Block& block, FieldVisitor& visitor);
-/// Likewise the stages of its drafter, which nothing runs.
-void describe(const ModelConfig& config, std::vector<DrafterStage>& stages, FieldVisitor& visitor);
 
 /// Every parameter of the model with name, role and shape but no value.
 ModelParameters declare(const ModelConfig& config);
-/// Those of the model and of the drafter in the order of the official files: top, layers, MTP block
+/// Those of the model in the order of the official files: top, layers, MTP block
 /// or stages of the drafter.
 std::vector<Field> declared_in_file_order(const ModelConfig& config);
 

@@ -1,9 +1,12 @@
 #include "model/transformer.h"
 
+#include <algorithm>
+
 #include <ATen/ATen.h>
 
 #include "base/check.h"
 #include "model/recompute.h"
+#include "ops/norm/rms_norm.h"
 #include "ops/rows/embedding.h"
 
 namespace hadal::model {
@@ -99,11 +102,14 @@ ForwardOutput Transformer::forward(const at::Tensor& ids, ForwardContext& contex
   fill_rope(context);
   ForwardOutput output{.streams = embed(ids, context.numerics), .aux = {}};
   output.aux.reserve(parameters_.blocks.size());
+  std::vector<at::Tensor> means;
   for (int64_t layer = 0; layer < config_.n_layers; ++layer) {
     BlockOutput block = run_checked(layer, std::move(output.streams), ids, context);
     output.streams = std::move(block.streams);
     output.aux.push_back(std::move(block.aux));
+    if (context.target_means && is_target(layer)) means.push_back(stream_mean(output.streams));
   }
+  if (context.target_means) output.target_means = at::cat(means, 1);
   return output;
 }
 
@@ -123,6 +129,39 @@ MtpOutput Transformer::mtp(const at::Tensor& streams,
   ensure_rope(context);
   return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
                      rope_compressed_, context);
+}
+
+bool Transformer::is_target(int64_t layer) const {
+  return std::ranges::count(config_.drafter.target_layers, layer) > 0;
+}
+
+void Transformer::drop_drafter() {
+  parameters_.drafter = {};
+  config_.drafter = {};
+}
+
+void Transformer::keep_draft_context(const at::Tensor& target_means,
+                                     ForwardContext& context) const {
+  HADAL_CHECK(context.kv != nullptr, "transformer: rows of the drafter's context without a cache");
+  ensure_rope(context);
+  const ops::ProductInput input =
+      draft_input(parameters_.drafter, config_, target_means, context.numerics);
+  for (size_t stage = 0; stage < parameters_.drafter.stages.size(); ++stage) {
+    const Attention& attn = parameters_.drafter.stages[stage].block.attn;
+    keep_window_latents(attn, config_, config_.n_layers + static_cast<int64_t>(stage),
+                        apply_linear(attn.wkv, input), context.rope_window, context);
+  }
+}
+
+DraftedBlocks Transformer::draft(const DraftBlocks& blocks,
+                                 ops::Numerics numerics,
+                                 DraftTrace* trace) const {
+  const DraftPlan plan = plan_draft(blocks, config_, rope_window_);
+  const at::Tensor hidden = draft_hidden(parameters_.drafter, config_, plan,
+                                         embed(plan.ids, numerics), blocks, numerics, trace);
+  const Parameter& norm = parameters_.drafter.stages.back().norm;
+  return {.hidden = hidden,
+          .logits = logits(ops::rms_norm(hidden, norm.value, config_.norm_eps), numerics)};
 }
 
 }  // namespace hadal::model

@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "model/context.h"
 #include "model/describe.h"
+#include "model/drafter.h"
 #include "model/parameter.h"
 #include "ops/attention/rope.h"
 
@@ -21,6 +22,8 @@ namespace hadal::model {
 struct ForwardOutput {
   at::Tensor streams;         ///< [tokens, hc_mult, dim] behind the last main block
   std::vector<BlockAux> aux;  ///< [n_layers] what the context's request names
+  /// [tokens, target layers * dim] where the context asks (drafter.h)
+  at::Tensor target_means = {};
 };
 
 class Transformer {
@@ -60,6 +63,27 @@ class Transformer {
   MtpOutput mtp(const at::Tensor& streams,
                 const at::Tensor& next_ids,
                 ForwardContext& context) const;
+
+  /// The DSpark drafter, without stages where the model has none.
+  const Drafter& drafter() const { return parameters_.drafter; }
+  /// Whether it reads the streams behind this main layer.
+  bool is_target(int64_t layer) const;
+  /// The model without it: for training, which moves every parameter that it visits.
+  void drop_drafter();
+  /// Its context rows of the context's tokens [tokens, target layers * dim], of all stages, into
+  /// the context's cache (blocks n_layers ...). `context` as for mtp().
+  void keep_draft_context(const at::Tensor& target_means, ForwardContext& context) const;
+  /// Blocks of drafts; what `blocks` says is in drafter.h, as is `trace`.
+  DraftedBlocks draft(const DraftBlocks& blocks,
+                      ops::Numerics numerics,
+                      DraftTrace* trace = nullptr) const;
+  /// What rows of them say behind the tokens before (drafter.h).
+  DraftScores draft_scores(const DraftedBlocks& blocks,
+                           const at::Tensor& rows,
+                           const at::Tensor& previous,
+                           ops::Numerics numerics) const {
+    return model::draft_scores(parameters_.drafter, blocks, rows, previous, numerics);
+  }
 
   /// Every parameter, in the order of model/describe.h.
   void visit(const std::function<void(Parameter&)>& visitor);

@@ -14,6 +14,7 @@
 #include "base/check.h"
 #include "base/hash.h"
 #include "base/math.h"
+#include "engine/dspark_drafter.h"
 #include "engine/kv_cache.h"
 #include "engine/model_runner.h"
 #include "engine/mtp_drafter.h"
@@ -92,7 +93,7 @@ struct Schedules::Machine {
   RecordingSampler sampler;
   engine::ModelRunner runner;
   NoFilters filters;
-  std::unique_ptr<engine::MtpDrafter> drafter;
+  std::unique_ptr<engine_core::Drafter> drafter;
   std::unique_ptr<engine_core::Scheduler> scheduler;
   uint64_t next_id = 1;
 
@@ -104,7 +105,10 @@ struct Schedules::Machine {
       : cache(model.config(), memory),
         sampler(model.config().vocab_size),
         runner(model, cache, sampler) {
-    if (memory.with_mtp) drafter = std::make_unique<engine::MtpDrafter>(runner, sampler);
+    if (runner.block_size() > 0)
+      drafter = std::make_unique<engine::DsparkDrafter>(runner, sampler, /*threshold=*/0.3);
+    else if (memory.with_mtp)
+      drafter = std::make_unique<engine::MtpDrafter>(runner, sampler);
     const engine_core::EngineInfo info{
         .model_name = "test",
         .vocab_size = model.config().vocab_size,
@@ -213,7 +217,8 @@ void Schedules::run() {
   const auto policy = static_cast<size_t>(round / 3) % kPolicies.size();
   const bool on_disk = round % 3 != 0;
   const bool drafts = on_disk ? round / 3 / std::ssize(kPolicies) % 2 == 1 : random(0, 1) == 1;
-  options.max_drafts = drafts ? 1 : 0;
+  const int64_t block = model_.config().drafter.block_size;
+  options.max_drafts = !drafts ? 0 : block > 0 ? random(1, block) : 1;
   options.always_draft = drafts;
   std::vector<size_t> order(requests_.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -223,7 +228,7 @@ void Schedules::run() {
       .numerics = numerics_,
       .num_pages = random(0, 1) == 0 ? shape_.small_memory : shape_.large_memory,
       .num_slots = options.max_running + 2,
-      .slack = 3,
+      .slack = std::max<int64_t>(3, block),
       .with_mtp = drafts,
       .whole_windows = on_disk && kPolicies[policy] == engine_core::WindowPolicy::kFull,
       .device = shape_.device};
@@ -234,7 +239,7 @@ void Schedules::run() {
     from_disk = std::array{&counts_.full, &counts_.periodic, &counts_.zero}[policy];
     engine_core::DiskStoreOptions disk;
     disk.policy = kPolicies[policy];
-    // What is stored with the MTP block's rows is another layout.
+    // What is stored with the rows of the MTP block or the drafter is another layout.
     disk.folder = concat(folder_, "/", policy, drafts ? "-drafts" : "");
     disk.identity = "schedules";
     disk.page_tokens = engine::page_tokens_of(model_.config());

@@ -73,6 +73,17 @@ model::ModelConfig mini_config() {
   return config;
 }
 
+model::ModelConfig with_drafter(model::ModelConfig config) {
+  config.compress_ratios.resize(static_cast<size_t>(config.n_layers));
+  config.n_mtp_layers = 0;
+  config.drafter = {.n_stages = 2,
+                    .block_size = 4,
+                    .noise_token_id = 5,
+                    .markov_rank = 16,
+                    .target_layers = {config.n_layers - 1, 0, 2}};
+  return config;
+}
+
 model::ModelConfig nano_config() {
   model::ModelConfig config = small_config();
   config.vocab_size = 8192;

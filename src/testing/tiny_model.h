@@ -19,6 +19,10 @@ model::ModelConfig small_config();
 /// CSA, and the MTP block.
 model::ModelConfig mini_config();
 
+/// The same model with a DSpark drafter in place of the MTP block: two stages, blocks of 4 tokens,
+/// three target layers.
+model::ModelConfig with_drafter(model::ModelConfig config);
+
 /// The reference architecture of the shipped model.
 model::ModelConfig nano_config();
 

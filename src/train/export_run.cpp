@@ -11,8 +11,12 @@
 namespace hadal::train {
 
 model::ModelConfig trained_config(const RunConfig& config) {
-  if (config.init_checkpoint.empty()) return model::load_config(config.model);
-  return checkpoint::OfficialCheckpoint::open(config.init_checkpoint).config();
+  model::ModelConfig trained =
+      config.init_checkpoint.empty()
+          ? model::load_config(config.model)
+          : checkpoint::OfficialCheckpoint::open(config.init_checkpoint).config();
+  trained.drafter = {};
+  return trained;
 }
 
 int64_t trained_length(const RunConfig& config, const RunProgress& progress) {

@@ -119,6 +119,7 @@ model::ModelConfig checked_model_config(const RunConfig& config) {
   if (result.drafter.exists()) {
     log::warn("train", config.model, ": the DSpark drafter is no part of the training; the ",
               "exported model has none");
+    result.drafter = {};
   }
   if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
     // Found at the start, not when the finished model cannot be written.
@@ -153,6 +154,7 @@ model::Transformer build_model(const RunConfig& config,
     model::Transformer model =
         checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
                                ops::Numerics::kIdeal, {.held = checkpoint::Held::kDense});
+    model.drop_drafter();
     // A checkpoint from transformers has no MTP block although its config names one.
     const auto main_ratios = [](const model::ModelConfig& c) {
       return std::vector<int64_t>(c.compress_ratios.begin(),

@@ -53,7 +53,13 @@ double DraftPolicy::cost() const {
   return nearest->second.value;
 }
 
-bool DraftPolicy::pays() const { return (1 + acceptance()) / (1 + cost()) > kMinGain; }
+double DraftPolicy::rate(int64_t drafts, double acceptance) const {
+  double tokens = 1, reach = 1;
+  for (int64_t draft = 0; draft < drafts; ++draft) tokens += reach *= acceptance;
+  return tokens / (1 + cost() * (at_once_ > 1 ? 1.0 : static_cast<double>(drafts)));
+}
+
+bool DraftPolicy::pays() const { return rate(at_once_, acceptance()) > kMinGain; }
 
 double DraftPolicy::Block::usual() const { return median({seconds.begin(), seconds.end()}); }
 
@@ -77,18 +83,16 @@ void DraftPolicy::begin_trial() {
 
 int64_t DraftPolicy::length(int64_t limit, double acceptance) const {
   if (limit <= 0) return 0;
-  if (in_trial()) return blocks_.back().with_drafts ? 1 : 0;
+  if (in_trial()) return blocks_.back().with_drafts ? std::min(limit, at_once_) : 0;
   // Without figures a trial comes first.
   if (costs_.empty()) return 0;
-  const double draft_cost = cost();
+  if (at_once_ > 1) return rate(limit, acceptance) > kMinGain ? limit : 0;
   int64_t best = 0;
-  double best_rate = kMinGain, tokens = 1, reach = 1;
+  double best_rate = kMinGain;
   for (int64_t drafts = 1; drafts <= limit; ++drafts) {
-    reach *= acceptance;
-    tokens += reach;
-    const double rate = tokens / (1 + draft_cost * static_cast<double>(drafts));
-    if (rate <= best_rate) continue;
-    best_rate = rate;
+    const double of_drafts = rate(drafts, acceptance);
+    if (of_drafts <= best_rate) continue;
+    best_rate = of_drafts;
     best = drafts;
   }
   return best;
@@ -131,7 +135,7 @@ void DraftPolicy::end_trial() {
     const Block& drafted = one.with_drafts ? one : other;
     const double plain = (one.with_drafts ? other : one).usual();
     if (plain <= 0) return blocks_.clear();
-    sum += (drafted.usual() / plain - 1) / drafted.drafts;
+    sum += (drafted.usual() / plain - 1) / (at_once_ > 1 ? 1.0 : drafted.drafts);
     usual_plain = plain;
   }
   blocks_.clear();

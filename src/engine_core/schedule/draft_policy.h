@@ -2,10 +2,11 @@
 // none pays. It decides speed, never tokens.
 //
 // What drafts cost is found by trials: the steps just before one, a few that do the opposite, a few
-// as before, and once more. A block stands for its median step and is compared with its neighbours,
-// so that a machine that slows down or speeds up meanwhile bears on both alike. Trials become rare
-// while they confirm what is done, or where they are expensive: the first draft of many sequences
-// catches up on a window of each. One thread.
+// as before, and once more. A drafter that makes its drafts in blocks makes all that may be or
+// none: what costs is the block. A block of steps stands for its median step and is compared with
+// its neighbours, so that a machine that slows down or speeds up meanwhile bears on both alike.
+// Trials become rare while they confirm what is done, or where they are expensive: the first draft
+// of many sequences catches up on a window of each. One thread.
 #pragma once
 
 #include <cstddef>
@@ -31,6 +32,8 @@ class DraftAcceptance {
 
 class DraftPolicy {
  public:
+  /// at_once: drafts of a sequence that cost what one costs, their rows in the step included.
+  explicit DraftPolicy(int64_t at_once = 1) : at_once_(at_once) {}
   /// A step of `sequences` >= 1 answers begins; asked for the lengths next.
   void begin_step(int64_t sequences);
   /// Drafts for every sequence in this step, at most `limit`: maximises expected tokens / time.
@@ -42,7 +45,8 @@ class DraftPolicy {
   void end_step(int64_t drafts, double seconds);
   void add(DraftAcceptance& sequence, int64_t drafted, int64_t accepted);
 
-  /// Time of one more draft for every sequence, relative to a step without; 0.3 until it is known.
+  /// Time of one more draft, or of a block, for every sequence, relative to a step without; 0.3
+  /// until it is known.
   double cost() const;
   /// Over all sequences, the latest most.
   double acceptance() const { return right_ / drafts_; }
@@ -71,7 +75,10 @@ class DraftPolicy {
   void begin_trial();
   void end_trial();
   bool pays() const;
+  /// Tokens of a sequence in a step with so many drafts, relative to its time.
+  double rate(int64_t drafts, double acceptance) const;
 
+  int64_t at_once_;
   int64_t sequences_ = 1;
   std::map<int64_t, Costs> costs_;  ///< by rounded number of sequences
   Block lately_;

@@ -1,5 +1,7 @@
 #include "engine_core/schedule/draft_policy.h"
 
+#include <algorithm>
+
 #include <gtest/gtest.h>
 
 namespace hadal::engine_core {
@@ -136,6 +138,28 @@ TEST(DraftPolicy, OtherNumbersOfSequencesGetTheirOwnTrial) {
   EXPECT_NEAR(policy.cost(), 0.9, 0.01);
   policy.begin_step(16);
   EXPECT_EQ(policy.length(1, world.acceptance.value(policy.acceptance())), 0);
+}
+
+/// Blocks of five drafts that cost the same however many count; `right` of each are accepted.
+double drafted_share_of_blocks(double cost, int64_t right) {
+  DraftPolicy policy(5);
+  DraftAcceptance acceptance;
+  int64_t blocks = 0;
+  for (int64_t step = 0; step < 2000; ++step) {
+    policy.begin_step(1);
+    const int64_t drafts = policy.length(5, acceptance.value(policy.acceptance()));
+    EXPECT_TRUE(drafts == 0 || drafts == 5) << drafts;
+    policy.end_step(drafts, 0.01 * (1 + (drafts > 0 ? cost : 0)));
+    policy.add(acceptance, drafts, std::min(drafts, right));
+    blocks += drafts > 0 ? 1 : 0;
+  }
+  return static_cast<double>(blocks) / 2000;
+}
+
+TEST(DraftPolicy, BlocksAreMadeWholeWhereTheyPay) {
+  // Three more tokens for a step that takes twice as long; one more for a step that does so.
+  EXPECT_GT(drafted_share_of_blocks(1.0, 3), 0.9);
+  EXPECT_LT(drafted_share_of_blocks(1.5, 1), 0.1);
 }
 
 }  // namespace

@@ -41,13 +41,14 @@
 namespace hadal::engine_core {
 
 struct SchedulerOptions {
-  int64_t max_running = 64;      ///< sequences in a step; at most the memory's slots count
-  int64_t max_waiting = 1024;    ///< requests that wait for admission
-  int64_t step_tokens = 256;     ///< rows of a step while answers are running, at most
-  int64_t prompt_tokens = 1024;  ///< rows of a step of prompts alone
-  int64_t load_pages = 8;        ///< read from the store in a step
-  int64_t max_drafts = 0;        ///< at most Runner::slack(); 0: no speculation
-  bool always_draft = false;     ///< max_drafts whatever it costs: for tests
+  int64_t max_running = 64;       ///< sequences in a step; at most the memory's slots count
+  int64_t max_waiting = 1024;     ///< requests that wait for admission
+  int64_t step_tokens = 256;      ///< rows of a step while answers are running, at most
+  int64_t prompt_tokens = 1024;   ///< rows of a step of prompts alone
+  int64_t load_pages = 8;         ///< read from the store in a step
+  int64_t max_drafts = 0;         ///< at most Runner::slack(); 0: no speculation
+  bool always_draft = false;      ///< max_drafts whatever it costs: for tests
+  bool drafts_in_blocks = false;  ///< the drafter makes max_drafts in the time of one
   /// Prompts wait for so many tokens that another computes for them, at least: fewer are computed
   /// sooner than a step is divided for them.
   int64_t least_shared = 32;

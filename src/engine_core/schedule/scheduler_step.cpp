@@ -209,6 +209,8 @@ void Scheduler::make_drafts() {
                         .pages = sequence->cache.pages,
                         .max_drafts = sequence->num_drafts,
                         .next = next,
+                        .filter = sequence->filter.get(),
+                        .ends = sequence->request->ends,
                         .drafts = {}});
     drafting.push_back(sequence);
   }

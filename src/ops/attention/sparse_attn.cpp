@@ -429,8 +429,8 @@ std::vector<at::Tensor> run_cpu(const std::vector<at::Tensor>& in, const CpuStep
     int64_t seq = 0;
     for (int64_t token = begin; token < end; ++token) {
       while (step.batch.end(seq) <= token) ++seq;
-      HADAL_CHECK(step.batch.start(seq) == 0 || past.defined(), "sparse_attn: sequence ", seq,
-                  " continues without a history");
+      HADAL_CHECK(step.batch.start(seq) == 0 || past.defined() || step.params.window == 0,
+                  "sparse_attn: sequence ", seq, " continues without a history");
       list_keys(keys, step, token, seq, table_kv, cached);
       attention_cpu({.q = table_q.row(token),
                      .sink = sink.const_data_ptr<float>(),

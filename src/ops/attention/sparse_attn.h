@@ -18,7 +18,8 @@ namespace hadal::ops {
 inline constexpr int64_t kFoldChunk = 64;
 
 struct AttentionParams {
-  int64_t window = 128;  ///< positions p - window + 1 .. p, the current one included
+  int64_t window = 128;  ///< positions p - window + 1 .. p, the current one included; 0: blocks
+                         ///< alone, and no history is asked for
   double scale = 1.0;    ///< of the logits, head_dim^-1/2
   int64_t ratio = 0;     ///< of the compressed blocks; 0: none
   Numerics numerics = Numerics::kIdeal;
