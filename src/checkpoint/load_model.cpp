@@ -57,8 +57,12 @@ class Loader {
                 "load_model: panels are for the CPU");
     if (target.held != Held::kAccelerator || numerics == ops::Numerics::kIdeal) return;
     uploader_.emplace(target.device, [this](const std::byte* from, std::span<std::byte> to) {
-      checkpoint_.reader().read(from, to);
-      scans_.look(from, to);
+      constexpr size_t kInCache = size_t{256} << 10;  // looked at before it leaves the caches
+      for (size_t at = 0; at < to.size(); at += kInCache) {
+        const auto part = to.subspan(at, std::min(kInCache, to.size() - at));
+        checkpoint_.reader().read(from + at, part);
+        scans_.look(from + at, part);
+      }
     });
   }
 

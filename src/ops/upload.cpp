@@ -19,20 +19,42 @@
 namespace hadal::ops {
 namespace {
 
-/// Of a buffer: long enough for the bus, short enough for the processor's caches, in which it is
-/// looked at after it was read.
-constexpr int64_t kBufferBytes = int64_t{2} << 20;
+/// Of a buffer: what the bus needs to be busy.
+constexpr int64_t kBufferBytes = int64_t{4} << 20;
+/// Readers get multiples of it, but for the ends of pieces.
+constexpr int64_t kUnit = 64;
 
-/// Pieces cut to buffers.
-std::vector<UploadPiece> cut(const std::vector<UploadPiece>& pieces) {
-  std::vector<UploadPiece> result;
-  for (const UploadPiece& piece : pieces) {
-    for (int64_t at = 0; at < piece.bytes; at += kBufferBytes)
-      result.push_back({.from = piece.from + at,
-                        .to = piece.to + at,
-                        .bytes = std::min(kBufferBytes, piece.bytes - at)});
+/// Pieces, or parts of some, that lie behind each other on the device: one copy.
+struct Part {
+  std::byte* to = nullptr;
+  int64_t bytes = 0;
+  std::vector<UploadPiece> pieces;
+};
+
+std::vector<Part> parts_of(const std::vector<UploadPiece>& pieces) {
+  std::vector<Part> parts;
+  for (UploadPiece left : pieces) {
+    while (left.bytes > 0) {
+      const bool follows = !parts.empty() && parts.back().to + parts.back().bytes == left.to &&
+                           kBufferBytes - parts.back().bytes >= kUnit;
+      if (!follows) parts.push_back({.to = left.to, .bytes = 0, .pieces = {}});
+      Part& part = parts.back();
+      const int64_t room = (kBufferBytes - part.bytes) / kUnit * kUnit;
+      const int64_t bytes = std::min(left.bytes, room);
+      part.pieces.push_back({.from = left.from, .to = left.to, .bytes = bytes});
+      part.bytes += bytes;
+      left = {.from = left.from + bytes, .to = left.to + bytes, .bytes = left.bytes - bytes};
+    }
   }
-  return result;
+  return parts;
+}
+
+/// Brings a part's bytes to `to`, memory of the host.
+void read(const Part& part, const Uploader::Reader& reader, std::byte* to) {
+  for (const UploadPiece& piece : part.pieces) {
+    reader(piece.from, {to, static_cast<size_t>(piece.bytes)});
+    to += piece.bytes;
+  }
 }
 
 }  // namespace
@@ -56,7 +78,7 @@ struct Uploader::Buffers {
 
   explicit Buffers(c10::Device on) : device(on) {
     const c10::cuda::CUDAGuard guard(device);
-    const int count = 3 * num_threads();
+    const int count = 2 * num_threads() + 2;
     void* all = nullptr;
     check_cuda(cudaHostAlloc(&all, static_cast<size_t>(count * kBufferBytes), cudaHostAllocDefault),
                "pinned memory");
@@ -93,12 +115,12 @@ struct Uploader::Buffers {
     returned.notify_one();
   }
 
-  void send(const UploadPiece& piece, const Reader& reader, cudaStream_t stream) {
+  void send(const Part& part, const Reader& reader, cudaStream_t stream) {
     const Buffer buffer = take();
     try {
       check_cuda(cudaEventSynchronize(buffer.copied), "wait");
-      reader(piece.from, {buffer.memory, static_cast<size_t>(piece.bytes)});
-      check_cuda(cudaMemcpyAsync(piece.to, buffer.memory, static_cast<size_t>(piece.bytes),
+      read(part, reader, buffer.memory);
+      check_cuda(cudaMemcpyAsync(part.to, buffer.memory, static_cast<size_t>(part.bytes),
                                  cudaMemcpyHostToDevice, stream),
                  "copy");
       check_cuda(cudaEventRecord(buffer.copied, stream), "record");
@@ -134,14 +156,14 @@ Uploader::Uploader(c10::Device device, Reader reader)
 Uploader::~Uploader() = default;
 
 void Uploader::copy(const std::vector<UploadPiece>& pieces) {
-  const std::vector<UploadPiece> parts = cut(pieces);
+  const std::vector<Part> parts = parts_of(pieces);
 #ifdef HADAL_WITH_CUDA
   const cudaStream_t stream =
       buffers_ ? c10::cuda::getCurrentCUDAStream(device_.index()).stream() : nullptr;
 #endif
   parallel_for(std::ssize(parts), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const UploadPiece& part = parts[static_cast<size_t>(i)];
+      const Part& part = parts[static_cast<size_t>(i)];
 #ifdef HADAL_WITH_CUDA
       if (buffers_) {
         const c10::cuda::CUDAGuard guard(device_);
@@ -149,7 +171,7 @@ void Uploader::copy(const std::vector<UploadPiece>& pieces) {
         continue;
       }
 #endif
-      reader_(part.from, {part.to, static_cast<size_t>(part.bytes)});
+      read(part, reader_, part.to);
     }
   });
 }

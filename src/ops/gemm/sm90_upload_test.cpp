@@ -1,6 +1,7 @@
 // What is packed where it arrives is what the host packs, whatever it arrives in.
 #include "ops/gemm/sm90_upload.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -89,6 +90,25 @@ TEST(Sm90Upload, ReadersErrorsArrive) {
   Uploader uploader(
       at::kCPU, [](const std::byte*, std::span<std::byte>) { throw std::runtime_error("gone"); });
   EXPECT_THROW(upload(uploader, at::zeros({4})), std::runtime_error);
+}
+
+// Small pieces side by side, ends that are no multiple of anything, more than a buffer holds.
+TEST(Sm90Upload, PiecesOfEverySizeArrive) {
+  Counted counted;
+  const at::Tensor from = at::arange(3'000'000), to = at::zeros_like(from);
+  const auto* source = static_cast<const std::byte*>(from.const_data_ptr());
+  auto* target = static_cast<std::byte*>(to.mutable_data_ptr());
+  std::vector<UploadPiece> pieces;
+  const auto bytes = static_cast<int64_t>(from.nbytes());
+  for (int64_t at = 0, i = 0; at < bytes; ++i) {
+    const int64_t size = std::min(bytes - at, i % 5 == 4 ? int64_t{9'000'001} : 3 + i * 977);
+    pieces.push_back({.from = source + at, .to = target + at, .bytes = size});
+    at += size;
+  }
+  std::ranges::rotate(pieces, pieces.begin() + 2);
+  counted.uploader.copy(pieces);
+  EXPECT_TRUE(at::equal(from, to));
+  EXPECT_EQ(counted.bytes, bytes);
 }
 
 TEST(Sm90Upload, BytesAsTheyAre) {
