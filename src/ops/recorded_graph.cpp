@@ -7,6 +7,7 @@
 
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <ATen/cuda/MemPool.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -33,8 +34,13 @@ thread_local std::array<Branch, SideBranch::kBranches>* recording = nullptr;
 }  // namespace
 
 struct GraphMemory::Parts {
+  explicit Parts(at::Device on)
+      : device(on), stream(new_stream(on)), branches{Branch(on), Branch(on), Branch(on)} {
+    static_assert(SideBranch::kBranches == 3);
+  }
   at::Device device;
-  at::cuda::MempoolId_t pool;
+  // Of its own, so that it stays while no graph lives and results of some are still held.
+  at::cuda::MemPool pool{nullptr, /*is_user_created=*/false};
   c10::cuda::CUDAStream stream;  // that recordings are made on: the default one cannot be recorded
   std::array<Branch, SideBranch::kBranches> branches;
 };
@@ -42,20 +48,16 @@ struct RecordedGraph::Parts {
   at::cuda::CUDAGraph graph;
 };
 
-GraphMemory::GraphMemory(at::Device device)
-    : parts_(std::make_unique<Parts>(
-          Parts{.device = device,
-                .pool = at::cuda::graph_pool_handle(),
-                .stream = new_stream(device),
-                .branches = {Branch(device), Branch(device), Branch(device)}})) {
-  static_assert(SideBranch::kBranches == 3);
+GraphMemory::GraphMemory(at::Device device) {
+  const c10::OptionalDeviceGuard guard(device.has_index() ? std::optional(device) : std::nullopt);
+  parts_ = std::make_unique<Parts>(device);
 }
 
 RecordedGraph::RecordedGraph(GraphMemory& memory, const std::function<void()>& work)
     : parts_(std::make_unique<Parts>()) {
   const c10::cuda::CUDAStreamGuard guard(memory.parts_->stream);
   // Other threads may go on asking the device for things.
-  parts_->graph.capture_begin(memory.parts_->pool, cudaStreamCaptureModeThreadLocal);
+  parts_->graph.capture_begin(memory.parts_->pool.id(), cudaStreamCaptureModeThreadLocal);
   struct Recording {
     explicit Recording(GraphMemory::Parts& parts) { recording = &parts.branches; }
     ~Recording() { recording = nullptr; }
