@@ -47,11 +47,12 @@ TEST(Optimizer, EveryParameterIsAssignedExactlyOnce) {
   Optimizer optimizer(model, {});
   std::map<std::string, int> momentum, variance;
   int64_t elements = 0;
-  for (const auto& [name, tensor] : optimizer.state()) {
-    const size_t cut = name.rfind('/');
-    const bool first = name.substr(cut) == "/momentum";
-    ++(first ? momentum : variance)[name.substr(0, cut)];
-    if (first) elements += tensor.numel();
+  for (const StateTensor& state : optimizer.state()) {
+    const size_t cut = state.name.rfind('/');
+    const bool first = state.name.substr(cut) == "/momentum";
+    ++(first ? momentum : variance)[state.name.substr(0, cut)];
+    for (const StateTensor::Part& part : state.parts)
+      if (first) elements += part.values.numel();
   }
   int64_t expected = 0;
   model.visit([&](Parameter& p) {
