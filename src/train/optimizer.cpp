@@ -17,16 +17,7 @@ namespace hadal::train {
 namespace {
 
 using model::Parameter;
-using model::ParamKind;
 using ops::Numerics;
-
-/// Whether forward passes read the parameter through Parameter::operand, which rounds it.
-bool is_rounded(const Parameter& parameter, Numerics numerics) {
-  const bool operand = parameter.is_matrix() || parameter.kind == ParamKind::kEmbedding ||
-                       parameter.kind == ParamKind::kHead;
-  return operand && numerics != Numerics::kIdeal && parameter.storage != model::Storage::kF32 &&
-         !parameter.as_stored;
-}
 
 /// The operand's values of a flat piece of FP32 masters: whole matrices where their storage has
 /// blocks.
@@ -109,8 +100,8 @@ void Optimizer::hold_for(Numerics numerics, dist::Ranks& ranks) {
     Parameter& parameter = *slots_[s].parameter;
     const at::Tensor value = parameter.value.detach();
     const bool was_rounded = value.scalar_type() == at::kBFloat16;
-    const bool is_now =
-        is_rounded(parameter, numerics) && (was_rounded || value.scalar_type() == at::kFloat);
+    const bool is_now = is_rounded(parameter.kind, parameter.storage, numerics) &&
+                        !parameter.as_stored && (was_rounded || value.scalar_type() == at::kFloat);
     if (!was_rounded && !is_now) continue;
     asked[s] = was_rounded && (!is_now || numerics != before);
     if (was_rounded == is_now) continue;

@@ -27,6 +27,10 @@ struct OptimizerParams {
   double adam_beta2 = 0.95;
   double adam_eps = 1e-20;
   bool low_precision_muon = false;  ///< Newton-Schulz products in BF16
+  /// Gradients of experts go to their owners as BF16, rounded by chance, and are added in FP32:
+  /// half the traffic, and bits that depend on the number of ranks.
+  bool bf16_expert_gradients = false;
+  uint64_t seed = 1;  ///< of those roundings
 };
 
 /// A parameter that takes a gradient.
@@ -99,6 +103,7 @@ class Optimizer {
   /// The sum of a piece's gradients; `piece` counts the ownership's, and is this rank's.
   void set_gradient(size_t piece, at::Tensor gradient);
   const Ownership& ownership() const { return ownership_; }
+  const OptimizerParams& params() const { return params_; }
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t steps) { num_steps_ = steps; }
 

@@ -95,6 +95,28 @@ TEST(Optimizer, MuonIsAlgorithmOneOnEveryUnit) {
   }
 }
 
+// However many matrices are orthogonalised together, each has the bits that it has alone.
+TEST(Optimizer, MuonMovesAMatrixAloneAsInAnyBatch) {
+  const auto moved = [](const std::string& only) {
+    model::Transformer model = make_model(at::kFloat);
+    Optimizer optimizer(model, {});
+    for (const uint64_t step : {1, 2}) {
+      set_gradients(model, step);
+      model.visit([&](Parameter& p) {
+        if (!only.empty() && p.trainable() && p.name != only) p.value.mutable_grad().reset();
+      });
+      optimizer.step(0.02);
+    }
+    return snapshot(model);
+  };
+  const auto together = moved("");
+  for (const char* name : {"layers.1.ffn.experts.*.w1.weight", "layers.2.ffn.experts.*.w2.weight",
+                           "layers.1.attn.wq_a.weight", "layers.1.attn.wo_a.weight"}) {
+    ASSERT_TRUE(together.contains(name)) << name;
+    EXPECT_TRUE(same_bits(together.at(name), moved(name).at(name))) << name;
+  }
+}
+
 TEST(Optimizer, MuonUpdatesHaveAnRmsOf018) {
   model::Transformer model = make_model();
   Optimizer optimizer(model, {.weight_decay = 0.0});

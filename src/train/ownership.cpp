@@ -37,6 +37,19 @@ UpdateRule update_rule(ParamKind kind) {
 
 UpdateRule update_rule(const model::Parameter& parameter) { return update_rule(parameter.kind); }
 
+bool is_rounded(ParamKind kind, model::Storage storage, ops::Numerics numerics) {
+  switch (kind) {
+    case ParamKind::kMatrix:
+    case ParamKind::kGroups:
+    case ParamKind::kExperts:
+    case ParamKind::kEmbedding:
+    case ParamKind::kHead:
+      return numerics != ops::Numerics::kIdeal && storage != model::Storage::kF32;
+    default:
+      return false;
+  }
+}
+
 int64_t state_bytes(UpdateRule rule) {
   switch (rule) {
     case UpdateRule::kMuon:
@@ -59,7 +72,12 @@ PlanItem plan_item(const std::string& name,
   const int64_t elements =
       std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
   if (rule != UpdateRule::kMuon) return {Share::kElements, elements, kElementBlock};
-  if (kind != ParamKind::kExperts) return {Share::kDense, elements, elements};
+  if (kind != ParamKind::kExperts) {
+    // FP8 rounds a stored matrix in blocks of 128 rows, which must stay together.
+    constexpr int64_t kBlockRows = 128;
+    const bool may_be_cut = shape.size() == 2 && shape[0] % (units * kBlockRows) == 0;
+    return {Share::kDense, elements, may_be_cut ? elements / units : elements};
+  }
   const auto is = [&](const char* matrix) { return name.find(matrix) != std::string::npos; };
   const Share share = is(".w2.") ? Share::kDown : is(".w3.") ? Share::kUp : Share::kGate;
   HADAL_CHECK(share != Share::kGate || is(".w1."), "plan_item: ", name, " is no matrix of experts");

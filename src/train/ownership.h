@@ -25,6 +25,10 @@ PlanItem plan_item(const std::string& name,
                    const std::vector<int64_t>& shape,
                    int64_t units);
 
+/// Whether forward passes in these numerics read such a parameter through Parameter::operand, which
+/// rounds its FP32 values.
+bool is_rounded(model::ParamKind kind, model::Storage storage, ops::Numerics numerics);
+
 /// Bytes of FP32 master and moments of an element.
 int64_t state_bytes(UpdateRule rule);
 

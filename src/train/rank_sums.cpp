@@ -10,7 +10,9 @@
 #include <ATen/core/grad_mode.h>
 
 #include "base/check.h"
+#include "base/hash.h"
 #include "train/slots.h"
+#include "train/stochastic_rounding.h"
 
 namespace hadal::train {
 namespace {
@@ -210,7 +212,7 @@ class Exchange {
     std::vector<Ownership::Message> messages;
     for (size_t p = 0; p < pieces_.size(); ++p) {
       ++left_[pieces_[p].item];
-      messages.push_back({p, pieces_[p].size(), sizeof(float)});
+      messages.push_back({p, pieces_[p].size(), is_halved(p) ? 2 : 4});
     }
     for (const std::vector<size_t>& bundle : optimizer_.ownership().bundles(messages)) {
       if (optimizer_.ownership().here(pieces_[bundle[0]])) {
@@ -230,6 +232,23 @@ class Exchange {
     for (const size_t p : bundle)
       if (table_.has_gradient(entry, pieces_[p].item)) result.push_back(p);
     return result;
+  }
+  const model::Parameter& parameter(size_t piece) const {
+    return *optimizer_.slots()[pieces_[piece].item].parameter;
+  }
+  /// Whether its gradients travel in BF16; one bundle has pieces of one kind.
+  bool is_halved(size_t piece) const {
+    return optimizer_.params().bf16_expert_gradients &&
+           parameter(piece).kind == model::ParamKind::kExperts;
+  }
+  at::Tensor outgoing(size_t entry, size_t piece) {
+    const at::Tensor gradient = own(entry, piece);
+    if (!is_halved(piece)) return gradient;
+    return stochastic_bf16(gradient,
+                           {.seed = optimizer_.params().seed ^ fnv1a64(parameter(piece).name),
+                            .step = optimizer_.num_steps(),
+                            .node = table_.entries()[entry].span.begin,
+                            .element = pieces_[piece].begin});
   }
   /// Tells a bundle of one node from all others.
   int64_t tag(const std::vector<size_t>& bundle, size_t entry) const {
@@ -254,7 +273,7 @@ class Exchange {
     for (size_t e = 0; e < table_.entries().size(); ++e) {
       if (table_.entries()[e].own < 0) continue;
       std::vector<at::Tensor> gradients;
-      for (const size_t p : present(bundle, e)) gradients.push_back(own(e, p));
+      for (const size_t p : present(bundle, e)) gradients.push_back(outgoing(e, p));
       if (gradients.empty()) continue;
       sent_.push_back(ranks_.send(bundled(gradients), pieces_[bundle[0]].owner, tag(bundle, e)));
     }
@@ -265,7 +284,12 @@ class Exchange {
     const size_t count = table_.entries().size();
     std::map<size_t, std::vector<at::Tensor>> gradients;  // by piece, each by entry
     for (const size_t p : bundle) gradients[p].resize(count);
-    std::vector<dist::Transfer> received;
+    struct Arriving {
+      size_t entry;
+      at::Tensor bundle;
+      dist::Transfer transfer;
+    };
+    std::vector<Arriving> arriving;
     for (size_t e = 0; e < count; ++e) {
       const std::vector<size_t> some = present(bundle, e);
       if (some.empty()) continue;
@@ -274,18 +298,20 @@ class Exchange {
         for (const size_t p : some) gradients[p][e] = is_whole(p) ? own(e, p) : own(e, p).clone();
         continue;
       }
-      std::vector<int64_t> sizes;
       int64_t elements = 0;
-      for (const size_t p : some) {
-        sizes.push_back(pieces_[p].size());
-        elements += sizes.back();
-      }
-      const at::Tensor arriving = at::empty({elements}, at::kFloat);
-      received.push_back(ranks_.receive(arriving, table_.entries()[e].rank, tag(bundle, e)));
-      const std::vector<at::Tensor> parts = unbundled(arriving, sizes);
-      for (size_t i = 0; i < some.size(); ++i) gradients[some[i]][e] = parts[i];
+      for (const size_t p : some) elements += pieces_[p].size();
+      const at::Tensor room =
+          at::empty({elements}, is_halved(some[0]) ? at::kBFloat16 : at::kFloat);
+      arriving.push_back({e, room, ranks_.receive(room, table_.entries()[e].rank, tag(bundle, e))});
     }
-    for (dist::Transfer& transfer : received) transfer.wait();
+    for (Arriving& message : arriving) {
+      message.transfer.wait();
+      const std::vector<size_t> some = present(bundle, message.entry);
+      std::vector<int64_t> sizes;
+      for (const size_t p : some) sizes.push_back(pieces_[p].size());
+      const std::vector<at::Tensor> parts = unbundled(message.bundle.to(at::kFloat), sizes);
+      for (size_t i = 0; i < some.size(); ++i) gradients[some[i]][message.entry] = parts[i];
+    }
     std::vector<at::Tensor> sums(bundle.size());
     for_each_slot(bundle.size(), true, [&](size_t i) {
       sums[i] = join_gradients(table_, leaves, gradients.at(bundle[i]));
@@ -294,8 +320,7 @@ class Exchange {
       if (sums[i].defined()) optimizer_.set_gradient(bundle[i], std::move(sums[i]));
   }
   bool is_whole(size_t piece) const {
-    return pieces_[piece].size() ==
-           optimizer_.slots()[pieces_[piece].item].parameter->value.numel();
+    return pieces_[piece].size() == parameter(piece).value.numel();
   }
 
   const NodeTable& table_;

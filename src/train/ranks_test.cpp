@@ -2,6 +2,7 @@
 // (docs/decisions/0023-ranks.md).
 #include "dist/ranks.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -86,6 +87,7 @@ struct Case {
   int64_t rows = 5;
   int steps = 2;
   double learning_rate = 1e-3;
+  OptimizerParams optimizer = {};
 };
 
 /// Ranks are threads here, and all of them draw from LibTorch's one generator.
@@ -103,7 +105,7 @@ struct World {
 
   World(const Case& c, dist::Ranks& ranks)
       : model(make_model(c)),
-        optimizer(trained(), {}, Ownership(model, ranks.size(), ranks.rank())) {
+        optimizer(trained(), c.optimizer, Ownership(model, ranks.size(), ranks.rank())) {
     optimizer.hold_for(c.numerics, ranks);
   }
 
@@ -349,6 +351,120 @@ TEST(RanksNorm, IsNoMeanOfTheirNorms) {
   EXPECT_GT(own[0], 0.0);
   EXPECT_GT(own[1], 0.0);
   EXPECT_GT(std::abs((own[0] + own[1]) / 2.0 - expected), 1e-3 * expected);
+}
+
+// Counts of targets, rows and queries are those of the step, whoever has the rows.
+TEST(RanksCounts, AreThoseOfOneRank) {
+  const model::ModelConfig config = testing::tiny_config();
+  const auto counts_of = [&](const Span& rows) {
+    StepCounts counts;
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      counts.add(MicroBatch(testing::packed_rows(row, 1, 48), at::Device(at::kCPU)), config);
+    return counts;
+  };
+  const StepCounts expected = counts_of({0, 5});
+  ASSERT_GT(expected.targets, 0);
+  const auto errors = testing::run_ranks(3, [&](dist::Ranks& ranks) {
+    StepCounts counts = counts_of(row_share(5, 3, ranks.rank()));
+    sum_counts(counts, config, ranks);
+    EXPECT_EQ(counts.targets, expected.targets);
+    EXPECT_EQ(counts.mtp_targets, expected.mtp_targets);
+    EXPECT_EQ(counts.rows, expected.rows);
+    EXPECT_EQ(counts.index_queries, expected.index_queries);
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
+/// What a rank sums, and the absolute values of what it sends.
+struct Summed {
+  std::vector<at::Tensor> own;   ///< of its pieces
+  std::vector<size_t> pieces;    ///< their numbers
+  std::vector<at::Tensor> sent;  ///< by parameter: sum of absolute values over its nodes
+};
+
+Summed summed(const Case& c, dist::Ranks& ranks) {
+  World world(c, ranks);
+  const StepShare share{.rows = row_share(c.rows, ranks.size(), ranks.rank()), .total = c.rows};
+  const ObjectiveParams objective{.mode = c.mode, .numerics = c.numerics};
+  std::vector<MicroBatch> batches;
+  for (int64_t row = share.rows.begin; row < share.rows.end; ++row)
+    batches.emplace_back(testing::packed_rows(row, 1, 48), at::Device(at::kCPU));
+  StepCounts counts;
+  for (const MicroBatch& batch : batches) counts.add(batch, world.model.config());
+  sum_counts(counts, world.model.config(), ranks);
+  Summed result;
+  for (const bool exchange : {false, true}) {
+    StepSums sums(world.model, share.rows.begin);
+    for (const MicroBatch& batch : batches) accumulate(world.model, batch, counts, objective, sums);
+    if (!exchange) {
+      result.sent.resize(sums.parameters().size());
+      for (const StepNode& node : sums.take(share.total))
+        for (size_t p = 0; p < node.gradients.size(); ++p)
+          if (node.gradients[p].defined())
+            add_in_place(result.sent[p], node.gradients[p].abs().view({-1}));
+      continue;
+    }
+    std::vector<NotFinite> not_finite;
+    sum_over_ranks(sums, share, world.model.config(), world.optimizer, ranks, not_finite);
+  }
+  const std::vector<PlanPiece>& all = world.optimizer.ownership().pieces();
+  for (const OwnedPiece& own : world.optimizer.pieces()) {
+    result.own.push_back(own.gradient);
+    result.pieces.push_back(
+        static_cast<size_t>(std::find(all.begin(), all.end(), own.piece) - all.begin()));
+  }
+  return result;
+}
+
+// |sum of roundings - sum| <= 2^-7 sum |node|, and the additions in FP32 on both sides.
+TEST(RanksBf16Gradients, OfExpertsAloneWithinTheirBound) {
+  const testing::OneAtenThread one_thread;
+  const Case exact{.mode = AttentionMode::kDense, .numerics = Numerics::kBf16, .rows = 6};
+  Case halved = exact;
+  halved.optimizer.bf16_expert_gradients = true;
+  Case reseeded = halved;
+  reseeded.optimizer.seed = 2;
+  constexpr int64_t kRanks = 3;
+  std::vector<Summed> in_fp32(kRanks), in_bf16(kRanks), again(kRanks), other(kRanks);
+  std::vector<PlanPiece> pieces;
+  std::vector<bool> is_expert;
+  const auto errors = testing::run_ranks(kRanks, [&](dist::Ranks& ranks) {
+    const auto rank = static_cast<size_t>(ranks.rank());
+    in_fp32[rank] = summed(exact, ranks);
+    in_bf16[rank] = summed(halved, ranks);
+    again[rank] = summed(halved, ranks);
+    other[rank] = summed(reseeded, ranks);
+    if (!ranks.first()) return;
+    World world(exact, ranks);
+    pieces = world.optimizer.ownership().pieces();
+    for (const OptimizerSlot& slot : world.optimizer.slots())
+      is_expert.push_back(slot.parameter->kind == model::ParamKind::kExperts);
+  });
+  for (const std::string& error : errors) ASSERT_EQ(error, "");
+  int64_t changed = 0, reseeded_differ = 0;
+  for (size_t rank = 0; rank < kRanks; ++rank) {
+    for (size_t i = 0; i < in_fp32[rank].own.size(); ++i) {
+      const at::Tensor &expected = in_fp32[rank].own[i], &found = in_bf16[rank].own[i];
+      ASSERT_EQ(expected.defined(), found.defined());
+      if (!expected.defined()) continue;
+      EXPECT_TRUE(testing::same_bits(found, again[rank].own[i]));
+      const PlanPiece& piece = pieces[in_fp32[rank].pieces[i]];
+      if (!is_expert[piece.item]) {
+        EXPECT_TRUE(testing::same_bits(expected, found));
+        continue;
+      }
+      at::Tensor bound = at::zeros_like(expected);
+      for (const Summed& from : in_fp32)
+        if (from.sent[piece.item].defined())
+          bound += from.sent[piece.item].narrow(0, piece.begin, piece.size());
+      const at::Tensor error = (found - expected).abs();
+      EXPECT_TRUE((error <= bound * (0x1p-7f + 0x1p-20f)).all().item<bool>());
+      changed += (error > 0).sum().item<int64_t>();
+      reseeded_differ += (other[rank].own[i] != found).sum().item<int64_t>();
+    }
+  }
+  EXPECT_GT(changed, 0);
+  EXPECT_GT(reseeded_differ, 0);
 }
 
 // No sample is long enough for a block: what works on blocks has no gradient, and its moments

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
+#include <set>
+#include <utility>
 
 #include "base/check.h"
 
@@ -37,23 +39,52 @@ class Planner {
   }
 
  private:
-  void dense() {
-    std::vector<size_t> members;
+  struct Buckets {
+    std::vector<PlanPiece> pieces;  ///< by item, then by place; owners count from the group's first
+    std::vector<int64_t> loads;
+  };
+
+  /// Dense matrices on `ranks` ranks, whole or in units.
+  Buckets fill(int64_t ranks, bool whole) const {
+    Buckets result;
+    std::vector<PlanPiece> parts;
     std::vector<int64_t> sizes;
     for (size_t i = 0; i < items_.size(); ++i) {
       if (items_[i].share != Share::kDense) continue;
-      members.push_back(i);
-      sizes.push_back(items_[i].elements);
+      const int64_t step = whole ? items_[i].elements : items_[i].unit;
+      for (int64_t begin = 0; begin < items_[i].elements; begin += step) {
+        parts.push_back({i, begin, std::min(begin + step, items_[i].elements), 0});
+        sizes.push_back(parts.back().size());
+      }
     }
+    const std::vector<int64_t> buckets = fill_buckets(sizes, ranks, result.loads);
+    for (size_t p = 0; p < parts.size(); ++p) {
+      const PlanPiece& part = parts[p];
+      if (!result.pieces.empty() && result.pieces.back().item == part.item &&
+          result.pieces.back().owner == buckets[p]) {
+        result.pieces.back().end = part.end;
+      } else {
+        result.pieces.push_back({part.item, part.begin, part.end, buckets[p]});
+      }
+    }
+    return result;
+  }
+
+  void dense() {
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const auto [begin, end] = group_ranks(plan_.ranks, plan_.groups, group);
-      std::vector<int64_t> loads;
-      const std::vector<int64_t> buckets = fill_buckets(sizes, end - begin, loads);
-      for (size_t m = 0; m < members.size(); ++m) {
-        ++plan_.dense_matrices[static_cast<size_t>(begin + buckets[m])];
-        if (group == 0) plan_.pieces.push_back({members[m], 0, sizes[m], buckets[m]});
+      Buckets buckets = fill(end - begin, true);
+      if (padding_of(buckets.loads) > kMostPadding) {
+        Buckets cut = fill(end - begin, false);
+        if (padding_of(cut.loads) < padding_of(buckets.loads)) buckets = std::move(cut);
       }
-      std::copy(loads.begin(), loads.end(), plan_.loads[index(Pool::kDense)].begin() + begin);
+      std::copy(buckets.loads.begin(), buckets.loads.end(),
+                plan_.loads[index(Pool::kDense)].begin() + begin);
+      std::set<std::pair<int64_t, size_t>> stored;  // on which rank is something of which matrix
+      for (const PlanPiece& piece : buckets.pieces) stored.emplace(piece.owner, piece.item);
+      for (const auto& [owner, item] : stored)
+        ++plan_.dense_matrices[static_cast<size_t>(begin + owner)];
+      if (group == 0) plan_.pieces = std::move(buckets.pieces);
     }
   }
 

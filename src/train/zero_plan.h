@@ -1,8 +1,10 @@
 // Who owns what of a model's masters and moments on many ranks: hybrid ZeRO for Muon
 // (docs/decisions/0026-owners.md). A function of shapes and numbers alone; nothing is allocated.
 //
-//   dense matrices  whole, by a knapsack: the largest first, each to the rank that holds least. At
-//                   most `cap` ranks share them; more ranks form groups, each with all of them
+//   dense matrices  by a knapsack: the largest first, each to the rank that holds least. Whole as
+//                   they are stored; only where that leaves more padding than kMostPadding, cut at
+//                   the matrices that Muon takes (wo_a at its groups). At most `cap` ranks share
+//                   them; more ranks form groups, each with all of them
 //   experts         all down matrices of all layers, then up, then gate, as one line that is cut
 //                   into equal runs at the borders of matrices
 //   AdamW           all elements as one line, cut at multiples of kElementBlock in a parameter
@@ -22,10 +24,13 @@ enum class Share { kDense, kDown, kUp, kGate, kElements };
 /// element's place in a loop over its piece is the same wherever the piece begins.
 inline constexpr int64_t kElementBlock = 1024;
 
+/// Share of padding from which on stored matrices are cut at their units.
+inline constexpr double kMostPadding = 0.1;
+
 struct PlanItem {
   Share share;
   int64_t elements;
-  int64_t unit;  ///< elements that are never cut: a matrix, or a block; the last may be shorter
+  int64_t unit;  ///< elements that are never cut: a matrix, or a block, which may end short
 };
 
 /// Elements [begin, end) of an item.
@@ -47,7 +52,7 @@ struct ZeroPlan {
   int64_t cap = 1;                ///< ranks that may share the dense matrices
   int64_t groups = 1;             ///< of at most `cap` ranks; sizes differ by one at most
   std::vector<PlanPiece> pieces;  ///< by item, then by place; each element once
-  /// Elements and whole dense matrices on each rank, those of all groups.
+  /// Elements, and stored dense matrices of which there is something, on each rank of all groups.
   std::array<std::vector<int64_t>, kNumPools> loads;
   std::vector<int64_t> dense_matrices;
 
@@ -56,6 +61,7 @@ struct ZeroPlan {
   double padding(Pool pool) const;
   double mean_dense_matrices() const;
   int64_t most_dense_matrices() const;
+  bool operator==(const ZeroPlan&) const = default;
 };
 
 /// The most ranks that can share dense matrices evenly: a bucket holds the largest at least.
