@@ -178,6 +178,7 @@ void print_json(const TrainPlan& plan) {
 
 int print_train_plan(const std::string& run, int64_t ranks, const TrainPlanFlags& flags) {
   Subject subject = subject_of(run);
+  subject.config.drafter = {};  // a run trains none
   TrainPlanParams& params = subject.params;
   params.ranks = ranks;
   params.cap = flags.dense_ranks;
