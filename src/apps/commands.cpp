@@ -47,7 +47,7 @@ const std::vector<Command>& commands() {
       {"plan", "FLOPs and KV bytes per token against V3.2",
        "hadal plan --config config.json --context 1000000 --svg cost.svg", define_plan},
       {"train", "train a model; stopped at any moment, the same command goes on",
-       "  hadal train nano.json", define_train},
+       "  hadal train nano.json\n  hadal train v4-pro --plan --ranks 512", define_train},
       {"plot", "curves of a run as SVG",
        "  hadal plot runs/nano/metrics.jsonl --out curve.svg --keys loss/main,validation/loss "
        "--smooth 20",

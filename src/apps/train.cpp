@@ -13,6 +13,7 @@
 
 #include "apps/command.h"
 #include "apps/flags.h"
+#include "apps/train_plan.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "base/parallel.h"
@@ -39,6 +40,7 @@ struct TrainFlags {
   int64_t ranks = 0;  ///< 0: as the environment says
   int64_t restarts = 3;
   double rank_timeout = 1800.0;
+  TrainPlanFlags plan;
 };
 
 /// One process a rank on this machine, each of this program with this command line.
@@ -98,6 +100,8 @@ int train(const TrainFlags& flags,
 int run(const TrainFlags& flags) {
   const auto start = std::chrono::steady_clock::now();
   if (flags.threads > 0) set_num_threads(flags.threads);
+  if (flags.plan.plan)
+    return print_train_plan(flags.config, std::max<int64_t>(1, flags.ranks), flags.plan);
   if (!flags.export_folder.empty()) {
     const auto format = flags.export_format == "official" ? checkpoint::SaveFormat::kOfficial
                                                           : checkpoint::SaveFormat::kBf16;
@@ -109,6 +113,8 @@ int run(const TrainFlags& flags) {
   }
   std::unique_ptr<dist::Ranks> ranks;  // outlives what is thrown below
   try {
+    HADAL_INPUT_CHECK(flags.ranks <= 1024, "--ranks: expected a number from 1 to 1024, found ",
+                      flags.ranks);
     if (flags.ranks > 1) return launch_ranks(flags, start);
     ranks = join_ranks(flags);
     return train(flags, *ranks, start);
@@ -118,6 +124,35 @@ int run(const TrainFlags& flags) {
     std::fflush(nullptr);
     std::_Exit(dist::kExitRankLost);
   }
+}
+
+/// --plan and what belongs to it; without it these flags are refused.
+void define_plan_flags(CLI::App& app, TrainPlanFlags& flags) {
+  auto* plan = app.add_flag("--plan", flags.plan,
+                            "print who moves what, memory, traffic and time of a step, and train "
+                            "nothing; RUN may be a config.json, v4-flash or v4-pro");
+  app.add_flag("--json", flags.json, "with --plan: print JSON")->needs(plan);
+  app.add_option("--dense-ranks", flags.dense_ranks,
+                 "with --plan: how many ranks may share the dense matrices; default: as many as "
+                 "can evenly")
+      ->check(between(1, 1e6))
+      ->needs(plan);
+  app.add_option("--step-tokens", flags.step_tokens,
+                 "with --plan: tokens of a step; default: the run's last, or 64 Mi")
+      ->check(between(1, 1e12))
+      ->needs(plan);
+  app.add_option("--row-length", flags.row_length,
+                 "with --plan: tokens of a row; default: the last stage's, or 4096")
+      ->check(between(1, 1e9))
+      ->needs(plan);
+  app.add_option("--tflops", flags.teraflops, "with --plan: TFLOP/s of a rank")
+      ->check(above(0))
+      ->needs(plan)
+      ->capture_default_str();
+  app.add_option("--link-gbs", flags.link_gigabytes, "with --plan: GB/s into and out of a rank")
+      ->check(above(0))
+      ->needs(plan)
+      ->capture_default_str();
 }
 
 }  // namespace
@@ -139,13 +174,14 @@ std::function<int()> define_train(CLI::App& app) {
       ->check(between(1, 1024));
   app.add_option("--ranks", flags->ranks,
                  "train in so many processes of this machine (docs/parallelism.md)")
-      ->check(between(1, 1024));
+      ->check(between(1, 1e6));
   app.add_option("--restarts", flags->restarts,
                  "with --ranks: how often all start again after one has died")
       ->check(between(0, 1e6));
   app.add_option("--rank-timeout", flags->rank_timeout,
                  "seconds after which a rank that waits for another gives up")
       ->check(between(1, 1e6));
+  define_plan_flags(app, flags->plan);
   return [flags] { return run(*flags); };
 }
 

@@ -251,8 +251,16 @@ void fill_safetensors(const std::string& path,
   PlacedFile file(path, PlacedFile::kOpen);
   for (size_t i = 0; i < layout.items.size(); ++i) {
     const at::Tensor& tensor = layout.items[i]->tensor;
-    if (tensor.is_meta()) continue;
-    file.write(layout.infos[i].begin, bytes_of(tensor.detach().to(at::kCPU).contiguous()));
+    const auto write = [&](int64_t element, const at::Tensor& values) {
+      HADAL_CHECK(values.scalar_type() == tensor.scalar_type() &&
+                      element + values.numel() <= tensor.numel(),
+                  path, ": ", layout.infos[i].name, " has no elements ", element, " to ",
+                  element + values.numel(), " of ", values.scalar_type());
+      file.write(layout.infos[i].begin + element * static_cast<int64_t>(tensor.element_size()),
+                 bytes_of(values.detach().to(at::kCPU).contiguous()));
+    };
+    for (const TensorPart& part : layout.items[i]->parts) write(part.begin, part.values);
+    if (!tensor.is_meta()) write(0, tensor);
   }
   file.sync();
 }

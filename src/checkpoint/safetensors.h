@@ -61,11 +61,19 @@ class TensorReader {
   std::map<std::string, std::string> metadata_;
 };
 
+/// Elements [begin, begin + numel) of a tensor, flat.
+struct TensorPart {
+  int64_t begin;
+  at::Tensor values;
+};
+
 /// A tensor to write. kByte is stored as U8 unless `e8m0` says that the bytes are E8M0 scales.
 struct NamedTensor {
   std::string name;
   at::Tensor tensor;  ///< any device and strides; made contiguous on the CPU one at a time
   bool e8m0 = false;  ///< kByte only: store as F8_E8M0
+  /// Of a meta tensor, what of it fill_safetensors writes here.
+  std::vector<TensorPart> parts = {};
 };
 
 using Metadata = std::map<std::string, std::string>;
@@ -74,9 +82,10 @@ using Metadata = std::map<std::string, std::string>;
 void write_safetensors(const std::string& path,
                        const std::vector<NamedTensor>& tensors,
                        const Metadata& metadata = {{"format", "pt"}});
-/// The same file written by several processes: each calls fill_safetensors with all tensors, those
-/// of the others as meta tensors (shapes without memory), after one has called create_safetensors,
-/// which writes everything but data. Not atomic: for a folder that is (AtomicDirectory).
+/// The same file written by several processes: each calls fill_safetensors with all tensors, what
+/// others write as meta tensors (shapes without memory), parts of these given as such, after one
+/// has called create_safetensors, which writes everything but data. Not atomic: for a folder that
+/// is (AtomicDirectory).
 void create_safetensors(const std::string& path,
                         const std::vector<NamedTensor>& tensors,
                         const Metadata& metadata = {{"format", "pt"}});

@@ -5,12 +5,13 @@
 #include <span>
 
 #include "train/optimizer.h"
+#include "train/slots.h"
 
 namespace hadal::train {
 
-/// Moves the parameters of the slots whose rule is kAdam or kAdamDecay and that have a gradient;
-/// `num_steps` counts this step, too; lr > 0. Without gradients of its own.
-void adamw_step(std::span<OptimizerSlot> slots,
+/// Moves those of the pieces whose rule is kAdam or kAdamDecay; `num_steps` counts this step, too;
+/// lr > 0. Without gradients of its own.
+void adamw_step(std::span<const MovedPiece> pieces,
                 const OptimizerParams& params,
                 int64_t num_steps,
                 double lr);

@@ -14,26 +14,41 @@
 namespace hadal::train {
 namespace {
 
-/// The parameter or its gradient as [units, rows, cols] of independent matrices.
-at::Tensor logical_view(const at::Tensor& tensor, const model::Parameter& parameter) {
-  return tensor.reshape({parameter.local_units(), -1, tensor.size(-1)});
+/// Elements of a piece as [units, rows, cols] of independent matrices.
+at::Tensor logical_view(const at::Tensor& flat, const model::Parameter& parameter) {
+  const std::vector<int64_t> shape = parameter.local_shape();
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  return flat.view({-1, rows / parameter.local_units(), shape.back()});
+}
+
+/// [units, 1, 1]: 1 where a matrix of u moves. Layer 0's mixing matrices have true gradients of 0;
+/// noise must not become a full-size update.
+at::Tensor moving(const at::Tensor& u, bool on_cpu) {
+  const double least = 1e-12 * std::sqrt(static_cast<double>(u.size(1) * u.size(2)));
+  if (!on_cpu)
+    return (u.square().sum({1, 2}, /*keepdim=*/true).sqrt() >= least).to(u.scalar_type());
+  const at::Tensor norms = at::empty({u.size(0), 1, 1}, u.options());
+  for_each_slot(static_cast<size_t>(u.size(0)), true, [&](size_t i) {
+    const auto unit = static_cast<int64_t>(i);
+    norms[unit].fill_(u[unit].square().sum().sqrt());
+  });
+  return (norms >= least).to(u.scalar_type());
 }
 
 }  // namespace
 
-void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, double lr) {
-  std::vector<OptimizerSlot*> moved;
-  for (OptimizerSlot& slot : slots) {
-    if (slot.rule == UpdateRule::kMuon && slot.parameter->value.grad().defined())
-      moved.push_back(&slot);
-  }
+void muon_step(std::span<const MovedPiece> pieces, const OptimizerParams& params, double lr) {
+  std::vector<const MovedPiece*> moved;
+  for (const MovedPiece& piece : pieces)
+    if (piece.rule == UpdateRule::kMuon) moved.push_back(&piece);
   if (moved.empty()) return;
   const bool on_cpu = moved[0]->momentum.is_cpu();
   std::vector<at::Tensor> ahead(moved.size());
   for_each_slot(moved.size(), on_cpu, [&](size_t i) {
-    const at::Tensor& grad = moved[i]->parameter->value.grad();
-    moved[i]->momentum.mul_(params.muon_momentum).add_(grad);
-    ahead[i] = moved[i]->momentum.mul(params.muon_momentum).add_(grad);
+    const MovedPiece& piece = *moved[i];
+    piece.momentum.mul_(params.muon_momentum).add_(piece.gradient);
+    ahead[i] = piece.momentum.mul(params.muon_momentum).add_(piece.gradient);
   });
 
   // Matrices of one shape, whichever way round, are orthogonalised together; each gets the bits it
@@ -52,11 +67,7 @@ void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, do
       first.push_back(first.back() + updates.back().size(0));
     }
     const at::Tensor u = at::cat(updates);
-    const double size = static_cast<double>(rows * cols);
-    // Layer 0's mixing matrices have true gradients of 0; noise must not become a full-size update.
-    const at::Tensor moves =
-        (u.square().sum({1, 2}, /*keepdim=*/true).sqrt() >= 1e-12 * std::sqrt(size))
-            .to(u.scalar_type());
+    const at::Tensor moves = moving(u, on_cpu);
     const double factor =
         std::sqrt(static_cast<double>(std::max(rows, cols))) * params.muon_update_rms;
     const at::Tensor direction = ops::newton_schulz(u, params.low_precision_muon);
@@ -64,8 +75,8 @@ void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, do
       const auto own = [&](const at::Tensor& x) {
         return x.narrow(0, first[m], first[m + 1] - first[m]);
       };
-      model::Parameter& parameter = *moved[members[m]]->parameter;
-      const at::Tensor value = logical_view(parameter.value, parameter);
+      const MovedPiece& piece = *moved[members[m]];
+      const at::Tensor value = logical_view(piece.values, *piece.parameter);
       const at::Tensor step =
           own(direction).mul(factor).add_(value.mul(params.weight_decay)).mul_(own(moves)).mul_(lr);
       value.sub_(step);

@@ -4,11 +4,12 @@
 #include <span>
 
 #include "train/optimizer.h"
+#include "train/slots.h"
 
 namespace hadal::train {
 
-/// Moves the parameters of the slots whose rule is kMuon and that have a gradient; lr > 0. Without
-/// gradients of its own.
-void muon_step(std::span<OptimizerSlot> slots, const OptimizerParams& params, double lr);
+/// Moves those of the pieces whose rule is kMuon, whole matrices each; lr > 0. A matrix gets the
+/// bits that it would get alone. Without gradients of its own.
+void muon_step(std::span<const MovedPiece> pieces, const OptimizerParams& params, double lr);
 
 }  // namespace hadal::train

@@ -7,79 +7,140 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "train/optimizer.h"
 
 namespace hadal::train {
 
-std::vector<int64_t> fill_buckets(const std::vector<int64_t>& sizes,
-                                  int64_t ranks,
-                                  std::vector<int64_t>& loads) {
-  HADAL_CHECK(ranks >= 1, "fill_buckets: ", ranks, " buckets");
-  std::vector<size_t> order(sizes.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return sizes[a] > sizes[b]; });
-  loads.assign(static_cast<size_t>(ranks), 0);
-  std::vector<int64_t> buckets(sizes.size(), 0);
-  for (const size_t item : order) {
-    const auto least = std::min_element(loads.begin(), loads.end());
-    *least += sizes[item];
-    buckets[item] = least - loads.begin();
+using model::ParamKind;
+
+UpdateRule update_rule(ParamKind kind) {
+  switch (kind) {
+    case ParamKind::kMatrix:
+    case ParamKind::kGroups:
+    case ParamKind::kExperts:
+    case ParamKind::kHcFn:
+      return UpdateRule::kMuon;
+    case ParamKind::kEmbedding:
+    case ParamKind::kHead:
+      return UpdateRule::kAdamDecay;
+    case ParamKind::kNorm:
+    case ParamKind::kHcBase:
+    case ParamKind::kHcScale:
+    case ParamKind::kSink:
+    case ParamKind::kApe:
+      return UpdateRule::kAdam;
+    case ParamKind::kGateBias:
+    case ParamKind::kHashTable:
+      return UpdateRule::kNone;
   }
-  return buckets;
+  return UpdateRule::kNone;
 }
 
-Ownership::Ownership(const model::Transformer& model, int64_t ranks, int64_t rank) : rank_(rank) {
-  std::vector<int64_t> sizes;
+UpdateRule update_rule(const model::Parameter& parameter) { return update_rule(parameter.kind); }
+
+bool is_rounded(ParamKind kind, model::Storage storage, ops::Numerics numerics) {
+  switch (kind) {
+    case ParamKind::kMatrix:
+    case ParamKind::kGroups:
+    case ParamKind::kExperts:
+    case ParamKind::kEmbedding:
+    case ParamKind::kHead:
+      return numerics != ops::Numerics::kIdeal && storage != model::Storage::kF32;
+    default:
+      return false;
+  }
+}
+
+int64_t state_bytes(UpdateRule rule) {
+  switch (rule) {
+    case UpdateRule::kMuon:
+      return 4 + 4;
+    case UpdateRule::kAdamDecay:
+    case UpdateRule::kAdam:
+      return 4 + 8;
+    case UpdateRule::kNone:
+      return 0;
+  }
+  return 0;
+}
+
+PlanItem plan_item(const std::string& name,
+                   ParamKind kind,
+                   const std::vector<int64_t>& shape,
+                   int64_t units) {
+  const UpdateRule rule = update_rule(kind);
+  HADAL_CHECK(rule != UpdateRule::kNone, "plan_item: ", name, " is moved by no rule");
+  const int64_t elements =
+      std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+  if (rule != UpdateRule::kMuon) return {Share::kElements, elements, kElementBlock};
+  if (kind != ParamKind::kExperts) {
+    // FP8 rounds a stored matrix in blocks of 128 rows, which must stay together.
+    constexpr int64_t kBlockRows = 128;
+    const bool may_be_cut = shape.size() == 2 && shape[0] % (units * kBlockRows) == 0;
+    return {Share::kDense, elements, may_be_cut ? elements / units : elements};
+  }
+  const auto is = [&](const char* matrix) { return name.find(matrix) != std::string::npos; };
+  const Share share = is(".w2.") ? Share::kDown : is(".w3.") ? Share::kUp : Share::kGate;
+  HADAL_CHECK(share != Share::kGate || is(".w1."), "plan_item: ", name, " is no matrix of experts");
+  return {share, elements, elements / units};
+}
+
+Ownership::Ownership(const model::Transformer& model, int64_t ranks, int64_t rank, int64_t cap)
+    : rank_(rank), ranks_(ranks) {
+  std::vector<PlanItem> items;
+  std::vector<int64_t> bytes;  // of an element
   model.visit([&](const model::Parameter& parameter) {
     const UpdateRule rule = update_rule(parameter);
     if (rule == UpdateRule::kNone) return;
-    const auto bytes = static_cast<int64_t>(parameter.value.nbytes());
-    sizes.push_back(rule == UpdateRule::kMuon ? bytes : 2 * bytes);
+    items.push_back(plan_item(parameter.name, parameter.kind, parameter.local_shape(),
+                              parameter.local_units()));
+    bytes.push_back(state_bytes(rule));
   });
-  std::vector<int64_t> loads;
-  owners_ = fill_buckets(sizes, ranks, loads);
+  pieces_ = plan_zero(items, ranks, cap > 0 ? cap : dense_cap(items)).pieces;
+  std::vector<int64_t> loads(static_cast<size_t>(ranks), 0);
+  for (const PlanPiece& piece : pieces_)
+    loads[static_cast<size_t>(piece.owner)] += piece.size() * bytes[piece.item];
   load_ = {.most = *std::max_element(loads.begin(), loads.end()),
            .total = std::accumulate(loads.begin(), loads.end(), int64_t{0})};
 }
 
-std::vector<std::vector<size_t>> Ownership::bundles(const std::vector<size_t>& indices,
-                                                    const std::vector<int64_t>& bytes) const {
+std::vector<std::vector<size_t>> Ownership::bundles(const std::vector<Message>& messages) const {
   // A message costs as much as some 100 KB of it; larger bundles would only be copied for longer.
   constexpr int64_t kAlone = 128 << 10, kFull = 512 << 10;
   struct Open {
     size_t bundle;
     int64_t bytes;
   };
-  std::map<int64_t, Open> open;  // by owner
+  std::map<std::pair<int64_t, int64_t>, Open> open;  // by owner and element size
   std::vector<std::vector<size_t>> result;
-  for (const size_t index : indices) {
-    const int64_t size = bytes[index];
-    const auto found = open.find(owner(index));
+  for (const Message& message : messages) {
+    const int64_t size = message.elements * message.element_bytes;
+    const std::pair key{pieces_[message.piece].owner, message.element_bytes};
+    const auto found = open.find(key);
     if (size < kAlone && found != open.end() && found->second.bytes + size <= kFull) {
-      result[found->second.bundle].push_back(index);
+      result[found->second.bundle].push_back(message.piece);
       found->second.bytes += size;
       continue;
     }
-    if (size < kAlone) open[owner(index)] = {result.size(), size};
-    result.push_back({index});
+    if (size < kAlone) open[key] = {result.size(), size};
+    result.push_back({message.piece});
   }
   return result;
 }
 
-at::Tensor bundled(const std::vector<at::Tensor>& tensors) {
-  if (tensors.size() == 1) return tensors[0].contiguous();
-  std::vector<at::Tensor> flat;
-  for (const at::Tensor& tensor : tensors) flat.push_back(tensor.reshape({-1}));
-  return at::cat(flat);
+at::Tensor piece_of(const at::Tensor& whole, const PlanPiece& piece) {
+  return whole.view({-1}).narrow(0, piece.begin, piece.size());
 }
 
-std::vector<at::Tensor> unbundled(const at::Tensor& bundle, const std::vector<at::Tensor>& like) {
+at::Tensor bundled(const std::vector<at::Tensor>& tensors) {
+  return tensors.size() == 1 ? tensors[0].contiguous() : at::cat(tensors);
+}
+
+std::vector<at::Tensor> unbundled(const at::Tensor& bundle, const std::vector<int64_t>& sizes) {
   std::vector<at::Tensor> result;
   int64_t begin = 0;
-  for (const at::Tensor& each : like) {
-    result.push_back(bundle.reshape({-1}).narrow(0, begin, each.numel()).view(each.sizes()));
-    begin += each.numel();
+  for (const int64_t size : sizes) {
+    result.push_back(bundle.narrow(0, begin, size));
+    begin += size;
   }
   return result;
 }

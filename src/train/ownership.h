@@ -1,4 +1,5 @@
-// Which rank holds a parameter's optimizer state and moves it (docs/parallelism.md).
+// Which rank holds the master and the moments of which piece of a parameter, and moves it
+// (docs/parallelism.md).
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,31 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/transformer.h"
+#include "train/zero_plan.h"
 
 namespace hadal::train {
 
-/// Bytes of optimizer state a rank holds.
+/// Which rule moves a parameter.
+enum class UpdateRule { kMuon, kAdamDecay, kAdam, kNone };
+UpdateRule update_rule(model::ParamKind kind);
+UpdateRule update_rule(const model::Parameter& parameter);
+
+/// A parameter as the plan sees it; `shape` and `units` as in model::Parameter. Experts are told
+/// apart by the official names of their matrices: w2 is down, w3 up, w1 gate. Error: HADAL_CHECK
+/// for a kind without a rule.
+PlanItem plan_item(const std::string& name,
+                   model::ParamKind kind,
+                   const std::vector<int64_t>& shape,
+                   int64_t units);
+
+/// Whether forward passes in these numerics read such a parameter through Parameter::operand, which
+/// rounds its FP32 values.
+bool is_rounded(model::ParamKind kind, model::Storage storage, ops::Numerics numerics);
+
+/// Bytes of FP32 master and moments of an element.
+int64_t state_bytes(UpdateRule rule);
+
+/// Bytes of masters and moments a rank holds.
 struct StateLoad {
   int64_t most = 0, total = 0;
 };
@@ -19,33 +41,34 @@ class Ownership {
  public:
   /// One rank owns all.
   Ownership() = default;
-  /// Whole parameters, so that no matrix is cut: the largest first, each to the rank that holds
-  /// least so far, the lowest of equals. A function of the model and the number of ranks.
-  Ownership(const model::Transformer& model, int64_t ranks, int64_t rank);
+  /// The pieces of plan_zero for the model's parameters that take a gradient, in the model's order:
+  /// a piece's item counts these. Where the plan has several groups the first one's ranks hold the
+  /// dense matrices. `cap` 0: dense_cap. A function of the model's shapes and the numbers.
+  Ownership(const model::Transformer& model, int64_t ranks, int64_t rank, int64_t cap = 0);
 
-  /// `index` counts the parameters that take a gradient, in the model's order.
-  int64_t owner(size_t index) const { return owners_.empty() ? 0 : owners_[index]; }
-  bool here(size_t index) const { return owner(index) == rank_; }
+  const std::vector<PlanPiece>& pieces() const { return pieces_; }
+  bool here(const PlanPiece& piece) const { return piece.owner == rank_; }
+  int64_t ranks() const { return ranks_; }
   const StateLoad& load() const { return load_; }
-  /// The parameters among `indices` (ascending) by what travels in one message: large ones alone,
-  /// small ones of one owner together. The same on every rank.
-  std::vector<std::vector<size_t>> bundles(const std::vector<size_t>& indices,
-                                           const std::vector<int64_t>& bytes) const;
+  /// The pieces among `indices` (ascending) by what travels in one message: large ones alone, small
+  /// ones of one owner and one element size together. The same on every rank.
+  struct Message {
+    size_t piece;
+    int64_t elements, element_bytes;
+  };
+  std::vector<std::vector<size_t>> bundles(const std::vector<Message>& messages) const;
 
  private:
-  std::vector<int64_t> owners_;
-  int64_t rank_ = 0;
+  std::vector<PlanPiece> pieces_;
+  int64_t rank_ = 0, ranks_ = 1;
   StateLoad load_;
 };
 
-/// Tensors of a bundle as one, and one of their total size as views of them; alone, itself.
-at::Tensor bundled(const std::vector<at::Tensor>& tensors);
-std::vector<at::Tensor> unbundled(const at::Tensor& bundle, const std::vector<at::Tensor>& like);
+/// A piece of a tensor that has all of a parameter's elements: flat, of the tensor's memory.
+at::Tensor piece_of(const at::Tensor& whole, const PlanPiece& piece);
 
-/// Loads of `ranks` buckets for items of these sizes, and the bucket of each: longest processing
-/// time first.
-std::vector<int64_t> fill_buckets(const std::vector<int64_t>& sizes,
-                                  int64_t ranks,
-                                  std::vector<int64_t>& loads);
+/// Flat tensors of a bundle as one, and one of their total size as views of them; alone, itself.
+at::Tensor bundled(const std::vector<at::Tensor>& tensors);
+std::vector<at::Tensor> unbundled(const at::Tensor& bundle, const std::vector<int64_t>& sizes);
 
 }  // namespace hadal::train

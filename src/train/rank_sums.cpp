@@ -10,7 +10,9 @@
 #include <ATen/core/grad_mode.h>
 
 #include "base/check.h"
+#include "base/hash.h"
 #include "train/slots.h"
+#include "train/stochastic_rounding.h"
 
 namespace hadal::train {
 namespace {
@@ -171,10 +173,9 @@ class NodeTable {
   std::vector<int64_t> words_;
 };
 
-/// One parameter's sum, on its owner: what has arrived and what is here, by the tree.
+/// One piece's sum, on its owner: what has arrived and what is here, by the tree.
 at::Tensor join_gradients(const NodeTable& table,
                           int64_t leaves,
-                          size_t parameter,
                           std::vector<at::Tensor>& gradients) {
   struct Part {
     Span span;
@@ -187,40 +188,39 @@ at::Tensor join_gradients(const NodeTable& table,
       add_in_place(left.gradient, std::move(right.gradient));
     });
   }
-  HADAL_CHECK(parts.size() == 1, "rank sums: ", parts.size(), " nodes are left of parameter ",
-              parameter);
+  HADAL_CHECK(parts.size() == 1, "rank sums: ", parts.size(), " nodes are left of a gradient");
   return std::move(parts[0].gradient);
 }
 
-/// Every gradient goes to its owner, bundle after bundle in one order on all ranks, so that nobody
-/// waits for somebody who waits for him.
+/// Every piece of a gradient goes to its owner, bundle after bundle in one order on all ranks, so
+/// that nobody waits for somebody who waits for him.
 class Exchange {
  public:
   Exchange(const NodeTable& table,
            std::vector<StepNode>& nodes,
-           const std::vector<at::Tensor>& parameters,
-           const Ownership& ownership,
+           Optimizer& optimizer,
            dist::Ranks& ranks)
       : table_(table),
         nodes_(nodes),
-        parameters_(parameters),
-        ownership_(ownership),
-        ranks_(ranks) {}
+        optimizer_(optimizer),
+        pieces_(optimizer.ownership().pieces()),
+        ranks_(ranks),
+        left_(optimizer.slots().size(), 0) {}
 
-  /// Leaves in each parameter of this rank the sum of its gradients.
+  /// Leaves in the optimizer the sum of each gradient of this rank's pieces.
   void run(int64_t leaves) {
-    std::vector<size_t> indices;
-    std::vector<int64_t> bytes;
-    for (const at::Tensor& parameter : parameters_) {
-      indices.push_back(indices.size());
-      bytes.push_back(static_cast<int64_t>(parameter.nbytes()));
+    std::vector<Ownership::Message> messages;
+    for (size_t p = 0; p < pieces_.size(); ++p) {
+      ++left_[pieces_[p].item];
+      messages.push_back({p, pieces_[p].size(), is_halved(p) ? 2 : 4});
     }
-    for (const std::vector<size_t>& bundle : ownership_.bundles(indices, bytes)) {
-      if (ownership_.here(bundle[0])) {
+    for (const std::vector<size_t>& bundle : optimizer_.ownership().bundles(messages)) {
+      if (optimizer_.ownership().here(pieces_[bundle[0]])) {
         collect(bundle, leaves);
       } else {
         send(bundle);
       }
+      for (const size_t p : bundle) done_with(pieces_[p]);
     }
     for (dist::Transfer& transfer : sent_) transfer.wait();
   }
@@ -230,65 +230,105 @@ class Exchange {
   std::vector<size_t> present(const std::vector<size_t>& bundle, size_t entry) const {
     std::vector<size_t> result;
     for (const size_t p : bundle)
-      if (table_.has_gradient(entry, p)) result.push_back(p);
+      if (table_.has_gradient(entry, pieces_[p].item)) result.push_back(p);
     return result;
+  }
+  const model::Parameter& parameter(size_t piece) const {
+    return *optimizer_.slots()[pieces_[piece].item].parameter;
+  }
+  /// Whether its gradients travel in BF16; one bundle has pieces of one kind.
+  bool is_halved(size_t piece) const {
+    return optimizer_.params().bf16_expert_gradients &&
+           parameter(piece).kind == model::ParamKind::kExperts;
+  }
+  at::Tensor outgoing(size_t entry, size_t piece) {
+    const at::Tensor gradient = own(entry, piece);
+    if (!is_halved(piece)) return gradient;
+    return stochastic_bf16(gradient,
+                           {.seed = optimizer_.params().seed ^ fnv1a64(parameter(piece).name),
+                            .step = optimizer_.num_steps(),
+                            .node = table_.entries()[entry].span.begin,
+                            .element = pieces_[piece].begin});
   }
   /// Tells a bundle of one node from all others.
   int64_t tag(const std::vector<size_t>& bundle, size_t entry) const {
     return static_cast<int64_t>(bundle[0] * table_.entries().size() + entry);
   }
-  at::Tensor& own(size_t entry, size_t parameter) {
-    return nodes_[static_cast<size_t>(table_.entries()[entry].own)].gradients[parameter];
+  /// This rank's addend of a piece, in the node's memory.
+  at::Tensor own(size_t entry, size_t piece) {
+    StepNode& node = nodes_[static_cast<size_t>(table_.entries()[entry].own)];
+    at::Tensor& whole = node.gradients[pieces_[piece].item];
+    HADAL_CHECK(whole.scalar_type() == at::kFloat, "rank sums: a gradient is ", whole.scalar_type(),
+                ", expected FP32");
+    if (!whole.is_contiguous()) whole = whole.contiguous();
+    return piece_of(whole, pieces_[piece]);
+  }
+  /// A gradient is freed when the last of its pieces is on its way.
+  void done_with(const PlanPiece& piece) {
+    if (--left_[piece.item] > 0) return;
+    for (StepNode& node : nodes_) node.gradients[piece.item].reset();
   }
 
   void send(const std::vector<size_t>& bundle) {
     for (size_t e = 0; e < table_.entries().size(); ++e) {
       if (table_.entries()[e].own < 0) continue;
       std::vector<at::Tensor> gradients;
-      for (const size_t p : present(bundle, e)) gradients.push_back(std::move(own(e, p)));
+      for (const size_t p : present(bundle, e)) gradients.push_back(outgoing(e, p));
       if (gradients.empty()) continue;
-      sent_.push_back(ranks_.send(bundled(gradients), ownership_.owner(bundle[0]), tag(bundle, e)));
+      sent_.push_back(ranks_.send(bundled(gradients), pieces_[bundle[0]].owner, tag(bundle, e)));
     }
     for (; sent_.size() > kUnderWay; sent_.pop_front()) sent_.front().wait();
   }
 
   void collect(const std::vector<size_t>& bundle, int64_t leaves) {
     const size_t count = table_.entries().size();
-    std::map<size_t, std::vector<at::Tensor>> gradients;  // by parameter, each by entry
+    std::map<size_t, std::vector<at::Tensor>> gradients;  // by piece, each by entry
     for (const size_t p : bundle) gradients[p].resize(count);
-    std::vector<dist::Transfer> received;
+    struct Arriving {
+      size_t entry;
+      at::Tensor bundle;
+      dist::Transfer transfer;
+    };
+    std::vector<Arriving> arriving;
     for (size_t e = 0; e < count; ++e) {
       const std::vector<size_t> some = present(bundle, e);
       if (some.empty()) continue;
       if (table_.entries()[e].own >= 0) {
-        for (const size_t p : some) gradients[p][e] = std::move(own(e, p));
+        // The sum must not keep the rest of a gradient alive.
+        for (const size_t p : some) gradients[p][e] = is_whole(p) ? own(e, p) : own(e, p).clone();
         continue;
       }
-      std::vector<at::Tensor> like;
       int64_t elements = 0;
-      for (const size_t p : some) {
-        like.push_back(parameters_[p].detach());
-        elements += like.back().numel();
-      }
-      const at::Tensor arriving = at::empty({elements}, like[0].options());
-      received.push_back(ranks_.receive(arriving, table_.entries()[e].rank, tag(bundle, e)));
-      const std::vector<at::Tensor> parts = unbundled(arriving, like);
-      for (size_t i = 0; i < some.size(); ++i) gradients[some[i]][e] = parts[i];
+      for (const size_t p : some) elements += pieces_[p].size();
+      const at::Tensor room =
+          at::empty({elements}, is_halved(some[0]) ? at::kBFloat16 : at::kFloat);
+      arriving.push_back({e, room, ranks_.receive(room, table_.entries()[e].rank, tag(bundle, e))});
     }
-    for (dist::Transfer& transfer : received) transfer.wait();
+    for (Arriving& message : arriving) {
+      message.transfer.wait();
+      const std::vector<size_t> some = present(bundle, message.entry);
+      std::vector<int64_t> sizes;
+      for (const size_t p : some) sizes.push_back(pieces_[p].size());
+      const std::vector<at::Tensor> parts = unbundled(message.bundle.to(at::kFloat), sizes);
+      for (size_t i = 0; i < some.size(); ++i) gradients[some[i]][message.entry] = parts[i];
+    }
     std::vector<at::Tensor> sums(bundle.size());
     for_each_slot(bundle.size(), true, [&](size_t i) {
-      sums[i] = join_gradients(table_, leaves, bundle[i], gradients.at(bundle[i]));
+      sums[i] = join_gradients(table_, leaves, gradients.at(bundle[i]));
     });
     for (size_t i = 0; i < bundle.size(); ++i)
-      if (sums[i].defined()) parameters_[bundle[i]].mutable_grad() = std::move(sums[i]);
+      if (sums[i].defined()) optimizer_.set_gradient(bundle[i], std::move(sums[i]));
+  }
+  bool is_whole(size_t piece) const {
+    return pieces_[piece].size() == parameter(piece).value.numel();
   }
 
   const NodeTable& table_;
   std::vector<StepNode>& nodes_;
-  const std::vector<at::Tensor>& parameters_;
-  const Ownership& ownership_;
+  Optimizer& optimizer_;
+  const std::vector<PlanPiece>& pieces_;
   dist::Ranks& ranks_;
+  std::vector<int64_t> left_;  ///< pieces of each parameter that are still here
   std::deque<dist::Transfer> sent_;
 };
 
@@ -314,7 +354,7 @@ size_t first_not_finite(const std::vector<at::Tensor>& gradients) {
 StepMeasures sum_over_ranks(StepSums& sums,
                             const StepShare& share,
                             const model::ModelConfig& config,
-                            const Ownership& ownership,
+                            Optimizer& optimizer,
                             dist::Ranks& ranks,
                             std::vector<NotFinite>& not_finite) {
   const at::NoGradGuard no_grad;
@@ -335,7 +375,7 @@ StepMeasures sum_over_ranks(StepSums& sums,
       break;
     }
   }
-  Exchange(table, nodes, parameters, ownership, ranks).run(share.total);
+  Exchange(table, nodes, optimizer, ranks).run(share.total);
 
   struct Part {
     Span span;

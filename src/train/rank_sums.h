@@ -8,7 +8,7 @@
 #include "dist/ranks.h"
 #include "model/transformer.h"
 #include "train/objective.h"
-#include "train/ownership.h"
+#include "train/optimizer.h"
 #include "train/step_sums.h"
 
 namespace hadal::train {
@@ -29,13 +29,13 @@ struct StepShare {
 void sum_counts(StepCounts& counts, const model::ModelConfig& config, dist::Ranks& ranks);
 
 /// What `sums` took of this rank's rows, and what the other ranks took of theirs, joined by the
-/// step's tree. Each gradient is in the parameter on its owner, on the others the parameter has
-/// none; the measures are on every rank. `not_finite`: per rank the first gradient that is not, on
-/// every rank the same. In place of StepSums::finish where there are several ranks.
+/// step's tree. Each piece's gradient is in the optimizer of its owner, parameters have none; the
+/// measures are on every rank. `not_finite`: per rank the first gradient that is not, on every rank
+/// the same. In place of StepSums::finish where there are several ranks.
 StepMeasures sum_over_ranks(StepSums& sums,
                             const StepShare& share,
                             const model::ModelConfig& config,
-                            const Ownership& ownership,
+                            Optimizer& optimizer,
                             dist::Ranks& ranks,
                             std::vector<NotFinite>& not_finite);
 

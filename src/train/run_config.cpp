@@ -44,6 +44,7 @@ class Reader {
         config_.device == "auto" || config_.device == "cpu" || config_.device == "cuda",
         json_.where("device"), ": expected auto, cpu or cuda, found \"", config_.device, "\"");
     config_.seed = static_cast<uint64_t>(json_.integer_or("seed", 1, 0, INT64_MAX));
+    config_.optimizer.seed = config_.seed;
     if (json_.has("init")) {
       const JsonObject init = json_.object("init");
       config_.init_std = init.number_or("std", 0.006, 0.0, 10.0);
@@ -161,6 +162,10 @@ class Reader {
     out.adam_beta2 = item.number_or("adam_beta2", out.adam_beta2, 0.0, 0.99999);
     out.adam_eps = item.number_or("adam_eps", out.adam_eps, 0.0, 1.0);
     out.low_precision_muon = item.boolean_or("low_precision_muon", out.low_precision_muon);
+    const std::string experts = item.string_or("expert_gradients", "fp32");
+    HADAL_INPUT_CHECK(experts == "fp32" || experts == "bf16", item.where("expert_gradients"),
+                      ": expected fp32 or bf16, found \"", experts, "\"");
+    out.bf16_expert_gradients = experts == "bf16";
     item.expect_all_read();
   }
 

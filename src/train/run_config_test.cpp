@@ -56,6 +56,7 @@ TEST_F(RunConfigTest, DefaultsAreThoseOfTheDocumentation) {
   EXPECT_EQ(config.cache, config.out + "/tokens");
   EXPECT_EQ(config.device, "auto");
   EXPECT_EQ(config.seed, 1U);
+  EXPECT_FALSE(config.optimizer.bf16_expert_gradients);
   EXPECT_EQ(config.init_std, 0.006);
   EXPECT_EQ(config.init_checkpoint, "");
   EXPECT_EQ(config.sources[0].kind, data::SourceKind::kText);

@@ -107,7 +107,7 @@ void report_ranks(const Ownership& ownership, const dist::Ranks& ranks) {
   const auto megabytes = [](double bytes) { return std::round(bytes / 1e4) / 1e2; };
   const StateLoad& load = ownership.load();
   log::info("train", ranks.size(),
-            " ranks; optimizer state a rank: ", megabytes(static_cast<double>(load.most)),
+            " ranks; masters and moments a rank: ", megabytes(static_cast<double>(load.most)),
             " MB at most, ",
             megabytes(static_cast<double>(load.total) / static_cast<double>(ranks.size())),
             " MB on average");

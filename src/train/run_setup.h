@@ -33,7 +33,7 @@ void check_that_ranks_agree(const RunConfig& config,
                             const std::string& newest_checkpoint,
                             dist::Ranks& ranks);
 
-/// How many ranks train, and what optimizer state each holds, in the log.
+/// How many ranks train, and what masters and moments each holds, in the log.
 void report_ranks(const Ownership& ownership, const dist::Ranks& ranks);
 
 /// The model's configuration. Errors: InputError where the machine or the stages cannot train it.

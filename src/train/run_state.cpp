@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <set>
 
@@ -41,34 +40,39 @@ std::vector<std::pair<int64_t, std::string>> states(const std::string& out) {
   return result;
 }
 
-/// Every tensor of the state under its name in the file; optimizer state of other ranks is meta.
-std::vector<std::pair<std::string, at::Tensor>> named_state(model::Transformer& model,
-                                                            Optimizer& optimizer) {
-  std::vector<std::pair<std::string, at::Tensor>> result;
+/// Every tensor of the state, in the order of the file; of it what this rank has.
+std::vector<StateTensor> named_state(model::Transformer& model, const Optimizer& optimizer) {
+  std::vector<StateTensor> result;
+  size_t slot = 0;
   model.visit([&](model::Parameter& parameter) {
-    result.emplace_back(parameter.name, parameter.value.detach());
+    if (slot < optimizer.slots().size() && optimizer.slots()[slot].parameter == &parameter)
+      return result.push_back(optimizer.masters(slot++));
+    // Moved by no gradient: every rank has it.
+    const at::Tensor value = parameter.value.detach();
+    result.push_back(
+        {.name = parameter.name, .whole = value.to(at::kMeta), .parts = {{0, value.view({-1})}}});
   });
-  for (auto& entry : optimizer.state()) result.push_back(std::move(entry));
+  for (StateTensor& tensor : optimizer.state()) result.push_back(std::move(tensor));
   return result;
 }
 
-/// What this rank writes; the rest is meta. Values that all ranks have are their owner's to write,
-/// those without an owner the first rank's.
+/// What this rank writes; what all ranks have is the first one's to write.
 std::vector<checkpoint::NamedTensor> written_here(model::Transformer& model,
-                                                  Optimizer& optimizer,
+                                                  const Optimizer& optimizer,
                                                   const dist::Ranks& ranks) {
-  std::map<std::string, int64_t> owners;
-  for (const OptimizerSlot& slot : optimizer.slots()) owners[slot.parameter->name] = slot.owner;
-  std::set<std::string> elsewhere;
+  std::set<std::string> everywhere;
   model.visit([&](const model::Parameter& parameter) {
-    const auto owner = owners.find(parameter.name);
-    if ((owner == owners.end() ? 0 : owner->second) != ranks.rank())
-      elsewhere.insert(parameter.name);
+    if (update_rule(parameter) == UpdateRule::kNone) everywhere.insert(parameter.name);
   });
   std::vector<checkpoint::NamedTensor> result;
-  for (auto& [name, tensor] : named_state(model, optimizer)) {
-    const bool here = !elsewhere.contains(name);
-    result.push_back({.name = name, .tensor = here ? tensor : tensor.to(at::kMeta)});
+  for (const StateTensor& state : named_state(model, optimizer)) {
+    checkpoint::NamedTensor tensor{.name = state.name, .tensor = state.whole};
+    if (ranks.size() == 1) {
+      tensor.tensor = state.parts.at(0).values.view(state.whole.sizes());
+    } else if (ranks.first() || !everywhere.contains(state.name)) {
+      for (const auto& [begin, values] : state.parts) tensor.parts.push_back({begin, values});
+    }
+    result.push_back(std::move(tensor));
   }
   return result;
 }
@@ -192,6 +196,13 @@ StageParts load_parts(const std::string& folder) {
   return parts_of(JsonObject::load(folder + "/progress.json"));
 }
 
+model::Transformer open_masters(const std::string& folder, const model::ModelConfig& config) {
+  const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
+  model::Transformer model(config);
+  model.visit([&](model::Parameter& parameter) { parameter.hold(reader.tensor(parameter.name)); });
+  return model;
+}
+
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer) {
   const JsonObject json = JsonObject::load(folder + "/progress.json");
   HADAL_INPUT_CHECK(json.string("format") == kFormat, json.where("format"), ": expected \"",
@@ -209,19 +220,29 @@ RunProgress load_state(const std::string& folder, model::Transformer& model, Opt
   progress.parts = parts_of(json);
   const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
   const auto targets = named_state(model, optimizer);
-  for (const auto& [name, tensor] : targets) {
-    HADAL_INPUT_CHECK(reader.has(name), reader.path(), ": no tensor ", name);
-    const at::Tensor stored = reader.tensor(name);
-    HADAL_INPUT_CHECK(
-        stored.sizes() == tensor.sizes() && stored.scalar_type() == tensor.scalar_type(),
-        reader.path(), ": ", name, " is ", stored.scalar_type(), " ", stored.sizes(), ", expected ",
-        tensor.scalar_type(), " ", tensor.sizes());
+  for (const StateTensor& target : targets) {
+    HADAL_INPUT_CHECK(reader.has(target.name), reader.path(), ": no tensor ", target.name);
+    const at::Tensor stored = reader.tensor(target.name);
+    HADAL_INPUT_CHECK(stored.sizes() == target.whole.sizes() &&
+                          stored.scalar_type() == target.whole.scalar_type(),
+                      reader.path(), ": ", target.name, " is ", stored.scalar_type(), " ",
+                      stored.sizes(), ", expected ", target.whole.scalar_type(), " ",
+                      target.whole.sizes());
   }
   HADAL_INPUT_CHECK(reader.names().size() == targets.size(), reader.path(), ": ",
                     reader.names().size(), " tensors, expected ", targets.size());
   const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : targets)
-    if (!tensor.is_meta()) tensor.copy_(reader.tensor(name));
+  // Values are FP32 and whole here, so masters are a part of them.
+  model.visit([&](model::Parameter& parameter) {
+    HADAL_CHECK(parameter.value.scalar_type() != at::kBFloat16, "load_state: ", parameter.name,
+                " is rounded already");
+    parameter.value.detach().copy_(reader.tensor(parameter.name));
+  });
+  for (const StateTensor& moments : optimizer.state()) {
+    const at::Tensor stored = reader.tensor(moments.name).view({-1});
+    for (const auto& [begin, values] : moments.parts)
+      values.copy_(stored.narrow(0, begin, values.numel()));
+  }
   optimizer.set_num_steps(optimizer_steps);
   return progress;
 }

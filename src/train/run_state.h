@@ -51,9 +51,14 @@ std::vector<std::string> complete_states(const std::string& out);
 /// RunProgress::parts alone.
 StageParts load_parts(const std::string& folder);
 
+/// The model of a checkpoint of this configuration, its values in the mapped file: to be read, not
+/// written.
+model::Transformer open_masters(const std::string& folder, const model::ModelConfig& config);
+
 /// Restores model and optimizer in place, of the optimizer's state what this rank owns, whatever
-/// the number of ranks that saved. InputErrors name file and tensor where the checkpoint is
-/// of another model or damaged; nothing is changed then.
+/// the number of ranks that saved; before Optimizer::hold_for, while values are the masters.
+/// InputErrors name file and tensor where the checkpoint is of another model or damaged; nothing is
+/// changed then.
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer);
 
 }  // namespace hadal::train

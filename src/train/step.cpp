@@ -59,9 +59,9 @@ StepOutcome training_step(model::Transformer& model,
 
   StepOutcome outcome;
   std::vector<NotFinite> not_finite;
-  outcome.measures = ranks.size() == 1 ? sums.finish()
-                                       : sum_over_ranks(sums, share, model.config(),
-                                                        optimizer.ownership(), ranks, not_finite);
+  outcome.measures =
+      ranks.size() == 1 ? sums.finish()
+                        : sum_over_ranks(sums, share, model.config(), optimizer, ranks, not_finite);
   optimizer.fill_gradients(
       [&](const model::Parameter& parameter) { return is_trained(parameter, rules.objective); });
   outcome.norm = (rules.clip_norm > 0.0 ? optimizer.clip_gradients(rules.clip_norm, ranks)

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <optional>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -185,8 +186,11 @@ struct Trainer::Impl {
     const std::string folder = config.out + "/model";
     if (std::filesystem::exists(folder)) return;
     const bool quantised = model.config().quantized;
+    // Of several ranks none has all masters: they are in the checkpoint that was just written.
+    std::optional<model::Transformer> masters;
+    if (ranks.size() > 1) masters = open_masters(newest(config), model.config());
     checkpoint::save_model(
-        model, folder,
+        masters ? *masters : model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
          .max_shard_bytes = config.export_shard_bytes,
          .trained_length = trained_length(config, progress),
@@ -200,6 +204,7 @@ struct Trainer::Impl {
     log::info("train", "stage ", stage().name, ": ", plan.num_rows(index), " rows of ",
               stage().row_length, ", attention ", attention_mode_name(stage().mode), ", numerics ",
               ops::numerics_name(stage().numerics), ", ", plan.summary(index));
+    optimizer->hold_for(stage().numerics, ranks);
     if (progress.plan.size() > index) return;  // begun before this process
     progress.plan.push_back(plan.fingerprint(index));
     progress.parts.push_back(plan.parts(index));

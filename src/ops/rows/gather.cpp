@@ -11,8 +11,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// sum over i with rows[i] == r of grad[i], into [num_rows, ...]: a stable sort by row, then
-/// segment sums.
+/// sum over i with rows[i] == r of grad[i], into [num_rows, ...] of the type that it is summed in:
+/// a stable sort by row, then segment sums. Autograd rounds it where x's gradient is of another
+/// type.
 at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t num_rows) {
   const at::Tensor flat = grad.reshape({grad.size(0), -1});
   std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
@@ -21,7 +22,7 @@ at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t n
   if (grad.is_cuda() && num_rows <= 256) {
     const at::Tensor marks = (at::arange(num_rows, rows.options()).unsqueeze(1) == rows)
                                  .to(to_compute(flat).scalar_type());
-    return at::mm(marks, to_compute(flat)).to(grad.scalar_type()).reshape(shape);
+    return at::mm(marks, to_compute(flat)).reshape(shape);
   }
   const auto [sorted, order] = at::sort(rows, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const at::Tensor lengths =
@@ -32,7 +33,7 @@ at::Tensor scatter_sum(const at::Tensor& grad, const at::Tensor& rows, int64_t n
       at::segment_reduce(to_compute(flat).index_select(0, order), "sum", lengths,
                          /*indices=*/std::nullopt, /*offsets=*/std::nullopt,
                          /*axis=*/0, /*unsafe=*/true, /*initial=*/0.0);
-  return sums.to(grad.scalar_type()).reshape(shape);
+  return sums.reshape(shape);
 }
 
 struct GatherRows : torch::autograd::Function<GatherRows> {
