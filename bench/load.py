@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How fast `hadal serve --device cuda` starts from a checkpoint in memory, beside what the machine allows.
 
-    bench/load.py HADAL [--layers 20] [--dir /dev/shm/hadal-load]
+    bench/load.py HADAL [--layers 20] [--dir FOLDER]
 
-Writes a random checkpoint of V4-Flash's first layers there (tools/random_checkpoint.py; fewer layers where they do not
-fit), measures how fast all processors together read it, and how fast one stream copies from pinned and from pageable
+Writes a random checkpoint of V4-Flash's first layers (tools/random_checkpoint.py) to /dev/shm, which it lets grow if it
+may, or to a file system whose files the memory holds, whichever has room for more layers; measures how fast all processors together read it, and how fast one stream copies from pinned and from pageable
 memory to the device; then starts the server twice and asks for one token until it answers. Needs numpy and torch.
 """
 import argparse
@@ -99,19 +99,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hadal")
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--dir", default="/dev/shm/hadal-load")
+    parser.add_argument("--dir", help="where the checkpoint goes, a folder that is made anew")
     parser.add_argument("--like", help="a small checkpoint in place of V4-Flash's widths")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
-    shutil.rmtree(options.dir, ignore_errors=True)
-    parent = os.path.dirname(options.dir.rstrip("/"))
     layers = options.layers
-    if parent == "/dev/shm" and not options.like:  # half of the memory unless told otherwise
-        subprocess.run(["mount", "-o", f"remount,size={int(layers * LAYER_BYTES + 4e9)}", "/dev/shm"], check=False)
-        free = shutil.disk_usage(parent).free
-        layers = min(layers, int((free - TOP_BYTES) / LAYER_BYTES))
-    if layers < options.layers:
-        print(f"{layers} layers fit into {parent}")
+    if options.dir is None:
+        subprocess.run(["mount", "-o", f"remount,size={int(layers * LAYER_BYTES + 2 * TOP_BYTES)}", "/dev/shm"],
+                       stderr=subprocess.DEVNULL, check=False)
+        place = max(("/dev/shm", "/tmp"), key=lambda path: shutil.disk_usage(path).free)
+        options.dir = place + "/hadal-load"
+    shutil.rmtree(options.dir, ignore_errors=True)
+    if not options.like:
+        free = shutil.disk_usage(os.path.dirname(options.dir.rstrip("/"))).free
+        layers = min(layers, int((0.97 * free - TOP_BYTES) / LAYER_BYTES))
+    if layers < 1:
+        sys.exit(f"not one layer fits beside {options.dir}")
+    print(f"{layers} layers in {options.dir}")
     like = ["--like", options.like] if options.like else ["--layers", str(layers)]
     try:
         subprocess.run([sys.executable, os.path.join(HERE, "..", "tools", "random_checkpoint.py"), options.dir] + like,

@@ -134,9 +134,11 @@ def main():
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--step-tokens", type=int, default=0, help="of the server; 0: its default")
     parser.add_argument("--cache-gib", type=float, default=8)
-    parser.add_argument("--work", default="/dev/shm/hadal-prefixes")
+    parser.add_argument("--work", help="a folder that is made anew; default: in /dev/shm or /tmp, where there is more room")
     parser.add_argument("--part", default="both", choices=["both", "prefixes", "gaps"])
     options = parser.parse_args()
+    if options.work is None:
+        options.work = max(("/dev/shm", "/tmp"), key=lambda path: shutil.disk_usage(path).free) + "/hadal-prefixes"
     shutil.rmtree(options.work, ignore_errors=True)
     os.makedirs(options.work)
     try:
