@@ -260,7 +260,8 @@ class RecordedRounds : public ::testing::TestWithParam<const char*> {
   }
   /// Of all requests at once.
   std::vector<std::shared_ptr<Answer>> answers(const std::vector<engine_core::Request>& requests,
-                                               int64_t drafts) {
+                                               int64_t drafts,
+                                               double threshold = 0.0) {
     const model::ModelConfig& config = model_->config();
     KvCache cache(config, {.numerics = numerics_,
                            .num_pages = 24,
@@ -269,7 +270,7 @@ class RecordedRounds : public ::testing::TestWithParam<const char*> {
                            .with_mtp = drafts > 0});
     ModelSampler sampler(config.vocab_size);
     ModelRunner runner(*model_, cache, sampler);
-    DsparkDrafter drafter(runner, sampler, /*threshold=*/0.0);
+    DsparkDrafter drafter(runner, sampler, threshold);
     NoFilters filters;
     engine_core::SchedulerOptions options;
     options.max_running = 6;
@@ -339,6 +340,40 @@ TEST_P(RecordedRounds, AreTheEngines) {
     EXPECT_EQ(std::ssize(found_ended[i]->tokens), eos[1]) << prompt;
   }
   EXPECT_EQ(recorded, numerics_ == Numerics::kIdeal ? 5 : 4);
+}
+
+// Fewer drafts than a block has, and blocks cut where they are not trusted: the same texts, fewer
+// proposals, of which a larger share is right.
+TEST_P(RecordedRounds, ProposalsAreCut) {
+  std::vector<engine_core::Request> requests;
+  for (const char* prompt : {"prompt.1.", "prompt.3."}) {
+    engine_core::Request request;
+    request.prompt = numbers(concat(prompt, "input_ids"));
+    request.prompt.resize(request.prompt.size() - 40);
+    request.max_tokens = 40;
+    request.sampling.temperature = 0;
+    requests.push_back(request);
+  }
+  struct Total {
+    double drafted = 0, accepted = 0;
+  };
+  const auto plain = answers(requests, 0);
+  const auto total = [&](int64_t drafts, double threshold) {
+    Total sum;
+    const auto found = answers(requests, drafts, threshold);
+    for (size_t i = 0; i < found.size(); ++i) {
+      EXPECT_EQ(found[i]->tokens, plain[i]->tokens) << drafts << " " << threshold;
+      sum.drafted += static_cast<double>(found[i]->drafted);
+      sum.accepted += static_cast<double>(found[i]->accepted);
+    }
+    return sum;
+  };
+  const Total all = total(5, 0.0), two = total(2, 0.0), first = total(5, 1.0);
+  EXPECT_GT(two.accepted / two.drafted, all.accepted / all.drafted);
+  EXPECT_GT(first.accepted / first.drafted, two.accepted / two.drafted);
+  // Of each block the first draft at least.
+  EXPECT_GT(first.drafted, 30);
+  EXPECT_LT(first.drafted, 80);
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden,
