@@ -24,6 +24,7 @@ class Reader {
     stages();
     schedule();
     optimizer();
+    recompute();
     extras();
     json_.expect_all_read();
     return std::move(config_);
@@ -161,6 +162,19 @@ class Reader {
     out.adam_beta2 = item.number_or("adam_beta2", out.adam_beta2, 0.0, 0.99999);
     out.adam_eps = item.number_or("adam_eps", out.adam_eps, 0.0, 1.0);
     out.low_precision_muon = item.boolean_or("low_precision_muon", out.low_precision_muon);
+    item.expect_all_read();
+  }
+
+  void recompute() {
+    if (!json_.has("recompute")) return;
+    const JsonObject item = json_.object("recompute");
+    RecomputeSpec& out = config_.recompute;
+    out.policy = parse_recompute_policy(item.string("policy"), item.where("policy"));
+    const bool chooses = out.policy == RecomputePolicy::kAuto;
+    HADAL_INPUT_CHECK(chooses == item.has("budget_bytes"), item.where("budget_bytes"),
+                      ": expected with the policy auto and only there, which ",
+                      chooses ? "needs it" : "is not asked for");
+    if (chooses) out.budget_bytes = item.integer("budget_bytes", 1, int64_t{1} << 50);
     item.expect_all_read();
   }
 
