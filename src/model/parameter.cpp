@@ -12,6 +12,7 @@
 #include "ops/gemm/trained_product.h"
 #include "ops/moe/permute.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::model {
 
