@@ -1,5 +1,6 @@
 #include "model/attention.h"
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -21,11 +22,14 @@
 #include "ops/quant/round_trip.h"
 #include "ops/recorded_graph.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::model {
 namespace {
 
+using ops::checkpointed;
 using ops::Numerics;
+using ops::recorded;
 
 /// The FP8 round trip of a latent: all but its rotary channels, groups of 64 (model.md 6).
 at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Numerics numerics) {
@@ -38,6 +42,12 @@ at::Tensor quantise_latent(const at::Tensor& latent, int64_t rope_head_dim, Nume
 at::Tensor quantise_index(const at::Tensor& x, Numerics numerics) {
   const at::Tensor rotated = ops::hadamard(x);
   return numerics == Numerics::kReleased ? ops::fp4_round_trip(rotated, 32) : rotated;
+}
+
+/// The same places of other rows.
+ops::BlockView with_rows(ops::BlockView view, at::Tensor rows) {
+  view.rows = std::move(rows);
+  return view;
 }
 
 struct CompressorRings {
@@ -53,6 +63,46 @@ struct CompressorProducts {
   at::Tensor kv, gate;
 };
 
+/// Norm, rotation and round trip of pooled rows.
+at::Tensor finished_rows(const at::Tensor& pooled,
+                         const at::Tensor& weight,
+                         const at::Tensor& cos_sin,
+                         const CompressorRings& rings,
+                         const ModelConfig& config,
+                         at::ScalarType type,
+                         Numerics numerics) {
+  const at::Tensor rows =
+      ops::rope(ops::rms_norm(pooled.to(type), weight, config.norm_eps), cos_sin);
+  return rings.blocks == BlockKind::kIndexKeys
+             ? quantise_index(rows, numerics)
+             : quantise_latent(rows, config.rope_head_dim, numerics);
+}
+
+/// Blocks of whole samples.
+ops::BlockView compress_samples(const Compressor& compressor,
+                                const CompressorRings& rings,
+                                const ModelConfig& config,
+                                int64_t ratio,
+                                const CompressorProducts& products,
+                                at::ScalarType type,
+                                const at::Tensor& cos_sin,
+                                const ForwardContext& context) {
+  const ops::Batch& batch = *context.batch;
+  const auto pool = [&batch, ratio, numerics = context.numerics](
+                        const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& ape) {
+    return ops::compress(kv, gate, ape, {}, {}, batch, ratio, numerics).pooled;
+  };
+  const at::Tensor pooled =
+      checkpointed(recorded("pooled", pool, products.kv, products.gate, compressor.ape.value));
+  const auto finish = [type, rings, &config, numerics = context.numerics](
+                          const at::Tensor& x, const at::Tensor& weight, const at::Tensor& angles) {
+    return finished_rows(x, weight, angles, rings, config, type, numerics);
+  };
+  const at::Tensor rows =
+      checkpointed(recorded("block rows", finish, pooled, compressor.norm.value, cos_sin));
+  return ops::step_blocks(rows, batch, ratio);
+}
+
 /// Compresses this step's tokens and returns every visible block of the batch.
 ops::BlockView compress_step(const Compressor& compressor,
                              const CompressorRings& rings,
@@ -65,19 +115,6 @@ ops::BlockView compress_step(const Compressor& compressor,
   const ops::Batch& batch = *context.batch;
   const int64_t ratio = config.ratio(block);
   const auto& [kv, gate] = products;
-  ops::RingView kv_history, score_history;
-  if (context.kv != nullptr) {
-    kv_history = context.kv->ring(block, rings.kv);
-    score_history = context.kv->ring(block, rings.score);
-  }
-  // Where a kernel keeps the rings' rows itself, nobody needs the scores of all tokens.
-  const ops::RingWrites* places =
-      context.kv != nullptr ? context.kv->ring_places(block, rings.kv) : nullptr;
-  const bool keeps = places != nullptr &&
-                     ops::serves_keep_rows_sm90(kv, kv_history, score_history, context.numerics);
-  const ops::Compressed result =
-      ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio,
-                    context.numerics, /*scores=*/!keeps);
   const ops::BlockPlan& plan = batch.blocks(ratio);
   // A step that completes no block, as most decode steps, has nothing to compute here.
   const bool any = plan.num_blocks() > 0 || context.kv == nullptr;
@@ -87,8 +124,18 @@ ops::BlockView compress_step(const Compressor& compressor,
                              : kept != context.rope_blocks.end()
                                  ? kept->second
                                  : rope_table.cos_sin(plan.pos, plan.max_pos);
-  KvAccess::BlockPlaces blocks;
-  if (context.kv != nullptr) blocks = context.kv->block_places(block, rings.blocks);
+  if (context.kv == nullptr)
+    return compress_samples(compressor, rings, config, ratio, products, type, cos_sin, context);
+  const ops::RingView kv_history = context.kv->ring(block, rings.kv),
+                      score_history = context.kv->ring(block, rings.score);
+  // Where a kernel keeps the rings' rows itself, nobody needs the scores of all tokens.
+  const ops::RingWrites* places = context.kv->ring_places(block, rings.kv);
+  const bool keeps = places != nullptr &&
+                     ops::serves_keep_rows_sm90(kv, kv_history, score_history, context.numerics);
+  const ops::Compressed result =
+      ops::compress(kv, gate, compressor.ape.value, kv_history, score_history, batch, ratio,
+                    context.numerics, /*scores=*/!keeps);
+  KvAccess::BlockPlaces blocks = context.kv->block_places(block, rings.blocks);
   if (any && blocks.view.rows.defined() &&
       ops::serves_cache_rows_sm90(result.pooled, cos_sin, blocks.view.format)) {
     if (blocks.numbers.defined())
@@ -100,13 +147,9 @@ ops::BlockView compress_step(const Compressor& compressor,
   } else {
     at::Tensor rows = result.pooled;
     if (any) {
-      rows = ops::rms_norm(rows.to(type), compressor.norm.value, config.norm_eps);
-      rows = ops::rope(rows, cos_sin);
-      rows = rings.blocks == BlockKind::kIndexKeys
-                 ? quantise_index(rows, context.numerics)
-                 : quantise_latent(rows, config.rope_head_dim, context.numerics);
+      rows = finished_rows(rows, compressor.norm.value, cos_sin, rings, config, type,
+                           context.numerics);
     }
-    if (context.kv == nullptr) return ops::step_blocks(rows, batch, ratio);
     blocks.view = context.kv->append_blocks(block, rings.blocks, rows);
   }
   if (keeps) {
@@ -229,9 +272,17 @@ IndexerStep run_indexer(const Indexer& indexer,
                                 batch, ratio, config.index_topk, context.numerics);
     return step;
   }
-  q = quantise_index(ops::rope(q, context.rope_compressed), context.numerics);
+  const auto rotate = [numerics = context.numerics](const at::Tensor& in,
+                                                    const at::Tensor& angles) {
+    return quantise_index(ops::rope(in, angles), numerics);
+  };
+  q = checkpointed(recorded("index queries", rotate, q, context.rope_compressed));
   if (task.scores) {
-    step.scores = ops::index_scores(q, weights, keys, batch, ratio, context.numerics);
+    const auto score = [keys = with_rows(keys, {}), &batch, ratio, numerics = context.numerics](
+                           const at::Tensor& in, const at::Tensor& w, const at::Tensor& rows) {
+      return ops::index_scores(in, w, with_rows(keys, rows), batch, ratio, numerics);
+    };
+    step.scores = checkpointed(recorded("index scores", score, q, weights, keys.rows));
     if (task.selects) {
       step.selection = ops::select_topk(step.scores.detach(), batch, ratio, config.index_topk);
     }
@@ -280,6 +331,37 @@ WindowRows make_window(const Attention& attn,
   return window;
 }
 
+/// product [tokens, heads * head_dim], normalised and rotated: [tokens, heads, head_dim].
+at::Tensor make_heads(const at::Tensor& product,
+                      const ModelConfig& config,
+                      const at::Tensor& cos_sin,
+                      Numerics numerics) {
+  const auto make = [numerics, eps = config.norm_eps](const at::Tensor& x,
+                                                      const at::Tensor& angles) {
+    return ops::norm_rotate_heads(x, eps, numerics, angles);
+  };
+  const at::Tensor heads = product.reshape({product.size(0), config.n_heads, config.head_dim});
+  return checkpointed(recorded("heads", make, heads, cos_sin));
+}
+
+ops::AttentionResult attend(const at::Tensor& q,
+                            const WindowRows& window,
+                            const ops::BlockView& blocks,
+                            const at::Tensor& selection,
+                            const at::Tensor& sink,
+                            const ops::Batch& batch,
+                            const ops::AttentionParams& params) {
+  const auto run = [history = window.history, seen = with_rows(blocks, {}), &batch, params](
+                       const at::Tensor& queries, const at::Tensor& kv, const at::Tensor& rows,
+                       const at::Tensor& chosen, const at::Tensor& drain) {
+    ops::AttentionResult made =
+        ops::sparse_attn(queries, kv, history, with_rows(seen, rows), chosen, drain, batch, params);
+    return std::array{std::move(made.out), std::move(made.lse)};
+  };
+  auto [out, lse] = recorded("attention", run, q, window.kv, blocks.rows, selection, sink);
+  return {.out = checkpointed(std::move(out)), .lse = std::move(lse)};
+}
+
 }  // namespace
 
 at::Tensor window_latents(const Attention& attn,
@@ -287,8 +369,12 @@ at::Tensor window_latents(const Attention& attn,
                           const at::Tensor& product,
                           const at::Tensor& cos_sin,
                           Numerics numerics) {
-  const at::Tensor normalised = ops::rms_norm(product, attn.kv_norm.value, config.norm_eps);
-  return quantise_latent(ops::rope(normalised, cos_sin), config.rope_head_dim, numerics);
+  const auto make = [&config, numerics](const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& angles) {
+    const at::Tensor rows = ops::rope(ops::rms_norm(x, weight, config.norm_eps), angles);
+    return quantise_latent(rows, config.rope_head_dim, numerics);
+  };
+  return checkpointed(recorded("window", make, product, attn.kv_norm.value, cos_sin));
 }
 
 void keep_window_latents(const Attention& attn,
@@ -309,7 +395,6 @@ AttentionOutput attention_forward(const Attention& attn,
                                   const ForwardContext& context) {
   const ops::Batch& batch = *context.batch;
   const Numerics numerics = context.numerics;
-  const int64_t tokens = batch.num_tokens();
   const int64_t ratio = config.ratio(block);
   const at::Tensor& cos_sin = ratio > 0 ? context.rope_compressed : context.rope_window;
 
@@ -337,10 +422,7 @@ AttentionOutput attention_forward(const Attention& attn,
   if (asks) cached.index.q = queries[1];
   // The indexer's queries, where there are some, go first.
   at::Tensor q;
-  rows_beside.run([&] {
-    q = ops::norm_rotate_heads(queries[0].reshape({tokens, config.n_heads, config.head_dim}),
-                               config.norm_eps, numerics, cos_sin);
-  });
+  rows_beside.run([&] { q = make_heads(queries[0], config, cos_sin, numerics); });
   beside.join();
   IndexerStep indexed;
   // In a cache the indexer's keys must exist whatever the mode, so that a later step may select.
@@ -352,13 +434,13 @@ AttentionOutput attention_forward(const Attention& attn,
   blocks_beside.join();
   rows_beside.join();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
-  const ops::AttentionResult result = ops::sparse_attn(
-      q, window.kv, window.history, cached.blocks, indexed.selection, attn.attn_sink.value, batch,
-      {.window = config.window_size,
-       .scale = scale,
-       .ratio = ratio,
-       .numerics = numerics,
-       .lse = context.request.index_loss || context.request.attention});
+  const ops::AttentionResult result =
+      attend(q, window, cached.blocks, indexed.selection, attn.attn_sink.value, batch,
+             {.window = config.window_size,
+              .scale = scale,
+              .ratio = ratio,
+              .numerics = numerics,
+              .lse = context.request.index_loss || context.request.attention});
   AttentionAux aux;
   if (context.request.selection) aux.selection = indexed.selection;
   if (context.request.index_scores && indexed.scores.defined())

@@ -8,10 +8,25 @@
 #include "ops/moe/sm90_experts.h"
 #include "ops/moe/swiglu.h"
 #include "ops/rows/gather.h"
+#include "ops/tape.h"
 
 namespace hadal::model {
 
 using ops::GemmRole;
+
+namespace {
+
+at::Tensor gated(const at::Tensor& gate,
+                 const at::Tensor& up,
+                 const at::Tensor& weight,
+                 double limit) {
+  const auto act = [limit](const at::Tensor& g, const at::Tensor& u, const at::Tensor& w) {
+    return ops::swiglu(g, u, w, limit);
+  };
+  return ops::checkpointed(ops::recorded("hidden", act, gate, up, weight));
+}
+
+}  // namespace
 
 MoeOutput moe_forward(const Moe& moe,
                       const ModelConfig& config,
@@ -24,7 +39,7 @@ MoeOutput moe_forward(const Moe& moe,
   MoeAux aux;
   const auto swiglu = [&](const at::Tensor& gate, const at::Tensor& up, const at::Tensor& weight) {
     if (context.request.swiglu) aux.swiglu.push_back({.gate = gate.detach(), .up = up.detach()});
-    return ops::swiglu(gate, up, weight, config.swiglu_limit);
+    return gated(gate, up, weight, config.swiglu_limit);
   };
   const auto shared_expert = [&] {
     const at::Tensor hidden = swiglu(apply_linear(moe.shared_w1, input),
@@ -72,7 +87,9 @@ MoeOutput moe_forward(const Moe& moe,
 
   const ops::Permutation order =
       ops::permute_by_expert(routing.experts.to(at::kLong), config.n_routed_experts);
-  const at::Tensor rows = ops::permute_rows(input.rounded(GemmRole::kFp4), order);  // [pairs, dim]
+  const auto sort_rows = [order](const at::Tensor& in) { return ops::permute_rows(in, order); };
+  const at::Tensor rows = ops::checkpointed(
+      ops::recorded("expert rows", sort_rows, input.rounded(GemmRole::kFp4)));  // [pairs, dim]
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
   const auto expert_linear = [&](const Parameter& w, const at::Tensor& in) {
@@ -81,8 +98,12 @@ MoeOutput moe_forward(const Moe& moe,
   const at::Tensor hidden =
       swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);
   const at::Tensor routed =
-      expert_linear(moe.w2, ops::quantise_input(hidden, GemmRole::kFp4, numerics));
-  return {.out = ops::combine(routed, order, shared_expert()), .aux = std::move(aux)};
+      expert_linear(moe.w2, ops::ProductInput(hidden, numerics).rounded(GemmRole::kFp4));
+  const auto add = [order](const at::Tensor& pairs, const at::Tensor& of_all) {
+    return ops::combine(pairs, order, of_all);
+  };
+  return {.out = ops::checkpointed(ops::recorded("combined", add, routed, shared_expert())),
+          .aux = std::move(aux)};
 }
 
 }  // namespace hadal::model

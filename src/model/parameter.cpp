@@ -12,6 +12,7 @@
 #include "ops/gemm/trained_product.h"
 #include "ops/moe/permute.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::model {
 
@@ -107,10 +108,24 @@ at::Tensor constant_operand(const Parameter& w, ops::Numerics numerics) {
                                       : values;
 }
 
+/// The same on the tape: the backward pass may round the master again.
+at::Tensor trained_operand(const Parameter& w, ops::Numerics numerics) {
+  const auto round = [&w, numerics](const at::Tensor&) { return constant_operand(w, numerics); };
+  const at::Tensor values = ops::recorded("operand", round, w.value);
+  return values.is_alias_of(w.value) ? values : ops::checkpointed(values);
+}
+
 }  // namespace
 
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
-  if (trains(w, x)) return ops::trained_linear(x, constant_operand(w, numerics), w.value, w.role);
+  if (trains(w, x)) {
+    const auto product = [role = w.role](const at::Tensor& rows, const at::Tensor& values,
+                                         const at::Tensor& master) {
+      return ops::trained_linear(rows, values, master, role);
+    };
+    return ops::checkpointed(
+        ops::recorded("product", product, x, trained_operand(w, numerics), w.value));
+  }
   return ops::linear(x, w.product_operand(numerics), w.role);
 }
 
@@ -148,8 +163,14 @@ at::Tensor apply_experts(const Parameter& w,
                          const ops::Permutation& order,
                          ops::Numerics numerics) {
   if (trains(w, x)) {
-    return ops::trained_grouped_linear(x, constant_operand(w, numerics), w.value, order.offsets,
-                                       order.token, w.role);
+    const auto product = [role = w.role](const at::Tensor& rows, const at::Tensor& values,
+                                         const at::Tensor& master, const at::Tensor& offsets,
+                                         const at::Tensor& token) {
+      return ops::trained_grouped_linear(rows, values, master, offsets, token, role);
+    };
+    return ops::checkpointed(ops::recorded("expert product", product, x,
+                                           trained_operand(w, numerics), w.value, order.offsets,
+                                           order.token));
   }
   return ops::grouped_linear(x, w.product_operand(numerics), order.offsets, w.role);
 }
@@ -159,9 +180,18 @@ at::Tensor apply_groups(const Parameter& w,
                         const at::Tensor& cos_sin,
                         ops::Numerics numerics) {
   if (trains(w, x)) {
-    const at::Tensor rows = ops::rope(x, cos_sin, /*inverse=*/true)
-                                .reshape({x.size(0), w.local_matrices(), w.shape.back()});
-    return ops::trained_group_linear(rows, constant_operand(w, numerics), w.value);
+    const auto rotate_back = [](const at::Tensor& heads, const at::Tensor& angles) {
+      return ops::rope(heads, angles, /*inverse=*/true);
+    };
+    const at::Tensor rows =
+        ops::checkpointed(ops::recorded("rotated back", rotate_back, x, cos_sin))
+            .reshape({x.size(0), w.local_matrices(), w.shape.back()});
+    const auto product = [](const at::Tensor& in, const at::Tensor& values,
+                            const at::Tensor& master) {
+      return ops::trained_group_linear(in, values, master);
+    };
+    return ops::checkpointed(
+        ops::recorded("product", product, rows, trained_operand(w, numerics), w.value));
   }
   return ops::rotated_group_linear(x, cos_sin, w.product_operand(numerics));
 }

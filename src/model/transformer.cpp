@@ -8,6 +8,7 @@
 #include "model/recompute.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/rows/embedding.h"
+#include "ops/tape.h"
 
 namespace hadal::model {
 namespace {
@@ -66,9 +67,13 @@ void Transformer::ensure_rope(ForwardContext& context) const {
 }
 
 at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) const {
-  const at::Tensor embedded =
-      ops::embedding(ids, parameters_.embed.operand(numerics), parameters_.embed.value);
-  return embedded.unsqueeze(1).expand({ids.size(0), config_.hc_mult, config_.dim}).contiguous();
+  const auto make = [this, numerics](const at::Tensor& tokens, const at::Tensor& master) {
+    return ops::embedding(tokens, parameters_.embed.operand(numerics), master)
+        .unsqueeze(1)
+        .expand({tokens.size(0), config_.hc_mult, config_.dim})
+        .contiguous();
+  };
+  return ops::checkpointed(ops::recorded("streams", make, ids, parameters_.embed.value));
 }
 
 void Transformer::check_forced(int64_t block, const ForwardContext& context) const {

@@ -1,6 +1,7 @@
 #include "train/objective.h"
 
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -191,6 +192,8 @@ StepMeasures run_pass(const model::Transformer& model,
   context.recompute = params.recompute;
   context.request = {
       .routing = true, .swiglu = params.count_clamps, .index_loss = params.index_loss()};
+  std::optional<ops::Tape> tape;
+  if (params.tape) tape.emplace(*params.tape);
   // Block by block, so that no more than one block's SwiGLU inputs are held for the counts.
   AuxiliaryTerms terms;
   at::Tensor streams = model.embed(micro.ids, params.numerics);
@@ -225,6 +228,7 @@ StepMeasures run_pass(const model::Transformer& model,
     total = total + terms.index * params.index_weight;
     add_to(measures.index_loss, terms.index.detach());
   }
+  if (tape) tape->close();
   if (total.requires_grad()) total.backward();
   return measures;
 }

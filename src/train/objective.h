@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "model/transformer.h"
 #include "ops/cache/batch.h"
+#include "ops/tape.h"
 #include "train/step_sums.h"
 
 namespace hadal::train {
@@ -50,9 +52,10 @@ struct ObjectiveParams {
   model::AttentionMode mode = model::AttentionMode::kDense;
   ops::Numerics numerics = ops::Numerics::kBf16;
   bool count_clamps = false;  ///< fill StepMeasures::clamped
-  /// Blocks are computed again by the backward pass: the same bits in less memory. No key of a run
-  /// sets it yet.
+  /// Blocks are computed again by the backward pass: the same bits in less memory.
   bool recompute = false;
+  /// Which tensors are, and who is told; null: none (ops/tape.h).
+  std::shared_ptr<const ops::TapeOptions> tape = nullptr;
   /// Indexer warm-up trains nothing but the indexer: the language losses are measured, not
   /// differentiated.
   bool language_loss() const { return mode != model::AttentionMode::kIndexerWarmup; }

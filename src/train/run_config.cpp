@@ -24,6 +24,7 @@ class Reader {
     stages();
     schedule();
     optimizer();
+    recompute();
     extras();
     json_.expect_all_read();
     return std::move(config_);
@@ -166,6 +167,19 @@ class Reader {
     HADAL_INPUT_CHECK(experts == "fp32" || experts == "bf16", item.where("expert_gradients"),
                       ": expected fp32 or bf16, found \"", experts, "\"");
     out.bf16_expert_gradients = experts == "bf16";
+    item.expect_all_read();
+  }
+
+  void recompute() {
+    if (!json_.has("recompute")) return;
+    const JsonObject item = json_.object("recompute");
+    RecomputeSpec& out = config_.recompute;
+    out.policy = parse_recompute_policy(item.string("policy"), item.where("policy"));
+    const bool chooses = out.policy == RecomputePolicy::kAuto;
+    HADAL_INPUT_CHECK(chooses == item.has("budget_bytes"), item.where("budget_bytes"),
+                      ": expected with the policy auto and only there, which ",
+                      chooses ? "needs it" : "is not asked for");
+    if (chooses) out.budget_bytes = item.integer("budget_bytes", 1, int64_t{1} << 50);
     item.expect_all_read();
   }
 

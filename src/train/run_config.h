@@ -9,6 +9,7 @@
 #include "data/token_shards.h"
 #include "train/objective.h"
 #include "train/optimizer.h"
+#include "train/recompute_plan.h"
 #include "train/schedule.h"
 
 namespace hadal::train {
@@ -45,6 +46,7 @@ struct RunConfig {
   double balance_weight = 1e-4;
   double index_weight = 0.01;
   int64_t micro_batch_tokens = 0;  ///< tokens of one forward pass
+  RecomputeSpec recompute;
   ValidationSpec validation;
   CheckpointSpec checkpoint;
   int64_t export_shard_bytes = int64_t{4} << 30;  ///< largest weight file of the exported model

@@ -47,6 +47,27 @@ const std::string kSmallest = R"({
   "learning_rate": {"peak": 0.01},
   "batch": [{"tokens": 256}])";
 
+TEST_F(RunConfigTest, RecomputationIsAPolicyAndForAutoABudget) {
+  EXPECT_EQ(load(kSmallest + "}").recompute.policy, RecomputePolicy::kUnset);
+  const auto with = [](const std::string& recompute) {
+    return kSmallest + ", \"recompute\": " + recompute + "}";
+  };
+  EXPECT_EQ(load(with(R"({"policy": "norms"})")).recompute.policy, RecomputePolicy::kNorms);
+  const RunConfig chooses = load(with(R"({"policy": "auto", "budget_bytes": 1000000})"));
+  EXPECT_EQ(chooses.recompute.policy, RecomputePolicy::kAuto);
+  EXPECT_EQ(chooses.recompute.budget_bytes, 1000000);
+  const std::string file = folder_ + "/run.json: recompute.";
+  EXPECT_EQ(error(with(R"({"policy": "all"})")),
+            file + "policy: expected none, norms, block or auto, found \"all\"");
+  EXPECT_EQ(error(with(R"({"policy": "auto"})")),
+            file + "budget_bytes: expected with the policy auto and only there, which needs it");
+  EXPECT_EQ(error(with(R"({"policy": "block", "budget_bytes": 5})")),
+            file +
+                "budget_bytes: expected with the policy auto and only there, which is not asked "
+                "for");
+  EXPECT_NE(error(with(R"({"policy": "none", "share": 5})")).find("share"), std::string::npos);
+}
+
 TEST_F(RunConfigTest, DefaultsAreThoseOfTheDocumentation) {
   const RunConfig config = load(kSmallest + "}");
   const std::filesystem::path base(folder_);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <filesystem>
 #include <optional>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -17,6 +18,7 @@
 #include "base/progress.h"
 #include "checkpoint/save_model.h"
 #include "model/init.h"
+#include "ops/tensor_memory.h"
 #include "train/export_run.h"
 #include "train/report.h"
 #include "train/row_plan.h"
@@ -219,6 +221,68 @@ struct Trainer::Impl {
     if (!finished()) begin_stage();
   }
 
+  ObjectiveParams objective(bool count_clamps) const {
+    ObjectiveParams params;
+    params.mtp_weight = config.schedule.mtp_weight_at(progress.tokens);
+    params.balance_weight = config.balance_weight;
+    params.index_weight = config.index_weight;
+    params.mode = stage().mode;
+    params.numerics = stage().numerics;
+    params.count_clamps = count_clamps;
+    recompute.apply(params);
+    return params;
+  }
+
+  /// What a step of this process's share of `rows` rows of the stage holds beside a pass.
+  StepMemory step_memory(int64_t rows) const {
+    const Span share = row_share(rows, ranks.size(), ranks.rank());
+    StepMemory memory{.before = bytes_between_steps,
+                      .rows = (share.end - share.begin) * stage_row_bytes,
+                      .gradients = 0,
+                      .sets = waiting_sets(share.begin, share.end),
+                      .update = update_bytes(model)};
+    model.visit([&](const model::Parameter& parameter) {
+      if (is_trained(parameter, objective(false)))
+        memory.gradients += static_cast<int64_t>(parameter.value.nbytes());
+    });
+    return memory;
+  }
+  int64_t rows_of(int64_t tokens) const {
+    return std::max<int64_t>(1, tokens / stage().row_length);
+  }
+
+  /// Once a stage: what its passes recompute, and what its largest step is to hold.
+  void plan_memory() {
+    if (config.recompute.policy == RecomputePolicy::kUnset || planned_stage == progress.stage)
+      return;
+    planned_stage = progress.stage;
+    recompute = {};
+    const auto index = static_cast<size_t>(progress.stage);
+    int64_t rows = 1;
+    for (const BatchRamp& ramp : config.schedule.batch) rows = std::max(rows, rows_of(ramp.tokens));
+    rows = std::min(rows, plan.num_rows(index));
+    optimizer->zero_grad();  // the last step's, which the next one drops
+    bytes_between_steps = ops::tensor_bytes();
+    const MicroBatch row(plan.rows(index, progress.row, 1), device);
+    stage_row_bytes = ops::tensor_bytes() - bytes_between_steps;
+    recompute = plan_recompute(model, row, objective(true), config.recompute, step_memory(rows),
+                               concat(config.path, ": recompute.budget_bytes"));
+    log::info("train", "stage ", stage().name, ": ", describe(recompute, step_memory(rows)));
+    ops::reset_tensor_peak();
+    measured = false;
+  }
+
+  /// After a stage's first step: what it held, beside what it was to hold.
+  void compare_memory(int64_t rows) {
+    if (config.recompute.policy == RecomputePolicy::kUnset || std::exchange(measured, true)) return;
+    const auto mib = [](int64_t bytes) {
+      return concat(std::round(static_cast<double>(bytes) / 0x1p20 * 10.0) / 10.0, " MiB");
+    };
+    log::info("train", "stage ", stage().name, ": tensors of the first step held ",
+              mib(ops::tensor_peak_bytes()), ", predicted ",
+              mib(step_memory(rows).peak(recompute.pass_bytes)));
+  }
+
   void step() {
     const Clock::time_point start = Clock::now();
     const auto index = static_cast<size_t>(progress.stage);
@@ -228,6 +292,7 @@ struct Trainer::Impl {
     const int64_t rows = std::min(wanted, plan.num_rows(index) - progress.row);
     const int64_t micro_rows = std::max<int64_t>(1, config.micro_batch_tokens / row_length);
     const StepShare share{.rows = row_share(rows, ranks.size(), ranks.rank()), .total = rows};
+    plan_memory();
     ranks.enter(concat("step ", progress.step + 1));
 
     std::vector<MicroBatch> batches;
@@ -239,18 +304,14 @@ struct Trainer::Impl {
         config.count_clamps_every_steps > 0 && progress.step % config.count_clamps_every_steps == 0;
     const int64_t step_tokens = rows * row_length;
     const StepRules rules{
-        .objective = {.mtp_weight = config.schedule.mtp_weight_at(progress.tokens),
-                      .balance_weight = config.balance_weight,
-                      .index_weight = config.index_weight,
-                      .mode = stage().mode,
-                      .numerics = stage().numerics,
-                      .count_clamps = count_clamps},
+        .objective = objective(count_clamps),
         .learning_rate = stage().learning_rate > 0.0
                              ? stage().learning_rate
                              : config.schedule.learning_rate.at(progress.tokens, step_tokens),
         .clip_norm = config.clip_norm,
         .router_bias_speed = config.router_bias_speed};
     const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks);
+    compare_memory(rows);
     if (outcome.moved) {
       skipped_in_a_row = 0;
     } else {
@@ -325,13 +386,24 @@ struct Trainer::Impl {
   RunProgress progress;
   std::unique_ptr<MetricsWriter> metrics;  ///< the first rank's, like the bar
   std::unique_ptr<Progress> bar;
+  RecomputePlan recompute;  ///< of the stage
+  int64_t planned_stage = -1, bytes_between_steps = 0, stage_row_bytes = 0;
+  bool measured = true;  ///< the stage's first step, where there is a plan
   Clock::time_point last_save;
   int64_t skipped_in_a_row = 0;
   std::pair<int64_t, const Stage*> last_validation{-1, nullptr};
 };
 
-Trainer::Trainer(RunConfig config, dist::Ranks& ranks)
-    : impl_(std::make_unique<Impl>(std::move(config), ranks)) {}
+Trainer::Trainer(RunConfig config, dist::Ranks& ranks) {
+  if (config.recompute.policy != RecomputePolicy::kUnset) {
+    HADAL_INPUT_CHECK(pick_device(config.device).is_cpu(), config.path,
+                      ": recompute: what a pass holds is counted on the CPU: expected device "
+                      "\"cpu\", found \"",
+                      config.device, "\"");
+    ops::count_tensor_memory();
+  }
+  impl_ = std::make_unique<Impl>(std::move(config), ranks);
+}
 Trainer::~Trainer() = default;
 const RunProgress& Trainer::progress() const { return impl_->progress; }
 int64_t Trainer::total_tokens() const { return impl_->plan.total_tokens(); }

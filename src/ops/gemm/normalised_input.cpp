@@ -9,6 +9,7 @@
 #include "ops/gemm/sm90_layout.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::ops {
 
@@ -67,8 +68,12 @@ ProductInput normalised_input(const at::Tensor& x_any,
                               Numerics numerics,
                               OperandKinds kinds) {
   if (x_any.dim() != 2 ||
-      !serves_normalised_sm90(x_any, x_any.size(-1), weight_any, numerics, kinds))
-    return {rms_norm(x_any, weight_any, eps), numerics};
+      !serves_normalised_sm90(x_any, x_any.size(-1), weight_any, numerics, kinds)) {
+    const auto norm = [eps](const at::Tensor& x, const at::Tensor& w) {
+      return rms_norm(x, w, eps);
+    };
+    return {checkpointed(recorded("norm", norm, x_any, weight_any)), numerics};
+  }
   const at::Tensor x = kernel_input(x_any);
   NormalisedRows rows(x, weight_any, eps, numerics, kinds);
   rows.params.x = x.const_data_ptr();

@@ -7,12 +7,18 @@
 #include "ops/gemm/linear_sm90.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::ops {
 
 const at::Tensor& ProductInput::rounded(GemmRole role) const {
   if (!quantises_input(role, numerics_)) return x_;
-  if (!rounded_.defined()) rounded_ = quantise_input(x_, role, numerics_);
+  if (!rounded_.defined()) {
+    const auto round = [role, numerics = numerics_](const at::Tensor& x) {
+      return quantise_input(x, role, numerics);
+    };
+    rounded_ = checkpointed(recorded("rounded", round, x_));
+  }
   return rounded_;
 }
 

@@ -1,6 +1,7 @@
 #include "ops/mhc/hyper_connection.h"
 
 #include <algorithm>
+#include <array>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -14,6 +15,7 @@
 #include "ops/mhc/hyper_connection_sm90.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
+#include "ops/tape.h"
 
 namespace hadal::ops {
 namespace {
@@ -464,10 +466,15 @@ HcInput hc_pre_normalised(const at::Tensor& streams,
     check_shape(scale, {3}, "hc_pre: scale");
     return run_pre_norm_sm90(streams, fn, base, scale, params, norm, numerics, kinds, comb_beside);
   }
-  const HcPre pre = hc_pre(streams, fn, base, scale, params);
-  return {.input = normalised_input(pre.mixed, norm, params.norm_eps, numerics, kinds),
-          .post = pre.post,
-          .comb = pre.comb};
+  const auto mix = [params](const at::Tensor& x, const at::Tensor& f, const at::Tensor& b,
+                            const at::Tensor& s) {
+    HcPre pre = hc_pre(x, f, b, s, params);
+    return std::array{std::move(pre.mixed), std::move(pre.post), std::move(pre.comb)};
+  };
+  const auto [mixed, post, comb] = recorded("mixed", mix, streams, fn, base, scale);
+  return {.input = normalised_input(checkpointed(mixed), norm, params.norm_eps, numerics, kinds),
+          .post = checkpointed(post),
+          .comb = checkpointed(comb)};
 }
 
 at::Tensor hc_post(const at::Tensor& out,
