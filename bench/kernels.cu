@@ -230,8 +230,8 @@ void bench_experts(cudaStream_t stream, double copy) {
                                 {h, 2 * kInter, ElementType::kBf16}},
                                stream, {tile, -1});
             if (part == 0)
-              swiglu_quantise_sm90({h, nullptr, nullptr, 10.0f, r.rows, kInter, h_codes, h_scales, groups},
-                                   stream);
+              swiglu_quantise_sm90(
+                  {h, nullptr, nullptr, 10.0f, r.rows, kInter, h_codes, h_scales, groups}, stream);
             if (part != 1)
               experts_fp4_sm90({h_codes,
                                 h_scales,

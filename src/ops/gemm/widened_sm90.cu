@@ -281,7 +281,8 @@ void launch(const WidenedSm90Params& p, Stream stream) {
   auto* kernel = widened_kernel<S>;
   const int64_t chains = S::shared ? (p.slabs + S::chain - 1) / S::chain * S::tile * 4 : 0;
   const auto bytes = static_cast<size_t>(S::stages * S::stage_bytes + chains);
-  if (bytes > 227 * 1024 - 2048) throw_kernel_error("widened_sm90", "too many inputs for this tile");
+  if (bytes > 227 * 1024 - 2048)
+    throw_kernel_error("widened_sm90", "too many inputs for this tile");
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
   const dim3 grid(blocks_for(p.outputs / 64, S::tiles), blocks_for(p.rows, S::rows),

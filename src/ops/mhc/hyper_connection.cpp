@@ -13,6 +13,7 @@
 #include "ops/mhc/hyper_connection_cpu.h"
 #include "ops/mhc/hyper_connection_kernels.h"
 #include "ops/mhc/hyper_connection_sm90.h"
+#include "ops/mhc/sm90_hyper_connection.h"
 #include "ops/op.h"
 #include "ops/sm90.h"
 #include "ops/tape.h"
@@ -310,109 +311,6 @@ bool learns(std::initializer_list<at::Tensor> inputs) {
                      [](const at::Tensor& x) { return x.requires_grad(); });
 }
 
-/// Four streams whose widths the Hopper kernels take.
-bool on_sm90(const at::Tensor& streams) {
-  return streams.size(1) == hc::kStreams && streams.size(2) % 128 == 0 && use_sm90(streams);
-}
-
-/// The kernel reads fn while the kernel before it still runs, which must not be the one that makes
-/// a copy of it.
-bool reads_as_it_is(const at::Tensor& fn) {
-  return fn.scalar_type() == at::kFloat &&
-         (fn.is_cpu() ? fn.is_contiguous() : fn.is_same(kernel_input(fn)));
-}
-
-/// hc_pre, or the collapse (head), with the bits of run_pre_cpu.
-HcPre run_pre_sm90(const at::Tensor& streams_any,
-                   const at::Tensor& fn,
-                   const at::Tensor& base_any,
-                   const at::Tensor& scale_any,
-                   const HcParams& params,
-                   bool head) {
-  const at::Tensor streams = kernel_input(streams_any), base = fp32_input(base_any),
-                   scale = fp32_input(scale_any);
-  const int64_t tokens = streams.size(0), dim = streams.size(2);
-  HcPre result{.mixed = at::empty({tokens, dim}, streams.options()), .post = {}, .comb = {}};
-  if (!head) {
-    result.post = at::empty({tokens, hc::kStreams}, fn.options());
-    result.comb = at::empty({tokens, hc::kStreams, hc::kStreams}, fn.options());
-  }
-  run_sm90(streams, hc_pre_sm90, hc_pre_twin,
-           {.streams = streams.const_data_ptr(),
-            .fn = fn.const_data_ptr<float>(),
-            .base = base.const_data_ptr<float>(),
-            .scale = scale.const_data_ptr<float>(),
-            .mixed = result.mixed.mutable_data_ptr(),
-            .post = head ? nullptr : result.post.mutable_data_ptr<float>(),
-            .comb = head ? nullptr : result.comb.mutable_data_ptr<float>(),
-            .tokens = tokens,
-            .dim = dim,
-            .sinkhorn_iters = static_cast<int>(params.sinkhorn_iters),
-            .norm_eps = static_cast<float>(params.norm_eps),
-            .hc_eps = static_cast<float>(params.hc_eps),
-            .head = head});
-  return result;
-}
-
-/// hc_pre and the norm behind it in one launch.
-HcInput run_pre_norm_sm90(const at::Tensor& streams_any,
-                          const at::Tensor& fn,
-                          const at::Tensor& base_any,
-                          const at::Tensor& scale_any,
-                          const HcParams& params,
-                          const at::Tensor& norm,
-                          Numerics numerics,
-                          OperandKinds kinds,
-                          SideBranch& comb_beside) {
-  const at::Tensor streams = kernel_input(streams_any), base = fp32_input(base_any),
-                   scale = fp32_input(scale_any);
-  const int64_t tokens = streams.size(0), dim = streams.size(2);
-  NormalisedRows rows(streams, norm, params.norm_eps, numerics, kinds);
-  const at::Tensor post = at::empty({tokens, hc::kStreams}, fn.options()),
-                   comb = at::empty({tokens, hc::kStreams, hc::kStreams}, fn.options());
-  hc_pre_norm_sm90({.pre = {.streams = streams.const_data_ptr(),
-                            .fn = fn.const_data_ptr<float>(),
-                            .base = base.const_data_ptr<float>(),
-                            .scale = scale.const_data_ptr<float>(),
-                            .mixed = nullptr,
-                            .post = post.mutable_data_ptr<float>(),
-                            .comb = comb.mutable_data_ptr<float>(),
-                            .tokens = tokens,
-                            .dim = dim,
-                            .sinkhorn_iters = static_cast<int>(params.sinkhorn_iters),
-                            .norm_eps = static_cast<float>(params.norm_eps),
-                            .hc_eps = static_cast<float>(params.hc_eps),
-                            .head = false},
-                    .norm = rows.params},
-                   current_stream(streams));
-  comb_beside.run([&] {
-    hc_comb_sm90({.comb = comb.mutable_data_ptr<float>(),
-                  .tokens = tokens,
-                  .iters = static_cast<int>(params.sinkhorn_iters),
-                  .eps = static_cast<float>(params.hc_eps)},
-                 current_stream(streams));
-  });
-  return {.input = std::move(rows).input(numerics), .post = post, .comb = comb};
-}
-
-at::Tensor run_post_sm90(const at::Tensor& out_any,
-                         const at::Tensor& streams_any,
-                         const at::Tensor& post_any,
-                         const at::Tensor& comb_any) {
-  const at::Tensor out = kernel_input(out_any), streams = kernel_input(streams_any),
-                   post = fp32_input(post_any), comb = fp32_input(comb_any);
-  at::Tensor result = at::empty_like(streams);
-  run_sm90(streams, hc_post_sm90, hc_post_twin,
-           {.out = out.const_data_ptr(),
-            .streams = streams.const_data_ptr(),
-            .post = post.const_data_ptr<float>(),
-            .comb = comb.const_data_ptr<float>(),
-            .result = result.mutable_data_ptr(),
-            .tokens = streams.size(0),
-            .dim = streams.size(2)});
-  return result;
-}
-
 }  // namespace
 
 HcPre hc_pre(const at::Tensor& streams,
@@ -425,8 +323,8 @@ HcPre hc_pre(const at::Tensor& streams,
   check_shape(fn, {(2 + n) * n, n * dim}, "hc_pre: fn");
   check_shape(base, {(2 + n) * n}, "hc_pre: base");
   check_shape(scale, {3}, "hc_pre: scale");
-  if (on_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
-    return run_pre_sm90(streams, fn, base, scale, params, /*head=*/false);
+  if (serves_hc_sm90(streams) && reads_fn_as_it_is(fn) && !learns({fn, base, scale}))
+    return hc_pre_on_sm90(streams, fn, base, scale, params, /*head=*/false);
   refuse_as_hopper(streams, "hc_pre");
   if (use_pre_cuda(streams, params)) return run_pre_cuda(streams, fn, base, scale, params);
   if (use_kernel(streams)) {
@@ -458,13 +356,15 @@ HcInput hc_pre_normalised(const at::Tensor& streams,
                           SideBranch& comb_beside) {
   check_shape(streams, {-1, -1, -1}, "hc_pre: streams");
   const int64_t dim = streams.size(2);
-  if (streams.is_cuda() && on_sm90(streams) && serves_hc_pre_norm_sm90(streams.size(0), dim) &&
-      serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_as_it_is(fn) &&
+  if (streams.is_cuda() && serves_hc_sm90(streams) &&
+      serves_hc_pre_norm_sm90(streams.size(0), dim) &&
+      serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_fn_as_it_is(fn) &&
       !learns({fn, base, scale})) {
     check_shape(fn, {hc::kRows, hc::kStreams * dim}, "hc_pre: fn");
     check_shape(base, {hc::kRows}, "hc_pre: base");
     check_shape(scale, {3}, "hc_pre: scale");
-    return run_pre_norm_sm90(streams, fn, base, scale, params, norm, numerics, kinds, comb_beside);
+    return hc_pre_norm_on_sm90(streams, fn, base, scale, params, norm, numerics, kinds,
+                               comb_beside);
   }
   const auto mix = [params](const at::Tensor& x, const at::Tensor& f, const at::Tensor& b,
                             const at::Tensor& s) {
@@ -486,8 +386,8 @@ at::Tensor hc_post(const at::Tensor& out,
   check_shape(out, {tokens, streams.size(2)}, "hc_post: out");
   check_shape(post, {tokens, n}, "hc_post: post");
   check_shape(comb, {tokens, n, n}, "hc_post: comb");
-  if (on_sm90(streams) && use_sm90(out) && !learns({post, comb}))
-    return run_post_sm90(out, streams, post, comb);
+  if (serves_hc_sm90(streams) && use_sm90(out) && !learns({post, comb}))
+    return hc_post_on_sm90(out, streams, post, comb);
   refuse_as_hopper(streams, "hc_post");
   if (use_cuda(streams) && hc_post_cuda && hc_post_backward_cuda &&
       out.scalar_type() == streams.scalar_type()) {
@@ -514,8 +414,8 @@ at::Tensor hc_head(const at::Tensor& streams,
   check_shape(fn, {n, n * streams.size(2)}, "hc_head: fn");
   check_shape(base, {n}, "hc_head: base");
   check_shape(scale, {1}, "hc_head: scale");
-  if (on_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
-    return run_pre_sm90(streams, fn, base, scale, params, /*head=*/true).mixed;
+  if (serves_hc_sm90(streams) && reads_fn_as_it_is(fn) && !learns({fn, base, scale}))
+    return hc_pre_on_sm90(streams, fn, base, scale, params, /*head=*/true).mixed;
   refuse_as_hopper(streams, "hc_head");
   HcParams collapse = params;
   collapse.sinkhorn_iters = 1;
