@@ -47,6 +47,7 @@ StepOutput RecordedSteps::run(const std::vector<int64_t>& lengths,
   }
   if (kept.refused) return step();
   if (kept.graph == nullptr) {
+    if (num_graphs() == 0) memory_.renew();
     try {
       kept.graph = std::make_unique<ops::RecordedGraph>(memory_, [&] { kept.output = step(); });
     } catch (const std::exception& error) {

@@ -7,7 +7,6 @@
 
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
-#include <ATen/cuda/MemPool.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -39,8 +38,7 @@ struct GraphMemory::Parts {
     static_assert(SideBranch::kBranches == 3);
   }
   at::Device device;
-  // Of its own, so that it stays while no graph lives and results of some are still held.
-  at::cuda::MemPool pool{nullptr, /*is_user_created=*/false};
+  at::cuda::MempoolId_t pool = at::cuda::graph_pool_handle();
   c10::cuda::CUDAStream stream;  // that recordings are made on: the default one cannot be recorded
   std::array<Branch, SideBranch::kBranches> branches;
 };
@@ -48,16 +46,15 @@ struct RecordedGraph::Parts {
   at::cuda::CUDAGraph graph;
 };
 
-GraphMemory::GraphMemory(at::Device device) {
-  const c10::OptionalDeviceGuard guard(device.has_index() ? std::optional(device) : std::nullopt);
-  parts_ = std::make_unique<Parts>(device);
-}
+GraphMemory::GraphMemory(at::Device device) : parts_(std::make_unique<Parts>(device)) {}
+
+void GraphMemory::renew() { parts_->pool = at::cuda::graph_pool_handle(); }
 
 RecordedGraph::RecordedGraph(GraphMemory& memory, const std::function<void()>& work)
     : parts_(std::make_unique<Parts>()) {
   const c10::cuda::CUDAStreamGuard guard(memory.parts_->stream);
   // Other threads may go on asking the device for things.
-  parts_->graph.capture_begin(memory.parts_->pool.id(), cudaStreamCaptureModeThreadLocal);
+  parts_->graph.capture_begin(memory.parts_->pool, cudaStreamCaptureModeThreadLocal);
   struct Recording {
     explicit Recording(GraphMemory::Parts& parts) { recording = &parts.branches; }
     ~Recording() { recording = nullptr; }
@@ -105,6 +102,7 @@ struct RecordedGraph::Parts {};
 GraphMemory::GraphMemory(at::Device device) {
   throw Error(concat("recorded_graph: this build has no CUDA for device ", device.str()));
 }
+void GraphMemory::renew() {}
 RecordedGraph::RecordedGraph(GraphMemory&, const std::function<void()>&) {}
 void RecordedGraph::replay() {}
 

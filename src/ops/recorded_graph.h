@@ -21,6 +21,10 @@ class GraphMemory {
   GraphMemory(const GraphMemory&) = delete;
   GraphMemory& operator=(const GraphMemory&) = delete;
 
+  /// Other memory for the graphs to come: for when none is left that has this one, whose results
+  /// somebody may still hold. Memory that the last graph has left takes no others.
+  void renew();
+
  private:
   friend class RecordedGraph;
   struct Parts;
