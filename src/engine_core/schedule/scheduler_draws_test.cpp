@@ -44,6 +44,25 @@ TEST(Scheduler, MasksAreMadeWhileTheStepRuns) {
   EXPECT_EQ(sink->answers[0], world.expected(request));
 }
 
+// Who draws before it is asked for the tokens must know which draws to leave.
+TEST(Scheduler, DrawsSayWhetherAMaskWillCome) {
+  World world({});
+  int64_t with = 0, without = 0;
+  world.model.on_run = [&](std::span<const SequenceStep> steps) {
+    for (const SequenceStep& step : steps) {
+      for (const Draw& draw : step.draws) {
+        EXPECT_EQ(draw.masked_later, !draw.mask.empty());
+        ++(draw.masked_later ? with : without);
+      }
+    }
+  };
+  world.add(with_grammar(counting(5), 6));
+  world.add(plain(counting(4), 6));
+  world.run_to_end();
+  EXPECT_EQ(with, 6);
+  EXPECT_EQ(without, 6);
+}
+
 TEST(Scheduler, AMaskThatFailsEndsItsRequestAlone) {
   for (const bool throws : {true, false}) {
     World world({});
