@@ -1,6 +1,7 @@
 #include "ops/recorded_graph.h"
 
 #include "base/check.h"
+#include "base/log.h"
 
 #ifdef HADAL_WITH_CUDA
 #include <array>
@@ -116,10 +117,11 @@ SideBranch::SideBranch(int number) : number_(number) {
 }
 
 SideBranch::~SideBranch() {
-  // After an error the recording is thrown away with all its branches.
   try {
     join();
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
+    // The recording, which is thrown away with all its branches, says why by itself.
+    log::warn("graph", "branch ", number_, " of a recording: ", error.what());
   }
 }
 
