@@ -63,7 +63,7 @@ void DsparkDrafter::draft(std::span<DraftRequest> requests) {
     const model::DraftScores scores = runner_.draft_scores(blocks, rows, previous);
     const auto vocab = static_cast<size_t>(scores.logits.size(1));
     const std::span logits(scores.logits.const_data_ptr<float>(), open.size() * vocab);
-    const float* confidence = scores.confidence.const_data_ptr<float>();
+    const auto* confidence = scores.confidence.const_data_ptr<float>();
     std::vector<Draw> draws;
     std::vector<Drafting> drawn;
     std::vector<std::span<const float>> of_draws;

@@ -242,7 +242,7 @@ class Exchange {
            parameter(piece).kind == model::ParamKind::kExperts;
   }
   at::Tensor outgoing(size_t entry, size_t piece) {
-    const at::Tensor gradient = own(entry, piece);
+    at::Tensor gradient = own(entry, piece);
     if (!is_halved(piece)) return gradient;
     return stochastic_bf16(gradient,
                            {.seed = optimizer_.params().seed ^ fnv1a64(parameter(piece).name),
