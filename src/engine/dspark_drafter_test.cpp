@@ -21,6 +21,7 @@
 #include "model/contiguous_kv.h"
 #include "ops/sm90.h"
 #include "testing/as_hopper.h"
+#include "testing/no_filter.h"
 #include "testing/tiny_model.h"
 
 namespace hadal::engine {
@@ -218,20 +219,6 @@ TEST(DraftBlocksAsHopper, ABlockDoesNotKnowItsCompanyAndIsNearTheCpus) {
 
 // --- the recordings
 
-class NoFilter final : public engine_core::AnswerFilter {
- public:
-  std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
-    return std::vector<std::span<const int32_t>>(1 + draft.size());
-  }
-  Accepted accept(int64_t) override { return {}; }
-  std::string finish() override { return {}; }
-};
-class NoFilters final : public engine_core::AnswerFilters {
- public:
-  std::unique_ptr<engine_core::AnswerFilter> create(const engine_core::Request&) override {
-    return std::make_unique<NoFilter>();
-  }
-};
 struct Answer final : engine_core::Sink {
   void on_update(engine_core::Update update) override {
     EXPECT_EQ(update.error, "");
@@ -271,7 +258,7 @@ class RecordedRounds : public ::testing::TestWithParam<const char*> {
     ModelSampler sampler(config.vocab_size);
     ModelRunner runner(*model_, cache, sampler);
     DsparkDrafter drafter(runner, sampler, threshold);
-    NoFilters filters;
+    testing::NoFilters filters;
     engine_core::SchedulerOptions options;
     options.max_running = 6;
     options.max_drafts = drafts;

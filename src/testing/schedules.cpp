@@ -20,6 +20,7 @@
 #include "engine/mtp_drafter.h"
 #include "engine/sampler.h"
 #include "engine_core/schedule/scheduler.h"
+#include "testing/no_filter.h"
 
 namespace hadal::testing {
 
@@ -50,22 +51,6 @@ class RecordingSampler final : public engine_core::Sampler {
 
  private:
   engine::ModelSampler sampler_;
-};
-
-class NoFilter final : public engine_core::AnswerFilter {
- public:
-  bool masks_tokens() const override { return false; }
-  std::vector<std::span<const int32_t>> masks(std::span<const int64_t> draft) override {
-    return std::vector<std::span<const int32_t>>(1 + draft.size());
-  }
-  Accepted accept(int64_t) override { return {}; }
-  std::string finish() override { return {}; }
-};
-class NoFilters final : public engine_core::AnswerFilters {
- public:
-  std::unique_ptr<engine_core::AnswerFilter> create(const Request&) override {
-    return std::make_unique<NoFilter>();
-  }
 };
 
 struct Answer final : engine_core::Sink {

@@ -58,8 +58,9 @@ constexpr int64_t chain_bytes(bool fp8, int64_t tile) {
 
 /// kXIsA: the rows of x are operand A. kBatch: slabs multiplied between two waits, 1 or 2. With
 /// four (16 matrix instructions, of 8 or 16 columns each) and three blocks on a processor one
-/// warp's sums of a slab came out wrong once in some 100,000 warps, with neither shared memory nor
-/// registers at fault as far as could be seen; `StaysTheSame` of the kernel test would see it.
+/// warp's sums of a slab came out wrong in one of 11,000 warps (16 rows) or two million (8), with
+/// neither shared memory nor registers at fault as far as could be seen; `StaysTheSame` of the
+/// kernel test would see it.
 template <bool kFp8, bool kXIsA, int kWarpgroups, int kN, int kStages, int kBatch>
 struct Shape {
   static constexpr bool fp8 = kFp8, x_is_a = kXIsA;

@@ -323,7 +323,7 @@ HcPre hc_pre(const at::Tensor& streams,
   check_shape(fn, {(2 + n) * n, n * dim}, "hc_pre: fn");
   check_shape(base, {(2 + n) * n}, "hc_pre: base");
   check_shape(scale, {3}, "hc_pre: scale");
-  if (serves_hc_sm90(streams) && reads_fn_as_it_is(fn) && !learns({fn, base, scale}))
+  if (serves_hc_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
     return hc_pre_on_sm90(streams, fn, base, scale, params, /*head=*/false);
   refuse_as_hopper(streams, "hc_pre");
   if (use_pre_cuda(streams, params)) return run_pre_cuda(streams, fn, base, scale, params);
@@ -358,7 +358,8 @@ HcInput hc_pre_normalised(const at::Tensor& streams,
   const int64_t dim = streams.size(2);
   if (streams.is_cuda() && serves_hc_sm90(streams) &&
       serves_hc_pre_norm_sm90(streams.size(0), dim) &&
-      serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_fn_as_it_is(fn) &&
+      serves_normalised_sm90(streams, dim, norm, numerics, kinds) && reads_as_it_is(fn) &&
+      reads_as_it_is(base) && reads_as_it_is(scale) && reads_as_it_is(norm) &&
       !learns({fn, base, scale})) {
     check_shape(fn, {hc::kRows, hc::kStreams * dim}, "hc_pre: fn");
     check_shape(base, {hc::kRows}, "hc_pre: base");
@@ -414,7 +415,7 @@ at::Tensor hc_head(const at::Tensor& streams,
   check_shape(fn, {n, n * streams.size(2)}, "hc_head: fn");
   check_shape(base, {n}, "hc_head: base");
   check_shape(scale, {1}, "hc_head: scale");
-  if (serves_hc_sm90(streams) && reads_fn_as_it_is(fn) && !learns({fn, base, scale}))
+  if (serves_hc_sm90(streams) && reads_as_it_is(fn) && !learns({fn, base, scale}))
     return hc_pre_on_sm90(streams, fn, base, scale, params, /*head=*/true).mixed;
   refuse_as_hopper(streams, "hc_head");
   HcParams collapse = params;

@@ -25,6 +25,7 @@ void hc_pre_sm90(const HcPreSm90Params& p, Stream stream);
 void hc_pre_twin(const HcPreSm90Params& p);
 
 /// hc_pre of few tokens and the norm behind it (normalised_sm90) in one launch. Not for the head.
+/// fn, base, scale and the norm's weight are constants, read before the kernel before has ended.
 struct HcPreNormSm90Params {
   HcPreSm90Params pre;        ///< mixed: unused; comb: logits, which hc_comb_sm90 turns into it
   NormalisedSm90Params norm;  ///< x: unused

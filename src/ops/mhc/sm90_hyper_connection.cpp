@@ -16,11 +16,11 @@ bool serves_hc_sm90(const at::Tensor& streams) {
   return streams.size(1) == hc::kStreams && streams.size(2) % 128 == 0 && use_sm90(streams);
 }
 
-/// The kernel reads fn while the kernel before it still runs, which must not be the one that makes
-/// a copy of it.
-bool reads_fn_as_it_is(const at::Tensor& fn) {
-  return fn.scalar_type() == at::kFloat &&
-         (fn.is_cpu() ? fn.is_contiguous() : fn.is_same(kernel_input(fn)));
+/// A kernel that reads a constant while the kernel before it still runs must be given the tensor
+/// itself: a copy might be what that kernel makes.
+bool reads_as_it_is(const at::Tensor& constant) {
+  return constant.scalar_type() == at::kFloat &&
+         (constant.is_cpu() ? constant.is_contiguous() : constant.is_same(kernel_input(constant)));
 }
 
 /// hc_pre, or the collapse (head), with the bits of run_pre_cpu.

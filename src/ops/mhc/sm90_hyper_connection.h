@@ -10,9 +10,9 @@ namespace hadal::ops {
 /// Four streams whose widths the Hopper kernels take.
 bool serves_hc_sm90(const at::Tensor& streams);
 
-/// The kernel reads fn while the kernel before it still runs, which must not be the one that makes
-/// a copy of it.
-bool reads_fn_as_it_is(const at::Tensor& fn);
+/// A kernel that reads a constant while the kernel before it still runs must be given the tensor
+/// itself: a copy might be what that kernel makes.
+bool reads_as_it_is(const at::Tensor& constant);
 
 /// hc_pre, or the collapse (head), with the bits of run_pre_cpu.
 HcPre hc_pre_on_sm90(const at::Tensor& streams_any,
