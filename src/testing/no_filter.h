@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "engine_core/request.h"
 #include "engine_core/sampler.h"
 
 namespace hadal::testing {
@@ -20,7 +21,7 @@ class NoFilter final : public engine_core::AnswerFilter {
 };
 class NoFilters final : public engine_core::AnswerFilters {
  public:
-  std::unique_ptr<engine_core::AnswerFilter> create(const Request&) override {
+  std::unique_ptr<engine_core::AnswerFilter> create(const engine_core::Request&) override {
     return std::make_unique<NoFilter>();
   }
 };
