@@ -118,9 +118,19 @@ Cost decode_cost(const ModelConfig& config, int64_t tokens) {
     const double width = d(config.head_dim + (is_csa ? config.index_head_dim : 0));
     cost.state_bytes += 2 * 4 * overlap * d(ratio) * overlap * width;
   }
-  list.add("head", Precision::kBf16, 2 * d(config.dim) * d(config.vocab_size));
+  list.add("head", Precision::kBf16, head_flops(config));
   cost.work = list.take();
   return cost;
+}
+
+double head_flops(const ModelConfig& config) { return 2 * d(config.dim) * d(config.vocab_size); }
+
+double block_flops(const ModelConfig& config, int64_t block, int64_t tokens) {
+  WorkList list;
+  add_layer(list, config, block, d(tokens));
+  // e_proj once, h_proj on every stream.
+  const double projections = 2 * d(config.dim) * d(config.dim) * (1.0 + d(config.hc_mult));
+  return Cost{.work = list.take()}.raw_flops() + (block == config.n_layers ? projections : 0.0);
 }
 
 Cost decode_cost_v3_2(int64_t tokens) {

@@ -38,6 +38,11 @@ struct Cost {
 /// with BF16 rotary part, FP4 indexer keys.
 Cost decode_cost(const ModelConfig& config, int64_t tokens);
 
+/// Raw FLOPs of one token at context `tokens` through one block (n_layers: the MTP block with its
+/// projections), and through the head.
+double block_flops(const ModelConfig& config, int64_t block, int64_t tokens);
+double head_flops(const ModelConfig& config);
+
 /// DeepSeek-V3.2 (61 layers, MLA absorbed, FP8 indexer over all tokens), the yardstick.
 Cost decode_cost_v3_2(int64_t tokens);
 

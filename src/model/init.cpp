@@ -142,7 +142,8 @@ void require_gradients(Transformer& model) {
   model.visit([](Parameter& parameter) {
     parameter.hold_dense();
     // Held anew: panels of values that will move are of no use.
-    if (parameter.trainable()) parameter.hold(parameter.value.requires_grad_(true));
+    if (parameter.trainable() && parameter.value.defined())
+      parameter.hold(parameter.value.requires_grad_(true));
   });
 }
 

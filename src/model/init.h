@@ -23,7 +23,8 @@ struct InitParams {
 /// seed and name alone; a shard has its part of the whole.
 void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype);
 
-/// Makes every floating parameter but the router bias a leaf that requires a gradient.
+/// Makes every floating parameter but the router bias a leaf that requires a gradient; of those
+/// that another stage of a pipeline has there is none.
 void require_gradients(Transformer& model);
 
 /// Moves all parameters to a device, keeping requires_grad. FP4 and FP8 stay packed

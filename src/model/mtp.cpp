@@ -6,7 +6,6 @@
 
 #include "model/recompute.h"
 #include "ops/norm/rms_norm.h"
-#include "ops/rows/embedding.h"
 
 namespace hadal::model {
 
@@ -14,15 +13,14 @@ using ops::GemmRole;
 
 MtpOutput mtp_forward(const Mtp& mtp,
                       const ModelConfig& config,
-                      const Parameter& embed,
+                      const at::Tensor& rows,
                       const at::Tensor& streams,
                       const at::Tensor& next_ids,
                       const ops::RopeTable& compressed_rope,
                       const ForwardContext& context) {
   const ops::Numerics numerics = context.numerics;
   const int64_t tokens = streams.size(0), n = config.hc_mult, dim = config.dim;
-  const at::Tensor e = ops::rms_norm(ops::embedding(next_ids, embed.operand(numerics), embed.value),
-                                     mtp.enorm.value, config.norm_eps);
+  const at::Tensor e = ops::rms_norm(rows, mtp.enorm.value, config.norm_eps);
   const at::Tensor h =
       ops::rms_norm(streams, mtp.hnorm.value, config.norm_eps).reshape({tokens * n, dim});
   const at::Tensor projected_e =

@@ -20,10 +20,10 @@ struct MtpOutput {
 
 /// Streams of the last main block at p and the ids of the tokens at p + 1 -> head input [tokens,
 /// dim].
-///   embed  the main model's table
+///   rows  [tokens, dim] of the main model's embedding, of those ids
 MtpOutput mtp_forward(const Mtp& mtp,
                       const ModelConfig& config,
-                      const Parameter& embed,
+                      const at::Tensor& rows,
                       const at::Tensor& streams,
                       const at::Tensor& next_ids,
                       const ops::RopeTable& compressed_rope,

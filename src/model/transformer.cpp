@@ -76,6 +76,10 @@ at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) con
   return ops::checkpointed(ops::recorded("streams", make, ids, parameters_.embed.value));
 }
 
+at::Tensor Transformer::embedding_rows(const at::Tensor& ids, ops::Numerics numerics) const {
+  return ops::embedding(ids, parameters_.embed.operand(numerics), parameters_.embed.value);
+}
+
 void Transformer::check_forced(int64_t block, const ForwardContext& context) const {
   HADAL_CHECK(std::ssize(context.forced) <= config_.n_blocks(), "transformer: forced choices of ",
               context.forced.size(), " blocks, the model has ", config_.n_blocks());
@@ -129,11 +133,18 @@ at::Tensor Transformer::logits(const at::Tensor& head_input, ops::Numerics numer
 MtpOutput Transformer::mtp(const at::Tensor& streams,
                            const at::Tensor& next_ids,
                            ForwardContext& context) const {
+  return mtp(streams, next_ids, embedding_rows(next_ids, context.numerics), context);
+}
+
+MtpOutput Transformer::mtp(const at::Tensor& streams,
+                           const at::Tensor& next_ids,
+                           const at::Tensor& rows,
+                           ForwardContext& context) const {
   HADAL_CHECK(parameters_.mtp.has_value(), "transformer: this model has no MTP block");
   check_forced(config_.n_layers, context);
   ensure_rope(context);
-  return mtp_forward(*parameters_.mtp, config_, parameters_.embed, streams, next_ids,
-                     rope_compressed_, context);
+  ops::check_shape(rows, {next_ids.size(0), config_.dim}, "transformer: rows of the embedding");
+  return mtp_forward(*parameters_.mtp, config_, rows, streams, next_ids, rope_compressed_, context);
 }
 
 bool Transformer::is_target(int64_t layer) const {

@@ -42,6 +42,8 @@ class Transformer {
   /// each): ids -> streams in front of layer 0, and streams through one main block. run_layer()
   /// fills context.rope_* where a context has none yet.
   at::Tensor embed(const at::Tensor& ids, ops::Numerics numerics) const;
+  /// Rows of the embedding alone: ids [tokens] -> [tokens, dim].
+  at::Tensor embedding_rows(const at::Tensor& ids, ops::Numerics numerics) const;
   BlockOutput run_layer(int64_t layer,
                         at::Tensor streams,
                         const at::Tensor& ids,
@@ -62,6 +64,11 @@ class Transformer {
   /// new one with a batch of its own, whose rope_* it fills.
   MtpOutput mtp(const at::Tensor& streams,
                 const at::Tensor& next_ids,
+                ForwardContext& context) const;
+  /// The same from embedding_rows() of those ids, which another process may have computed.
+  MtpOutput mtp(const at::Tensor& streams,
+                const at::Tensor& next_ids,
+                const at::Tensor& rows,
                 ForwardContext& context) const;
 
   /// The DSpark drafter, without stages where the model has none.

@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "base/check.h"
 #include "ops/indexer/index_kl.h"
@@ -176,12 +177,60 @@ void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) 
 
 namespace {
 
-/// One pass: gradients go to the parameters.
-StepMeasures run_pass(const model::Transformer& model,
-                      const MicroBatch& micro,
-                      const StepCounts& counts,
-                      const ObjectiveParams& params) {
-  StepMeasures measures;
+/// A leaf of the values that arrived from another stage.
+at::Tensor leaf_of(const at::Tensor& values) {
+  return values.defined() ? values.detach().requires_grad_(true) : values;
+}
+
+bool has_mtp_loss(const model::ModelConfig& config, const ObjectiveParams& params) {
+  return config.n_mtp_layers > 0 && params.mtp_weight != 0.0;
+}
+
+/// The losses behind the last main block: main and MTP.
+at::Tensor language_losses(const model::Transformer& model,
+                           const at::Tensor& streams,
+                           const MicroBatch& micro,
+                           const StepCounts& counts,
+                           const ObjectiveParams& params,
+                           const at::Tensor& mtp_rows,
+                           model::ForwardContext& context,
+                           AuxiliaryTerms& terms,
+                           StepMeasures& measures) {
+  const model::ModelConfig& config = model.config();
+  const at::Tensor head = model.head_operand(params.numerics);
+  const auto cross_entropy = [&](const at::Tensor& hidden, const at::Tensor& targets) {
+    return ops::linear_cross_entropy(hidden, head, targets, kLossChunk, model.head_master());
+  };
+  const at::Tensor main_loss =
+      cross_entropy(model.head_input(streams, params.numerics), micro.targets) /
+      static_cast<double>(std::max<int64_t>(counts.targets, 1));
+  add_to(measures.main_loss, main_loss.detach());
+  if (!has_mtp_loss(config, params)) return main_loss;
+  const model::MtpOutput mtp = mtp_rows.defined()
+                                   ? model.mtp(streams, micro.next_ids, mtp_rows, context)
+                                   : model.mtp(streams, micro.next_ids, context);
+  terms.add(config.n_layers, mtp.aux, config, micro.rows, counts, measures);
+  const at::Tensor mtp_loss = cross_entropy(mtp.head_input, micro.mtp_targets) /
+                              static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
+  add_to(measures.mtp_loss, mtp_loss.detach());
+  return main_loss + mtp_loss * params.mtp_weight;
+}
+
+}  // namespace
+
+bool sends_mtp_rows(const model::ModelConfig& config, const ObjectiveParams& params) {
+  return has_mtp_loss(config, params);
+}
+
+StagePass stage_forward(const model::Transformer& model,
+                        const model::LayerRun& layers,
+                        const MicroBatch& micro,
+                        const StepCounts& counts,
+                        const ObjectiveParams& params,
+                        StageBorder in,
+                        const at::Tensor& mtp_rows) {
+  StagePass pass{.in = std::move(in), .out = {}, .mtp_rows = {}, .total = {}, .measures = {}};
+  StepMeasures& measures = pass.measures;
   const model::ModelConfig& config = model.config();
   const double row_share = static_cast<double>(micro.rows) / static_cast<double>(counts.rows);
   measures.expert_load.resize(static_cast<size_t>(config.n_blocks()));
@@ -194,43 +243,67 @@ StepMeasures run_pass(const model::Transformer& model,
       .routing = true, .swiglu = params.count_clamps, .index_loss = params.index_loss()};
   std::optional<ops::Tape> tape;
   if (params.tape) tape.emplace(*params.tape);
-  // Block by block, so that no more than one block's SwiGLU inputs are held for the counts.
-  AuxiliaryTerms terms;
-  at::Tensor streams = model.embed(micro.ids, params.numerics);
-  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+  pass.in.streams = leaf_of(pass.in.streams);
+  // Block by block, so that no more than one block's SwiGLU inputs are held for the counts. A
+  // stage's sums go on where the one before ended, so that they are added in one order.
+  AuxiliaryTerms terms{.balance = pass.in.balance, .index = pass.in.index};
+  at::Tensor streams = layers.first ? model.embed(micro.ids, params.numerics) : pass.in.streams;
+  for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
     model::BlockOutput block = model.run_layer(layer, std::move(streams), micro.ids, context);
     terms.add(layer, block.aux, config, micro.rows, counts, measures);
     streams = std::move(block.streams);
   }
-  const at::Tensor head = model.head_operand(params.numerics);
-  const auto cross_entropy = [&](const at::Tensor& hidden, const at::Tensor& targets) {
-    return ops::linear_cross_entropy(hidden, head, targets, kLossChunk, model.head_master());
-  };
-  const at::Tensor main_loss =
-      cross_entropy(model.head_input(streams, params.numerics), micro.targets) /
-      static_cast<double>(std::max<int64_t>(counts.targets, 1));
-  at::Tensor total = main_loss;
-  add_to(measures.main_loss, main_loss.detach());
-  if (config.n_mtp_layers > 0 && params.mtp_weight != 0.0) {
-    const model::MtpOutput mtp = model.mtp(streams, micro.next_ids, context);
-    terms.add(config.n_layers, mtp.aux, config, micro.rows, counts, measures);
-    const at::Tensor mtp_loss = cross_entropy(mtp.head_input, micro.mtp_targets) /
-                                static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
-    total = total + mtp_loss * params.mtp_weight;
-    add_to(measures.mtp_loss, mtp_loss.detach());
+  if (layers.last) {
+    pass.mtp_rows = leaf_of(mtp_rows);
+    pass.total = language_losses(model, streams, micro, counts, params, pass.mtp_rows, context,
+                                 terms, measures);
+  } else {
+    if (layers.first && has_mtp_loss(config, params))
+      pass.mtp_rows = model.embedding_rows(micro.next_ids, params.numerics);
+    pass.out = {.streams = std::move(streams), .balance = {}, .index = {}};
+    if (terms.balance.defined()) pass.out.balance = terms.balance.detach();
+    if (terms.index.defined()) pass.out.index = terms.index.detach();
   }
   if (terms.balance.defined() && params.balance_weight != 0.0) {
-    total = total + terms.balance * (params.balance_weight * row_share);
-    add_to(measures.balance_loss, terms.balance.detach() * row_share);
+    add_to(pass.total, terms.balance * (params.balance_weight * row_share));
+    if (layers.last) add_to(measures.balance_loss, terms.balance.detach() * row_share);
   }
-  if (!params.language_loss()) total = total.detach();
+  if (!params.language_loss() && pass.total.defined()) pass.total = pass.total.detach();
   if (terms.index.defined()) {
-    total = total + terms.index * params.index_weight;
-    add_to(measures.index_loss, terms.index.detach());
+    add_to(pass.total, terms.index * params.index_weight);
+    if (layers.last) add_to(measures.index_loss, terms.index.detach());
   }
   if (tape) tape->close();
-  if (total.requires_grad()) total.backward();
-  return measures;
+  return pass;
+}
+
+void stage_backward(StagePass& pass,
+                    const at::Tensor& grad_streams,
+                    const at::Tensor& grad_mtp_rows) {
+  torch::autograd::variable_list roots, grads;
+  const auto add = [&](const at::Tensor& root, const at::Tensor& grad) {
+    if (!root.requires_grad()) return;
+    roots.push_back(root);
+    grads.push_back(grad);
+  };
+  if (grad_streams.defined()) add(pass.out.streams, grad_streams);
+  if (grad_mtp_rows.defined()) add(pass.mtp_rows, grad_mtp_rows);
+  if (pass.total.defined()) add(pass.total, at::ones_like(pass.total));
+  if (!roots.empty()) torch::autograd::backward(roots, grads);
+  pass.out.streams.reset();
+  pass.total.reset();
+}
+
+namespace {
+
+/// One pass: gradients go to the parameters.
+StepMeasures run_pass(const model::Transformer& model,
+                      const MicroBatch& micro,
+                      const StepCounts& counts,
+                      const ObjectiveParams& params) {
+  StagePass pass = stage_forward(model, model::all_layers(model.config()), micro, counts, params);
+  stage_backward(pass);
+  return std::move(pass.measures);
 }
 
 }  // namespace
@@ -263,34 +336,49 @@ void evaluate(const model::Transformer& model,
     for (const MicroBatch& row : micro.each_row) evaluate(model, row, mode, numerics, result);
     return;
   }
+  EvaluationBorder border;
+  evaluate_stage(model, model::all_layers(model.config()), micro, mode, numerics, border, result);
+}
+
+void evaluate_stage(const model::Transformer& model,
+                    const model::LayerRun& layers,
+                    const MicroBatch& micro,
+                    model::AttentionMode mode,
+                    ops::Numerics numerics,
+                    EvaluationBorder& border,
+                    Evaluation& result) {
   const at::NoGradGuard no_grad;
   const model::ModelConfig& config = model.config();
   const double scale = std::pow(static_cast<double>(config.head_dim), -0.5);
-  at::Tensor mass, best;
   model::ForwardContext context;
   context.batch = &micro.batch;
   context.numerics = numerics;
   context.mode = mode;
   context.request = {.selection = true, .attention = true};
-  at::Tensor streams = model.embed(micro.ids, numerics);
-  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+  at::Tensor streams = layers.first ? model.embed(micro.ids, numerics) : std::move(border.streams);
+  for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
     model::BlockOutput block = model.run_layer(layer, std::move(streams), micro.ids, context);
     streams = std::move(block.streams);
     const auto& [q, blocks, lse] = block.aux.attn.seen;
     if (!block.aux.attn.selection.defined()) continue;
     const ops::KeptMass kept = ops::selected_mass(block.aux.attn.selection, q, blocks, lse,
                                                   micro.batch, config.ratio(layer), scale);
-    add_to(mass, kept.sum);
-    add_to(best, kept.best);
-    result.mass_queries += kept.num_queries;
+    add_to(border.mass, kept.sum);
+    add_to(border.best, kept.best);
+    border.mass_queries += kept.num_queries;
+  }
+  if (!layers.last) {
+    border.streams = std::move(streams);
+    return;
   }
   result.loss_sum += ops::linear_cross_entropy(model.head_input(streams, numerics),
                                                model.head_operand(numerics), micro.targets)
                          .item<double>();
   result.targets += micro.num_targets;
-  if (!mass.defined()) return;
-  result.mass_sum += mass.item<double>();
-  result.best_mass_sum += best.item<double>();
+  result.mass_queries += border.mass_queries;
+  if (!border.mass.defined()) return;
+  result.mass_sum += border.mass.item<double>();
+  result.best_mass_sum += border.best.item<double>();
 }
 
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed) {

@@ -8,6 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "model/stage_split.h"
 #include "model/transformer.h"
 #include "ops/cache/batch.h"
 #include "ops/tape.h"
@@ -72,6 +73,42 @@ struct StepCounts {
   void add(const MicroBatch& micro, const model::ModelConfig& config);
 };
 
+/// What a stage of a pipeline hands to the next one with a row; undefined in front of the first.
+struct StageBorder {
+  at::Tensor streams;         ///< [tokens, hc_mult, dim]
+  at::Tensor balance, index;  ///< [] sums over the blocks so far; undefined where none has one
+};
+
+/// A pass over the layers of one stage, from its forward to its backward pass.
+struct StagePass {
+  StageBorder in;   ///< streams: a leaf that requires a gradient
+  StageBorder out;  ///< of the last stage undefined
+  /// [tokens, dim] rows of the embedding that the MTP block reads, where that is on another stage:
+  /// the first stage's results, a leaf of the last one. Undefined elsewhere.
+  at::Tensor mtp_rows;
+  at::Tensor total;  ///< the terms of the loss that arise here; undefined where none does
+  /// What this stage knows: losses the last one, of all stages.
+  StepMeasures measures;
+};
+
+/// Whether the last stage reads rows of the embedding that the first one has to send.
+bool sends_mtp_rows(const model::ModelConfig& config, const ObjectiveParams& params);
+
+/// `in` and `mtp_rows`: what arrived, without a graph. On the whole model's layers neither is read
+/// and this is the forward pass of one process.
+StagePass stage_forward(const model::Transformer& model,
+                        const model::LayerRun& layers,
+                        const MicroBatch& micro,
+                        const StepCounts& counts,
+                        const ObjectiveParams& params,
+                        StageBorder in = {},
+                        const at::Tensor& mtp_rows = {});
+/// Gradients go to the parameters and to the pass's leaves. `grad_streams` and `grad_mtp_rows` are
+/// those of out.streams and of the first stage's mtp_rows; undefined: none.
+void stage_backward(StagePass& pass,
+                    const at::Tensor& grad_streams = {},
+                    const at::Tensor& grad_mtp_rows = {});
+
 /// Forward and backward of one micro-batch: on the CPU a pass for each of its rows, elsewhere one
 /// for all. On the CPU a step has the same bits however its rows are cut into micro-batches.
 void accumulate(const model::Transformer& model,
@@ -105,6 +142,22 @@ void evaluate(const model::Transformer& model,
               model::AttentionMode mode,
               ops::Numerics numerics,
               Evaluation& result);
+
+/// What a stage hands to the next one where nothing is differentiated.
+struct EvaluationBorder {
+  at::Tensor streams;     ///< [tokens, hc_mult, dim]
+  at::Tensor mass, best;  ///< [] sums over the blocks so far; undefined where none has one
+  int64_t mass_queries = 0;
+};
+/// The layers of one stage, of a micro-batch that is one pass. `border`: what the stage before
+/// handed over, then what goes to the next one. The last stage adds to `result`.
+void evaluate_stage(const model::Transformer& model,
+                    const model::LayerRun& layers,
+                    const MicroBatch& micro,
+                    model::AttentionMode mode,
+                    ops::Numerics numerics,
+                    EvaluationBorder& border,
+                    Evaluation& result);
 
 /// Router biases after a step: bias += speed * sign(mean load - load) (model.md 17.6).
 void update_router_bias(model::Transformer& model, const StepMeasures& measures, double speed);
