@@ -61,6 +61,7 @@ void bench_wide(cudaStream_t stream,
 
 const char* name_of(SparseAttnKernel kernel) {
   if (kernel == SparseAttnKernel::kFew) return "few ";
+  if (kernel == SparseAttnKernel::kFewWide) return "wide";
   return kernel == SparseAttnKernel::kMany ? "many" : "any ";
 }
 
@@ -118,8 +119,10 @@ void bench_case(cudaStream_t stream, double copy, const Case& c) {
   const double bytes = keys * static_cast<double>(row_bytes),
                flop = keys * static_cast<double>(c.heads * c.width) * 4.0;
   for (const SparseAttnKernel kernel :
-       {SparseAttnKernel::kFew, SparseAttnKernel::kMany, SparseAttnKernel::kAny}) {
-    if (kernel == SparseAttnKernel::kFew && (c.prefill || c.format != AttnRows::kPacked)) continue;
+       {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide, SparseAttnKernel::kMany,
+        SparseAttnKernel::kAny}) {
+    const bool few = kernel == SparseAttnKernel::kFew || kernel == SparseAttnKernel::kFewWide;
+    if (few && (c.prefill || c.format != AttnRows::kPacked)) continue;
     if (kernel != SparseAttnKernel::kAny && !whole) continue;
     const int calls = c.prefill ? 2 : 20;
     const double us = microseconds(calls, stream, [&] {

@@ -83,8 +83,9 @@ class Forgetful : public model::ContiguousKv {
             const model::ModelConfig& config,
             int64_t slots,
             int64_t max_tokens,
-            at::ScalarType dtype)
-      : ContiguousKv(config, slots, max_tokens, dtype, at::kCPU), what_(what), config_(config) {}
+            at::ScalarType dtype,
+            at::Device device)
+      : ContiguousKv(config, slots, max_tokens, dtype, device), what_(what), config_(config) {}
 
   ops::RingView ring(int64_t block, model::RingKind kind) override {
     ops::RingView view = ContiguousKv::ring(block, kind);
@@ -111,8 +112,8 @@ class Forgetful : public model::ContiguousKv {
 TEST_P(WrongBuild, DecodingWithoutThePreviousWindowFails) {
   const auto failed_without = [&](Forgetful::What what) {
     return failed(folder_, [what](const model::ModelConfig& config, int64_t slots,
-                                  int64_t max_tokens, at::ScalarType dtype) {
-      return std::make_unique<Forgetful>(what, config, slots, max_tokens, dtype);
+                                  int64_t max_tokens, at::ScalarType dtype, at::Device device) {
+      return std::make_unique<Forgetful>(what, config, slots, max_tokens, dtype, device);
     });
   };
   const std::vector<std::string> decode = {"decode.logits"};

@@ -14,6 +14,7 @@
 #include "model/contiguous_kv.h"
 #include "model/init.h"
 #include "ops/indexer/index_topk.h"
+#include "ops/sm90.h"
 
 namespace hadal::checkpoint {
 namespace {
@@ -33,6 +34,11 @@ constexpr ReleasedBars kLearned{0.052, 0.052, 0.07, INFINITY, 0.93, 0.93, 0.935}
 /// builds have 26 to 37 of 38, wrong roundings of the query or the probabilities 0 to 10.
 constexpr double kIdenticalFirstRows = 20.0 / 38.0;
 
+LoadTarget load_target(const VerifyOptions& options) {
+  if (!options.as_hopper) return serving_target(options.device);
+  return {.held = Held::kAccelerator, .device = at::kCPU};
+}
+
 class Verifier {
  public:
   Verifier(OfficialCheckpoint checkpoint,
@@ -46,14 +52,15 @@ class Verifier {
         checkpoint_(std::move(checkpoint)),
         expected_(std::move(expected)),
         numerics_(options.numerics.value_or(default_numerics(checkpoint_))),
-        model_(load_model(checkpoint_, numerics_)),
+        own_sums_(options.device.is_cpu() && !options.as_hopper),
+        model_(load_model(checkpoint_, numerics_, load_target(options))),
         config_(checkpoint_.config()) {
     const bool all_hashed = config_.n_hash_layers >= config_.n_blocks();
     bars_ = all_hashed ? kSmooth : kLearned;
     if (options.max_abs) {
       max_abs_ = *options.max_abs;
     } else if (numerics_ == Numerics::kIdeal) {
-      max_abs_ = 2e-5;
+      max_abs_ = options.device.is_cpu() ? 2e-5 : 1e-4;
     }
     ids_ = expected_.tensor("input_ids").to(at::kLong);
     HADAL_INPUT_CHECK(ids_.dim() == 2 && ids_.size(0) >= 1, expected_.path(), ": input_ids is ",
@@ -71,8 +78,9 @@ class Verifier {
 
   void run() {
     const at::NoGradGuard no_grad;
-    const std::unique_ptr<model::ContiguousKv> kv = make_cache_(
-        config_, batch_, ids_.size(1), numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16);
+    const std::unique_ptr<model::ContiguousKv> kv =
+        make_cache_(config_, batch_, ids_.size(1),
+                    numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16, options_.device);
     prefill(*kv);
     if (decode_ > 0) decode(*kv);
     if (config_.n_mtp_layers > 0 && (expected_.has("mtp.logits") || expected_.has("mtp.argmax")))
@@ -128,9 +136,11 @@ class Verifier {
     for (int64_t d = 1; d < x.dim(); ++d) shape.push_back(x.size(d));
     return x.reshape(shape);
   }
+  /// On the CPU.
   at::Tensor logits_of(const at::Tensor& streams) const {
-    return model_.logits(model_.head_input(streams, numerics_), numerics_);
+    return model_.logits(model_.head_input(streams, numerics_), numerics_).cpu();
   }
+  at::Tensor on_device(const at::Tensor& ids) const { return ids.contiguous().to(options_.device); }
   model::ForwardContext context_for(const ops::Batch& batch, model::KvAccess* kv) const {
     model::ForwardContext context;
     context.batch = &batch;
@@ -213,11 +223,11 @@ class Verifier {
         kv.begin(all_slots(), std::vector<int64_t>(static_cast<size_t>(batch_), prompt_));
     model::ForwardContext context = context_for(batch, &kv);
     const auto recorded = [&](const at::Tensor& x) {
-      return positions_.defined() ? by_row(x, prompt_).index_select(1, positions_)
-                                  : by_row(x, prompt_);
+      const at::Tensor rows = by_row(x.cpu(), prompt_);
+      return positions_.defined() ? rows.index_select(1, positions_) : rows;
     };
     context.request = {.selection = true, .index_scores = true};
-    const at::Tensor ids = ids_.narrow(1, 0, prompt_).flatten();
+    const at::Tensor ids = on_device(ids_.narrow(1, 0, prompt_).flatten());
     at::Tensor streams = model_.embed(ids, numerics_);
     for (int64_t block = 0; block < config_.n_layers; ++block) {
       model::BlockOutput output = model_.run_layer(block, std::move(streams), ids, context);
@@ -244,7 +254,8 @@ class Verifier {
       const std::string key = concat("prefill.layers.", block);
       const bool first_window = block == 0 && config_.kind(0) == model::LayerKind::kWindow;
       compare(key + ".out", outputs.at(block), INFINITY, INFINITY,
-              numerics_ == Numerics::kReleased && first_window ? kIdenticalFirstRows : 0.0);
+              numerics_ == Numerics::kReleased && first_window && own_sums_ ? kIdenticalFirstRows
+                                                                            : 0.0);
       if (config_.kind(block) == model::LayerKind::kCsa) {
         compare_selection(key + ".topk", selections.at(block), scores.at(block));
       }
@@ -339,7 +350,7 @@ class Verifier {
       const ops::Batch batch =
           kv.begin(all_slots(), std::vector<int64_t>(static_cast<size_t>(batch_), 1));
       model::ForwardContext context = context_for(batch, &kv);
-      rows.push_back(logits_of(model_.forward(ids_.select(1, pos).contiguous(), context).streams)
+      rows.push_back(logits_of(model_.forward(on_device(ids_.select(1, pos)), context).streams)
                          .unsqueeze(1));
       kv.advance();
     }
@@ -351,12 +362,13 @@ class Verifier {
   void mtp() {
     const int64_t length = prompt_ - 1;
     const ops::Batch batch(std::vector<int64_t>(static_cast<size_t>(batch_), length),
-                           std::vector<int64_t>(static_cast<size_t>(batch_), 0), at::kCPU);
+                           std::vector<int64_t>(static_cast<size_t>(batch_), 0), options_.device);
     model::ForwardContext context = context_for(batch, nullptr);
-    const at::Tensor streams = model_.forward(ids_.narrow(1, 0, length).flatten(), context).streams;
+    const at::Tensor streams =
+        model_.forward(on_device(ids_.narrow(1, 0, length).flatten()), context).streams;
     const at::Tensor hidden =
-        model_.mtp(streams, ids_.narrow(1, 1, length).flatten(), context).head_input;
-    const at::Tensor logits = by_row(model_.logits(hidden, numerics_), length);
+        model_.mtp(streams, on_device(ids_.narrow(1, 1, length).flatten()), context).head_input;
+    const at::Tensor logits = by_row(model_.logits(hidden, numerics_).cpu(), length);
     const bool released = numerics_ != Numerics::kIdeal;
     const at::Tensor inside =
         positions_.defined() ? positions_.index({positions_ < length}) : positions_;
@@ -418,6 +430,7 @@ class Verifier {
   OfficialCheckpoint checkpoint_;
   TensorReader expected_;
   Numerics numerics_;
+  bool own_sums_;  ///< the CPU's order of sums, not a GPU's
   model::Transformer model_;
   model::ModelConfig config_;
   ReleasedBars bars_{};
@@ -432,8 +445,9 @@ class Verifier {
 std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConfig& config,
                                                           int64_t slots,
                                                           int64_t max_tokens,
-                                                          at::ScalarType dtype) {
-  return std::make_unique<model::ContiguousKv>(config, slots, max_tokens, dtype, at::kCPU);
+                                                          at::ScalarType dtype,
+                                                          at::Device device) {
+  return std::make_unique<model::ContiguousKv>(config, slots, max_tokens, dtype, device);
 }
 
 void verify(const VerifyOptions& options,
@@ -442,7 +456,18 @@ void verify(const VerifyOptions& options,
   OfficialCheckpoint checkpoint = OfficialCheckpoint::open(options.folder);
   TensorReader expected = TensorReader::open(
       options.expected.empty() ? options.folder + "/expected.safetensors" : options.expected);
+  const bool own_sums = options.device.is_cpu() && !options.as_hopper;
+  HADAL_INPUT_CHECK(own_sums || !options.gradients,
+                    "--gradients: compared on the CPU, without --as");
+  const Numerics numerics = options.numerics.value_or(default_numerics(checkpoint));
+  HADAL_INPUT_CHECK(!options.as_hopper || numerics != Numerics::kIdeal,
+                    "--as hopper: `ideal` runs references on a card, whose bits no CPU can say; "
+                    "--numerics released or bf16");
+  std::optional<ops::AsHopperGuard> as_hopper;
+  if (options.as_hopper) as_hopper.emplace();
   if (records_drafter(checkpoint, expected)) {
+    HADAL_INPUT_CHECK(own_sums, expected.path(),
+                      ": a drafter's recording is compared on the CPU, without --as");
     HADAL_INPUT_CHECK(!options.gradients, expected.path(),
                       ": --gradients: no gradients of a drafter are recorded");
     return verify_drafter(checkpoint, expected, options, report, make_cache);

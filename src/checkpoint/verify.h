@@ -20,8 +20,11 @@ struct VerifyOptions {
   std::string expected;  ///< empty: expected.safetensors in the folder
   std::optional<ops::Numerics> numerics;
   bool gradients = false;
-  std::optional<double>
-      max_abs;  ///< of *.logits and layers.*.out; default 2e-5 in ideal, none in released
+  /// Of *.logits and layers.*.out; default: 2e-5 in `ideal`, five times that on a GPU, none in
+  /// `released`.
+  std::optional<double> max_abs;
+  at::Device device = at::kCPU;
+  bool as_hopper = false;  ///< on the CPU, the bits that a GPU gives (ops::AsHopperGuard)
 };
 
 /// One key: what was compared and whether it holds.
@@ -36,15 +39,21 @@ struct VerifyLine {
 };
 
 /// The cache under test, for `slots` sequences of at most `max_tokens`.
-using CacheFactory = std::function<std::unique_ptr<model::ContiguousKv>(
-    const model::ModelConfig& config, int64_t slots, int64_t max_tokens, at::ScalarType dtype)>;
+using CacheFactory =
+    std::function<std::unique_ptr<model::ContiguousKv>(const model::ModelConfig& config,
+                                                       int64_t slots,
+                                                       int64_t max_tokens,
+                                                       at::ScalarType dtype,
+                                                       at::Device device)>;
 std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConfig& config,
                                                           int64_t slots,
                                                           int64_t max_tokens,
-                                                          at::ScalarType dtype);
+                                                          at::ScalarType dtype,
+                                                          at::Device device);
 
-/// Runs prefill, decode and MTP (and gradients) and reports each key as it is done. InputError for
-/// unusable files.
+/// Runs prefill, decode and MTP (and gradients) and reports each key as it is done. Rows that must
+/// be the recorded bits are asked of the CPU's own sums alone. InputError for unusable files, and
+/// for gradients and drafters elsewhere than on the CPU.
 void verify(const VerifyOptions& options,
             const std::function<void(const VerifyLine&)>& report,
             const CacheFactory& make_cache = make_reference_cache);

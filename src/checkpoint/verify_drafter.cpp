@@ -249,7 +249,7 @@ class DrafterVerifier {
   }
   std::unique_ptr<model::ContiguousKv> cache() const {
     return make_cache_(config_, 1, ids_.size(0) + block_,
-                       numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16);
+                       numerics_ == Numerics::kIdeal ? at::kFloat : at::kBFloat16, at::kCPU);
   }
 
   /// The prompt at once, its answer token by token; returns the largest error of a logit.

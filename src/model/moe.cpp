@@ -69,6 +69,23 @@ MoeOutput moe_forward(const Moe& moe,
   }
   const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
   at::Tensor fixed = context.forced_of(block).experts;
+  if (on_sm90 && !context.request.routing) {
+    const bool hashed = !fixed.defined() && moe.tid2eid;
+    const ops::GateInput gate{
+        .logits = logits,
+        .bias = hashed || fixed.defined() ? at::Tensor() : moe.gate_bias->value,
+        .table = hashed ? moe.tid2eid->value : fixed,
+        .ids = hashed ? token_ids : at::Tensor(),
+        .topk = config.n_activated_experts,
+        .route_scale = config.route_scale};
+    if (ops::serves_gate_route_sm90(gate)) {
+      ops::Routing routing;
+      const ops::ExpertRoute route = ops::gate_and_route_sm90(gate, routing);
+      if (context.request.experts) aux.routing.experts = routing.experts.to(at::kLong);
+      return {.out = ops::experts_on_sm90(x, route, experts, shared, beside),
+              .aux = std::move(aux)};
+    }
+  }
   if (!fixed.defined() && moe.tid2eid) fixed = moe.tid2eid->value.index_select(0, token_ids);
   const ops::Routing routing =
       fixed.defined() ? ops::gate_fixed(logits, fixed, config.route_scale, numerics)
@@ -82,7 +99,8 @@ MoeOutput moe_forward(const Moe& moe,
   }
 
   if (on_sm90)
-    return {.out = ops::experts_on_sm90(x, routing, experts, shared, beside),
+    return {.out = ops::experts_on_sm90(x, ops::route_on_sm90(routing, config.n_routed_experts),
+                                        experts, shared, beside),
             .aux = std::move(aux)};
 
   const ops::Permutation order =

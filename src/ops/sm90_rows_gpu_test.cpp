@@ -104,15 +104,13 @@ TEST_P(Sm90RowsGpu, GateIsTheTwins) {
     const at::Tensor logits = at::randn({rows(), experts}) * 4, bias = at::randn({experts}) * 0.3;
     const at::Tensor table = std::get<1>(at::rand({rows(), experts}).sort(1))
                                  .narrow(1, 0, topk)
-                                 .to(at::kInt)
                                  .contiguous();
-    const at::Tensor ids = at::arange(rows(), at::kInt);
     at::Tensor chosen = at::empty({rows(), topk}, at::kInt), weights = at::empty({rows(), topk}),
                affinity = at::empty_like(logits);
     gate_twin({.logits = logits.const_data_ptr<float>(),
                .bias = fixed ? nullptr : bias.const_data_ptr<float>(),
-               .table = table.const_data_ptr<int32_t>(),
-               .ids = ids.const_data_ptr<int32_t>(),
+               .table = table.const_data_ptr<int64_t>(),
+               .ids = nullptr,
                .experts = chosen.mutable_data_ptr<int32_t>(),
                .weights = weights.mutable_data_ptr<float>(),
                .tokens = rows(),
@@ -121,7 +119,7 @@ TEST_P(Sm90RowsGpu, GateIsTheTwins) {
                .scale = 1.5f,
                .affinity = affinity.mutable_data_ptr<float>()});
     const at::Tensor there = logits.to(at::kCUDA);
-    const Routing found = fixed ? gate_fixed(there, table.to(at::kLong).to(at::kCUDA), 1.5)
+    const Routing found = fixed ? gate_fixed(there, table.to(at::kCUDA), 1.5)
                                 : gate(there, bias.to(at::kCUDA), topk, 1.5);
     EXPECT_TRUE(at::equal(found.experts.cpu().to(at::kInt), chosen)) << fixed;
     EXPECT_TRUE(same_bits(found.weights.cpu(), weights)) << fixed;

@@ -48,6 +48,7 @@ void route_sm90(const RouteSm90Params&, Stream) { absent(); }
 void swiglu_quantise_sm90(const SwigluQuantiseSm90Params&, Stream) { absent(); }
 void combine_sm90(const CombineSm90Params&, Stream) { absent(); }
 void gate_sm90(const GateSm90Params&, Stream) { absent(); }
+void gate_route_sm90(const GateRouteSm90Params&, Stream) { absent(); }
 void rms_norm_sm90(const RmsNormSm90Params&, Stream) { absent(); }
 void normalised_sm90(const NormalisedSm90Params&, Stream) { absent(); }
 void hc_pre_sm90(const HcPreSm90Params&, Stream) { absent(); }

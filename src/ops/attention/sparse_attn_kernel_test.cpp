@@ -135,6 +135,7 @@ TEST_P(SparseAttnSm90, GivesTheTwinsBits) {
     expect_twin(w, many, expected, t, first, 4, "many");
   }
   EXPECT_EQ(differences(few, many), 0);
+  EXPECT_EQ(differences(run(w, SparseAttnKernel::kFewWide, 0, tokens), many), 0) << "few, wide";
   EXPECT_EQ(differences(run(w, SparseAttnKernel::kMany, 0, tokens, true), many), 0) << "wide";
 }
 
@@ -182,6 +183,7 @@ TEST(SparseAttnSm90, EveryHeadHasTheTwinsBits) {
   const Results expected = attention_twin(w, 0, 0, 64);
   expect_twin(w, many, expected, 0, 0, 64, "many");
   expect_twin(w, few, expected, 0, 0, 64, "few");
+  expect_twin(w, run(w, SparseAttnKernel::kFewWide, 0, 1), expected, 0, 0, 64, "few, wide");
 }
 
 TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
@@ -190,6 +192,7 @@ TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
     w.blocks[row * kLatentRowBytes + 576 + row % 7] = static_cast<uint8_t>(134 + row % 6);
   const Results many = run(w, SparseAttnKernel::kMany, 0, 3);
   EXPECT_EQ(differences(run(w, SparseAttnKernel::kFew, 0, 3), many), 0);
+  EXPECT_EQ(differences(run(w, SparseAttnKernel::kFewWide, 0, 3), many), 0);
   EXPECT_EQ(differences(run(w, SparseAttnKernel::kMany, 0, 3, true), many), 0);
   for (int64_t t = 0; t < 3; ++t)
     expect_twin(w, many, attention_twin(w, t, 8, 4), t, 8, 4, "large scales");
@@ -198,7 +201,7 @@ TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
 TEST(SparseAttnSm90, HasTheBitsThatTheTwinIsHeldTo) {
   for (const testing::GoldenAttention& g : testing::kGoldenAttention) {
     const World w(g.shape, g.seed);
-    for (const SparseAttnKernel kernel : {SparseAttnKernel::kFew, SparseAttnKernel::kMany})
+    for (const SparseAttnKernel kernel : {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide, SparseAttnKernel::kMany})
       EXPECT_EQ(digest(run(w, kernel, 0, g.shape.tokens)), g.digest) << "seed " << g.seed;
   }
 }

@@ -438,11 +438,13 @@ void sparse_attn_sm90(const SparseAttnSm90Params& p, Stream stream, SparseAttnKe
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
   if (kernel != SparseAttnKernel::kAny && !serves_whole_tiles(p))
     throw_kernel_error("sparse_attn_sm90", "this kernel is for 64s of heads of 512 channels");
-  if (kernel == SparseAttnKernel::kFew && p.format != AttnRows::kPacked)
+  const bool wide = kernel == SparseAttnKernel::kFewWide;
+  if ((wide || kernel == SparseAttnKernel::kFew) && p.format != AttnRows::kPacked)
     throw_kernel_error("sparse_attn_sm90", "this kernel is for packed latents");
   switch (kernel) {
     case SparseAttnKernel::kFew:
-      cuda::sparse_attn_few(p, sparse_attn_items(p), stream);
+    case SparseAttnKernel::kFewWide:
+      cuda::sparse_attn_few(p, sparse_attn_items(p), wide, stream);
       break;
     case SparseAttnKernel::kMany:
       cuda::launch_many(p, sparse_attn_items(p), stream);

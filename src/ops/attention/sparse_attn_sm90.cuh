@@ -262,8 +262,9 @@ __device__ __forceinline__ void write_rows(const SparseAttnSm90Params& p,
   }
 }
 
-/// The kernel of few tokens; items: tokens times tiles times segments.
-void sparse_attn_few(const SparseAttnSm90Params& p, int64_t items, Stream stream);
+/// The kernel of few tokens; items: tokens times tiles times segments; wide: sixteen blocks an
+/// item, not eight.
+void sparse_attn_few(const SparseAttnSm90Params& p, int64_t items, bool wide, Stream stream);
 /// The kernel of any width, format and number of heads.
 void sparse_attn_any(const SparseAttnSm90Params& p, Stream stream);
 /// Joins the segments that lie in p.scratch.

@@ -73,22 +73,27 @@ inline bool serves_whole_tiles(const SparseAttnSm90Params& p) {
   return p.width == kLatentDim && p.heads % 64 == 0;
 }
 
-/// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew: of packed latents,
-/// too.
-enum class SparseAttnKernel { kByShape, kFew, kMany, kAny };
+/// Which kernel computes it changes no bit. kMany: serves_whole_tiles; kFew and kFewWide (8 and 16
+/// blocks an item): of packed latents, too.
+enum class SparseAttnKernel { kByShape, kFew, kFewWide, kMany, kAny };
 inline SparseAttnKernel sparse_attn_kernel(const SparseAttnSm90Params& p) {
   if (!serves_whole_tiles(p)) return SparseAttnKernel::kAny;
   if (sparse_attn_items(p) > 24) return SparseAttnKernel::kMany;
-  return p.format == AttnRows::kPacked ? SparseAttnKernel::kFew : SparseAttnKernel::kAny;
+  if (p.format != AttnRows::kPacked) return SparseAttnKernel::kAny;
+  // Sixteen blocks save a round where eight need two, and find room beside little else.
+  const bool wide = p.window_places + p.block_places > 8 * kAttnChunk && sparse_attn_items(p) <= 2;
+  return wide ? SparseAttnKernel::kFewWide : SparseAttnKernel::kFew;
 }
-/// Floats of weights that eight blocks exchange in one item, twice.
-inline constexpr int64_t kAttnExchange = 2 * 8 * 64 * kAttnChunk / 2;
+/// Floats of weights that up to sixteen blocks exchange in one item, twice.
+inline constexpr int64_t kAttnExchange = 2 * 16 * 64 * kAttnChunk / 2;
 inline int64_t sparse_attn_scratch_floats(const SparseAttnSm90Params& p,
                                           SparseAttnKernel kernel = SparseAttnKernel::kByShape) {
   const int64_t segments = sparse_attn_segments(p);
   if (kernel == SparseAttnKernel::kByShape) kernel = sparse_attn_kernel(p);
   return (segments == 1 ? 0 : p.tokens * segments * p.heads * (p.width + 2)) +
-         (kernel == SparseAttnKernel::kFew ? sparse_attn_items(p) * kAttnExchange : 0);
+         (kernel == SparseAttnKernel::kFew || kernel == SparseAttnKernel::kFewWide
+              ? sparse_attn_items(p) * kAttnExchange
+              : 0);
 }
 void sparse_attn_sm90(const SparseAttnSm90Params& p,
                       Stream stream,

@@ -116,19 +116,16 @@ Routing route_on_sm90(const at::Tensor& logits_any,
   const at::Tensor bias = bias_any.defined() ? fp32_input(bias_any) : bias_any;
   const int64_t tokens = logits.size(0), num_experts = logits.size(1);
   const auto ints = logits.options().dtype(at::kInt);
-  at::Tensor table, ids;
-  if (!bias.defined()) {
-    table = fixed.to(at::kInt).contiguous();
-    ids = at::arange(tokens, ints);
-  }
+  at::Tensor table;
+  if (!bias.defined()) table = fixed.to(at::kLong).contiguous();
   Routing result{.experts = at::empty({tokens, topk}, ints),
                  .weights = at::empty({tokens, topk}, logits.options()),
                  .affinity = at::empty_like(logits)};
   run_sm90(logits, gate_sm90, gate_twin,
            {.logits = logits.const_data_ptr<float>(),
             .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-            .table = table.defined() ? table.const_data_ptr<int32_t>() : nullptr,
-            .ids = ids.defined() ? ids.const_data_ptr<int32_t>() : nullptr,
+            .table = table.defined() ? table.const_data_ptr<int64_t>() : nullptr,
+            .ids = nullptr,
             .experts = result.experts.mutable_data_ptr<int32_t>(),
             .weights = result.weights.mutable_data_ptr<float>(),
             .tokens = tokens,

@@ -33,20 +33,21 @@ TEST_P(GateSm90, IsTheTwins) {
   bias[0] = bias[static_cast<size_t>(experts) - 1] = 0.0f;
   std::mt19937 random(3);
   constexpr int32_t kIds = 50;
-  std::vector<int32_t> table, ids(static_cast<size_t>(tokens)), all(static_cast<size_t>(experts));
+  std::vector<int64_t> table, ids(static_cast<size_t>(tokens)), all(static_cast<size_t>(experts));
   std::iota(all.begin(), all.end(), 0);
   for (int32_t id = 0; id < kIds; ++id) {
     std::shuffle(all.begin(), all.end(), random);
     table.insert(table.end(), all.begin(), all.begin() + topk);
   }
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % kIds);
+  for (int64_t& id : ids) id = static_cast<int64_t>(random() % kIds);
   for (const bool hashed : {false, true}) {
     std::vector<int32_t> chosen(static_cast<size_t>(tokens * topk));
     std::vector<float> weights(chosen.size());
     gate_twin({logits.data(), hashed ? nullptr : bias.data(), table.data(), ids.data(),
                chosen.data(), weights.data(), tokens, experts, topk, 1.5f});
     const OnDevice<float> logits_there(logits), bias_there(bias), weights_there(weights.size());
-    const OnDevice<int32_t> table_there(table), ids_there(ids), chosen_there(chosen.size());
+    const OnDevice<int64_t> table_there(table), ids_there(ids);
+    const OnDevice<int32_t> chosen_there(chosen.size());
     gate_sm90(
         {logits_there.get(), hashed ? nullptr : bias_there.get(), table_there.get(),
          ids_there.get(), chosen_there.get(), weights_there.get(), tokens, experts, topk, 1.5f},

@@ -1,14 +1,17 @@
 // A block a token: affinities and scores in shared memory, then the best of what is left, topk
-// times.
+// times. Of few tokens all by one block, which sorts the choices by expert, too.
+#include "ops/cuda/block_sums.cuh"
 #include "ops/cuda/launch.cuh"
 #include "ops/cuda/sm90.cuh"
 #include "ops/exact_math.h"
 #include "ops/moe/gate_sm90.h"
+#include "ops/moe/moe_sm90.h"
 
 namespace hadal::ops::cuda {
 namespace {
 
 constexpr int kThreads = 256, kMaxExperts = 1024, kMaxTopk = 32;
+constexpr int kMaxRouted = static_cast<int>(kGateRouteScores);
 
 /// An order of scores, one zero, NaN as -infinity; 0 is below all.
 __device__ __forceinline__ uint32_t ordered(float score) {
@@ -22,7 +25,7 @@ __device__ __forceinline__ uint32_t ordered(float score) {
 /// lane.
 template <int kEach>
 __device__ int choose(const uint32_t* all, int experts, int topk) {
-  const int lane = static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   int chosen = 0, own = -1;
   uint32_t best = 0, scores[kEach];
 #pragma unroll
@@ -53,41 +56,111 @@ __device__ int choose(const uint32_t* all, int experts, int topk) {
   return chosen;
 }
 
+/// By one warp: the experts of a token, ascending, and their weights, of which lane k < topk gets
+/// one, with its place among them.
+struct Choice {
+  int expert, place;
+  float weight;
+};
+__device__ __forceinline__ Choice choose_of(const GateSm90Params& p,
+                                            int64_t token,
+                                            const uint32_t* scores,
+                                            const float* affinity) {
+  const auto experts = static_cast<int>(p.num_experts), topk = static_cast<int>(p.topk);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Choice c = {0, 0, 0.0f};
+  if (p.bias != nullptr) {
+    c.expert = experts <= 256 ? choose<8>(scores, experts, topk)
+                              : choose<kMaxExperts / 32>(scores, experts, topk);
+  } else if (lane < topk) {
+    const int64_t row = p.ids != nullptr ? p.ids[token] : token;
+    c.expert = static_cast<int>(p.table[row * p.topk + lane]);
+  }
+  float sum = 0.0f;
+  for (int k = 0; k < topk; ++k) c.place += __shfl_sync(0xffffffffu, c.expert, k) < c.expert;
+  for (int k = 0; k < topk; ++k) {
+    // The k-th expert in ascending order.
+    const uint32_t who = __ballot_sync(0xffffffffu, lane < topk && c.place == k);
+    sum = sum + affinity[__shfl_sync(0xffffffffu, c.expert, __ffs(static_cast<int>(who)) - 1)];
+  }
+  if (lane < topk) {
+    c.weight = affinity[c.expert] / sum * p.scale;
+    p.experts[token * topk + c.place] = c.expert;
+    p.weights[token * topk + c.place] = c.weight;
+  }
+  return c;
+}
+
+/// Affinity and score of element `i` of the logits [tokens, experts].
+__device__ __forceinline__ void score_of(
+    const GateSm90Params& p, int64_t i, int expert, uint32_t& score, float& affinity) {
+  affinity = sqrtf(static_cast<float>(softplus64(p.logits[i])));
+  if (p.affinity != nullptr) p.affinity[i] = affinity;
+  if (p.bias != nullptr) score = ordered(affinity + p.bias[expert]);
+}
+
+__device__ __forceinline__ void prefetch_bias(const GateSm90Params& p) {
+  if (p.bias != nullptr && threadIdx.x * 32 < p.num_experts)
+    prefetch_constant(p.bias + threadIdx.x * 32);
+}
+
 /// Affinities by all threads; the choice by one warp.
 __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ GateSm90Params p) {
   __shared__ uint32_t scores[kMaxExperts];
   __shared__ float affinity[kMaxExperts];
-  const auto experts = static_cast<int>(p.num_experts), topk = static_cast<int>(p.topk);
+  const auto experts = static_cast<int>(p.num_experts);
   const int64_t token = blockIdx.x;
-  if (p.bias != nullptr && threadIdx.x * 32 < experts) prefetch_constant(p.bias + threadIdx.x * 32);
+  prefetch_bias(p);
   wait_for_previous();
   launch_dependents();
-  for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
-    affinity[e] = sqrtf(static_cast<float>(softplus64(p.logits[token * experts + e])));
-    if (p.affinity != nullptr) p.affinity[token * experts + e] = affinity[e];
-    if (p.bias != nullptr) scores[e] = ordered(affinity[e] + p.bias[e]);
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads)
+    score_of(p, token * experts + e, e, scores[e], affinity[e]);
+  __syncthreads();
+  if (threadIdx.x < 32) choose_of(p, token, scores, affinity);
+}
+
+/// Of few tokens: a warp chooses for a token, then a thread an expert looks through all choices.
+__global__ void __launch_bounds__(1024)
+    gate_route_kernel(const __grid_constant__ GateSm90Params p,
+                      const __grid_constant__ RouteSm90Params r) {
+  __shared__ uint32_t scores[kMaxRouted];
+  __shared__ float affinity[kMaxRouted];
+  __shared__ float weight[kGateRouteTokens * kMaxTopk];
+  __shared__ int chosen[kGateRouteTokens * kMaxTopk];
+  __shared__ int warps[32];
+  const auto experts = static_cast<int>(p.num_experts), topk = static_cast<int>(p.topk);
+  const auto tokens = static_cast<int>(p.tokens), threads = static_cast<int>(blockDim.x);
+  const int t = static_cast<int>(threadIdx.x);
+  prefetch_bias(p);
+  wait_for_previous();
+  launch_dependents();
+  for (int i = t; i < tokens * experts; i += threads)
+    score_of(p, i, i % experts, scores[i], affinity[i]);
+  for (int64_t i = t; i < r.rows; i += threads) {
+    r.source[i] = -1;
+    r.row_weight[i] = 0.0f;
   }
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x);
-  if (lane >= 32) return;
-  int chosen = 0;
-  if (p.bias != nullptr) {
-    chosen = experts <= 256 ? choose<8>(scores, experts, topk)
-                            : choose<kMaxExperts / 32>(scores, experts, topk);
-  } else if (lane < topk) {
-    chosen = p.table[p.ids[token] * p.topk + lane];
+  for (int token = t / 32; token < tokens; token += threads / 32) {
+    const Choice c = choose_of(p, token, scores + token * experts, affinity + token * experts);
+    if (t % 32 >= topk) continue;
+    chosen[token * topk + c.place] = c.expert;
+    weight[token * topk + c.place] = c.weight;
   }
-  int place = 0;
-  float sum = 0.0f;
-  for (int k = 0; k < topk; ++k) place += __shfl_sync(0xffffffffu, chosen, k) < chosen;
-  for (int k = 0; k < topk; ++k) {
-    // The k-th expert in ascending order.
-    const uint32_t who = __ballot_sync(0xffffffffu, lane < topk && place == k);
-    sum = sum + affinity[__shfl_sync(0xffffffffu, chosen, __ffs(static_cast<int>(who)) - 1)];
+  __syncthreads();
+  int count = 0;
+  for (int i = 0; i < tokens * topk; ++i) count += chosen[i] == t;
+  const int first = sum_before((count + 7) / 8 * 8, warps), run = sum_before(count > 0, warps);
+  if (count > 0) r.runs[run] = {t, first, count};
+  if (t == threads - 1) *r.num_runs = run + (count > 0);
+  if (count == 0) return;
+  int row = first;
+  for (int i = 0; i < tokens * topk; ++i) {
+    if (chosen[i] != t) continue;
+    r.source[row] = i / topk;
+    r.row_weight[row] = weight[i];
+    r.place[i] = row++;
   }
-  if (lane >= topk) return;
-  p.experts[token * topk + place] = chosen;
-  p.weights[token * topk + place] = affinity[chosen] / sum * p.scale;
 }
 
 }  // namespace
@@ -102,6 +175,21 @@ void gate_sm90(const GateSm90Params& p, Stream stream) {
     throw_kernel_error("gate_sm90", "at most 1,024 experts and 32 chosen ones");
   cuda::launch_early(cuda::gate_kernel, {cuda::blocks_for(p.tokens, 1), cuda::kThreads}, stream,
                      "gate_sm90", p);
+}
+
+void gate_route_sm90(const GateRouteSm90Params& p, Stream stream) {
+  const GateSm90Params& gate = p.gate;
+  if (gate.tokens == 0) return;
+  if (!serves_gate_route_sm90(gate.tokens, gate.num_experts, gate.topk))
+    throw_kernel_error("gate_route_sm90", "more tokens or experts than one block takes");
+  if (p.route.rows < max_routed_rows(gate.tokens, gate.topk, gate.num_experts))
+    throw_kernel_error("gate_route_sm90", "too few rows for any choice of experts");
+  // A thread for every expert, and more for several tokens' affinities.
+  const auto experts = static_cast<unsigned>((gate.num_experts + 31) / 32 * 32);
+  const auto wanted = static_cast<unsigned>(gate.tokens) * 256;
+  const unsigned threads = experts > wanted ? experts : wanted < 1024 ? wanted : 1024;
+  cuda::launch_early(cuda::gate_route_kernel, {1, threads}, stream, "gate_route_sm90", gate,
+                     p.route);
 }
 
 }  // namespace hadal::ops

@@ -11,8 +11,8 @@ namespace hadal::ops {
 struct GateSm90Params {
   const float* logits;   ///< [tokens, num_experts]
   const float* bias;     ///< [num_experts]; null: the table names the experts
-  const int32_t* table;  ///< [.., topk] by token id, distinct within a row; or null
-  const int32_t* ids;    ///< [tokens] token ids for the table; or null
+  const int64_t* table;  ///< [.., topk] by token id, distinct within a row; or null
+  const int64_t* ids;    ///< [tokens] token ids for the table; null: its rows are the tokens'
   int32_t* experts;      ///< [tokens, topk] ascending
   float* weights;        ///< [tokens, topk] affinity over the sum of the chosen, times scale
   int64_t tokens, num_experts, topk;  ///< at most 1,024 experts, 32 of them chosen

@@ -31,7 +31,9 @@ void gate_twin(const GateSm90Params& p) {
           });
       std::copy_n(order.begin(), p.topk, chosen);
     } else {
-      std::copy_n(p.table + p.ids[token] * p.topk, p.topk, chosen);
+      const int64_t row = p.ids != nullptr ? p.ids[token] : token;
+      for (int64_t k = 0; k < p.topk; ++k)
+        chosen[k] = static_cast<int32_t>(p.table[row * p.topk + k]);
     }
     std::sort(chosen, chosen + p.topk);
     float sum = 0.0f;

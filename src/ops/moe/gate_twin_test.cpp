@@ -36,16 +36,16 @@ TEST(GateTwin, HasTheBitsOfTheCpuOnSomeHundredThousandLogits) {
   const at::Tensor logits = at::randn({kTokens, kExperts}) * 6.0,
                    bias = at::randn({kExperts}) * 0.2;
   for (const bool hashed : {false, true}) {
-    at::Tensor ids = at::randint(0, 40, {kTokens}, at::kInt),
-               table = at::empty({40, kTopk}, at::kInt);
+    at::Tensor ids = at::randint(0, 40, {kTokens}, at::kLong),
+               table = at::empty({40, kTopk}, at::kLong);
     for (int64_t row = 0; row < 40; ++row)
       table[row].copy_(at::randperm(kExperts).narrow(0, 0, kTopk));
     at::Tensor experts = at::empty({kTokens, kTopk}, at::kInt),
                weights = at::empty({kTokens, kTopk});
     gate_twin({.logits = logits.const_data_ptr<float>(),
                .bias = hashed ? nullptr : bias.const_data_ptr<float>(),
-               .table = table.const_data_ptr<int32_t>(),
-               .ids = ids.const_data_ptr<int32_t>(),
+               .table = table.const_data_ptr<int64_t>(),
+               .ids = ids.const_data_ptr<int64_t>(),
                .experts = experts.mutable_data_ptr<int32_t>(),
                .weights = weights.mutable_data_ptr<float>(),
                .tokens = kTokens,
@@ -53,7 +53,7 @@ TEST(GateTwin, HasTheBitsOfTheCpuOnSomeHundredThousandLogits) {
                .topk = kTopk,
                .scale = 1.5f});
     const Routing expected = hashed
-                                 ? gate_fixed(logits, table.index_select(0, ids).to(at::kLong), 1.5)
+                                 ? gate_fixed(logits, table.index_select(0, ids), 1.5)
                                  : gate(logits, bias, kTopk, 1.5);
     EXPECT_TRUE(at::equal(experts.to(at::kLong), expected.experts));
     EXPECT_TRUE(at::equal(weights, expected.weights));

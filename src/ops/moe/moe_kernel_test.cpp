@@ -1,8 +1,10 @@
 // Routed experts on a card from the choice to the sum, against the twin, bit for bit.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "ops/gemm/hopper_twin.h"
@@ -273,6 +275,72 @@ TEST(RouteSm90, EveryRowHasThePlaceOfTheTwin) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Tokens, MoeSm90, ::testing::Values(1, 7, 64, 300));
+
+// What gate_sm90 and route_sm90 do, in one kernel of one block.
+TEST(GateRouteSm90, ChoosesAndPlacesAsTheTwin) {
+  constexpr int64_t kTopk = 6, kIds = 40;
+  std::mt19937 random(5);
+  const auto bytes = [](int64_t n) { return static_cast<size_t>(n); };
+  for (const int64_t num_experts : {9, 256, 384, 1000}) {
+    for (const int64_t tokens : {1, 2, 6, 16}) {
+      if (!serves_gate_route_sm90(tokens, num_experts, kTopk)) continue;
+      std::vector<float> logits(bytes(tokens * num_experts)), bias(bytes(num_experts));
+      for (float& v : logits) v = static_cast<float>(static_cast<int>(random() % 4000) - 2000) / 200;
+      for (float& v : bias) v = static_cast<float>(random() % 100) / 400;
+      std::vector<int64_t> table, ids, all(bytes(num_experts));
+      std::iota(all.begin(), all.end(), 0);
+      for (int64_t id = 0; id < kIds; ++id) {
+        std::shuffle(all.begin(), all.end(), random);
+        table.insert(table.end(), all.begin(), all.begin() + kTopk);
+      }
+      for (int64_t t = 0; t < tokens; ++t) ids.push_back(static_cast<int64_t>(random() % kIds));
+      const int64_t rows = max_routed_rows(tokens, kTopk, num_experts),
+                    max_runs = std::min(num_experts, tokens * kTopk);
+      const OnDevice<float> logits_there(logits), bias_there(bias);
+      const OnDevice<int64_t> table_there(table), ids_there(ids);
+      for (const char* kind : {"bias", "table", "rows of the table"}) {
+        const bool biased = kind[0] == 'b', by_id = kind[0] == 't';
+        std::vector<int32_t> experts(bytes(tokens * kTopk)), source(bytes(rows)),
+            place(bytes(tokens * kTopk));
+        std::vector<float> weights(bytes(tokens * kTopk)), row_weight(bytes(rows));
+        std::vector<ExpertRun> runs(bytes(max_runs));
+        int32_t num_runs = 0;
+        gate_route_twin({.gate = {logits.data(), biased ? bias.data() : nullptr, table.data(),
+                                  by_id ? ids.data() : nullptr, experts.data(), weights.data(),
+                                  tokens, num_experts, kTopk, 1.5f},
+                         .route = {experts.data(), weights.data(), source.data(),
+                                   row_weight.data(), place.data(), runs.data(), &num_runs, tokens,
+                                   kTopk, num_experts, rows}});
+        const OnDevice<int32_t> experts_there(experts.size()), source_there(source.size()),
+            place_there(place.size()), num_runs_there(1);
+        const OnDevice<float> weights_there(weights.size()), row_weight_there(row_weight.size());
+        const OnDevice<ExpertRun> runs_there(runs.size());
+        gate_route_sm90(
+            {.gate = {logits_there.get(), biased ? bias_there.get() : nullptr, table_there.get(),
+                      by_id ? ids_there.get() : nullptr, experts_there.get(), weights_there.get(),
+                      tokens, num_experts, kTopk, 1.5f},
+             .route = {experts_there.get(), weights_there.get(), source_there.get(),
+                       row_weight_there.get(), place_there.get(), runs_there.get(),
+                       num_runs_there.get(), tokens, kTopk, num_experts, rows}},
+            nullptr);
+        const std::string what =
+            std::to_string(num_experts) + " " + std::to_string(tokens) + " " + kind;
+        EXPECT_EQ(experts_there.read(), experts) << what;
+        EXPECT_EQ(weights_there.read(), weights) << what;
+        EXPECT_EQ(source_there.read(), source) << what;
+        EXPECT_EQ(row_weight_there.read(), row_weight) << what;
+        EXPECT_EQ(place_there.read(), place) << what;
+        ASSERT_EQ(num_runs_there.read()[0], num_runs) << what;
+        const std::vector<ExpertRun> found = runs_there.read();
+        for (size_t i = 0; i < bytes(num_runs); ++i) {
+          EXPECT_EQ(found[i].expert, runs[i].expert) << what;
+          EXPECT_EQ(found[i].first_row, runs[i].first_row) << what;
+          EXPECT_EQ(found[i].rows, runs[i].rows) << what;
+        }
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace hadal::ops

@@ -3,6 +3,7 @@
 
 #include "ops/gemm/linear_sm90.h"
 #include "ops/kernel_types.h"
+#include "ops/moe/gate_sm90.h"
 
 namespace hadal::ops {
 
@@ -23,6 +24,20 @@ struct RouteSm90Params {
 };
 void route_sm90(const RouteSm90Params& p, Stream stream);
 void route_twin(const RouteSm90Params& p);  ///< the same on a CPU
+
+/// gate_sm90 and route_sm90 of what it chose, as one kernel, for few tokens; route's experts,
+/// weights and numbers are the gate's.
+struct GateRouteSm90Params {
+  GateSm90Params gate;
+  RouteSm90Params route;
+};
+inline constexpr int64_t kGateRouteTokens = 16, kGateRouteScores = 4096;
+inline bool serves_gate_route_sm90(int64_t tokens, int64_t num_experts, int64_t topk) {
+  return serves_gate_sm90(num_experts, topk) && tokens <= kGateRouteTokens &&
+         tokens * num_experts <= kGateRouteScores;
+}
+void gate_route_sm90(const GateRouteSm90Params& p, Stream stream);
+void gate_route_twin(const GateRouteSm90Params& p);  ///< the same on a CPU
 
 /// Whether swiglu_sm90 and combine_sm90 take rows of `width` values.
 inline bool serves_moe_rows_sm90(int64_t width) { return width % 4 == 0; }

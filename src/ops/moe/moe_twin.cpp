@@ -31,6 +31,11 @@ void route_twin(const RouteSm90Params& p) {
   *p.num_runs = num_runs;
 }
 
+void gate_route_twin(const GateRouteSm90Params& p) {
+  gate_twin(p.gate);
+  route_twin(p.route);
+}
+
 void swiglu_twin(const SwigluSm90Params& p) {
   const SwigluCpuParams params{.gate = p.gate,
                                .up = p.up,
