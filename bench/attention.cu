@@ -118,9 +118,8 @@ void bench_case(cudaStream_t stream, double copy, const Case& c) {
   const double keys = static_cast<double>(c.tokens * (c.window + c.blocks));
   const double bytes = keys * static_cast<double>(row_bytes),
                flop = keys * static_cast<double>(c.heads * c.width) * 4.0;
-  for (const SparseAttnKernel kernel :
-       {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide, SparseAttnKernel::kMany,
-        SparseAttnKernel::kAny}) {
+  for (const SparseAttnKernel kernel : {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide,
+                                        SparseAttnKernel::kMany, SparseAttnKernel::kAny}) {
     const bool few = kernel == SparseAttnKernel::kFew || kernel == SparseAttnKernel::kFewWide;
     if (few && (c.prefill || c.format != AttnRows::kPacked)) continue;
     if (kernel != SparseAttnKernel::kAny && !whole) continue;

@@ -222,6 +222,12 @@ std::function<int()> define_serve(CLI::App& app) {
                  "rows of a step while answers run, at most; 0: 256, on a GPU 1,024")
       ->check(between(0, 1 << 20))
       ->capture_default_str();
+  app.add_option("--prompt-step-ms", engine.prompt_step_ms,
+                 "a step of running answers may take so long for prompts beside them, or four "
+                 "times as long as without: less, and answers flow more evenly; more, and long "
+                 "prompts are read faster")
+      ->check(between(0, 60'000))
+      ->capture_default_str();
   app.add_option("--max-drafts", engine.max_drafts, "tokens drafted ahead; 0: no speculation")
       ->check(between(0, 8))
       ->capture_default_str();

@@ -17,7 +17,7 @@ std::function<int()> define_verify(CLI::App& app) {
   struct Flags {
     checkpoint::VerifyOptions options;
     std::string numerics;
-    std::string device = "cpu", as;
+    std::string device = "cpu";
     double max_abs = -1.0;
   };
   auto flags = std::make_shared<Flags>();
@@ -32,16 +32,11 @@ std::function<int()> define_verify(CLI::App& app) {
   app.add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  app.add_option("--as", flags->as, "hopper: on the CPU, the bits that --device cuda gives")
-      ->check(CLI::IsMember({"hopper"}));
   return [flags] {
     const bool cuda = flags->device == "cuda";
     HADAL_INPUT_CHECK(!cuda || at::globalContext().hasCUDA(),
                       "--device cuda: this build or machine has no CUDA device");
-    HADAL_INPUT_CHECK(!cuda || flags->as.empty(),
-                      "--as hopper: for the CPU; --device cuda is the card itself");
     flags->options.device = cuda ? at::kCUDA : at::kCPU;
-    flags->options.as_hopper = !flags->as.empty();
     if (!flags->numerics.empty()) flags->options.numerics = ops::parse_numerics(flags->numerics);
     if (flags->max_abs >= 0.0) flags->options.max_abs = flags->max_abs;
     int64_t failed = 0, passed = 0, skipped = 0;

@@ -24,7 +24,6 @@ struct VerifyOptions {
   /// `released`.
   std::optional<double> max_abs;
   at::Device device = at::kCPU;
-  bool as_hopper = false;  ///< on the CPU, the bits that a GPU gives (ops::AsHopperGuard)
 };
 
 /// One key: what was compared and whether it holds.
@@ -52,7 +51,7 @@ std::unique_ptr<model::ContiguousKv> make_reference_cache(const model::ModelConf
                                                           at::Device device);
 
 /// Runs prefill, decode and MTP (and gradients) and reports each key as it is done. Rows that must
-/// be the recorded bits are asked of the CPU's own sums alone. InputError for unusable files, and
+/// be the recorded bits are asked of the CPU alone. InputError for unusable files, and
 /// for gradients and drafters elsewhere than on the CPU.
 void verify(const VerifyOptions& options,
             const std::function<void(const VerifyLine&)>& report,

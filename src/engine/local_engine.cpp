@@ -170,6 +170,7 @@ LocalEngine::LocalEngine(const model::Transformer& model,
   scheduling.max_waiting = options.max_waiting;
   scheduling.step_tokens = step_tokens(options);
   scheduling.prompt_tokens = prompt_tokens(options);
+  scheduling.prompt_seconds = options.prompt_step_ms / 1e3;
   scheduling.max_drafts = most_drafts(config, options);
   scheduling.drafts_in_blocks = in_blocks;
   scheduling.always_draft = options.always_draft;

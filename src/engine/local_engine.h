@@ -27,8 +27,10 @@ struct LocalEngineOptions {
   int64_t max_context = 0;        ///< 0: what model and pages allow
   /// Rows of a step while answers are running, at most; 0: 256, on a GPU 1,024.
   int64_t step_tokens = 0;
-  int64_t prompt_tokens = 0;  ///< rows of a step of prompts alone; 0: 1,024, on a GPU 4,096
-  int64_t max_drafts = 0;     ///< 0: no speculation; the MTP block gives 1, DSpark a block
+  double prompt_step_ms = 20;  ///< that a step with prompts and answers may take, or four times the
+                               ///< usual
+  int64_t prompt_tokens = 0;   ///< rows of a step of prompts alone; 0: 1,024, on a GPU 4,096
+  int64_t max_drafts = 0;      ///< 0: no speculation; the MTP block gives 1, DSpark a block
   /// Of DSpark: a block's drafts end before the first that is accepted with less probability, as
   /// the drafter says (DsparkDrafter).
   double draft_threshold = 0.3;

@@ -102,9 +102,8 @@ TEST_P(Sm90RowsGpu, GateIsTheTwins) {
   for (const bool fixed : {false, true}) {
     const int64_t experts = 12, topk = 3;
     const at::Tensor logits = at::randn({rows(), experts}) * 4, bias = at::randn({experts}) * 0.3;
-    const at::Tensor table = std::get<1>(at::rand({rows(), experts}).sort(1))
-                                 .narrow(1, 0, topk)
-                                 .contiguous();
+    const at::Tensor table =
+        std::get<1>(at::rand({rows(), experts}).sort(1)).narrow(1, 0, topk).contiguous();
     at::Tensor chosen = at::empty({rows(), topk}, at::kInt), weights = at::empty({rows(), topk}),
                affinity = at::empty_like(logits);
     gate_twin({.logits = logits.const_data_ptr<float>(),

@@ -32,7 +32,7 @@ double PromptPace::plain(int64_t answers) const {
 int64_t PromptPace::rows(int64_t answers, int64_t limit) const {
   const double usual = plain(answers);
   if (usual <= 0 || row_ <= 0) return limit;
-  const double room = std::max(kSlowdown * usual, kUnnoticed) - usual;
+  const double room = std::max(kSlowdown * usual, unnoticed_) - usual;
   const double rows = std::min(room / row_, static_cast<double>(limit));
   return std::max({static_cast<int64_t>(rows), limit / 8, int64_t{1}});
 }

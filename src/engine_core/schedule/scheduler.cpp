@@ -52,6 +52,7 @@ Scheduler::Scheduler(const EngineInfo& info,
       parts_(parts),
       cache_(parts.memory, parts.runner, options.cache, parts.store),
       draft_policy_(options.drafts_in_blocks ? std::max<int64_t>(options.max_drafts, 1) : 1),
+      prompt_pace_(options.prompt_seconds),
       max_tokens_(
           std::min(info.max_context, parts.memory.num_pages() * parts.memory.page_tokens())) {
   HADAL_CHECK(options.max_running > 0 && options.step_tokens > 0 && options.prompt_tokens > 0 &&

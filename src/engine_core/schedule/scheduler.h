@@ -45,6 +45,7 @@ struct SchedulerOptions {
   int64_t max_waiting = 1024;     ///< requests that wait for admission
   int64_t step_tokens = 256;      ///< rows of a step while answers are running, at most
   int64_t prompt_tokens = 1024;   ///< rows of a step of prompts alone
+  double prompt_seconds = 0.02;   ///< that a step with prompts and answers may take (PromptPace)
   int64_t load_pages = 8;         ///< read from the store in a step
   int64_t max_drafts = 0;         ///< at most Runner::slack(); 0: no speculation
   bool always_draft = false;      ///< max_drafts whatever it costs: for tests

@@ -87,8 +87,8 @@ struct Values {
                                         const Work<kBlocks>& work,
                                         int place,
                                         int thread) {
-    const int column = static_cast<int>(work.rank) * kColumns<kBlocks> +
-                       thread % kPieces<kBlocks> * 8;
+    const int column =
+        static_cast<int>(work.rank) * kColumns<kBlocks> + thread % kPieces<kBlocks> * 8;
     const bool rotary = column >= 448;
     const int at = rotary ? 448 + (column - 448) * 2 : column;
     const int next = rotary ? at + 8 : 576;  // the other half, or the scales
@@ -176,11 +176,8 @@ __device__ __forceinline__ void gather(const SparseAttnSm90Params& p,
 /// The thread's two values of its rows to element [rank][row] of an array in every block: each lane
 /// of a quad serves a fourth of the blocks. Then the warp arrives at `barrier` there.
 template <int kBlocks>
-__device__ __forceinline__ void send(const OfBlocks<kBlocks>& to,
-                                     uint64_t* barrier,
-                                     uint32_t rank,
-                                     bool any,
-                                     const float (&v)[2]) {
+__device__ __forceinline__ void send(
+    const OfBlocks<kBlocks>& to, uint64_t* barrier, uint32_t rank, bool any, const float (&v)[2]) {
   const int t = static_cast<int>(threadIdx.x), row = t / 32 * 16 + t % 32 / 4;
   if (any) {
 #pragma unroll
@@ -347,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = segment * static_cast<int>(kAttnSegment);
   const int end = min(list.places, begin + static_cast<int>(kAttnSegment));
   const Work<kBlocks> work = {list, begin, end <= begin ? 0 : (end - begin + kChunk - 1) / kChunk,
-                     cluster_rank()};
+                              cluster_rank()};
   if (threadIdx.x >= kWarpgroup) {
     fewer_registers<kGatherRegisters>();
     gather(p, work, p.q + row * kLatentDim);

@@ -201,7 +201,8 @@ TEST(SparseAttnSm90, ScalesThatAreNoBf16FactorAreExact) {
 TEST(SparseAttnSm90, HasTheBitsThatTheTwinIsHeldTo) {
   for (const testing::GoldenAttention& g : testing::kGoldenAttention) {
     const World w(g.shape, g.seed);
-    for (const SparseAttnKernel kernel : {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide, SparseAttnKernel::kMany})
+    for (const SparseAttnKernel kernel :
+         {SparseAttnKernel::kFew, SparseAttnKernel::kFewWide, SparseAttnKernel::kMany})
       EXPECT_EQ(digest(run(w, kernel, 0, g.shape.tokens)), g.digest) << "seed " << g.seed;
   }
 }

@@ -52,9 +52,8 @@ TEST(GateTwin, HasTheBitsOfTheCpuOnSomeHundredThousandLogits) {
                .num_experts = kExperts,
                .topk = kTopk,
                .scale = 1.5f});
-    const Routing expected = hashed
-                                 ? gate_fixed(logits, table.index_select(0, ids), 1.5)
-                                 : gate(logits, bias, kTopk, 1.5);
+    const Routing expected = hashed ? gate_fixed(logits, table.index_select(0, ids), 1.5)
+                                    : gate(logits, bias, kTopk, 1.5);
     EXPECT_TRUE(at::equal(experts.to(at::kLong), expected.experts));
     EXPECT_TRUE(at::equal(weights, expected.weights));
   }

@@ -285,7 +285,8 @@ TEST(GateRouteSm90, ChoosesAndPlacesAsTheTwin) {
     for (const int64_t tokens : {1, 2, 6, 16}) {
       if (!serves_gate_route_sm90(tokens, num_experts, kTopk)) continue;
       std::vector<float> logits(bytes(tokens * num_experts)), bias(bytes(num_experts));
-      for (float& v : logits) v = static_cast<float>(static_cast<int>(random() % 4000) - 2000) / 200;
+      for (float& v : logits)
+        v = static_cast<float>(static_cast<int>(random() % 4000) - 2000) / 200;
       for (float& v : bias) v = static_cast<float>(random() % 100) / 400;
       std::vector<int64_t> table, ids, all(bytes(num_experts));
       std::iota(all.begin(), all.end(), 0);
@@ -305,12 +306,12 @@ TEST(GateRouteSm90, ChoosesAndPlacesAsTheTwin) {
         std::vector<float> weights(bytes(tokens * kTopk)), row_weight(bytes(rows));
         std::vector<ExpertRun> runs(bytes(max_runs));
         int32_t num_runs = 0;
-        gate_route_twin({.gate = {logits.data(), biased ? bias.data() : nullptr, table.data(),
-                                  by_id ? ids.data() : nullptr, experts.data(), weights.data(),
-                                  tokens, num_experts, kTopk, 1.5f},
-                         .route = {experts.data(), weights.data(), source.data(),
-                                   row_weight.data(), place.data(), runs.data(), &num_runs, tokens,
-                                   kTopk, num_experts, rows}});
+        gate_route_twin(
+            {.gate = {logits.data(), biased ? bias.data() : nullptr, table.data(),
+                      by_id ? ids.data() : nullptr, experts.data(), weights.data(), tokens,
+                      num_experts, kTopk, 1.5f},
+             .route = {experts.data(), weights.data(), source.data(), row_weight.data(),
+                       place.data(), runs.data(), &num_runs, tokens, kTopk, num_experts, rows}});
         const OnDevice<int32_t> experts_there(experts.size()), source_there(source.size()),
             place_there(place.size()), num_runs_there(1);
         const OnDevice<float> weights_there(weights.size()), row_weight_there(row_weight.size());
