@@ -26,6 +26,33 @@ at::Tensor gated(const at::Tensor& gate,
   return ops::checkpointed(ops::recorded("hidden", act, gate, up, weight));
 }
 
+/// `forced`: experts of every token, or undefined.
+ops::GateInput gate_input(const Moe& moe,
+                          const ModelConfig& config,
+                          const at::Tensor& logits,
+                          const at::Tensor& forced,
+                          const at::Tensor& token_ids) {
+  ops::GateInput in{
+      .logits = logits, .topk = config.n_activated_experts, .route_scale = config.route_scale};
+  if (forced.defined()) {
+    in.table = forced;
+  } else if (moe.tid2eid) {
+    in.table = moe.tid2eid->value;
+    in.ids = token_ids;
+  } else {
+    in.bias = moe.gate_bias->value;
+  }
+  return in;
+}
+
+/// The experts' product and what it needs as one chain of kernels.
+ops::RoutedExperts chain_of(const Parameter& w1,
+                            const Parameter& w3,
+                            const Parameter& w2,
+                            const ModelConfig& config) {
+  return {.w1 = w1.weight, .w3 = w3.weight, .w2 = w2.weight, .swiglu_limit = config.swiglu_limit};
+}
+
 }  // namespace
 
 MoeOutput moe_forward(const Moe& moe,
@@ -46,20 +73,14 @@ MoeOutput moe_forward(const Moe& moe,
                                      apply_linear(moe.shared_w3, input), at::Tensor());
     return apply_linear(moe.shared_w2, ops::ProductInput(hidden, numerics));
   };
-  const ops::RoutedExperts experts{.w1 = moe.w1.weight,
-                                   .w3 = moe.w3.weight,
-                                   .w2 = moe.w2.weight,
-                                   .swiglu_limit = config.swiglu_limit};
+  const ops::RoutedExperts experts = chain_of(moe.w1, moe.w3, moe.w2, config);
   const bool on_sm90 = !context.request.swiglu && ops::serves_experts_sm90(x, experts, numerics);
   // Nobody waits for the shared expert before the sum over a token's experts.
   ops::SideBranch beside(0);
   at::Tensor shared;
   if (on_sm90) {
     // The kernels round rows of x as they gather them, and of the shared expert as they multiply.
-    const ops::RoutedExperts of_all{.w1 = moe.shared_w1.weight,
-                                    .w3 = moe.shared_w3.weight,
-                                    .w2 = moe.shared_w2.weight,
-                                    .swiglu_limit = config.swiglu_limit};
+    const ops::RoutedExperts of_all = chain_of(moe.shared_w1, moe.shared_w3, moe.shared_w2, config);
     make_operands({&moe.shared_w1, &moe.gate}, input);
     beside.run([&] {
       shared = ops::serves_shared_expert_sm90(input, of_all)
@@ -70,14 +91,7 @@ MoeOutput moe_forward(const Moe& moe,
   const at::Tensor logits = apply_linear(moe.gate, input);  // [tokens, experts]
   at::Tensor fixed = context.forced_of(block).experts;
   if (on_sm90 && !context.request.routing) {
-    const bool hashed = !fixed.defined() && moe.tid2eid;
-    const ops::GateInput gate{
-        .logits = logits,
-        .bias = hashed || fixed.defined() ? at::Tensor() : moe.gate_bias->value,
-        .table = hashed ? moe.tid2eid->value : fixed,
-        .ids = hashed ? token_ids : at::Tensor(),
-        .topk = config.n_activated_experts,
-        .route_scale = config.route_scale};
+    const ops::GateInput gate = gate_input(moe, config, logits, fixed, token_ids);
     if (ops::serves_gate_route_sm90(gate)) {
       ops::Routing routing;
       const ops::ExpertRoute route = ops::gate_and_route_sm90(gate, routing);
@@ -110,13 +124,10 @@ MoeOutput moe_forward(const Moe& moe,
       ops::recorded("expert rows", sort_rows, input.rounded(GemmRole::kFp4)));  // [pairs, dim]
   const at::Tensor weights =
       ops::gather_distinct_rows(routing.weights.flatten(), order.slot);  // [pairs]
-  const auto expert_linear = [&](const Parameter& w, const at::Tensor& in) {
-    return apply_experts(w, in, order, numerics);
-  };
-  const at::Tensor hidden =
-      swiglu(expert_linear(moe.w1, rows), expert_linear(moe.w3, rows), weights);
-  const at::Tensor routed =
-      expert_linear(moe.w2, ops::ProductInput(hidden, numerics).rounded(GemmRole::kFp4));
+  const at::Tensor hidden = swiglu(apply_experts(moe.w1, rows, order, numerics),
+                                   apply_experts(moe.w3, rows, order, numerics), weights);
+  const at::Tensor routed = apply_experts(
+      moe.w2, ops::ProductInput(hidden, numerics).rounded(GemmRole::kFp4), order, numerics);
   const auto add = [order](const at::Tensor& pairs, const at::Tensor& of_all) {
     return ops::combine(pairs, order, of_all);
   };
