@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 
+#include "model/part_ops.h"
 #include "ops/attention/heads.h"
 #include "ops/attention/sm90_attention.h"
 #include "ops/attention/sparse_attn.h"
@@ -70,15 +71,35 @@ at::Tensor finished_rows(const at::Tensor& pooled,
                          const CompressorRings& rings,
                          const ModelConfig& config,
                          at::ScalarType type,
-                         Numerics numerics) {
+                         Numerics numerics,
+                         const at::Tensor& places = {}) {
   const at::Tensor rows =
-      ops::rope(ops::rms_norm(pooled.to(type), weight, config.norm_eps), cos_sin);
+      ops::rope(ops::rms_norm(pooled.to(type), weight, config.norm_eps, places), cos_sin);
   return rings.blocks == BlockKind::kIndexKeys
              ? quantise_index(rows, numerics)
              : quantise_latent(rows, config.rope_head_dim, numerics);
 }
 
-/// Blocks of whole samples.
+/// Pooled rows of the blocks that end in this rank's part of a row.
+at::Tensor pool_part(const CompressorProducts& products,
+                     const at::Tensor& ape,
+                     int64_t ratio,
+                     const RowPart& part) {
+  const HaloRows kv = exchange_halo(products.kv, part), gate = exchange_halo(products.gate, part);
+  const auto pool = [kv_ring = kv.past, gate_ring = gate.past, &part, ratio](
+                        const at::Tensor& kv_own, const at::Tensor& gate_own,
+                        const at::Tensor& bias, const at::Tensor& kv_past,
+                        const at::Tensor& gate_past) {
+    ops::RingView old_kv = kv_ring, old_gate = gate_ring;
+    old_kv.rows = kv_past;
+    old_gate.rows = gate_past;
+    return ops::compress_part(kv_own, gate_own, bias, old_kv, old_gate, part.batch(), ratio);
+  };
+  return checkpointed(
+      recorded("pooled", pool, kv.own, gate.own, ape, kv.past.rows, gate.past.rows));
+}
+
+/// Blocks of whole samples, or of the parts of them that are here and before.
 ops::BlockView compress_samples(const Compressor& compressor,
                                 const CompressorRings& rings,
                                 const ModelConfig& config,
@@ -92,15 +113,19 @@ ops::BlockView compress_samples(const Compressor& compressor,
                         const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& ape) {
     return ops::compress(kv, gate, ape, {}, {}, batch, ratio, numerics).pooled;
   };
-  const at::Tensor pooled =
-      checkpointed(recorded("pooled", pool, products.kv, products.gate, compressor.ape.value));
-  const auto finish = [type, rings, &config, numerics = context.numerics](
+  const at::Tensor pooled = context.part != nullptr
+                                ? pool_part(products, compressor.ape.value, ratio, *context.part)
+                                : checkpointed(recorded("pooled", pool, products.kv, products.gate,
+                                                        compressor.ape.value));
+  const at::Tensor places = pooled.is_cpu() ? batch.block_places(ratio) : at::Tensor();
+  const auto finish = [type, rings, &config, numerics = context.numerics, places](
                           const at::Tensor& x, const at::Tensor& weight, const at::Tensor& angles) {
-    return finished_rows(x, weight, angles, rings, config, type, numerics);
+    return finished_rows(x, weight, angles, rings, config, type, numerics, places);
   };
   const at::Tensor rows =
       checkpointed(recorded("block rows", finish, pooled, compressor.norm.value, cos_sin));
-  return ops::step_blocks(rows, batch, ratio);
+  return context.part != nullptr ? gather_blocks(rows, ratio, *context.part)
+                                 : ops::step_blocks(rows, batch, ratio);
 }
 
 /// Compresses this step's tokens and returns every visible block of the batch.
@@ -328,6 +353,10 @@ WindowRows make_window(const Attention& attn,
     return window;
   }
   window.kv = window_latents(attn, config, product, cos_sin, context.numerics);
+  if (context.part != nullptr) {
+    HaloRows rows = exchange_halo(window.kv, *context.part);
+    window = {.kv = std::move(rows.own), .history = std::move(rows.past)};
+  }
   return window;
 }
 

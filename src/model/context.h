@@ -15,6 +15,8 @@
 
 namespace hadal::model {
 
+class RowPart;
+
 /// How CSA layers attend (model.md 17.5): to every visible block, ignoring the indexer; the same
 /// while the indexer learns from the attention; or to the indexer's choice.
 enum class AttentionMode { kDense, kIndexerWarmup, kSparse };
@@ -24,6 +26,9 @@ struct ForwardContext {
   const ops::Batch* batch = nullptr;
   ops::Numerics numerics = ops::Numerics::kReleased;
   AttentionMode mode = AttentionMode::kSparse;
+  /// Where several ranks share the places of a row: `batch` is its batch(), and attention asks the
+  /// others for what came before. It lives until the backward pass is over. Null: whole samples.
+  const RowPart* part = nullptr;
   KvAccess* kv = nullptr;  ///< null: training or a one-shot pass, every sequence from position 0
   AuxRequest request;      ///< what every block returns beside its streams
   /// By block: what it is made to choose. Undefined parts and blocks beyond the end are free.

@@ -76,8 +76,11 @@ at::Tensor Transformer::embed(const at::Tensor& ids, ops::Numerics numerics) con
   return ops::checkpointed(ops::recorded("streams", make, ids, parameters_.embed.value));
 }
 
-at::Tensor Transformer::embedding_rows(const at::Tensor& ids, ops::Numerics numerics) const {
-  return ops::embedding(ids, parameters_.embed.operand(numerics), parameters_.embed.value);
+at::Tensor Transformer::embedding_rows(const at::Tensor& ids,
+                                       ops::Numerics numerics,
+                                       const at::Tensor& master) const {
+  return ops::embedding(ids, parameters_.embed.operand(numerics),
+                        master.defined() ? master : parameters_.embed.value);
 }
 
 void Transformer::check_forced(int64_t block, const ForwardContext& context) const {

@@ -42,8 +42,11 @@ class Transformer {
   /// each): ids -> streams in front of layer 0, and streams through one main block. run_layer()
   /// fills context.rope_* where a context has none yet.
   at::Tensor embed(const at::Tensor& ids, ops::Numerics numerics) const;
-  /// Rows of the embedding alone: ids [tokens] -> [tokens, dim].
-  at::Tensor embedding_rows(const at::Tensor& ids, ops::Numerics numerics) const;
+  /// Rows of the embedding alone: ids [tokens] -> [tokens, dim]. `master`: a leaf of the
+  /// embedding's values that their gradient goes to; undefined: the embedding's own.
+  at::Tensor embedding_rows(const at::Tensor& ids,
+                            ops::Numerics numerics,
+                            const at::Tensor& master = {}) const;
   BlockOutput run_layer(int64_t layer,
                         at::Tensor streams,
                         const at::Tensor& ids,
@@ -54,6 +57,8 @@ class Transformer {
   at::Tensor head_operand(ops::Numerics numerics) const {
     return parameters_.head.operand(numerics);
   }
+  /// The values that embed() looks up: what the gradient of the embedding goes to.
+  const at::Tensor& embedding_master() const { return parameters_.embed.value; }
   /// The values that it is made of: what the gradient of the head goes to.
   const at::Tensor& head_master() const { return parameters_.head.value; }
   /// [tokens, dim] -> [tokens, vocab] FP32.

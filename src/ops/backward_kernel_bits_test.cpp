@@ -1,5 +1,7 @@
 // Backward passes of the CPU's own kernels: the same bits for every instruction set and number of
 // threads, and near the gradient of the reference in float64.
+#include <algorithm>
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -12,10 +14,14 @@
 #include "ops/attention/rope.h"
 #include "ops/attention/sparse_attn.h"
 #include "ops/indexer/hadamard.h"
+#include "ops/indexer/index_kl.h"
+#include "ops/indexer/index_scores.h"
 #include "ops/loss/cross_entropy.h"
 #include "ops/mhc/hyper_connection.h"
+#include "ops/moe/balance.h"
 #include "ops/moe/swiglu.h"
 #include "ops/norm/rms_norm.h"
+#include "ops/rows/gather.h"
 #include "testing/kernel_checks.h"
 
 namespace hadal::ops {
@@ -169,6 +175,81 @@ TEST_F(BackwardBits, CrossEntropyIsTheSameWhateverThePieces) {
       EXPECT_TRUE(testing::same_bits(pieces[i], whole[i])) << chunk;
     }
   }
+}
+
+// Three samples, the second too short for a block.
+class IndexerBackward : public ::testing::Test {
+ protected:
+  void SetUp() override { at::manual_seed(23); }
+  Batch batch_{{150, 3, 41}, {0, 0, 0}, at::kCPU};
+  const int64_t blocks_ = batch_.blocks(4).num_blocks();
+};
+
+TEST_F(IndexerBackward, ScoresAreNearTheReference) {
+  check(
+      "index scores",
+      [&](const Tensors& in) {
+        const at::Tensor scores =
+            index_scores(in[0], in[1], step_blocks(in[2], batch_, 4), batch_, 4, Numerics::kIdeal);
+        return Tensors{scores.masked_fill(scores.isinf(), 0.0)};
+      },
+      {random({194, 3, 32}), random({194, 3}), random({blocks_, 32})}, 3, 2e-6, 1e-2);
+}
+
+TEST_F(IndexerBackward, KlIsNearTheReference) {
+  const at::Tensor q = random({194, 3, 20}), keys = random({blocks_, 20}),
+                   lse = random({194, 3}) + 5.0;
+  at::Tensor selection = at::full({194, 6}, -1, at::kInt);
+  for (int64_t t = 0; t < 194; ++t) {
+    const int64_t visible = (batch_.host_pos()[static_cast<size_t>(t)] + 1) / 4;
+    const int64_t count = std::min<int64_t>(visible, 6);
+    selection[t]
+        .narrow(0, 0, count)
+        .copy_(std::get<0>(at::randperm(visible, at::kInt).narrow(0, 0, count).sort()));
+  }
+  const at::Tensor hidden =
+      at::arange(37, at::kLong).unsqueeze(0) >= batch_.visible(4).to(at::kLong).unsqueeze(1);
+  for (const at::Tensor& chosen : {at::Tensor(), selection}) {
+    check(
+        "index kl",
+        [&](const Tensors& in) {
+          const at::ScalarType type = in[0].scalar_type();
+          return Tensors{index_kl(in[0].masked_fill(hidden, -INFINITY), chosen, q.to(type),
+                                  step_blocks(keys.to(type), batch_, 4), lse.to(type), batch_, 4,
+                                  0.3)
+                             .sum};
+        },
+        {random({194, 37})}, 0, 5e-6, 0.0);
+  }
+}
+
+TEST_F(BackwardBits, BalanceLoss) {
+  const at::Tensor chosen = at::randint(0, 90, {5}, at::kLong);
+  const at::Tensor share = random({300, 5}).abs().to(at::kFloat).requires_grad_(true);
+  const at::Tensor loss = balance_loss(share, share_sums(share), chosen, 300, 2);
+  const at::Tensor f = chosen.to(at::kDouble) * (5.0 / 600.0);
+  EXPECT_NEAR(loss.item<double>(),
+              (f * share.detach().to(at::kDouble).mean(0)).sum().item<double>(), 1e-5);
+  const at::Tensor grad = torch::autograd::grad({loss * 3.0}, {share})[0].to(at::kDouble);
+  EXPECT_LE((grad - f * (3.0 / 300.0)).abs().max().item<double>(), 1e-7);
+}
+
+// A sum over places is the sum of its halves, also where a half has nothing of it.
+TEST_F(BackwardBits, GatheredRowsAreSumsOfSubtrees) {
+  const at::Tensor rows = at::randint(0, 40, {1024}, at::kLong),
+                   grad = random({1024, 9}).to(at::kFloat);
+  rows.narrow(0, 512, 512).clamp_max_(30);
+  const auto gradient = [&](int64_t begin, int64_t count) {
+    const at::Tensor table = at::zeros({40, 9}).requires_grad_(true);
+    return torch::autograd::grad({gather_rows(table, rows.narrow(0, begin, count))}, {table},
+                                 {grad.narrow(0, begin, count)})[0];
+  };
+  const at::Tensor whole = gradient(0, 1024);
+  EXPECT_TRUE(testing::same_bits(whole, gradient(0, 512) + gradient(512, 512)));
+  EXPECT_FALSE(testing::same_bits(whole, gradient(0, 384) + gradient(384, 640)));
+  const at::Tensor expected =
+      at::zeros({40, 9}, at::kDouble).index_add_(0, rows, grad.to(at::kDouble));
+  EXPECT_LE((whole.to(at::kDouble) - expected).abs().max().item<double>(), 2e-5);
 }
 
 struct AttentionCase {

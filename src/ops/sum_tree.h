@@ -6,10 +6,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/check.h"
+
 namespace hadal::ops {
 
 /// Places of one chunk of a sum over tokens.
 inline constexpr int64_t kSumChunk = 128;
+/// The sum of no leaf. Added to any number it leaves its bits, which +0 does not: a leaf may be -0.
+inline constexpr float kNoSum = -0.0f;
 
 /// Leaves in ascending order become a schedule of a stack: after a leaf is pushed, the top two
 /// entries are added `merges` times.
@@ -50,6 +54,32 @@ class SumSchedule {
   size_t most_ = 0;
 };
 
+/// Consecutive rows of one chunk, and how often sums are joined behind them.
+struct ChunkRun {
+  int64_t begin = 0, end = 0;
+  int32_t merges = 0;
+};
+
+/// The leaves of a sum over rows; places [rows], not descending, null: 0, 1, ...
+inline std::vector<ChunkRun> chunk_runs(int64_t rows, const int64_t* places) {
+  const auto chunk = [&](int64_t row) {
+    return (places != nullptr ? places[row] : row) / kSumChunk;
+  };
+  std::vector<ChunkRun> runs;
+  SumSchedule schedule;
+  for (int64_t row = 0; row < rows;) {
+    int64_t next = row + 1;
+    while (next < rows && chunk(next) == chunk(row)) ++next;
+    HADAL_CHECK(next == rows || chunk(next) > chunk(row), "sum: places descend at row ", next);
+    schedule.add(static_cast<uint64_t>(chunk(row)));
+    runs.push_back({.begin = row, .end = next});
+    row = next;
+  }
+  schedule.finish();
+  for (size_t i = 0; i < runs.size(); ++i) runs[i].merges = schedule.merges()[i];
+  return runs;
+}
+
 /// The sum of count values, one a place: ascending from zero inside a chunk, chunks by the tree.
 inline float tree_sum(const float* values, int64_t count) {
   SumSchedule schedule;
@@ -68,7 +98,7 @@ inline float tree_sum(const float* values, int64_t count) {
     }
     stack.push_back(sum);
   }
-  return stack.empty() ? 0.0f : stack.back();
+  return stack.empty() ? kNoSum : stack.back();
 }
 
 }  // namespace hadal::ops

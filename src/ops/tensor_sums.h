@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "base/check.h"
+#include "ops/sum_tree.h"
 
 namespace hadal::ops {
 
@@ -36,5 +37,24 @@ class TensorSums {
   std::vector<at::Tensor> stack_;
   uint64_t leaves_ = 0;
 };
+
+/// The sum of leaves with these numbers, ascending, by the tree of sum_tree.h, in their memory;
+/// undefined where there is none.
+inline at::Tensor sum_by_number(const std::vector<uint64_t>& numbers,
+                                std::vector<at::Tensor> leaves) {
+  SumSchedule schedule;
+  for (const uint64_t number : numbers) schedule.add(number);
+  schedule.finish();
+  std::vector<at::Tensor> stack;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    stack.push_back(std::move(leaves[i]));
+    for (int32_t merge = 0; merge < schedule.merges()[i]; ++merge) {
+      const at::Tensor right = std::move(stack.back());
+      stack.pop_back();
+      stack.back().add_(right);
+    }
+  }
+  return stack.empty() ? at::Tensor() : std::move(stack.front());
+}
 
 }  // namespace hadal::ops

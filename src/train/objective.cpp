@@ -11,12 +11,10 @@
 #include "base/check.h"
 #include "ops/indexer/index_kl.h"
 #include "ops/loss/cross_entropy.h"
+#include "ops/moe/balance.h"
 
 namespace hadal::train {
 namespace {
-
-/// Tokens whose logits are held at a time.
-constexpr int64_t kLossChunk = 4096;
 
 at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
   return at::tensor(values, at::kLong).to(device);
@@ -24,12 +22,33 @@ at::Tensor upload(const std::vector<int64_t>& values, at::Device device) {
 
 void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined() ? sum + value : value; }
 
+/// What holds for all members of a group that shares a row.
+class Whole {
+ public:
+  explicit Whole(const PartPass* pass) : part_(pass != nullptr ? pass->part : nullptr) {}
+  /// A sum over the whole row, of this pass's.
+  at::Tensor sum(const at::Tensor& own) const {
+    return part_ != nullptr ? part_->sum(own) : own.detach();
+  }
+  int64_t row_length(int64_t own) const { return part_ != nullptr ? part_->row_length() : own; }
+
+ private:
+  const model::RowPart* part_;
+};
+
 /// sum_i f_i P_i of each row, averaged over rows: f counts choices, P averages normalised
-/// affinities.
-at::Tensor balance_loss(const ops::Routing& routing, int64_t rows, int64_t topk) {
+/// affinities. `load` counts the whole row's choices.
+at::Tensor balance_loss(const ops::Routing& routing,
+                        const at::Tensor& load,
+                        int64_t rows,
+                        int64_t topk,
+                        const Whole& whole) {
   const int64_t experts = routing.affinity.size(1);
-  const at::Tensor share =
-      (routing.affinity / routing.affinity.sum(1, /*keepdim=*/true)).reshape({rows, -1, experts});
+  const at::Tensor normalised = routing.affinity / routing.affinity.sum(1, /*keepdim=*/true);
+  if (rows == 1 && ops::use_cpu_kernel(normalised))
+    return ops::balance_loss(normalised, whole.sum(ops::share_sums(normalised)), load,
+                             whole.row_length(normalised.size(0)), topk);
+  const at::Tensor share = normalised.reshape({rows, -1, experts});
   const int64_t row_length = share.size(1);
   const at::Tensor chosen = (routing.experts.reshape({rows, row_length * topk, 1}) ==
                              at::arange(experts, routing.experts.options()))
@@ -48,7 +67,9 @@ at::Tensor count_clamped(const model::SwigluInput& input, double limit) {
 /// Sums of the auxiliary terms over the blocks of a pass, with their gradients; undefined where no
 /// block has one.
 struct AuxiliaryTerms {
+  Whole whole;
   at::Tensor balance, index;
+  at::Tensor index_sum;  ///< the value of `index` over whole rows, without gradients
 
   void add(int64_t block,
            const model::BlockAux& aux,
@@ -59,13 +80,16 @@ struct AuxiliaryTerms {
     if (!config.is_hashed(block)) {
       const ops::Routing& routing = aux.moe.routing;
       const at::Tensor all = at::arange(config.n_routed_experts, routing.experts.options());
-      add_to(measures.expert_load[static_cast<size_t>(block)],
-             (routing.experts.flatten().unsqueeze(1) == all).sum(0));
-      add_to(balance, balance_loss(routing, rows, config.n_activated_experts));
+      const at::Tensor load = whole.sum((routing.experts.flatten().unsqueeze(1) == all).sum(0));
+      add_to(measures.expert_load[static_cast<size_t>(block)], load);
+      add_to(balance, balance_loss(routing, load, rows, config.n_activated_experts, whole));
     }
     if (aux.attn.index_loss.sum.defined()) {
       const int64_t queries = counts.index_queries[static_cast<size_t>(block)];
-      if (queries > 0) add_to(index, aux.attn.index_loss.sum / static_cast<double>(queries));
+      if (queries > 0) {
+        add_to(index, aux.attn.index_loss.sum / static_cast<double>(queries));
+        add_to(index_sum, whole.sum(aux.attn.index_loss.sum) / static_cast<double>(queries));
+      }
     }
     for (const model::SwigluInput& input : aux.moe.swiglu)
       add_to(measures.clamped, count_clamped(input, config.swiglu_limit));
@@ -175,6 +199,16 @@ void StepCounts::add(const MicroBatch& micro, const model::ModelConfig& config) 
   }
 }
 
+MicroBatch MicroBatch::part(const model::RowPart& part) const {
+  HADAL_CHECK(rows == 1 && ids.size(0) == part.row_length(), "micro_batch: a part of ",
+              part.row_length(), " tokens of ", rows, " rows of ", ids.size(0), " tokens");
+  MicroBatch result = *this;
+  result.batch = part.batch();
+  for (at::Tensor* each : {&result.ids, &result.targets, &result.next_ids, &result.mtp_targets})
+    *each = each->narrow(0, part.begin(), part.end() - part.begin());
+  return result;
+}
+
 namespace {
 
 /// A leaf of the values that arrived from another stage.
@@ -186,6 +220,16 @@ bool has_mtp_loss(const model::ModelConfig& config, const ObjectiveParams& param
   return config.n_mtp_layers > 0 && params.mtp_weight != 0.0;
 }
 
+/// Rows of the embedding that the MTP block reads.
+at::Tensor mtp_embedding(const model::Transformer& model,
+                         const MicroBatch& micro,
+                         ops::Numerics numerics,
+                         PartPass* part) {
+  if (part == nullptr) return model.embedding_rows(micro.next_ids, numerics);
+  part->mtp_embedding = leaf_of_parameter(model.embedding_master());
+  return model.embedding_rows(micro.next_ids, numerics, part->mtp_embedding);
+}
+
 /// The losses behind the last main block: main and MTP.
 at::Tensor language_losses(const model::Transformer& model,
                            const at::Tensor& streams,
@@ -193,27 +237,31 @@ at::Tensor language_losses(const model::Transformer& model,
                            const StepCounts& counts,
                            const ObjectiveParams& params,
                            const at::Tensor& mtp_rows,
+                           PartPass* part,
                            model::ForwardContext& context,
                            AuxiliaryTerms& terms,
                            StepMeasures& measures) {
   const model::ModelConfig& config = model.config();
   const at::Tensor head = model.head_operand(params.numerics);
-  const auto cross_entropy = [&](const at::Tensor& hidden, const at::Tensor& targets) {
-    return ops::linear_cross_entropy(hidden, head, targets, kLossChunk, model.head_master());
+  // Of a part the whole row's sum is divided, as on one rank.
+  const auto loss = [&](const at::Tensor& hidden, const at::Tensor& targets, int64_t count,
+                        HeadUse* use, at::Tensor& measure) {
+    const at::Tensor sum = token_loss(model, head, hidden, targets, use);
+    const auto divisor = static_cast<double>(std::max<int64_t>(count, 1));
+    add_to(measure, terms.whole.sum(sum) / divisor);
+    return sum / divisor;
   };
   const at::Tensor main_loss =
-      cross_entropy(model.head_input(streams, params.numerics), micro.targets) /
-      static_cast<double>(std::max<int64_t>(counts.targets, 1));
-  add_to(measures.main_loss, main_loss.detach());
+      loss(model.head_input(streams, params.numerics), micro.targets, counts.targets,
+           part != nullptr ? &part->head : nullptr, measures.main_loss);
   if (!has_mtp_loss(config, params)) return main_loss;
-  const model::MtpOutput mtp = mtp_rows.defined()
-                                   ? model.mtp(streams, micro.next_ids, mtp_rows, context)
-                                   : model.mtp(streams, micro.next_ids, context);
+  const at::Tensor rows =
+      mtp_rows.defined() ? mtp_rows : mtp_embedding(model, micro, params.numerics, part);
+  const model::MtpOutput mtp = model.mtp(streams, micro.next_ids, rows, context);
   terms.add(config.n_layers, mtp.aux, config, micro.rows, counts, measures);
-  const at::Tensor mtp_loss = cross_entropy(mtp.head_input, micro.mtp_targets) /
-                              static_cast<double>(std::max<int64_t>(counts.mtp_targets, 1));
-  add_to(measures.mtp_loss, mtp_loss.detach());
-  return main_loss + mtp_loss * params.mtp_weight;
+  return main_loss + loss(mtp.head_input, micro.mtp_targets, counts.mtp_targets,
+                          part != nullptr ? &part->mtp_head : nullptr, measures.mtp_loss) *
+                         params.mtp_weight;
 }
 
 }  // namespace
@@ -228,7 +276,8 @@ StagePass stage_forward(const model::Transformer& model,
                         const StepCounts& counts,
                         const ObjectiveParams& params,
                         StageBorder in,
-                        const at::Tensor& mtp_rows) {
+                        const at::Tensor& mtp_rows,
+                        PartPass* part) {
   StagePass pass{.in = std::move(in), .out = {}, .mtp_rows = {}, .total = {}, .measures = {}};
   StepMeasures& measures = pass.measures;
   const model::ModelConfig& config = model.config();
@@ -236,6 +285,7 @@ StagePass stage_forward(const model::Transformer& model,
   measures.expert_load.resize(static_cast<size_t>(config.n_blocks()));
   model::ForwardContext context;
   context.batch = &micro.batch;
+  context.part = part != nullptr ? part->part : nullptr;
   context.numerics = params.numerics;
   context.mode = params.mode;
   context.recompute = params.recompute;
@@ -246,7 +296,10 @@ StagePass stage_forward(const model::Transformer& model,
   pass.in.streams = leaf_of(pass.in.streams);
   // Block by block, so that no more than one block's SwiGLU inputs are held for the counts. A
   // stage's sums go on where the one before ended, so that they are added in one order.
-  AuxiliaryTerms terms{.balance = pass.in.balance, .index = pass.in.index};
+  AuxiliaryTerms terms{.whole = Whole(part),
+                       .balance = pass.in.balance,
+                       .index = pass.in.index,
+                       .index_sum = pass.in.index};
   at::Tensor streams = layers.first ? model.embed(micro.ids, params.numerics) : pass.in.streams;
   for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
     model::BlockOutput block = model.run_layer(layer, std::move(streams), micro.ids, context);
@@ -255,14 +308,14 @@ StagePass stage_forward(const model::Transformer& model,
   }
   if (layers.last) {
     pass.mtp_rows = leaf_of(mtp_rows);
-    pass.total = language_losses(model, streams, micro, counts, params, pass.mtp_rows, context,
-                                 terms, measures);
+    pass.total = language_losses(model, streams, micro, counts, params, pass.mtp_rows, part,
+                                 context, terms, measures);
   } else {
     if (layers.first && has_mtp_loss(config, params))
-      pass.mtp_rows = model.embedding_rows(micro.next_ids, params.numerics);
+      pass.mtp_rows = mtp_embedding(model, micro, params.numerics, part);
     pass.out = {.streams = std::move(streams), .balance = {}, .index = {}};
     if (terms.balance.defined()) pass.out.balance = terms.balance.detach();
-    if (terms.index.defined()) pass.out.index = terms.index.detach();
+    pass.out.index = terms.index_sum;
   }
   if (terms.balance.defined() && params.balance_weight != 0.0) {
     add_to(pass.total, terms.balance * (params.balance_weight * row_share));
@@ -271,8 +324,10 @@ StagePass stage_forward(const model::Transformer& model,
   if (!params.language_loss() && pass.total.defined()) pass.total = pass.total.detach();
   if (terms.index.defined()) {
     add_to(pass.total, terms.index * params.index_weight);
-    if (layers.last) add_to(measures.index_loss, terms.index.detach());
+    if (layers.last) add_to(measures.index_loss, terms.index_sum);
   }
+  if (part != nullptr && measures.clamped.defined())
+    measures.clamped = terms.whole.sum(measures.clamped);
   if (tape) tape->close();
   return pass;
 }

@@ -8,11 +8,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "model/row_part.h"
 #include "model/stage_split.h"
 #include "model/transformer.h"
 #include "ops/cache/batch.h"
 #include "ops/tape.h"
 #include "train/step_sums.h"
+#include "train/token_loss.h"
 
 namespace hadal::train {
 
@@ -40,6 +42,9 @@ struct MicroBatch {
   int64_t num_targets = 0, num_mtp_targets = 0;
   /// On the CPU, of several rows: each of them alone, as a pass takes it.
   std::vector<MicroBatch> each_row;
+
+  /// Of one row, what a member of a group that shares it computes; counts stay those of the row.
+  MicroBatch part(const model::RowPart& part) const;
 
  private:
   struct Labels;
@@ -95,14 +100,17 @@ struct StagePass {
 bool sends_mtp_rows(const model::ModelConfig& config, const ObjectiveParams& params);
 
 /// `in` and `mtp_rows`: what arrived, without a graph. On the whole model's layers neither is read
-/// and this is the forward pass of one process.
+/// and this is the forward pass of one process. `part`: of a row that several ranks share, of which
+/// `micro` is this one's part; measures are then the whole row's on every member. It stays where it
+/// is until the backward pass is over.
 StagePass stage_forward(const model::Transformer& model,
                         const model::LayerRun& layers,
                         const MicroBatch& micro,
                         const StepCounts& counts,
                         const ObjectiveParams& params,
                         StageBorder in = {},
-                        const at::Tensor& mtp_rows = {});
+                        const at::Tensor& mtp_rows = {},
+                        PartPass* part = nullptr);
 /// Gradients go to the parameters and to the pass's leaves. `grad_streams` and `grad_mtp_rows` are
 /// those of out.streams and of the first stage's mtp_rows; undefined: none.
 void stage_backward(StagePass& pass,

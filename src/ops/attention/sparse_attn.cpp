@@ -4,13 +4,13 @@
 #include <limits>
 
 #include <ATen/ATen.h>
-#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
 #include "base/math.h"
 #include "base/parallel.h"
 #include "ops/attention/attention_cpu.h"
+#include "ops/attention/key_list.h"
 #include "ops/attention/sm90_attention.h"
 #include "ops/attention/sparse_attn_backward.h"
 #include "ops/attention/sparse_attn_kernels.h"
@@ -306,35 +306,6 @@ constinit CpuSlot<void(const AttentionCpuParams&, const AttentionKeysCpu&)> atte
 
 namespace {
 
-/// The keys of one query in fold order, as pointers; reused from token to token.
-class KeyList {
- public:
-  void clear() {
-    rows_.clear();
-    packed_.clear();
-    ends_.clear();
-  }
-  void add(const void* row, bool packed) {
-    rows_.push_back(row);
-    packed_.push_back(packed);
-  }
-  void end_chunk() {
-    const auto count = static_cast<int32_t>(rows_.size());
-    if (count > (ends_.empty() ? 0 : ends_.back())) ends_.push_back(count);
-  }
-  AttentionKeysCpu view() const {
-    return {.rows = rows_.data(),
-            .packed = packed_.data(),
-            .chunk_ends = ends_.data(),
-            .num_chunks = static_cast<int32_t>(ends_.size())};
-  }
-
- private:
-  std::vector<const void*> rows_;
-  c10::SmallVector<bool, 512> packed_;  // std::vector<bool> holds no bools
-  std::vector<int32_t> ends_;
-};
-
 /// Rows of a tensor [rows, width] by number.
 struct RowTable {
   const char* rows;
@@ -478,19 +449,28 @@ AttentionResult sparse_attn(const at::Tensor& q,
   }
   if (use_cpu_kernel(q)) {
     const at::Tensor chosen = selection.defined() ? selection.contiguous() : selection;
-    const CpuStep step{history, blocks, chosen, batch, params};
-    const auto kernel = [&](const auto& in) { return run_cpu(in, step); };
-    const std::vector<at::Tensor> inputs{q, kv, blocks.rows, sink};
-    const bool own = batch.whole() && (params.ratio == 0 || blocks.of_step);
+    const bool dense = !history.format.packed() && !blocks.format.packed();
+    const bool in_lines = params.ratio == 0 || blocks.page_blocks == INT64_MAX;
+    // Rows of other ranks come in FP32: their gradients are parts of sums.
+    const auto rows = [&](const at::Tensor& x) {
+      return dense && x.defined() ? x.to(q.scalar_type()) : x;
+    };
+    const auto kernel = [&](const auto& in) {
+      RingView past = history;
+      past.rows = rows(in[2]);
+      return run_cpu({in[0], in[1], rows(in[3]), in[4]}, {past, blocks, chosen, batch, params});
+    };
     const auto backward = [history, blocks, chosen, batch, params](const auto& in) {
       BlockView view = blocks;
-      view.rows = in[2];
+      view.rows = in[3];
       const AttentionResult r =
-          reference::sparse_attn(in[0], in[1], history, view, chosen, in[3], batch, params);
+          reference::sparse_attn(in[0], in[1], history, view, chosen, in[4], batch, params);
       return std::vector{r.out, r.lse};
     };
+    const std::vector<at::Tensor> inputs{q, kv, history.rows, blocks.rows, sink};
     const std::vector<at::Tensor> results =
-        own ? with_attention_gradient(kernel, inputs, chosen, batch, params)
+        dense && in_lines
+            ? with_attention_gradient(kernel, inputs, chosen, history, blocks, batch, params)
             : with_reference_gradient(kernel, backward, inputs);
     return {.out = results[0], .lse = results[1]};
   }

@@ -148,6 +148,20 @@ const BlockPlan& Batch::plan_blocks(int64_t ratio, TableMemory* memory) const {
   return plan_->blocks.emplace(ratio, std::move(plan)).first->second;
 }
 
+const at::Tensor& Batch::block_places(int64_t ratio) const {
+  at::Tensor& table = plan_->block_places[ratio];
+  if (!table.defined()) {
+    HADAL_CHECK(!plan_->padded, "batch: places of blocks of a padded step");
+    std::vector<int64_t> places;
+    for (int64_t s = 0; s < num_seqs(); ++s) {
+      for (int64_t block = start(s) / ratio; block < (start(s) + length(s)) / ratio; ++block)
+        places.push_back(begin(s) + (block + 1) * ratio - 1 - start(s));
+    }
+    table = at::tensor(places, at::kLong);
+  }
+  return table;
+}
+
 const RingWrites& Batch::ring_writes(int64_t size) const { return plan_ring_writes(size, nullptr); }
 
 const RingWrites& Batch::plan_ring_writes(int64_t size, TableMemory* memory) const {

@@ -102,6 +102,9 @@ class Batch {
   const at::Tensor& ids() const { return plan_->ids; }
 
   const BlockPlan& blocks(int64_t ratio) const;
+  /// [num_blocks] I64 on the CPU: row in the packed step of the last token of each block that the
+  /// step completes. Not of padded plans.
+  const at::Tensor& block_places(int64_t ratio) const;
   /// [num_tokens] I32: blocks of ratio m that a token sees, floor((position + 1) / m).
   const at::Tensor& visible(int64_t ratio) const;
   /// For rings of `size` positions.
@@ -130,7 +133,7 @@ class Batch {
     // Made on first use and shared by all layers.
     std::map<int64_t, BlockPlan> blocks;
     std::map<int64_t, RingWrites> ring_writes;
-    std::map<int64_t, at::Tensor> visible;
+    std::map<int64_t, at::Tensor> visible, block_places;
     at::Tensor device_cu_seqlens;
     std::map<int64_t, at::Tensor> token_tiles;
     std::map<std::pair<int64_t, int64_t>, at::Tensor> key_tiles;

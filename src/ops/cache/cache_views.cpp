@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include "base/check.h"
+
 namespace hadal::ops {
 namespace {
 
@@ -32,6 +34,13 @@ RingView RingView::of_slots(const at::Tensor& rows,
   return {.rows = rows,
           .slots = at::tensor(slots, at::kLong).to(at::kInt).to(rows.device()),
           .ring = ring};
+}
+
+std::vector<int64_t> BlockView::first_rows() const {
+  HADAL_CHECK(page_blocks == INT64_MAX, "block view: blocks lie in pages");
+  std::vector<int64_t> first;
+  for (int64_t seq = 0; seq < slots.size(0); ++seq) first.push_back(table().row(seq, 0));
+  return first;
 }
 
 BlockView BlockView::consecutive(const at::Tensor& rows, const std::vector<int64_t>& first_rows) {

@@ -53,6 +53,8 @@ struct BlockView {
                          const std::vector<std::vector<int64_t>>& pages,
                          int64_t page_blocks);
 
+  /// [num_seqs] the row of each sequence's block 0. Error where blocks lie in pages.
+  std::vector<int64_t> first_rows() const;
   int64_t width() const { return format.packed() ? format.width : rows.size(1); }
   BlockRows table() const {
     return {.slots = slots.const_data_ptr<int32_t>(),

@@ -1,13 +1,16 @@
 #include "ops/compressor/compress.h"
 
 #include <limits>
+#include <utility>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "base/check.h"
 #include "base/parallel.h"
 #include "ops/compressor/compress_cpu.h"
 #include "ops/compressor/compress_sm90.h"
+#include "ops/gemm/trained_product.h"
 #include "ops/op.h"
 #include "ops/rows/gather.h"
 #include "ops/sm90.h"
@@ -28,7 +31,7 @@ at::Tensor block_rows(const at::Tensor& x,
   const at::Tensor seq = plan.seq.repeat_interleave(ratio);
   const at::Tensor past = history.numbers(seq, plan.rows.add(1).neg().clamp_min(0));
   const at::Tensor rows = at::where(plan.rows >= 0, plan.rows + history.rows.size(0), past);
-  return at::cat({history.rows, x}).index_select(0, rows).reshape(shape);
+  return gather_distinct_rows(at::cat({history.rows, x}), rows).reshape(shape);
 }
 
 /// The first half of the block before each sequence's first new one, [num_seqs, ratio, d]; `absent`
@@ -52,6 +55,31 @@ at::Tensor leading_rows(const at::Tensor& x,
   return result;
 }
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// x [num_blocks, candidates, d] + bias [candidates, d], whose gradient is a sum over blocks by the
+/// tree of their places.
+struct AddBias : torch::autograd::Function<AddBias> {
+  static at::Tensor forward(AutogradContext* context,
+                            const at::Tensor& x,
+                            const at::Tensor& bias,
+                            const at::Tensor& places) {
+    context->save_for_backward({places});
+    context->set_materialize_grads(false);
+    context->saved_data["shape"] = bias.sizes();
+    return x + bias;
+  }
+  static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
+    const at::Tensor& grad = grad_outputs[0];
+    if (!grad.defined()) return variable_list(3);
+    const at::Tensor sum = weight_gradient(
+        grad.reshape({grad.size(0), grad.size(1) * grad.size(2)}),
+        at::ones({grad.size(0), 1}, grad.options()), context->get_saved_variables()[0]);
+    return {grad, sum.reshape(context->saved_data["shape"].toIntVector()), {}};
+  }
+};
+
 /// Candidates of every block, [num_blocks, ratio or 2 ratio, d].
 at::Tensor candidates(const at::Tensor& x,
                       const RingView& history,
@@ -65,6 +93,25 @@ at::Tensor candidates(const at::Tensor& x,
       at::cat({leading_rows(x, history, batch, ratio, d, absent), blocks.narrow(2, 0, d)});
   const at::Tensor previous = gather_distinct_rows(first_halves, batch.blocks(ratio).previous);
   return at::cat({previous, blocks.narrow(2, d, d)}, 1);
+}
+
+/// Pooled rows; `ape` is added to the candidates, so that histories are rows of the gate itself.
+at::Tensor pool(const at::Tensor& kv,
+                const at::Tensor& gate,
+                const at::Tensor& ape,
+                const RingView& kv_history,
+                const RingView& gate_history,
+                const Batch& batch,
+                int64_t ratio) {
+  const at::Tensor values = candidates(kv, kv_history, batch, ratio, 0.0);
+  const at::Tensor gates =
+      candidates(gate, gate_history, batch, ratio, -std::numeric_limits<double>::infinity());
+  const int64_t d = values.size(2);
+  const at::Tensor wide = ape.to(gate.scalar_type());
+  const at::Tensor bias = ratio == 4 ? at::cat({wide.narrow(1, 0, d), wide.narrow(1, d, d)}) : wide;
+  const at::Tensor scores =
+      use_cpu_kernel(gates) ? AddBias::apply(gates, bias, batch.block_places(ratio)) : gates + bias;
+  return (at::softmax(scores, 1) * values).sum(1);
 }
 
 }  // namespace
@@ -229,6 +276,11 @@ Compressed compress(const at::Tensor& kv,
           return run_cpu(in[0], in[1], in[2], kv_history, score_history, batch, ratio);
         },
         [kv_history, score_history, batch, ratio](const auto& in) {
+          if (!kv_history.rows.defined()) {
+            const at::Tensor place = batch.pos().remainder(ratio);
+            return std::vector{pool(in[0], in[1], in[2], {}, {}, batch, ratio),
+                               in[1] + gather_rows(in[2].to(in[1].scalar_type()), place)};
+          }
           const Compressed r =
               reference::compress(in[0], in[1], in[2], kv_history, score_history, batch, ratio);
           return std::vector{r.pooled, r.score};
@@ -237,6 +289,38 @@ Compressed compress(const at::Tensor& kv,
     return {.pooled = out[0], .score = out[1]};
   }
   return reference::compress(kv, gate, ape, kv_history, score_history, batch, ratio);
+}
+
+at::Tensor compress_part(const at::Tensor& kv,
+                         const at::Tensor& gate,
+                         const at::Tensor& ape,
+                         const RingView& kv_history,
+                         const RingView& gate_history,
+                         const Batch& batch,
+                         int64_t ratio) {
+  HADAL_CHECK(use_cpu_kernel(kv) && kv.scalar_type() == at::kFloat,
+              "compress_part: FP32 on the CPU alone");
+  HADAL_CHECK(ratio > 0 && gate_history.ring % ratio == 0, "compress_part: ratio ", ratio,
+              " and rings of ", gate_history.ring);
+  check_shape(kv, {batch.num_tokens(), -1}, "compress_part: kv");
+  check_shape(gate, {batch.num_tokens(), kv.size(1)}, "compress_part: gate");
+  check_shape(ape, {ratio, kv.size(1)}, "compress_part: ape");
+  const auto with_rows = [](RingView ring, const at::Tensor& rows) {
+    ring.rows = rows;
+    return ring;
+  };
+  return with_reference_gradient(
+      [&](const auto& in) {
+        const at::Tensor score =
+            in[4] + in[2].to(at::kFloat).repeat({in[4].size(0) / ratio, int64_t{1}});
+        return std::vector{run_cpu(in[0], in[1], in[2], with_rows(kv_history, in[3].contiguous()),
+                                   with_rows(gate_history, score), batch, ratio)[0]};
+      },
+      [with_rows, kv_history, gate_history, batch, ratio](const auto& in) {
+        return std::vector{pool(in[0], in[1], in[2], with_rows(kv_history, in[3]),
+                                with_rows(gate_history, in[4]), batch, ratio)};
+      },
+      {kv, gate, ape, kv_history.rows, gate_history.rows})[0];
 }
 
 bool serves_keep_rows_sm90(const at::Tensor& kv,

@@ -33,6 +33,20 @@ Compressed compress(const at::Tensor& kv,
                     Numerics numerics = Numerics::kIdeal,
                     bool scores = true);
 
+/// The same on the CPU for samples of which a pass has a part; of the pooled rows alone, and with
+/// gradients of everything.
+///   kv_history, gate_history  rings of 128 rows before the pass, of kv and of the gate itself; a
+///                             ratio must divide 128
+/// The gradient of ape is a sum by the tree of sum_tree.h over the blocks, each where its last
+/// token stands in the pass; so it is in compress() on the CPU.
+at::Tensor compress_part(const at::Tensor& kv,
+                         const at::Tensor& gate,
+                         const at::Tensor& ape,
+                         const RingView& kv_history,
+                         const RingView& gate_history,
+                         const Batch& batch,
+                         int64_t ratio);
+
 /// Whether keep_rows_on_sm90 keeps rows in such rings.
 bool serves_keep_rows_sm90(const at::Tensor& kv,
                            const RingView& kv_history,

@@ -207,7 +207,7 @@ void sum_tile(const Sum& sum,
   for (int64_t row = 0; row < rows; ++row) {
     float* to = out + row * sum.x.width;
     if (sum.leaves.empty()) {
-      std::fill_n(to, width, 0.0f);
+      std::fill_n(to, width, kNoSum);
     } else {
       std::copy_n(stack.data() + row * width, width, to);
     }

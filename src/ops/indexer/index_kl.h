@@ -9,7 +9,8 @@
 namespace hadal::ops {
 
 struct IndexKl {
-  at::Tensor sum;           ///< [] FP32: KL summed over the queries with a visible block
+  /// [] FP32: KL summed over the queries with a visible block, on the CPU by the tree of sum_tree.h
+  at::Tensor sum;
   int64_t num_queries = 0;  ///< how many those are
 };
 

@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "ops/indexer/index_scores_backward.h"
 #include "ops/indexer/index_scores_cpu.h"
 #include "ops/indexer/sm90_index.h"
 #include "ops/indexer/visible_blocks.h"
@@ -232,17 +233,20 @@ at::Tensor index_scores(const at::Tensor& q,
     return index_scores_on_sm90(q, w, keys, batch, ratio, numerics);
   refuse_as_hopper(q, "index_scores");
   if (use_cpu_kernel(q)) {
+    const auto kernel = [&](const auto& in) {
+      const int64_t columns = max_visible(batch, ratio);
+      at::Tensor scores = at::full({batch.num_tokens(), columns}, kMinusInfinity, at::kFloat);
+      float* out = scores.mutable_data_ptr<float>();
+      score_tokens(in, keys, batch, ratio, numerics,
+                   [&](int64_t token, const float* row, int64_t count) {
+                     std::copy(row, row + count, out + token * columns);
+                   });
+      return std::vector{scores};
+    };
+    if (keys.page_blocks == INT64_MAX && !keys.format.packed())
+      return with_score_gradient(kernel, {q, w, keys.rows}, keys, batch, ratio);
     return with_reference_gradient(
-        [&](const auto& in) {
-          const int64_t columns = max_visible(batch, ratio);
-          at::Tensor scores = at::full({batch.num_tokens(), columns}, kMinusInfinity, at::kFloat);
-          float* out = scores.mutable_data_ptr<float>();
-          score_tokens(in, keys, batch, ratio, numerics,
-                       [&](int64_t token, const float* row, int64_t count) {
-                         std::copy(row, row + count, out + token * columns);
-                       });
-          return std::vector{scores};
-        },
+        kernel,
         [keys, batch, ratio, numerics](const auto& in) {
           BlockView view = keys;
           view.rows = in[2];

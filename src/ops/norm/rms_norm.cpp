@@ -15,7 +15,6 @@
 #include "ops/norm/rms_norm_sm90.h"
 #include "ops/sm90.h"
 #include "ops/sum_tree.h"
-#include "ops/tensor_sums.h"
 
 namespace hadal::ops {
 
@@ -180,22 +179,26 @@ struct RmsNormCpu : torch::autograd::Function<RmsNormCpu> {
   static at::Tensor forward(AutogradContext* context,
                             const at::Tensor& x,
                             const std::optional<at::Tensor>& weight_any,
+                            const std::optional<at::Tensor>& places,
                             double eps,
                             bool bf16_chain) {
     const at::Tensor weight = weight_any.value_or(at::Tensor());
-    context->save_for_backward({x, weight});
+    context->save_for_backward({x, weight, places.value_or(at::Tensor())});
     context->set_materialize_grads(false);
     context->saved_data["eps"] = eps;
     return run_cpu(x, weight, eps, bf16_chain);
   }
 
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
-    variable_list grads(4);
+    variable_list grads(5);
     if (!grad_outputs[0].defined()) return grads;
     const variable_list saved = context->get_saved_variables();
     const at::Tensor x = saved[0].contiguous(), grad_out = grad_outputs[0].contiguous();
     const FloatWeight weight(saved[1]);
-    const int64_t dim = x.size(-1), rows = x.numel() / dim, chunks = ceil_div(rows, kSumChunk);
+    const int64_t dim = x.size(-1);
+    const std::vector<ChunkRun> runs = chunk_runs(
+        x.numel() / dim, saved[2].defined() ? saved[2].const_data_ptr<int64_t>() : nullptr);
+    const int64_t chunks = std::ssize(runs);
     grads[0] = at::empty_like(x);
     at::Tensor parts;  // [chunks, dim]
     if (saved[1].defined()) parts = at::empty({chunks, dim}, x.options().dtype(at::kFloat));
@@ -211,17 +214,24 @@ struct RmsNormCpu : torch::autograd::Function<RmsNormCpu> {
              .dim = dim,
              .eps = static_cast<float>(context->saved_data["eps"].toDouble()),
              .dtype = element_type(x)},
-            chunk * kSumChunk, std::min(rows, (chunk + 1) * kSumChunk));
+            runs[static_cast<size_t>(chunk)].begin, runs[static_cast<size_t>(chunk)].end);
       }
     });
     if (!parts.defined()) return grads;
     if (chunks == 0) {
-      grads[1] = at::zeros({dim}, parts.options());
+      grads[1] = at::full({dim}, kNoSum, parts.options());
       return grads;
     }
-    TensorSums sums;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sums.add(parts[chunk]);
-    grads[1] = sums.finish();
+    std::vector<at::Tensor> stack;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      at::Tensor sum = parts[chunk];
+      for (int32_t merge = 0; merge < runs[static_cast<size_t>(chunk)].merges; ++merge) {
+        sum = stack.back().add_(sum);
+        stack.pop_back();
+      }
+      stack.push_back(sum);
+    }
+    grads[1] = stack.front();
     return grads;
   }
 };
@@ -233,15 +243,22 @@ bool wants_gradient(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+at::Tensor rms_norm(const at::Tensor& x,
+                    const at::Tensor& weight,
+                    double eps,
+                    const at::Tensor& places) {
   check_shape(weight, {x.size(-1)}, "rms_norm: weight");
+  if (places.defined()) check_shape(places, {x.numel() / x.size(-1)}, "rms_norm: places");
   const bool learns = at::GradMode::is_enabled() && weight.requires_grad();
   if (serves_rms_norm_sm90(x.size(-1)) && use_sm90(x) && !learns)
     return norm_on_sm90(x, weight, eps, false);
   refuse_as_hopper(x, "rms_norm");
   if (use_kernel(x)) return RmsNorm::apply(x, std::optional(weight.to(at::kFloat)), eps, false);
   if (use_cpu_kernel(x)) {
-    if (wants_gradient(x, weight)) return RmsNormCpu::apply(x, std::optional(weight), eps, false);
+    if (wants_gradient(x, weight)) {
+      const auto rows = places.defined() ? std::optional(places.contiguous()) : std::nullopt;
+      return RmsNormCpu::apply(x, std::optional(weight), rows, eps, false);
+    }
     return run_cpu(x, weight, eps, false);
   }
   return reference::rms_norm(x, weight, eps);
@@ -258,7 +275,10 @@ at::Tensor head_norm(const at::Tensor& x, double eps, Numerics numerics) {
   }
   if (use_cpu_kernel(x)) {
     const bool chain = numerics == Numerics::kReleased && x.scalar_type() == at::kBFloat16;
-    if (wants_gradient(x, {})) return RmsNormCpu::apply(x, std::optional<at::Tensor>(), eps, chain);
+    if (wants_gradient(x, {})) {
+      const std::optional<at::Tensor> none;
+      return RmsNormCpu::apply(x, none, none, eps, chain);
+    }
     return run_cpu(x, at::Tensor(), eps, chain);
   }
   return reference::head_norm(x, eps, numerics);
