@@ -362,6 +362,7 @@ void load_weights(model::Transformer& model,
   if (!loader.uploads()) check_weights(checkpoint);
   LoadProgress progress(checkpoint.reader());
   model.visit([&](Parameter& parameter) {
+    if (parameter.elsewhere) return;
     loader.load(parameter);
     progress.add(parameter);
   });

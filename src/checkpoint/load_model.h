@@ -40,7 +40,7 @@ model::Transformer load_model(const OfficialCheckpoint& checkpoint,
                               LoadTarget target = {});
 
 /// The same for a model that was declared from the checkpoint's config: of each parameter its shard
-/// is loaded.
+/// is loaded, and nothing of those elsewhere.
 void load_weights(model::Transformer& model,
                   const OfficialCheckpoint& checkpoint,
                   ops::Numerics numerics,

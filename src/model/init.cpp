@@ -133,6 +133,7 @@ at::Tensor initial_value(const Parameter& parameter,
 
 void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype) {
   model.visit([&](Parameter& parameter) {
+    if (parameter.elsewhere) return;
     const at::Tensor whole = initial_value(parameter, model.config(), params, dtype);
     parameter.hold(parameter.shard.whole() ? whole : parameter.shard.of(whole).clone());
   });
@@ -142,13 +143,14 @@ void require_gradients(Transformer& model) {
   model.visit([](Parameter& parameter) {
     parameter.hold_dense();
     // Held anew: panels of values that will move are of no use.
-    if (parameter.trainable() && parameter.value.defined())
+    if (parameter.trainable() && !parameter.elsewhere)
       parameter.hold(parameter.value.requires_grad_(true));
   });
 }
 
 void move_to(Transformer& model, at::Device device) {
   model.visit([&](Parameter& parameter) {
+    if (parameter.elsewhere) return;
     if (parameter.weight.defined())
       return parameter.hold(parameter.weight.to(device, parameter.role));
     const bool requires_grad = parameter.value.requires_grad();

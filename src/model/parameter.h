@@ -54,6 +54,8 @@ struct Parameter {
   /// halves of a CSA compressor, experts. Muon orthogonalises each by itself (model.md 17.1).
   int64_t units = 1;
   Shard shard;  ///< what of it this process holds
+  /// Another stage of a pipeline has it: there are no values here, and nothing makes any.
+  bool elsewhere = false;
 
   /// The master: dense values of the shard, which training moves and which all but matrices compute
   /// with. Undefined until initialised or loaded, and while `weight` holds the values instead.

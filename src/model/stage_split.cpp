@@ -108,7 +108,8 @@ std::vector<int64_t> balanced_layers(const ModelConfig& config,
 void keep_stage(Transformer& model, const StageSplit& split, int64_t stage) {
   size_t at = 0;
   model.visit([&](Parameter& parameter) {
-    if (split.stage_of_parameters().at(at++) != stage) parameter.value = at::Tensor();
+    parameter.elsewhere = split.stage_of_parameters().at(at++) != stage;
+    if (parameter.elsewhere) parameter.value = at::Tensor();
   });
 }
 

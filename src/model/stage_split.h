@@ -52,7 +52,7 @@ std::vector<int64_t> balanced_layers(const ModelConfig& config,
 /// FLOPs of a token's forward pass through a stage, averaged over a row's places.
 double stage_flops(const ModelConfig& config, const LayerRun& run, int64_t row_length);
 
-/// Takes away the values that other stages have.
+/// Declares what other stages have to be elsewhere, and takes away its values if there are any.
 void keep_stage(Transformer& model, const StageSplit& split, int64_t stage);
 
 }  // namespace hadal::model

@@ -444,7 +444,7 @@ void update_router_bias(model::Transformer& model, const StepMeasures& measures,
     // Biases are visited in block order; hashed blocks have none.
     while (model.config().is_hashed(block)) ++block;
     const at::Tensor& load = measures.expert_load[static_cast<size_t>(block++)];
-    if (!load.defined()) return;
+    if (!load.defined() || parameter.elsewhere) return;
     const at::Tensor counts = load.to(parameter.value.scalar_type());
     parameter.value.add_(at::sign(counts.mean() - counts) * speed);
   });

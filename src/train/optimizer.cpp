@@ -68,11 +68,13 @@ Optimizer::Optimizer(model::Transformer& model, OptimizerParams params, Ownershi
   model.visit([&](Parameter& parameter) {
     const UpdateRule rule = update_rule(parameter);
     if (rule == UpdateRule::kNone) return;
+    slots_.push_back({.parameter = &parameter, .rule = rule});
+    if (parameter.elsewhere) return;
+    type_ = parameter.value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     HADAL_CHECK(parameter.value.requires_grad() && parameter.value.is_leaf(),
                 "optimizer: ", parameter.name, " is no leaf that requires a gradient");
     HADAL_CHECK(parameter.value.is_contiguous(), "optimizer: ", parameter.name,
                 " is not contiguous");
-    slots_.push_back({.parameter = &parameter, .rule = rule});
   });
   for (const PlanPiece& piece : ownership_.pieces()) {
     place_.push_back(ownership_.here(piece) ? std::ssize(pieces_) : -1);
@@ -98,6 +100,7 @@ void Optimizer::hold_for(Numerics numerics, dist::Ranks& ranks) {
   std::vector<bool> asked(slots_.size(), false);  // for what only the owner knows
   for (size_t s = 0; s < slots_.size(); ++s) {
     Parameter& parameter = *slots_[s].parameter;
+    if (parameter.elsewhere) continue;
     const at::Tensor value = parameter.value.detach();
     const bool was_rounded = value.scalar_type() == at::kBFloat16;
     const bool is_now = is_rounded(parameter.kind, parameter.storage, numerics) &&
@@ -121,12 +124,13 @@ void Optimizer::hold_for(Numerics numerics, dist::Ranks& ranks) {
   }
   std::vector<size_t> pieces;
   for (size_t p = 0; p < place_.size(); ++p)
-    if (asked[ownership_.pieces()[p].item]) pieces.push_back(p);
+    if (asked[ownership_.pieces()[p].item]) pieces.push_back(p);  // nothing of other stages
   spread(pieces, ranks);
 }
 
 void Optimizer::zero_grad() {
-  for (OptimizerSlot& slot : slots_) slot.parameter->value.mutable_grad().reset();
+  for (OptimizerSlot& slot : slots_)
+    if (!slot.parameter->elsewhere) slot.parameter->value.mutable_grad().reset();
   for (OwnedPiece& own : pieces_) own.gradient.reset();
 }
 
@@ -143,7 +147,8 @@ void Optimizer::set_gradient(size_t piece, at::Tensor gradient) {
 void Optimizer::fill_gradients(const std::function<bool(const Parameter&)>& trained) {
   for (OptimizerSlot& slot : slots_) {
     slot.trained = trained(*slot.parameter);
-    HADAL_CHECK(slot.trained || !slot.parameter->value.grad().defined(),
+    HADAL_CHECK(slot.trained || slot.parameter->elsewhere ||
+                    !slot.parameter->value.grad().defined(),
                 "optimizer: ", slot.parameter->name,
                 " has a gradient in a step that does not train it");
   }
@@ -228,9 +233,7 @@ at::Tensor Optimizer::grad_norm(dist::Ranks& ranks) const {
   HADAL_CHECK(words[0] > 0, "optimizer: no parameter has a gradient");
   double sum = 0.0;
   for (size_t i = 1; i < words.size(); ++i) sum += std::bit_cast<double>(words[i]);
-  const at::ScalarType type =
-      slots_[0].parameter->value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::full({}, std::sqrt(sum), type);
+  return at::full({}, std::sqrt(sum), type_);
 }
 
 at::Tensor Optimizer::clip_gradients(double max_norm) {
@@ -252,9 +255,28 @@ void Optimizer::spread(dist::Ranks& ranks) {
   if (ranks.size() == 1) return;
   std::vector<size_t> trained;
   for (size_t p = 0; p < place_.size(); ++p)
-    if (slots_[ownership_.pieces()[p].item].trained) trained.push_back(p);
+    if (slots_[ownership_.pieces()[p].item].trained && ownership_.reads(ownership_.pieces()[p]))
+      trained.push_back(p);
   for (OwnedPiece& own : pieces_) own.gradient.reset();
   spread(trained, ranks);
+}
+
+std::vector<dist::Transfer> Optimizer::send_to_readers(const at::Tensor& bundle,
+                                                       size_t piece,
+                                                       dist::Ranks& ranks) const {
+  const PlanPiece& first = ownership_.pieces()[piece];
+  const Span readers = ownership_.readers(first);
+  std::vector<dist::Transfer> transfers;
+  if (readers.size() == ranks.size()) {
+    transfers.push_back(ranks.broadcast(bundle, first.owner));
+  } else if (ownership_.here(first)) {
+    for (int64_t rank = readers.begin; rank < readers.end; ++rank)
+      if (rank != first.owner)
+        transfers.push_back(ranks.send(bundle, rank, static_cast<int64_t>(piece)));
+  } else {
+    transfers.push_back(ranks.receive(bundle, first.owner, static_cast<int64_t>(piece)));
+  }
+  return transfers;
 }
 
 void Optimizer::spread(const std::vector<size_t>& pieces, dist::Ranks& ranks) {
@@ -267,11 +289,11 @@ void Optimizer::spread(const std::vector<size_t>& pieces, dist::Ranks& ranks) {
   struct UnderWay {
     at::Tensor bundle;
     std::vector<at::Tensor> places;  ///< in the values; empty where the bundle is their memory
-    dist::Transfer transfer;
+    std::vector<dist::Transfer> transfers;
   };
   std::deque<UnderWay> under_way;
   const auto finish = [](UnderWay& message) {
-    message.transfer.wait();
+    for (dist::Transfer& transfer : message.transfers) transfer.wait();
     std::vector<int64_t> sizes;
     for (const at::Tensor& place : message.places) sizes.push_back(place.numel());
     const std::vector<at::Tensor> parts = unbundled(message.bundle, sizes);
@@ -289,9 +311,9 @@ void Optimizer::spread(const std::vector<size_t>& pieces, dist::Ranks& ranks) {
           rounded(parameter, pieces_[static_cast<size_t>(place_[p])].values(), numerics_));
     }
     const PlanPiece& first = ownership_.pieces()[bundle[0]];
-    UnderWay message{.bundle = bundled(places), .places = {}, .transfer = {}};
+    UnderWay message{.bundle = bundled(places), .places = {}, .transfers = {}};
     if (!ownership_.here(first) && places.size() > 1) message.places = places;
-    message.transfer = ranks.broadcast(message.bundle, first.owner);
+    message.transfers = send_to_readers(message.bundle, bundle[0], ranks);
     under_way.push_back(std::move(message));
     for (; under_way.size() > kUnderWay; under_way.pop_front()) finish(under_way.front());
   }
@@ -315,10 +337,9 @@ std::vector<StateTensor> Optimizer::state() const {
   std::vector<StateTensor> result;
   const auto add = [&](size_t slot, const char* suffix, at::Tensor OwnedPiece::*moment) {
     const Parameter& parameter = *slots_[slot].parameter;
-    const auto type = parameter.value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     StateTensor tensor{
         .name = parameter.name + suffix,
-        .whole = at::empty(parameter.local_shape(), at::TensorOptions(at::kMeta).dtype(type)),
+        .whole = at::empty(parameter.local_shape(), at::TensorOptions(at::kMeta).dtype(type_)),
         .parts = {}};
     for (const OwnedPiece& own : pieces_)
       if (own.piece.item == slot) tensor.parts.push_back({own.piece.begin, own.*moment});
@@ -333,10 +354,9 @@ std::vector<StateTensor> Optimizer::state() const {
 
 StateTensor Optimizer::masters(size_t slot) const {
   const Parameter& parameter = *slots_.at(slot).parameter;
-  const auto type = parameter.value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   StateTensor tensor{
       .name = parameter.name,
-      .whole = at::empty(parameter.local_shape(), at::TensorOptions(at::kMeta).dtype(type)),
+      .whole = at::empty(parameter.local_shape(), at::TensorOptions(at::kMeta).dtype(type_)),
       .parts = {}};
   for (const OwnedPiece& own : pieces_)
     if (own.piece.item == slot) tensor.parts.push_back({own.piece.begin, own.values()});

@@ -112,6 +112,10 @@ class Optimizer {
   std::vector<at::Tensor> gradients() const;
   std::vector<double> squares() const;
   void spread(const std::vector<size_t>& pieces, dist::Ranks& ranks);
+  /// A bundle of values, whose first piece this is, on its way from its owner to all who read it.
+  std::vector<dist::Transfer> send_to_readers(const at::Tensor& bundle,
+                                              size_t piece,
+                                              dist::Ranks& ranks) const;
 
   OptimizerParams params_;
   Ownership ownership_;
@@ -119,6 +123,7 @@ class Optimizer {
   std::vector<OwnedPiece> pieces_;  ///< this rank's
   std::vector<int64_t> place_;      ///< of each of the ownership's pieces among them, or -1
   ops::Numerics numerics_ = ops::Numerics::kIdeal;
+  at::ScalarType type_ = at::kFloat;  ///< of masters
   int64_t num_steps_ = 0;
 };
 

@@ -85,22 +85,62 @@ PlanItem plan_item(const std::string& name,
 }
 
 Ownership::Ownership(const model::Transformer& model, int64_t ranks, int64_t rank, int64_t cap)
-    : rank_(rank), ranks_(ranks) {
-  std::vector<PlanItem> items;
+    : Ownership(model,
+                dist::Mesh(ranks, {}),
+                rank,
+                model::StageSplit(model.config(), {model.config().n_layers}, "ownership"),
+                cap) {}
+
+Ownership::Ownership(const model::Transformer& model,
+                     const dist::Mesh& mesh,
+                     int64_t rank,
+                     const model::StageSplit& split,
+                     int64_t cap)
+    : mesh_(mesh), rank_(rank) {
+  struct Stage {
+    std::vector<PlanItem> items;
+    std::vector<size_t> numbers;  // of the items among those of all stages
+  };
+  std::vector<Stage> stages(static_cast<size_t>(split.size()));
   std::vector<int64_t> bytes;  // of an element
+  size_t parameters = 0;
   model.visit([&](const model::Parameter& parameter) {
+    const int64_t stage = split.stage_of_parameters().at(parameters++);
     const UpdateRule rule = update_rule(parameter);
     if (rule == UpdateRule::kNone) return;
-    items.push_back(plan_item(parameter.name, parameter.kind, parameter.local_shape(),
-                              parameter.local_units()));
+    Stage& its = stages[static_cast<size_t>(stage)];
+    its.items.push_back(plan_item(parameter.name, parameter.kind, parameter.local_shape(),
+                                  parameter.local_units()));
+    its.numbers.push_back(stages_.size());
+    stages_.push_back(stage);
     bytes.push_back(state_bytes(rule));
   });
-  pieces_ = plan_zero(items, ranks, cap > 0 ? cap : dense_cap(items)).pieces;
-  std::vector<int64_t> loads(static_cast<size_t>(ranks), 0);
+  const int64_t sharing = mesh.ranks() / split.size();
+  for (size_t s = 0; s < stages.size(); ++s) {
+    const auto& [items, numbers] = stages[s];
+    for (PlanPiece piece : plan_zero(items, sharing, cap > 0 ? cap : dense_cap(items)).pieces) {
+      piece.item = numbers[piece.item];
+      piece.owner += static_cast<int64_t>(s) * sharing;
+      pieces_.push_back(piece);
+    }
+  }
+  std::ranges::stable_sort(pieces_, {}, &PlanPiece::item);
+  std::vector<int64_t> loads(static_cast<size_t>(mesh.ranks()), 0);
   for (const PlanPiece& piece : pieces_)
     loads[static_cast<size_t>(piece.owner)] += piece.size() * bytes[piece.item];
   load_ = {.most = *std::max_element(loads.begin(), loads.end()),
            .total = std::accumulate(loads.begin(), loads.end(), int64_t{0})};
+}
+
+Span Ownership::readers(const PlanPiece& piece) const {
+  const int64_t sharing = mesh_.ranks() / mesh_.shape().pipeline;
+  const int64_t first = stages_[piece.item] * sharing;
+  return {first, first + sharing};
+}
+
+bool Ownership::reads(const PlanPiece& piece) const {
+  const Span span = readers(piece);
+  return span.begin <= rank_ && rank_ < span.end;
 }
 
 std::vector<std::vector<size_t>> Ownership::bundles(const std::vector<Message>& messages) const {

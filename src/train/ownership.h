@@ -7,7 +7,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "dist/mesh.h"
+#include "model/stage_split.h"
 #include "model/transformer.h"
+#include "train/step_share.h"
 #include "train/zero_plan.h"
 
 namespace hadal::train {
@@ -45,10 +48,26 @@ class Ownership {
   /// a piece's item counts these. Where the plan has several groups the first one's ranks hold the
   /// dense matrices. `cap` 0: dense_cap. A function of the model's shapes and the numbers.
   Ownership(const model::Transformer& model, int64_t ranks, int64_t rank, int64_t cap = 0);
+  /// The same on a mesh: the parameters of a stage are shared out among the ranks of that stage.
+  Ownership(const model::Transformer& model,
+            const dist::Mesh& mesh,
+            int64_t rank,
+            const model::StageSplit& split,
+            int64_t cap = 0);
 
   const std::vector<PlanPiece>& pieces() const { return pieces_; }
   bool here(const PlanPiece& piece) const { return piece.owner == rank_; }
-  int64_t ranks() const { return ranks_; }
+  int64_t ranks() const { return mesh_.ranks(); }
+  const dist::Mesh& mesh() const { return mesh_; }
+  /// Which of the ranks that pass a data rank's rows has the gradients of a piece in them.
+  int64_t holder(const PlanPiece& piece, int64_t data) const {
+    return mesh_.rank({.pipeline = stages_[piece.item], .data = data, .context = 0});
+  }
+  /// The stage that has a parameter which takes a gradient.
+  int64_t stage_of(size_t item) const { return stages_.at(item); }
+  /// The ranks whose passes read a piece: [begin, end).
+  Span readers(const PlanPiece& piece) const;
+  bool reads(const PlanPiece& piece) const;
   const StateLoad& load() const { return load_; }
   /// The pieces among `indices` (ascending) by what travels in one message: large ones alone, small
   /// ones of one owner and one element size together. The same on every rank.
@@ -60,7 +79,9 @@ class Ownership {
 
  private:
   std::vector<PlanPiece> pieces_;
-  int64_t rank_ = 0, ranks_ = 1;
+  std::vector<int64_t> stages_;  ///< by item
+  dist::Mesh mesh_;
+  int64_t rank_ = 0;
   StateLoad load_;
 };
 

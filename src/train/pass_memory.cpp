@@ -16,6 +16,8 @@ void PassTrace::stop() {
   if (std::exchange(watching_, false)) ops::watch_tensor_memory(nullptr);
 }
 
+void PassTrace::forward_ended() { events_.push_back({.kind = Kind::kForwardEnded}); }
+
 void PassTrace::allocated(const void* data, int64_t bytes) {
   events_.push_back({.kind = Kind::kAllocated, .number = bytes, .data = data});
 }
@@ -172,6 +174,9 @@ struct PassMemory::Reader {
         case PassTrace::Kind::kRanAgain:
           running = -1;
           break;
+        case PassTrace::Kind::kForwardEnded:
+          memory.events_.push_back({.kind = Kind::kForwardEnded});
+          break;
         case PassTrace::Kind::kRan:
           break;
       }
@@ -284,7 +289,8 @@ struct PassMemory::Simulation {
   void run() {
     for (const Event& event : memory.events_) {
       const auto slot = static_cast<size_t>(event.slot);
-      const bool mortal = event.kind != Kind::kBytes && memory.slots_[slot].can_die;
+      const bool of_slot = event.kind != Kind::kBytes && event.kind != Kind::kForwardEnded;
+      const bool mortal = of_slot && memory.slots_[slot].can_die;
       switch (event.kind) {
         case Kind::kBytes:
           rise(event.rise);
@@ -305,6 +311,9 @@ struct PassMemory::Simulation {
           break;
         case Kind::kReleased:
           let_go(slot);
+          break;
+        case Kind::kForwardEnded:
+          result.kept_bytes = level;
           break;
       }
     }

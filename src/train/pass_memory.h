@@ -18,7 +18,7 @@ namespace hadal::train {
 /// Watches from its construction to stop().
 class PassTrace final : public ops::TapeObserver, public ops::TensorMemoryWatcher {
  public:
-  enum class Kind { kAllocated, kFreed, kRan, kNeeded, kReleased, kRunsAgain, kRanAgain };
+  enum class Kind { kAllocated, kFreed, kRan, kNeeded, kReleased, kRunsAgain, kRanAgain, kForwardEnded };
   struct Event {
     Kind kind;
     int64_t number = 0;  ///< of the function or result; bytes of allocations
@@ -38,6 +38,8 @@ class PassTrace final : public ops::TapeObserver, public ops::TensorMemoryWatche
   PassTrace();
   ~PassTrace() override;
   void stop();
+  /// What follows is the backward pass.
+  void forward_ended();
 
   const std::vector<Event>& events() const { return events_; }
   const std::vector<Function>& functions() const { return functions_; }
@@ -79,6 +81,7 @@ class PassMemory {
 
   struct Prediction {
     int64_t peak_bytes = 0;  ///< above what was there before the pass
+    int64_t kept_bytes = 0;  ///< likewise, between its forward and its backward pass
     double seconds = 0.0;    ///< of all that runs again
   };
   Prediction predict(const std::function<bool(const ops::TensorLabel&)>& drops) const;
@@ -86,7 +89,7 @@ class PassMemory {
   Prediction predict(const std::vector<bool>& taken) const;
 
  private:
-  enum class Kind { kBytes, kBorn, kDied, kNeeded, kReleased };
+  enum class Kind { kBytes, kBorn, kDied, kNeeded, kReleased, kForwardEnded };
   struct Event {
     Kind kind;
     int64_t slot = 0;

@@ -280,7 +280,7 @@ std::vector<Evaluation> Pipeline::evaluate(const model::Transformer& model,
   return results;
 }
 
-std::vector<const MicroBatch*> passes_of(const std::vector<MicroBatch>& batches) {
+std::vector<const MicroBatch*> passes_of(std::span<const MicroBatch> batches) {
   std::vector<const MicroBatch*> passes;
   for (const MicroBatch& batch : batches) {
     if (batch.each_row.empty()) passes.push_back(&batch);

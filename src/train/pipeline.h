@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "dist/group.h"
@@ -46,6 +47,6 @@ class Pipeline {
 };
 
 /// The passes of these micro-batches: on the CPU each of their rows.
-std::vector<const MicroBatch*> passes_of(const std::vector<MicroBatch>& batches);
+std::vector<const MicroBatch*> passes_of(std::span<const MicroBatch> batches);
 
 }  // namespace hadal::train

@@ -108,23 +108,26 @@ class NodeTable {
  public:
   struct Entry {
     Span span;
-    int64_t rank = 0;
-    int64_t own = -1;  ///< number among this rank's
+    int64_t data = 0;  ///< whose rows they are
+    int64_t own = -1;  ///< number among those of this rank's rows
   };
 
   NodeTable(const std::vector<StepNode>& nodes,
             size_t num_parameters,
             const StepShare& share,
             const model::ModelConfig& config,
+            const dist::Mesh& mesh,
             dist::Ranks& ranks)
       : config_(config),
         mask_words_((num_parameters + 63) / 64),
         row_(2 * mask_words_ + static_cast<size_t>(measure_words(config))) {
-    for (int64_t rank = 0; rank < ranks.size(); ++rank) {
+    const int64_t here = mesh.place(ranks.rank()).data;
+    for (int64_t data = 0; data < mesh.data(); ++data) {
       int64_t own = 0;
-      for (const Span& span : nodes_of(row_share(share.total, ranks.size(), rank), share.total))
-        entries_.push_back({span, rank, rank == ranks.rank() ? own++ : -1});
+      for (const Span& span : nodes_of(row_share(share.total, mesh.data(), data), share.total))
+        entries_.push_back({span, data, data == here ? own++ : -1});
     }
+    // Stages that pass the same rows write different words of an entry, or add counts.
     words_.assign(entries_.size() * row_, 0);
     for (size_t e = 0; e < entries_.size(); ++e)
       if (entries_[e].own >= 0) fill(e, nodes.at(static_cast<size_t>(entries_[e].own)));
@@ -217,7 +220,7 @@ class Exchange {
     for (const std::vector<size_t>& bundle : optimizer_.ownership().bundles(messages)) {
       if (optimizer_.ownership().here(pieces_[bundle[0]])) {
         collect(bundle, leaves);
-      } else {
+      } else if (optimizer_.ownership().reads(pieces_[bundle[0]])) {
         send(bundle);
       }
       for (const size_t p : bundle) done_with(pieces_[p]);
@@ -302,7 +305,9 @@ class Exchange {
       for (const size_t p : some) elements += pieces_[p].size();
       const at::Tensor room =
           at::empty({elements}, is_halved(some[0]) ? at::kBFloat16 : at::kFloat);
-      arriving.push_back({e, room, ranks_.receive(room, table_.entries()[e].rank, tag(bundle, e))});
+      const int64_t from =
+          optimizer_.ownership().holder(pieces_[bundle[0]], table_.entries()[e].data);
+      arriving.push_back({e, room, ranks_.receive(room, from, tag(bundle, e))});
     }
     for (Arriving& message : arriving) {
       message.transfer.wait();
@@ -361,12 +366,15 @@ StepMeasures sum_over_ranks(StepSums& sums,
   HADAL_CHECK(sums.on_cpu(), "rank sums: gradients are not on the CPU");
   std::vector<StepNode> nodes = sums.take(share.total);
   const std::vector<at::Tensor>& parameters = sums.parameters();
-  NodeTable table(nodes, parameters.size(), share, config, ranks);
+  const Ownership& ownership = optimizer.ownership();
+  NodeTable table(nodes, parameters.size(), share, config, ownership.mesh(), ranks);
   const size_t count = table.entries().size();
   for (int64_t rank = 0; rank < ranks.size(); ++rank) {
+    const dist::MeshPlace place = ownership.mesh().place(rank);
     const auto bad = [&](size_t p) {
+      if (ownership.stage_of(p) != place.pipeline) return false;
       for (size_t e = 0; e < count; ++e)
-        if (table.entries()[e].rank == rank && table.not_finite(e, p)) return true;
+        if (table.entries()[e].data == place.data && table.not_finite(e, p)) return true;
       return false;
     };
     for (size_t p = 0; p < parameters.size(); ++p) {

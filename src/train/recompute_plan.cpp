@@ -47,6 +47,7 @@ struct Trial {
   double seconds = 0.0;
 
   Trial(const model::Transformer& model,
+        const model::LayerRun& layers,
         const MicroBatch& row,
         ObjectiveParams objective,
         bool blocks) {
@@ -59,24 +60,56 @@ struct Trial {
     StepCounts counts;
     counts.add(row, model.config());
     const auto start = thread_time();
-    {
-      StepMeasures measures;
-      accumulate(model, row, counts, objective, measures);
-    }
+    run(model, layers, row, counts, objective);
     seconds = std::chrono::duration<double>(thread_time() - start).count();
     trace->stop();
     model.visit([](const model::Parameter& parameter) {
       if (parameter.value.defined()) parameter.value.mutable_grad().reset();
     });
   }
+
+ private:
+  void run(const model::Transformer& model,
+           const model::LayerRun& layers,
+           const MicroBatch& row,
+           const StepCounts& counts,
+           const ObjectiveParams& objective) {
+    const model::ModelConfig& config = model.config();
+    const at::ScalarType type =
+        objective.numerics == ops::Numerics::kIdeal ? at::kFloat : at::kBFloat16;
+    // What other stages would send: any numbers of order one, and small gradients.
+    const auto made_up = [&](bool wanted, std::vector<int64_t> shape, double scale) {
+      if (!wanted) return at::Tensor();
+      shape.insert(shape.begin(), row.ids.size(0));
+      const int64_t elements =
+          std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+      return (at::arange(elements, at::kFloat).mul_(0.7).sin_() * scale).to(type).reshape(shape);
+    };
+    const std::vector<int64_t> streams = {config.hc_mult, config.dim}, rows = {config.dim};
+    const bool mtp = sends_mtp_rows(config, objective), back = objective.language_loss();
+    StagePass pass = stage_forward(
+        model, layers, row, counts, objective,
+        {.streams = made_up(!layers.first, streams, 1.0), .balance = {}, .index = {}},
+        made_up(layers.last && !layers.first && mtp, rows, 1.0));
+    trace->forward_ended();
+    stage_backward(pass, made_up(!layers.last && back, streams, 1e-3),
+                   made_up(layers.first && !layers.last && mtp && back, rows, 1e-3));
+  }
 };
+
+/// Bytes of all rows under way, of which one is at its peak.
+int64_t bytes_of(const PassMemory::Prediction& pass, const PassPlace& place) {
+  return (place.under_way - 1) * pass.kept_bytes + pass.peak_bytes;
+}
 
 /// Chooses functions by the bytes that a second of running them again frees.
 class Chooser {
  public:
   using Taken = std::vector<bool>;  ///< by candidate
 
-  Chooser(const PassMemory& memory, std::function<int64_t(int64_t)> step_peak, int64_t budget)
+  using StepPeak = std::function<int64_t(const PassMemory::Prediction&)>;
+
+  Chooser(const PassMemory& memory, StepPeak step_peak, int64_t budget)
       : memory_(memory), step_peak_(std::move(step_peak)), budget_(budget) {
     order_.resize(memory.candidates().size());
     std::iota(order_.begin(), order_.end(), size_t{0});
@@ -138,7 +171,7 @@ class Chooser {
     for (size_t i = 0; i < count; ++i) taken[order_[i]] = true;
     return taken;
   }
-  int64_t peak(const Taken& taken) const { return step_peak_(memory_.predict(taken).peak_bytes); }
+  int64_t peak(const Taken& taken) const { return step_peak_(memory_.predict(taken)); }
   double seconds(const Taken& taken) const { return memory_.predict(taken).seconds; }
 
   /// Takes one more or one less as long as that lowers the peak, down to `enough`.
@@ -172,7 +205,7 @@ class Chooser {
       if (!taken[i]) continue;
       taken[i] = false;
       const PassMemory::Prediction without = memory_.predict(taken);
-      if (step_peak_(without.peak_bytes) <= budget_ && without.seconds <= now) {
+      if (step_peak_(without) <= budget_ && without.seconds <= now) {
         now = without.seconds;
       } else {
         taken[i] = true;
@@ -182,7 +215,7 @@ class Chooser {
   }
 
   const PassMemory& memory_;
-  std::function<int64_t(int64_t)> step_peak_;
+  StepPeak step_peak_;
   int64_t budget_;
   std::vector<size_t> order_;
 };
@@ -257,6 +290,7 @@ void RecomputePlan::apply(ObjectiveParams& params) const {
 }
 
 RecomputePlan plan_recompute(const model::Transformer& model,
+                             const PassPlace& place,
                              const MicroBatch& row,
                              const ObjectiveParams& objective,
                              const RecomputeSpec& spec,
@@ -265,14 +299,14 @@ RecomputePlan plan_recompute(const model::Transformer& model,
   RecomputePlan plan;
   plan.policy = spec.policy;
   plan.blocks = spec.policy == RecomputePolicy::kBlock;
-  const Trial trial(model, row, objective, plan.blocks);
+  const Trial trial(model, place.layers, row, objective, plan.blocks);
   const PassMemory pass(*trial.trace);
   const auto nothing = [](const TensorLabel&) { return false; };
   const auto everything = [](const TensorLabel&) { return true; };
   auto predicted = pass.predict(nothing);
   plan.seconds_plain = trial.seconds - pass.predict(everything).seconds;
   plan.candidates = std::ssize(pass.candidates());
-  if (!plan.blocks) plan.plain_pass_bytes = predicted.peak_bytes;
+  if (!plan.blocks) plan.plain_pass_bytes = bytes_of(predicted, place);
   if (spec.policy == RecomputePolicy::kNorms) {
     predicted = pass.predict(is_of_norm);
     plan.tape = std::make_shared<ops::TapeOptions>(ops::TapeOptions{.drops = is_of_norm});
@@ -281,7 +315,8 @@ RecomputePlan plan_recompute(const model::Transformer& model,
     });
   } else if (spec.policy == RecomputePolicy::kAuto) {
     const Chooser chooser(
-        pass, [&](int64_t bytes) { return memory.peak(bytes); }, spec.budget_bytes);
+        pass, [&](const auto& each) { return memory.peak(bytes_of(each, place)); },
+        spec.budget_bytes);
     int64_t least = 0;
     const auto taken = chooser.choose(least);
     HADAL_INPUT_CHECK(taken.has_value(), where, ": ", mib(spec.budget_bytes),
@@ -295,7 +330,7 @@ RecomputePlan plan_recompute(const model::Transformer& model,
           .drops = chosen_by(std::make_shared<Choice>(chooser.labels_of(*taken)))});
     }
   }
-  plan.pass_bytes = predicted.peak_bytes;
+  plan.pass_bytes = bytes_of(predicted, place);
   plan.seconds_again = predicted.seconds;
   return plan;
 }

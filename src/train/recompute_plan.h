@@ -52,7 +52,7 @@ struct RecomputePlan {
   RecomputePolicy policy = RecomputePolicy::kUnset;
   bool blocks = false;
   std::shared_ptr<const ops::TapeOptions> tape;  ///< null: no tensors
-  int64_t pass_bytes = 0;                        ///< predicted peak of a pass
+  int64_t pass_bytes = 0;                        ///< predicted peak of the passes under way
   int64_t plain_pass_bytes = 0;  ///< of one that keeps everything; 0 where nobody asked
   double seconds_again = 0.0, seconds_plain = 0.0;  ///< of a pass: what runs again, and the rest
   int64_t chosen = 0, candidates = 0;               ///< functions that run again, of how many
@@ -60,11 +60,21 @@ struct RecomputePlan {
   void apply(ObjectiveParams& params) const;
 };
 
+/// Where a run's passes are: on which layers, and how many rows are between their forward and their
+/// backward pass while another one's runs, this one among them.
+struct PassPlace {
+  model::LayerRun layers;
+  int64_t under_way = 1;
+};
+
 /// One pass over `row` with everything recomputed, bit by bit compared with the first time; its
-/// gradients are dropped. Then the policy's choice. `memory` is that of the largest step. For the
+/// gradients are dropped. A stage of a pipeline makes up what the others would send it. Then the
+/// policy's choice. `memory` is that of the largest step, and the plan's bytes are those of all rows
+/// under way, without the messages between stages. For the
 /// CPU; count_tensor_memory() must have been called before the model was made. InputErrors begin
 /// with `where`: a budget that nothing fits, with the least that does.
 RecomputePlan plan_recompute(const model::Transformer& model,
+                             const PassPlace& place,
                              const MicroBatch& row,
                              const ObjectiveParams& objective,
                              const RecomputeSpec& spec,

@@ -83,8 +83,9 @@ class RecomputePlanTest : public ::testing::Test {
     return run(params);
   }
   RecomputePlan plan(RecomputePolicy policy, int64_t budget = 0) {
-    return plan_recompute(*model_, *micro_, params_, {.policy = policy, .budget_bytes = budget},
-                          memory_, "run.json: recompute.budget_bytes");
+    return plan_recompute(*model_, {.layers = model::all_layers(model_->config())}, *micro_,
+                          params_, {.policy = policy, .budget_bytes = budget}, memory_,
+                          "run.json: recompute.budget_bytes");
   }
   static void expect_same(const Run& a, const Run& b) {
     ASSERT_EQ(a.gradients.size(), b.gradients.size());

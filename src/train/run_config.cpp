@@ -25,6 +25,7 @@ class Reader {
     schedule();
     optimizer();
     recompute();
+    mesh();
     extras();
     json_.expect_all_read();
     return std::move(config_);
@@ -180,6 +181,20 @@ class Reader {
                       ": expected with the policy auto and only there, which ",
                       chooses ? "needs it" : "is not asked for");
     if (chooses) out.budget_bytes = item.integer("budget_bytes", 1, int64_t{1} << 50);
+    item.expect_all_read();
+  }
+
+  void mesh() {
+    if (!json_.has("mesh")) return;
+    const JsonObject item = json_.object("mesh");
+    config_.mesh.pipeline = item.integer_or("pipeline", 1, 1, 1 << 16);
+    if (item.has("pipeline_layers")) {
+      config_.pipeline_layers = item.integers("pipeline_layers", 1, 1 << 16);
+      HADAL_INPUT_CHECK(std::ssize(config_.pipeline_layers) == config_.mesh.pipeline,
+                        item.where("pipeline_layers"), ": expected layers of ",
+                        config_.mesh.pipeline, " stages, as mesh.pipeline says, found ",
+                        config_.pipeline_layers.size());
+    }
     item.expect_all_read();
   }
 

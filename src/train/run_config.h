@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "data/token_shards.h"
+#include "dist/mesh.h"
 #include "train/objective.h"
 #include "train/optimizer.h"
 #include "train/recompute_plan.h"
@@ -45,6 +46,8 @@ struct RunConfig {
   double router_bias_speed = 0.001;
   double balance_weight = 1e-4;
   double index_weight = 0.01;
+  dist::MeshShape mesh;                  ///< how several ranks share a step
+  std::vector<int64_t> pipeline_layers;  ///< of each stage; empty: balanced by cost
   int64_t micro_batch_tokens = 0;  ///< tokens of one forward pass
   RecomputeSpec recompute;
   ValidationSpec validation;

@@ -1,5 +1,6 @@
 #include "train/run_setup.h"
 
+#include <algorithm>
 #include <cmath>
 #include <unistd.h>
 
@@ -102,7 +103,20 @@ void check_that_ranks_agree(const RunConfig& config,
                     newest_checkpoint.empty() ? "none" : newest_checkpoint, " here");
 }
 
-void report_ranks(const Ownership& ownership, const dist::Ranks& ranks) {
+dist::Mesh checked_mesh(const RunConfig& config,
+                        const model::ModelConfig& model_config,
+                        const dist::Ranks& ranks) {
+  stage_split(config, model_config);
+  try {
+    return {ranks.size(), config.mesh};
+  } catch (const InputError& error) {
+    throw InputError(concat(config.path, ": ", error.what()));
+  }
+}
+
+void report_ranks(const Ownership& ownership,
+                  const model::StageSplit& split,
+                  const dist::Ranks& ranks) {
   if (ranks.size() == 1) return;
   const auto megabytes = [](double bytes) { return std::round(bytes / 1e4) / 1e2; };
   const StateLoad& load = ownership.load();
@@ -111,6 +125,9 @@ void report_ranks(const Ownership& ownership, const dist::Ranks& ranks) {
             " MB at most, ",
             megabytes(static_cast<double>(load.total) / static_cast<double>(ranks.size())),
             " MB on average");
+  if (split.size() == 1) return;
+  log::info("train", "mesh: ", dist::describe(ownership.mesh()), "; layers of the stages: ",
+            join(split.layers()));
 }
 
 model::ModelConfig checked_model_config(const RunConfig& config) {
@@ -146,14 +163,29 @@ model::ModelConfig checked_model_config(const RunConfig& config) {
   return result;
 }
 
+model::StageSplit stage_split(const RunConfig& config, const model::ModelConfig& model_config) {
+  if (!config.pipeline_layers.empty())
+    return {model_config, config.pipeline_layers, config.path + ": mesh.pipeline_layers"};
+  int64_t longest = 0;
+  for (const Stage& stage : config.stages) longest = std::max(longest, stage.row_length);
+  const std::string where = config.path + ": mesh.pipeline";
+  return {model_config,
+          model::balanced_layers(model_config, config.mesh.pipeline, longest, where), where};
+}
+
 model::Transformer build_model(const RunConfig& config,
                                const model::ModelConfig& model_config,
-                               const std::vector<data::TokenShards>& sources) {
+                               const std::vector<data::TokenShards>& sources,
+                               int64_t stage) {
   const std::vector<int64_t> counts = token_counts(config, sources, model_config.vocab_size);
   if (!config.init_checkpoint.empty()) {
-    model::Transformer model =
-        checkpoint::load_model(checkpoint::OfficialCheckpoint::open(config.init_checkpoint),
-                               ops::Numerics::kIdeal, {.held = checkpoint::Held::kDense});
+    const auto stored = checkpoint::OfficialCheckpoint::open(config.init_checkpoint);
+    model::Transformer model(stored.config());
+    HADAL_INPUT_CHECK(model.config().n_layers == model_config.n_layers, config.init_checkpoint,
+                      ": not a model of ", config.model);
+    model::keep_stage(model, stage_split(config, model.config()), stage);
+    checkpoint::load_weights(model, stored, ops::Numerics::kIdeal,
+                             {.held = checkpoint::Held::kDense});
     model.drop_drafter();
     // A checkpoint from transformers has no MTP block although its config names one.
     const auto main_ratios = [](const model::ModelConfig& c) {
@@ -166,10 +198,13 @@ model::Transformer build_model(const RunConfig& config,
                           model.config().n_mtp_layers <= model_config.n_mtp_layers,
                       config.init_checkpoint, ": not a model of ", config.model);
     // The file's memory must not be written to.
-    model.visit([](model::Parameter& parameter) { parameter.value = parameter.value.clone(); });
+    model.visit([](model::Parameter& parameter) {
+      if (!parameter.elsewhere) parameter.value = parameter.value.clone();
+    });
     return model;
   }
   model::Transformer model(model_config);
+  model::keep_stage(model, stage_split(config, model_config), stage);
   model::init_weights(model, {.seed = config.seed, .std = config.init_std, .token_counts = counts},
                       at::kFloat);
   return model;

@@ -9,6 +9,7 @@
 
 #include "data/token_shards.h"
 #include "dist/ranks.h"
+#include "model/stage_split.h"
 #include "model/transformer.h"
 #include "train/ownership.h"
 #include "train/run_config.h"
@@ -33,16 +34,28 @@ void check_that_ranks_agree(const RunConfig& config,
                             const std::string& newest_checkpoint,
                             dist::Ranks& ranks);
 
-/// How many ranks train, and what masters and moments each holds, in the log.
-void report_ranks(const Ownership& ownership, const dist::Ranks& ranks);
+/// How many ranks train, in which mesh, and what masters and moments each holds, in the log.
+void report_ranks(const Ownership& ownership,
+                  const model::StageSplit& split,
+                  const dist::Ranks& ranks);
+
+/// The mesh of the run on these ranks. Errors: InputError that names the key which does not fit.
+dist::Mesh checked_mesh(const RunConfig& config,
+                        const model::ModelConfig& model_config,
+                        const dist::Ranks& ranks);
 
 /// The model's configuration. Errors: InputError where the machine or the stages cannot train it.
 model::ModelConfig checked_model_config(const RunConfig& config);
 
-/// New weights, or those of init_checkpoint, dense and FP32. Errors: InputError for tokens outside
+/// Which stage of the run's pipeline has what of a model. Errors: InputError that names the key
+/// where the layers cannot be shared out so.
+model::StageSplit stage_split(const RunConfig& config, const model::ModelConfig& model_config);
+
+/// New weights, or those of init_checkpoint, dense and FP32, of one stage of the pipeline. Errors: InputError for tokens outside
 /// the vocabulary and for a checkpoint of another model.
 model::Transformer build_model(const RunConfig& config,
                                const model::ModelConfig& model_config,
-                               const std::vector<data::TokenShards>& sources);
+                               const std::vector<data::TokenShards>& sources,
+                               int64_t stage);
 
 }  // namespace hadal::train

@@ -47,7 +47,14 @@ std::vector<StateTensor> named_state(model::Transformer& model, const Optimizer&
   model.visit([&](model::Parameter& parameter) {
     if (slot < optimizer.slots().size() && optimizer.slots()[slot].parameter == &parameter)
       return result.push_back(optimizer.masters(slot++));
-    // Moved by no gradient: every rank has it.
+    // Moved by no gradient: every rank of its stage has it.
+    if (parameter.elsewhere) {
+      const auto type = parameter.kind == model::ParamKind::kHashTable ? at::kLong : at::kFloat;
+      const auto options = at::TensorOptions(at::kMeta).dtype(type);
+      return result.push_back({.name = parameter.name,
+                               .whole = at::empty(parameter.local_shape(), options),
+                               .parts = {}});
+    }
     const at::Tensor value = parameter.value.detach();
     result.push_back(
         {.name = parameter.name, .whole = value.to(at::kMeta), .parts = {{0, value.view({-1})}}});
@@ -56,10 +63,12 @@ std::vector<StateTensor> named_state(model::Transformer& model, const Optimizer&
   return result;
 }
 
-/// What this rank writes; what all ranks have is the first one's to write.
+/// What this rank writes; what all ranks of a stage have is the first one's of them to write.
 std::vector<checkpoint::NamedTensor> written_here(model::Transformer& model,
                                                   const Optimizer& optimizer,
                                                   const dist::Ranks& ranks) {
+  const dist::MeshPlace place = optimizer.ownership().mesh().place(ranks.rank());
+  const bool is_first = place.data == 0 && place.context == 0;
   std::set<std::string> everywhere;
   model.visit([&](const model::Parameter& parameter) {
     if (update_rule(parameter) == UpdateRule::kNone) everywhere.insert(parameter.name);
@@ -69,7 +78,7 @@ std::vector<checkpoint::NamedTensor> written_here(model::Transformer& model,
     checkpoint::NamedTensor tensor{.name = state.name, .tensor = state.whole};
     if (ranks.size() == 1) {
       tensor.tensor = state.parts.at(0).values.view(state.whole.sizes());
-    } else if (ranks.first() || !everywhere.contains(state.name)) {
+    } else if (is_first || !everywhere.contains(state.name)) {
       for (const auto& [begin, values] : state.parts) tensor.parts.push_back({begin, values});
     }
     result.push_back(std::move(tensor));
@@ -234,6 +243,7 @@ RunProgress load_state(const std::string& folder, model::Transformer& model, Opt
   const at::NoGradGuard no_grad;
   // Values are FP32 and whole here, so masters are a part of them.
   model.visit([&](model::Parameter& parameter) {
+    if (parameter.elsewhere) return;
     HADAL_CHECK(parameter.value.scalar_type() != at::kBFloat16, "load_state: ", parameter.name,
                 " is rounded already");
     parameter.value.detach().copy_(reader.tensor(parameter.name));

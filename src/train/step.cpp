@@ -48,14 +48,21 @@ StepOutcome training_step(model::Transformer& model,
                           std::span<const MicroBatch> batches,
                           const StepRules& rules,
                           const StepShare& share,
-                          dist::Ranks& ranks) {
+                          dist::Ranks& ranks,
+                          Pipeline* pipeline) {
   StepCounts counts;
-  for (const MicroBatch& batch : batches) counts.add(batch, model.config());
+  // Every stage has the rows; the first one counts them.
+  if (pipeline == nullptr || pipeline->layers().first)
+    for (const MicroBatch& batch : batches) counts.add(batch, model.config());
   sum_counts(counts, model.config(), ranks);
   HADAL_CHECK(counts.rows == share.total, "step: the ranks have ", counts.rows, " rows of ",
               share.total);
   StepSums sums(model, share.rows.begin);
-  for (const MicroBatch& batch : batches) accumulate(model, batch, counts, rules.objective, sums);
+  if (pipeline != nullptr) {
+    pipeline->accumulate(model, passes_of(batches), counts, rules.objective, sums);
+  } else {
+    for (const MicroBatch& batch : batches) accumulate(model, batch, counts, rules.objective, sums);
+  }
 
   StepOutcome outcome;
   std::vector<NotFinite> not_finite;

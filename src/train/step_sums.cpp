@@ -34,6 +34,7 @@ void StepMeasures::add(const StepMeasures& other) {
 
 StepSums::StepSums(const model::Transformer& model, int64_t first) : next_(first) {
   model.visit([&](const model::Parameter& parameter) {
+    if (parameter.elsewhere && parameter.trainable()) return parameters_.emplace_back();
     if (!parameter.value.defined() || !parameter.value.requires_grad()) return;
     parameters_.push_back(parameter.value);
     on_cpu_ = on_cpu_ && parameter.value.is_cpu();
@@ -47,6 +48,10 @@ void StepSums::add(StepMeasures measures) {
   ++next_;
   leaf.gradients.reserve(parameters_.size());
   for (const at::Tensor& parameter : parameters_) {
+    if (!parameter.defined()) {
+      leaf.gradients.emplace_back();
+      continue;
+    }
     leaf.gradients.push_back(std::move(parameter.mutable_grad()));
     parameter.mutable_grad().reset();
   }
@@ -67,7 +72,7 @@ StepMeasures StepSums::finish() {
   StepNode root = std::move(nodes_.front());
   nodes_.clear();
   for (size_t i = 0; i < parameters_.size(); ++i)
-    parameters_[i].mutable_grad() = std::move(root.gradients[i]);
+    if (parameters_[i].defined()) parameters_[i].mutable_grad() = std::move(root.gradients[i]);
   return std::move(root.measures);
 }
 

@@ -51,7 +51,7 @@ class StepSums {
   /// Instead of finish() where the passes are some of a step's `leaves`: their nodes_of.
   std::vector<StepNode> take(int64_t leaves);
 
-  /// What takes a gradient, in the model's order.
+  /// What takes a gradient, in the model's order; undefined where another stage has it.
   const std::vector<at::Tensor>& parameters() const { return parameters_; }
   bool on_cpu() const { return on_cpu_; }
 

@@ -20,6 +20,7 @@
 #include "model/init.h"
 #include "ops/tensor_memory.h"
 #include "train/export_run.h"
+#include "train/pipeline.h"
 #include "train/report.h"
 #include "train/row_plan.h"
 #include "train/run_setup.h"
@@ -43,17 +44,24 @@ struct Trainer::Impl {
         ranks(after_the_first(all)),
         // What can be wrong with the configuration is found before anything is written.
         model_config(checked_model_config(config)),
+        mesh(checked_mesh(config, model_config, ranks)),
+        place(mesh.place(ranks.rank())),
         device(training_device(config, ranks)),
         lock(ranks.first() ? std::make_unique<FileLock>(prepare_folder(config)) : nullptr),
         sources(open_sources(config)),
         plan(config, sources, from_newest(config, load_parts)),
-        model(build_model(config, model_config, sources)) {
+        model(build_model(config, model_config, sources, place.pipeline)) {
     // Reductions inside LibTorch depend on its thread count; our own kernels do not.
     if (device.is_cpu()) at::set_num_threads(1);
     model::move_to(model, device);
     model::require_gradients(model);
+    const model::StageSplit split = stage_split(config, model.config());
+    if (split.size() > 1) {
+      pipeline = std::make_unique<Pipeline>(
+          dist::Group(ranks, mesh.pipeline_group(ranks.rank()), dist::Axis::kPipeline), split);
+    }
     optimizer = std::make_unique<Optimizer>(model, config.optimizer,
-                                            Ownership(model, ranks.size(), ranks.rank()));
+                                            Ownership(model, mesh, ranks.rank(), split));
     let_the_others_follow(ranks);
     check_that_ranks_agree(config, newest(config), ranks);
     if (!config.validation.source.empty()) {
@@ -67,7 +75,7 @@ struct Trainer::Impl {
     if (!ranks.first()) return;
     metrics = std::make_unique<MetricsWriter>(config.out, progress.step);
     bar = std::make_unique<Progress>("train", plan.total_tokens(), "tokens");
-    report_ranks(optimizer->ownership(), ranks);
+    report_ranks(optimizer->ownership(), split, ranks);
   }
 
   static std::string prepare_folder(const RunConfig& config) {
@@ -235,17 +243,25 @@ struct Trainer::Impl {
 
   /// What a step of this process's share of `rows` rows of the stage holds beside a pass.
   StepMemory step_memory(int64_t rows) const {
-    const Span share = row_share(rows, ranks.size(), ranks.rank());
+    const Span share = row_share(rows, mesh.data(), place.data);
     StepMemory memory{.before = bytes_between_steps,
                       .rows = (share.end - share.begin) * stage_row_bytes,
                       .gradients = 0,
                       .sets = waiting_sets(share.begin, share.end),
                       .update = update_bytes(model)};
     model.visit([&](const model::Parameter& parameter) {
-      if (is_trained(parameter, objective(false)))
+      if (!parameter.elsewhere && is_trained(parameter, objective(false)))
         memory.gradients += static_cast<int64_t>(parameter.value.nbytes());
     });
     return memory;
+  }
+  /// The layers of a pass of this process, and how many of `rows` rows are under way at a time.
+  PassPlace pass_place(int64_t rows) const {
+    if (!pipeline) return {.layers = model::all_layers(model.config()), .under_way = 1};
+    const int64_t ahead = pipeline->stages() - pipeline->stage();
+    const int64_t own = row_share(rows, mesh.data(), place.data).size();
+    return {.layers = pipeline->layers(),
+            .under_way = std::clamp<int64_t>(own, 1, ahead)};
   }
   int64_t rows_of(int64_t tokens) const {
     return std::max<int64_t>(1, tokens / stage().row_length);
@@ -265,8 +281,8 @@ struct Trainer::Impl {
     bytes_between_steps = ops::tensor_bytes();
     const MicroBatch row(plan.rows(index, progress.row, 1), device);
     stage_row_bytes = ops::tensor_bytes() - bytes_between_steps;
-    recompute = plan_recompute(model, row, objective(true), config.recompute, step_memory(rows),
-                               concat(config.path, ": recompute.budget_bytes"));
+    recompute = plan_recompute(model, pass_place(rows), row, objective(true), config.recompute,
+                               step_memory(rows), concat(config.path, ": recompute.budget_bytes"));
     log::info("train", "stage ", stage().name, ": ", describe(recompute, step_memory(rows)));
     ops::reset_tensor_peak();
     measured = false;
@@ -291,7 +307,7 @@ struct Trainer::Impl {
         std::max<int64_t>(1, config.schedule.batch_tokens(progress.tokens) / row_length);
     const int64_t rows = std::min(wanted, plan.num_rows(index) - progress.row);
     const int64_t micro_rows = std::max<int64_t>(1, config.micro_batch_tokens / row_length);
-    const StepShare share{.rows = row_share(rows, ranks.size(), ranks.rank()), .total = rows};
+    const StepShare share{.rows = row_share(rows, mesh.data(), place.data), .total = rows};
     plan_memory();
     ranks.enter(concat("step ", progress.step + 1));
 
@@ -310,7 +326,8 @@ struct Trainer::Impl {
                              : config.schedule.learning_rate.at(progress.tokens, step_tokens),
         .clip_norm = config.clip_norm,
         .router_bias_speed = config.router_bias_speed};
-    const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks);
+    const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks,
+                                              pipeline.get());
     compare_memory(rows);
     if (outcome.moved) {
       skipped_in_a_row = 0;
@@ -356,7 +373,8 @@ struct Trainer::Impl {
     const int64_t micro_rows =
         std::max<int64_t>(1, config.micro_batch_tokens / validation.row_length);
     ranks.enter(name);
-    const Evaluation result = evaluate_rows(model, validation, micro_rows, rules, device, ranks);
+    const Evaluation result = evaluate_rows(model, validation, micro_rows, rules, device, ranks,
+                                            mesh, pipeline.get());
     if (ranks.first()) report_validation(*metrics, progress, name, rules, result);
   }
 
@@ -376,11 +394,14 @@ struct Trainer::Impl {
   RunConfig config;
   dist::Ranks& ranks;
   model::ModelConfig model_config;
+  dist::Mesh mesh;
+  dist::MeshPlace place;
   at::Device device;
   std::unique_ptr<FileLock> lock;  ///< the first rank's
   std::vector<data::TokenShards> sources;
   RowPlan plan;
   model::Transformer model;
+  std::unique_ptr<Pipeline> pipeline;  ///< null: this rank has all layers
   std::unique_ptr<Optimizer> optimizer;
   PackedRows validation;
   RunProgress progress;

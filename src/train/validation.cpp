@@ -41,19 +41,30 @@ Evaluation evaluate_rows(const model::Transformer& model,
                          int64_t micro_rows,
                          const Stage& rules,
                          at::Device device,
-                         dist::Ranks& ranks) {
+                         dist::Ranks& ranks,
+                         const dist::Mesh& mesh,
+                         Pipeline* pipeline) {
   const std::vector<PackedRows> parts = cut(rows, device.is_cpu() ? 1 : micro_rows);
-  const Span own = row_share(std::ssize(parts), ranks.size(), ranks.rank());
-  // Ranks add integers only: a part's words are zero but on its rank.
+  const Span own = row_share(std::ssize(parts), mesh.data(), mesh.place(ranks.rank()).data);
+  std::vector<MicroBatch> batches;
+  for (int64_t i = own.begin; i < own.end; ++i)
+    batches.emplace_back(parts[static_cast<size_t>(i)], device);
+  std::vector<Evaluation> found;
+  if (pipeline != nullptr) {
+    found = pipeline->evaluate(model, passes_of(batches), rules.mode, rules.numerics);
+  } else {
+    for (const MicroBatch& batch : batches)
+      evaluate(model, batch, rules.mode, rules.numerics, found.emplace_back());
+  }
+  // Ranks add integers only: a part's words are zero but on the rank that has its loss.
   std::vector<int64_t> words(parts.size() * kWords, 0);
-  for (int64_t i = own.begin; i < own.end; ++i) {
-    const auto part = static_cast<size_t>(i);
-    Evaluation one;
-    evaluate(model, MicroBatch(parts[part], device), rules.mode, rules.numerics, one);
+  for (size_t i = 0; i < found.size(); ++i) {
+    const Evaluation& one = found[i];
     const int64_t values[kWords] = {std::bit_cast<int64_t>(one.loss_sum), one.targets,
                                     std::bit_cast<int64_t>(one.mass_sum),
                                     std::bit_cast<int64_t>(one.best_mass_sum), one.mass_queries};
-    std::copy(values, values + kWords, words.begin() + static_cast<int64_t>(part * kWords));
+    const int64_t part = own.begin + static_cast<int64_t>(i);
+    std::copy(values, values + kWords, words.begin() + part * static_cast<int64_t>(kWords));
   }
   ranks.sum(words);
   Evaluation result;
