@@ -59,8 +59,7 @@ TEST_F(TrainPipeline, SavedOnOneMeshTheRunGoesOnOnAnother) {
   for (const Part& part : parts) {
     const std::string config = config_of("moved", part.mesh);
     const int64_t before = newest_step(out("moved"));
-    Child child({HADAL_BINARY, "train", config, "--ranks", std::to_string(part.ranks)},
-                out("log"));
+    Child child({HADAL_BINARY, "train", config, "--ranks", std::to_string(part.ranks)}, out("log"));
     while (child.running() && newest_step(out("moved")) < std::max<int64_t>(before, 0) + 1)
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     child.kill(SIGTERM);

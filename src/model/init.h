@@ -18,9 +18,9 @@ struct InitParams {
   std::vector<int64_t> token_counts;
 };
 
-/// Fills every parameter that is not elsewhere: matrices normal, norms 1, sinks, ape and biases 0, mHC near a plain
-/// residual, balanced hash tables. Values are FP32 (`dtype` may be FP64) on the CPU and depend on
-/// seed and name alone; a shard has its part of the whole.
+/// Fills every parameter that is not elsewhere: matrices normal, norms 1, sinks, ape and biases 0,
+/// mHC near a plain residual, balanced hash tables. Values are FP32 (`dtype` may be FP64) on the
+/// CPU and depend on seed and name alone; a shard has its part of the whole.
 void init_weights(Transformer& model, const InitParams& params, at::ScalarType dtype);
 
 /// Makes every floating parameter but the router bias a leaf that requires a gradient, as far as it

@@ -147,10 +147,9 @@ void Optimizer::set_gradient(size_t piece, at::Tensor gradient) {
 void Optimizer::fill_gradients(const std::function<bool(const Parameter&)>& trained) {
   for (OptimizerSlot& slot : slots_) {
     slot.trained = trained(*slot.parameter);
-    HADAL_CHECK(slot.trained || slot.parameter->elsewhere ||
-                    !slot.parameter->value.grad().defined(),
-                "optimizer: ", slot.parameter->name,
-                " has a gradient in a step that does not train it");
+    HADAL_CHECK(
+        slot.trained || slot.parameter->elsewhere || !slot.parameter->value.grad().defined(),
+        "optimizer: ", slot.parameter->name, " has a gradient in a step that does not train it");
   }
   for (OwnedPiece& own : pieces_) {
     const bool is_trained = slots_[own.piece.item].trained;

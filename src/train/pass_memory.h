@@ -18,7 +18,16 @@ namespace hadal::train {
 /// Watches from its construction to stop().
 class PassTrace final : public ops::TapeObserver, public ops::TensorMemoryWatcher {
  public:
-  enum class Kind { kAllocated, kFreed, kRan, kNeeded, kReleased, kRunsAgain, kRanAgain, kForwardEnded };
+  enum class Kind {
+    kAllocated,
+    kFreed,
+    kRan,
+    kNeeded,
+    kReleased,
+    kRunsAgain,
+    kRanAgain,
+    kForwardEnded
+  };
   struct Event {
     Kind kind;
     int64_t number = 0;  ///< of the function or result; bytes of allocations

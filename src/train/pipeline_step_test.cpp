@@ -3,6 +3,7 @@
 #include <cmath>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -52,9 +53,7 @@ struct World {
       : mesh(ranks.size(), {.pipeline = stages}),
         place(mesh.place(ranks.rank())),
         model(make_model(c)),
-        split(model.config(),
-              model::balanced_layers(model.config(), stages, 48, "test"),
-              "test"),
+        split(model.config(), model::balanced_layers(model.config(), stages, 48, "test"), "test"),
         pipeline(dist::Group(ranks, mesh.pipeline_group(ranks.rank()), dist::Axis::kPipeline),
                  split),
         optimizer(of_stage(), {}, Ownership(model, mesh, ranks.rank(), split)) {
@@ -225,7 +224,8 @@ TEST(PipelineNotFinite, IsSeenByAllAndNamed) {
       }
       size_t at = 0;
       world.model.visit([&](const model::Parameter& p) {
-        if (!p.elsewhere) EXPECT_TRUE(testing::same_bits(before[at++], p.value.detach())) << p.name;
+        if (p.elsewhere) return;
+        EXPECT_TRUE(testing::same_bits(before[at++], p.value.detach())) << p.name;
       });
     });
     for (const std::string& error : errors) EXPECT_EQ(error, "");

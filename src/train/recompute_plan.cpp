@@ -87,10 +87,10 @@ struct Trial {
     };
     const std::vector<int64_t> streams = {config.hc_mult, config.dim}, rows = {config.dim};
     const bool mtp = sends_mtp_rows(config, objective), back = objective.language_loss();
-    StagePass pass = stage_forward(
-        model, layers, row, counts, objective,
-        {.streams = made_up(!layers.first, streams, 1.0), .balance = {}, .index = {}},
-        made_up(layers.last && !layers.first && mtp, rows, 1.0));
+    StagePass pass =
+        stage_forward(model, layers, row, counts, objective,
+                      {.streams = made_up(!layers.first, streams, 1.0), .balance = {}, .index = {}},
+                      made_up(layers.last && !layers.first && mtp, rows, 1.0));
     trace->forward_ended();
     stage_backward(pass, made_up(!layers.last && back, streams, 1e-3),
                    made_up(layers.first && !layers.last && mtp && back, rows, 1e-3));

@@ -69,10 +69,10 @@ struct PassPlace {
 
 /// One pass over `row` with everything recomputed, bit by bit compared with the first time; its
 /// gradients are dropped. A stage of a pipeline makes up what the others would send it. Then the
-/// policy's choice. `memory` is that of the largest step, and the plan's bytes are those of all rows
-/// under way, without the messages between stages. For the
-/// CPU; count_tensor_memory() must have been called before the model was made. InputErrors begin
-/// with `where`: a budget that nothing fits, with the least that does.
+/// policy's choice. `memory` is that of the largest step, and the plan's bytes are those of all
+/// rows under way, without the messages between stages. For the CPU; count_tensor_memory() must
+/// have been called before the model was made. InputErrors begin with `where`: a budget that
+/// nothing fits, with the least that does.
 RecomputePlan plan_recompute(const model::Transformer& model,
                              const PassPlace& place,
                              const MicroBatch& row,

@@ -48,7 +48,7 @@ struct RunConfig {
   double index_weight = 0.01;
   dist::MeshShape mesh;                  ///< how several ranks share a step
   std::vector<int64_t> pipeline_layers;  ///< of each stage; empty: balanced by cost
-  int64_t micro_batch_tokens = 0;  ///< tokens of one forward pass
+  int64_t micro_batch_tokens = 0;        ///< tokens of one forward pass
   RecomputeSpec recompute;
   ValidationSpec validation;
   CheckpointSpec checkpoint;

@@ -126,8 +126,8 @@ void report_ranks(const Ownership& ownership,
             megabytes(static_cast<double>(load.total) / static_cast<double>(ranks.size())),
             " MB on average");
   if (split.size() == 1) return;
-  log::info("train", "mesh: ", dist::describe(ownership.mesh()), "; layers of the stages: ",
-            join(split.layers()));
+  log::info("train", "mesh: ", dist::describe(ownership.mesh()),
+            "; layers of the stages: ", join(split.layers()));
 }
 
 model::ModelConfig checked_model_config(const RunConfig& config) {
@@ -169,8 +169,8 @@ model::StageSplit stage_split(const RunConfig& config, const model::ModelConfig&
   int64_t longest = 0;
   for (const Stage& stage : config.stages) longest = std::max(longest, stage.row_length);
   const std::string where = config.path + ": mesh.pipeline";
-  return {model_config,
-          model::balanced_layers(model_config, config.mesh.pipeline, longest, where), where};
+  return {model_config, model::balanced_layers(model_config, config.mesh.pipeline, longest, where),
+          where};
 }
 
 model::Transformer build_model(const RunConfig& config,

@@ -51,8 +51,8 @@ model::ModelConfig checked_model_config(const RunConfig& config);
 /// where the layers cannot be shared out so.
 model::StageSplit stage_split(const RunConfig& config, const model::ModelConfig& model_config);
 
-/// New weights, or those of init_checkpoint, dense and FP32, of one stage of the pipeline. Errors: InputError for tokens outside
-/// the vocabulary and for a checkpoint of another model.
+/// New weights, or those of init_checkpoint, dense and FP32, of one stage of the pipeline. Errors:
+/// InputError for tokens outside the vocabulary and for a checkpoint of another model.
 model::Transformer build_model(const RunConfig& config,
                                const model::ModelConfig& model_config,
                                const std::vector<data::TokenShards>& sources,

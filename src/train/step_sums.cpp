@@ -34,7 +34,7 @@ void StepMeasures::add(const StepMeasures& other) {
 
 StepSums::StepSums(const model::Transformer& model, int64_t first) : next_(first) {
   model.visit([&](const model::Parameter& parameter) {
-    if (parameter.elsewhere && parameter.trainable()) return parameters_.emplace_back();
+    if (parameter.elsewhere && parameter.trainable()) return parameters_.push_back({});
     if (!parameter.value.defined() || !parameter.value.requires_grad()) return;
     parameters_.push_back(parameter.value);
     on_cpu_ = on_cpu_ && parameter.value.is_cpu();

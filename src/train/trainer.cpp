@@ -260,8 +260,7 @@ struct Trainer::Impl {
     if (!pipeline) return {.layers = model::all_layers(model.config()), .under_way = 1};
     const int64_t ahead = pipeline->stages() - pipeline->stage();
     const int64_t own = row_share(rows, mesh.data(), place.data).size();
-    return {.layers = pipeline->layers(),
-            .under_way = std::clamp<int64_t>(own, 1, ahead)};
+    return {.layers = pipeline->layers(), .under_way = std::clamp<int64_t>(own, 1, ahead)};
   }
   int64_t rows_of(int64_t tokens) const {
     return std::max<int64_t>(1, tokens / stage().row_length);
@@ -326,8 +325,8 @@ struct Trainer::Impl {
                              : config.schedule.learning_rate.at(progress.tokens, step_tokens),
         .clip_norm = config.clip_norm,
         .router_bias_speed = config.router_bias_speed};
-    const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks,
-                                              pipeline.get());
+    const StepOutcome outcome =
+        training_step(model, *optimizer, batches, rules, share, ranks, pipeline.get());
     compare_memory(rows);
     if (outcome.moved) {
       skipped_in_a_row = 0;
@@ -373,8 +372,8 @@ struct Trainer::Impl {
     const int64_t micro_rows =
         std::max<int64_t>(1, config.micro_batch_tokens / validation.row_length);
     ranks.enter(name);
-    const Evaluation result = evaluate_rows(model, validation, micro_rows, rules, device, ranks,
-                                            mesh, pipeline.get());
+    const Evaluation result =
+        evaluate_rows(model, validation, micro_rows, rules, device, ranks, mesh, pipeline.get());
     if (ranks.first()) report_validation(*metrics, progress, name, rules, result);
   }
 
