@@ -136,9 +136,8 @@ TEST_F(RecomputePlanTest, AStageHoldsTheRowsUnderWay) {
     }
     expect_near(chosen.pass_bytes, ops::tensor_peak_bytes() - before,
                 recompute_policy_name(policy));
-    model_->visit([](const model::Parameter& parameter) {
-      parameter.value.mutable_grad().reset();
-    });
+    model_->visit(
+        [](const model::Parameter& parameter) { parameter.value.mutable_grad().reset(); });
     if (policy == RecomputePolicy::kNone) one = plan_of(1).pass_bytes;
   }
   EXPECT_GT(plan(RecomputePolicy::kNone).pass_bytes, one) << "all layers hold more than two";
