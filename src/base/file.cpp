@@ -151,6 +151,33 @@ void AtomicFile::commit() {
   sync_directory(parent_of(path_));
 }
 
+SpillFile::SpillFile(const std::string& folder) : folder_(folder) {
+  std::string name = folder + "/spill.tmp-XXXXXX";
+  fd_ = ::mkostemp(name.data(), O_CLOEXEC);
+  if (fd_ < 0) fail(folder, "create a temporary file in it");
+  ::unlink(name.c_str());
+}
+
+SpillFile::~SpillFile() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+void SpillFile::write(std::span<const std::byte> bytes) {
+  write_all(fd_, bytes.data(), bytes.size(), folder_);
+  size_ += static_cast<int64_t>(bytes.size());
+}
+
+void SpillFile::append_to(AtomicFile& file) const {
+  std::vector<std::byte> buffer(static_cast<size_t>(std::min<int64_t>(size_, int64_t{8} << 20)));
+  for (int64_t at = 0; at < size_;) {
+    const ssize_t got = ::pread(fd_, buffer.data(), buffer.size(), at);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) fail(folder_, "read a temporary file in it");
+    file.write(std::span(buffer).first(static_cast<size_t>(got)));
+    at += got;
+  }
+}
+
 void write_file_atomic(const std::string& path, std::string_view content) {
   AtomicFile file(path);
   file.write(content);

@@ -58,6 +58,27 @@ class AtomicFile {
   int fd_ = -1;
 };
 
+/// Bytes on their way to a file that are more than memory should hold: written one behind the
+/// other, read once. Nameless, so that nothing is left behind however the process ends.
+class SpillFile {
+ public:
+  /// In the folder `folder`. Errors: InputError naming it.
+  explicit SpillFile(const std::string& folder);
+  ~SpillFile();
+  SpillFile(const SpillFile&) = delete;
+  SpillFile& operator=(const SpillFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+  int64_t size() const { return size_; }
+  /// All of it behind what `file` has.
+  void append_to(AtomicFile& file) const;
+
+ private:
+  std::string folder_;
+  int fd_ = -1;
+  int64_t size_ = 0;
+};
+
 /// Replaces `path` by a file with this content, atomically.
 void write_file_atomic(const std::string& path, std::string_view content);
 

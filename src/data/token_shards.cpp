@@ -24,6 +24,8 @@ constexpr std::string_view kFormat = "hadal tokens 1";
 uint64_t fingerprint_of(const SourceSpec& spec, std::string_view tokenizer_json) {
   std::string text = concat(kFormat, '\n', fnv1a64(tokenizer_json), '\n',
                             static_cast<int>(spec.kind), '\n', spec.field, '\n');
+  if (const TextTransforms& t = spec.transforms; t.any())
+    text += concat("fim ", t.fim_rate, " split ", t.split_rate, " seed ", t.seed, '\n');
   for (const std::string& path : spec.files) {
     std::error_code error;
     const auto size = std::filesystem::file_size(path, error);
@@ -43,20 +45,22 @@ void warn_if_older(const std::string& path, const SourceSpec& spec) {
   }
 }
 
-/// Encodes documents in batches on all threads and keeps their order.
+/// Encodes documents in batches on all threads and keeps their order. Memory holds a batch, and
+/// where documents begin; tokens go to the disk.
 class Encoder {
  public:
-  Encoder(const SourceSpec& spec, const text::Tokenizer& tokenizer)
-      : spec_(spec), tokenizer_(tokenizer) {
-    bos_ = tokenizer.id_of(text::kBos);
-    eos_ = tokenizer.id_of(text::kEos);
-  }
+  Encoder(const SourceSpec& spec, const text::Tokenizer& tokenizer, const std::string& folder)
+      : tokens(folder),
+        scored(folder),
+        spec_(spec),
+        tokenizer_(tokenizer),
+        documents_(tokenizer, spec.transforms) {}
 
   void add(std::string text, std::string origin) {
     holds_text |= text.find_first_not_of(" \t\r\n") != std::string::npos;
     pending_bytes_ += text.size();
     text_bytes += static_cast<int64_t>(text.size());
-    pending_.push_back({std::move(text), std::move(origin)});
+    pending_.push_back({std::move(text), std::move(origin), next_number_++});
     if (pending_bytes_ >= kBatchBytes) flush();
   }
 
@@ -68,16 +72,17 @@ class Encoder {
       }
     });
     for (const MarkedTokens& result : results) {
-      tokens.insert(tokens.end(), result.ids.begin(), result.ids.end());
-      scored.insert(scored.end(), result.scored.begin(), result.scored.end());
-      documents.push_back(static_cast<int64_t>(tokens.size()));
+      tokens.write(std::as_bytes(std::span(result.ids)));
+      scored.write(std::as_bytes(std::span(result.scored)));
+      documents.push_back(documents.back() + std::ssize(result.ids));
     }
     pending_.clear();
     pending_bytes_ = 0;
   }
 
-  std::vector<int32_t> tokens;
-  std::vector<uint8_t> scored;
+  int64_t num_tokens() const { return documents.back(); }
+
+  SpillFile tokens, scored;
   std::vector<int64_t> documents = {0};
   int64_t text_bytes = 0;
   bool holds_text = false;
@@ -86,6 +91,7 @@ class Encoder {
   static constexpr size_t kBatchBytes = size_t{64} << 20;
   struct Pending {
     std::string text, origin;
+    int64_t number = 0;
   };
 
   MarkedTokens encode(const Pending& document) const {
@@ -95,16 +101,13 @@ class Encoder {
     const size_t valid = text::valid_utf8_prefix(document.text);
     HADAL_INPUT_CHECK(valid == document.text.size(), document.origin, ": no UTF-8 at byte ", valid,
                       ": a source is text");
-    MarkedTokens result;
-    result.ids.push_back(bos_);
-    tokenizer_.encode(document.text, text::SpecialTokens::kAsText, result.ids);
-    result.ids.push_back(eos_);
-    return result;
+    return {.ids = documents_.encode(document.text, document.number), .scored = {}};
   }
 
   const SourceSpec& spec_;
   const text::Tokenizer& tokenizer_;
-  int32_t bos_ = 0, eos_ = 0;
+  DocumentEncoder documents_;
+  int64_t next_number_ = 0;
   std::vector<Pending> pending_;
   size_t pending_bytes_ = 0;
 };
@@ -112,17 +115,13 @@ class Encoder {
 std::span<const std::byte> bytes_of(const auto& values) { return std::as_bytes(std::span(values)); }
 
 void write_tokens(const std::string& path, const Encoder& encoded, uint64_t fingerprint) {
-  std::vector<TensorInfo> tensors = {{.name = "documents",
-                                      .dtype = Dtype::kI64,
-                                      .shape = {static_cast<int64_t>(encoded.documents.size())}},
-                                     {.name = "tokens",
-                                      .dtype = Dtype::kI32,
-                                      .shape = {static_cast<int64_t>(encoded.tokens.size())}}};
-  if (!encoded.scored.empty()) {
-    tensors.push_back({.name = "scored",
-                       .dtype = Dtype::kU8,
-                       .shape = {static_cast<int64_t>(encoded.scored.size())}});
-  }
+  std::vector<TensorInfo> tensors = {
+      {.name = "documents",
+       .dtype = Dtype::kI64,
+       .shape = {static_cast<int64_t>(encoded.documents.size())}},
+      {.name = "tokens", .dtype = Dtype::kI32, .shape = {encoded.num_tokens()}}};
+  if (encoded.scored.size() > 0)
+    tensors.push_back({.name = "scored", .dtype = Dtype::kU8, .shape = {encoded.scored.size()}});
   const std::string header =
       make_tensor_header(tensors, {{"format", std::string(kFormat)},
                                    {"fingerprint", fmt::format("{:016x}", fingerprint)},
@@ -130,8 +129,8 @@ void write_tokens(const std::string& path, const Encoder& encoded, uint64_t fing
   AtomicFile file(path);
   file.write(header);
   file.write(bytes_of(encoded.documents));
-  file.write(bytes_of(encoded.tokens));
-  if (!encoded.scored.empty()) file.write(bytes_of(encoded.scored));
+  encoded.tokens.append_to(file);
+  encoded.scored.append_to(file);
   file.commit();
 }
 
@@ -200,7 +199,7 @@ std::string build_token_shards(const SourceSpec& spec,
     warn_if_older(path, spec);
     return path;
   }
-  Encoder encoder(spec, tokenizer);
+  Encoder encoder(spec, tokenizer, folder);
   for (const std::string& file : spec.files) {
     log::info("data", "tokenising ", file);
     if (spec.kind == SourceKind::kConversation) {
@@ -217,7 +216,7 @@ std::string build_token_shards(const SourceSpec& spec,
                     join(spec.files), ")");
   write_tokens(path, encoder, fingerprint);
   log::info("data", spec.name, ": ", encoder.documents.size() - 1, " documents, ",
-            encoder.tokens.size(), " tokens, ", encoder.text_bytes, " bytes");
+            encoder.num_tokens(), " tokens, ", encoder.text_bytes, " bytes");
   return path;
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/file.h"
+#include "data/text_transforms.h"
 #include "text/tokenizer.h"
 
 namespace hadal::data {
@@ -27,7 +28,8 @@ struct SourceSpec {
   std::string name;  ///< letters, digits, `-` and `_`: it becomes part of a file name
   SourceKind kind = SourceKind::kText;
   std::vector<std::string> files;
-  std::string field = "text";  ///< kText: the key of a JSON line
+  std::string field = "text";      ///< kText: the key of a JSON line
+  TextTransforms transforms = {};  ///< kText
 };
 
 class TokenShards {

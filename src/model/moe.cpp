@@ -32,8 +32,10 @@ ops::GateInput gate_input(const Moe& moe,
                           const at::Tensor& logits,
                           const at::Tensor& forced,
                           const at::Tensor& token_ids) {
-  ops::GateInput in{
-      .logits = logits, .topk = config.n_activated_experts, .route_scale = config.route_scale};
+  ops::GateInput in;
+  in.logits = logits;
+  in.topk = config.n_activated_experts;
+  in.route_scale = config.route_scale;
   if (forced.defined()) {
     in.table = forced;
   } else if (moe.tid2eid) {

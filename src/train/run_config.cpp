@@ -72,12 +72,24 @@ class Reader {
                         ": expected text or conversations, found \"", kind, "\"");
       spec.kind = kind == "text" ? data::SourceKind::kText : data::SourceKind::kConversation;
       spec.field = item.string_or("field", "text");
+      transforms(item, spec);
       for (const std::string& file : item.strings("files")) spec.files.push_back(resolve(file));
       HADAL_INPUT_CHECK(!spec.files.empty(), item.where("files"), ": no files");
       item.expect_all_read();
       config_.sources.push_back(std::move(spec));
     }
     HADAL_INPUT_CHECK(!config_.sources.empty(), json_.where("sources"), ": no sources");
+  }
+
+  void transforms(const JsonObject& item, data::SourceSpec& spec) {
+    for (const char* key : {"fim_rate", "split_rate"}) {
+      HADAL_INPUT_CHECK(spec.kind == data::SourceKind::kText || !item.has(key), item.where(key),
+                        ": for sources of kind text, found one of conversations");
+    }
+    if (spec.kind != data::SourceKind::kText) return;
+    spec.transforms = {.fim_rate = item.number_or("fim_rate", 0.0, 0.0, 1.0),
+                       .split_rate = item.number_or("split_rate", 0.0, 0.0, 1.0),
+                       .seed = config_.seed};
   }
 
   static ops::Numerics numerics(const JsonObject& item) {

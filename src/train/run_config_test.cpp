@@ -68,6 +68,23 @@ TEST_F(RunConfigTest, RecomputationIsAPolicyAndForAutoABudget) {
   EXPECT_NE(error(with(R"({"policy": "none", "share": 5})")).find("share"), std::string::npos);
 }
 
+TEST_F(RunConfigTest, TransformsAreOfTextsAndShares) {
+  const auto with = [](const std::string& keys) {
+    std::string text = kSmallest + "}";
+    const std::string name = "{\"name\": \"books\", ";
+    return text.replace(text.find(name), name.size(), name + keys + ", ");
+  };
+  EXPECT_FALSE(load(kSmallest + "}").sources[0].transforms.any());
+  const RunConfig config = load(with(R"("fim_rate": 0.1, "split_rate": 0.2)"));
+  EXPECT_EQ(config.sources[0].transforms.fim_rate, 0.1);
+  EXPECT_EQ(config.sources[0].transforms.split_rate, 0.2);
+  EXPECT_EQ(config.sources[0].transforms.seed, config.seed);
+  const std::string file = folder_ + "/run.json: sources[0].";
+  EXPECT_EQ(error(with(R"("kind": "conversations", "fim_rate": 0.1)")),
+            file + "fim_rate: for sources of kind text, found one of conversations");
+  EXPECT_NE(error(with(R"("split_rate": 1.5)")).find("split_rate"), std::string::npos);
+}
+
 TEST_F(RunConfigTest, DefaultsAreThoseOfTheDocumentation) {
   const RunConfig config = load(kSmallest + "}");
   const std::filesystem::path base(folder_);
