@@ -61,7 +61,14 @@ class Ownership {
   const dist::Mesh& mesh() const { return mesh_; }
   /// Which of the ranks that pass a data rank's rows has the gradients of a piece in them.
   int64_t holder(const PlanPiece& piece, int64_t data) const {
-    return mesh_.rank({.pipeline = stages_[piece.item], .data = data, .context = 0});
+    return mesh_.rank({.pipeline = stages_[piece.item], .data = data, .context = collector(piece)});
+  }
+  /// The member of every group that shares rows who has the whole row's gradient of a piece: where
+  /// the owner stands in his.
+  int64_t collector(const PlanPiece& piece) const { return mesh_.place(piece.owner).context; }
+  /// Whether this rank has the gradients of a piece of its rows.
+  bool collects(const PlanPiece& piece) const {
+    return reads(piece) && mesh_.place(rank_).context == collector(piece);
   }
   /// The stage that has a parameter which takes a gradient.
   int64_t stage_of(size_t item) const { return stages_.at(item); }

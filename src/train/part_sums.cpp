@@ -88,51 +88,11 @@ std::vector<int64_t> sample_lengths(const MicroBatch& row) {
 }
 
 size_t number_of(const std::vector<at::Tensor>& parameters, const at::Tensor& value) {
-  const auto found = std::ranges::find_if(
-      parameters, [&](const at::Tensor& parameter) { return parameter.is_same(value); });
+  const auto found = std::ranges::find_if(parameters, [&](const at::Tensor& parameter) {
+    return value.defined() && parameter.is_same(value);
+  });
   return static_cast<size_t>(found - parameters.begin());
 }
-
-/// Gradients of one row's part, each use of a value for itself.
-class PartOfRow {
- public:
-  PartOfRow(const model::Transformer& model, const std::vector<at::Tensor>& parameters)
-      : parameters_(parameters),
-        embedding_(number_of(parameters, model.embedding_master())),
-        head_(number_of(parameters, model.head_master())) {}
-
-  void collect(const PartPass& pass, dist::Group& group, std::span<const CollectedPiece> pieces) {
-    const auto grad = [](const at::Tensor& leaf) { return leaf.defined() ? leaf.grad() : leaf; };
-    std::vector<PartNode> nodes;
-    const auto add = [&](size_t parameter, at::Tensor gradient) {
-      if (gradient.defined()) gradient = gradient.contiguous();
-      HADAL_CHECK(!gradient.defined() || gradient.scalar_type() == at::kFloat,
-                  "part sums: a gradient is ", gradient.scalar_type(), ", expected FP32");
-      nodes.push_back({parameter, std::move(gradient)});
-    };
-    for (size_t i = 0; i < parameters_.size(); ++i) add(i, parameters_[i].grad());
-    add(embedding_, grad(pass.mtp_embedding));
-    add(head_, grad(pass.head.leaf));
-    add(head_, grad(pass.mtp_head.leaf));
-    collect_whole(group, pieces, nodes);
-    const size_t count = parameters_.size();
-    for (size_t i = 0; i < count; ++i) parameters_[i].mutable_grad() = nodes[i].gradient;
-    add_to(embedding_, nodes[count].gradient, {});
-    add_to(head_, nodes[count + 1].gradient, pass.head.factor);
-    add_to(head_, nodes[count + 2].gradient, pass.mtp_head.factor);
-  }
-
- private:
-  void add_to(size_t parameter, at::Tensor gradient, const at::Tensor& factor) {
-    if (!gradient.defined()) return;
-    if (factor.defined()) gradient.mul_(factor);
-    at::Tensor& sum = parameters_[parameter].mutable_grad();
-    add_in_place(sum, std::move(gradient));
-  }
-
-  const std::vector<at::Tensor>& parameters_;
-  size_t embedding_, head_;
-};
 
 }  // namespace
 
@@ -179,29 +139,71 @@ void collect_whole(dist::Group& group,
   }
 }
 
+std::vector<CollectedPiece> collected_pieces(const Ownership& ownership) {
+  std::vector<CollectedPiece> pieces;
+  for (const PlanPiece& piece : ownership.pieces())
+    pieces.push_back({piece.item, piece.begin, piece.end, ownership.collector(piece)});
+  return pieces;
+}
+
+PartOfRow::PartOfRow(const MicroBatch& row, dist::Group& group)
+    : part_(sample_lengths(row), group),
+      here_(row.part(part_)),
+      pass_{.part = &part_, .mtp_embedding = {}, .head = {}, .mtp_head = {}} {}
+
+void PartOfRow::collect(const model::Transformer& model,
+                        const std::vector<at::Tensor>& parameters,
+                        dist::Group& group,
+                        std::span<const CollectedPiece> pieces) {
+  const at::NoGradGuard no_grad;
+  const auto grad = [](const at::Tensor& leaf) { return leaf.defined() ? leaf.grad() : leaf; };
+  std::vector<PartNode> nodes;
+  const auto add = [&](size_t parameter, at::Tensor gradient) {
+    if (gradient.defined()) gradient = gradient.contiguous();
+    HADAL_CHECK(!gradient.defined() || gradient.scalar_type() == at::kFloat,
+                "part sums: a gradient is ", gradient.scalar_type(), ", expected FP32");
+    nodes.push_back({parameter, std::move(gradient)});
+  };
+  // Each use of a value for itself.
+  const size_t embedding = number_of(parameters, model.embedding_master()),
+               head = number_of(parameters, model.head_master()), count = parameters.size();
+  for (size_t i = 0; i < count; ++i) add(i, grad(parameters[i]));
+  add(embedding, grad(pass_.mtp_embedding));
+  add(head, grad(pass_.head.leaf));
+  add(head, grad(pass_.mtp_head.leaf));
+  collect_whole(group, pieces, nodes);
+  for (size_t i = 0; i < count; ++i)
+    if (parameters[i].defined()) parameters[i].mutable_grad() = nodes[i].gradient;
+  const auto add_use = [&](size_t node, const at::Tensor& factor) {
+    at::Tensor gradient = nodes[node].gradient;
+    if (!gradient.defined()) return;
+    if (factor.defined()) gradient.mul_(factor);
+    add_in_place(parameters[nodes[node].parameter].mutable_grad(), std::move(gradient));
+  };
+  add_use(count, {});
+  add_use(count + 1, pass_.head.factor);
+  add_use(count + 2, pass_.mtp_head.factor);
+  pass_ = {};
+}
+
 void accumulate_parts(const model::Transformer& model,
                       const MicroBatch& micro,
-                      dist::Group& group,
+                      SharedRows& shared,
                       const StepCounts& counts,
                       const ObjectiveParams& params,
-                      std::span<const CollectedPiece> pieces,
                       StepSums& sums) {
-  if (group.size() == 1) return accumulate(model, micro, counts, params, sums);
+  if (shared.group.size() == 1) return accumulate(model, micro, counts, params, sums);
   if (!micro.each_row.empty()) {
     for (const MicroBatch& row : micro.each_row)
-      accumulate_parts(model, row, group, counts, params, pieces, sums);
+      accumulate_parts(model, row, shared, counts, params, sums);
     return;
   }
   HADAL_CHECK(sums.on_cpu(), "part sums: gradients are not on the CPU");
-  model::check_context(model.config(), micro.ids.size(0) / micro.rows, group.size());
-  const model::RowPart part(sample_lengths(micro), group);
-  PartPass own{.part = &part, .mtp_embedding = {}, .head = {}, .mtp_head = {}};
-  const MicroBatch here = micro.part(part);
-  StagePass pass =
-      stage_forward(model, model::all_layers(model.config()), here, counts, params, {}, {}, &own);
+  PartOfRow part(micro, shared.group);
+  StagePass pass = stage_forward(model, model::all_layers(model.config()), part.here(), counts,
+                                 params, {}, {}, part.pass());
   stage_backward(pass);
-  const at::NoGradGuard no_grad;
-  PartOfRow(model, sums.parameters()).collect(own, group, pieces);
+  part.collect(model, sums.parameters(), shared.group, shared.pieces);
   sums.add(std::move(pass.measures));
 }
 

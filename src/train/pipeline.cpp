@@ -3,6 +3,7 @@
 #include <deque>
 #include <initializer_list>
 #include <map>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -143,7 +144,8 @@ class StageStep {
             const std::vector<const MicroBatch*>& rows,
             const StepCounts& counts,
             const ObjectiveParams& params,
-            StepSums& sums)
+            StepSums& sums,
+            SharedRows* shared)
       : border_(border),
         layers_(layers),
         model_(model),
@@ -151,7 +153,14 @@ class StageStep {
         counts_(counts),
         params_(params),
         sums_(sums),
-        with_mtp_rows_(sends_mtp_rows(model.config(), params)) {}
+        shared_(shared),
+        with_mtp_rows_(sends_mtp_rows(model.config(), params)) {
+    if (shared == nullptr) return;
+    for (const MicroBatch*& row : rows_) {
+      parts_.push_back(std::make_unique<PartOfRow>(*row, shared->group));
+      row = &parts_.back()->here();
+    }
+  }
 
   void run(const std::vector<PipelineAction>& actions) {
     size_t expected = 0;
@@ -191,9 +200,10 @@ class StageStep {
       in.balance = scalar_of(arrival.scalars, 0);
       in.index = scalar_of(arrival.scalars, 1);
     }
-    Row under_way{.pass = stage_forward(model_, layers_, *rows_[row], counts_, params_,
-                                        std::move(in), arrival.mtp_rows),
-                  .sent = {}};
+    Row under_way{
+        .pass = stage_forward(model_, layers_, *rows_[row], counts_, params_, std::move(in),
+                              arrival.mtp_rows, shared_ != nullptr ? parts_[row]->pass() : nullptr),
+        .sent = {}};
     const StagePass& pass = under_way.pass;
     under_way.sent = border_.send_forward(
         pass.out.streams, packed({pass.out.balance, pass.out.index}), pass.mtp_rows);
@@ -204,6 +214,8 @@ class StageStep {
     Row done = std::move(under_way_.at(row));
     under_way_.erase(row);
     stage_backward(done.pass, arrival.streams, arrival.mtp_rows);
+    if (shared_ != nullptr)
+      parts_[row]->collect(model_, sums_.parameters(), shared_->group, shared_->pieces);
     if (!layers_.first && params_.language_loss()) {
       const at::Tensor& rows = done.pass.mtp_rows;
       gradients_sent_.push_back(border_.send_backward(
@@ -220,10 +232,12 @@ class StageStep {
   Border border_;
   const model::LayerRun& layers_;
   const model::Transformer& model_;
-  const std::vector<const MicroBatch*>& rows_;
+  std::vector<const MicroBatch*> rows_;  ///< or this rank's parts of them
   const StepCounts& counts_;
   const ObjectiveParams& params_;
   StepSums& sums_;
+  SharedRows* shared_;
+  std::vector<std::unique_ptr<PartOfRow>> parts_;  ///< of the rows, where they are shared
   bool with_mtp_rows_;
   std::map<size_t, Arrival> arrivals_;  ///< by action
   std::map<size_t, Row> under_way_;     ///< between their passes
@@ -242,9 +256,10 @@ void Pipeline::accumulate(const model::Transformer& model,
                           const std::vector<const MicroBatch*>& rows,
                           const StepCounts& counts,
                           const ObjectiveParams& params,
-                          StepSums& sums) {
+                          StepSums& sums,
+                          SharedRows* shared) {
   Border border(group_, layers_, model, params.numerics, 2);
-  StageStep(border, layers_, model, rows, counts, params, sums)
+  StageStep(border, layers_, model, rows, counts, params, sums, shared)
       .run(one_forward_one_backward(stages(), stage(), std::ssize(rows)));
 }
 

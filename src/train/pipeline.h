@@ -9,6 +9,7 @@
 #include "dist/group.h"
 #include "model/stage_split.h"
 #include "train/objective.h"
+#include "train/part_sums.h"
 
 namespace hadal::train {
 
@@ -28,11 +29,14 @@ class Pipeline {
   /// parameters may be undefined. Gradients and losses have the bits of one process with the whole
   /// model. Losses are in the measures of the last stage, loads of experts in those of their
   /// block's. Errors: RankLost.
+  ///   shared  where ranks of one stage share the places of every row: all of them call it with
+  ///           the same rows; null: whole rows
   void accumulate(const model::Transformer& model,
                   const std::vector<const MicroBatch*>& rows,
                   const StepCounts& counts,
                   const ObjectiveParams& params,
-                  StepSums& sums);
+                  StepSums& sums,
+                  SharedRows* shared = nullptr);
 
   /// Each row's evaluation on the last stage, nothing elsewhere.
   std::vector<Evaluation> evaluate(const model::Transformer& model,

@@ -120,14 +120,17 @@ class NodeTable {
             dist::Ranks& ranks)
       : config_(config),
         mask_words_((num_parameters + 63) / 64),
-        row_(2 * mask_words_ + static_cast<size_t>(measure_words(config))) {
+        measures_(mask_words_ * (1 + static_cast<size_t>(mesh.shape().context))),
+        row_(measures_ + static_cast<size_t>(measure_words(config))),
+        context_(mesh.place(ranks.rank()).context) {
     const int64_t here = mesh.place(ranks.rank()).data;
     for (int64_t data = 0; data < mesh.data(); ++data) {
       int64_t own = 0;
       for (const Span& span : nodes_of(row_share(share.total, mesh.data(), data), share.total))
         entries_.push_back({span, data, data == here ? own++ : -1});
     }
-    // Stages that pass the same rows write different words of an entry, or add counts.
+    // Stages that pass the same rows write different words of an entry, or add counts. Of the
+    // members that share rows the first one alone writes what all of them know.
     words_.assign(entries_.size() * row_, 0);
     for (size_t e = 0; e < entries_.size(); ++e)
       if (entries_[e].own >= 0) fill(e, nodes.at(static_cast<size_t>(entries_[e].own)));
@@ -136,11 +139,11 @@ class NodeTable {
 
   const std::vector<Entry>& entries() const { return entries_; }
   bool has_gradient(size_t entry, size_t parameter) const { return bit(entry, 0, parameter); }
-  bool not_finite(size_t entry, size_t parameter) const {
-    return bit(entry, mask_words_, parameter);
+  bool not_finite(size_t entry, int64_t context, size_t parameter) const {
+    return bit(entry, mask_words_ * (1 + static_cast<size_t>(context)), parameter);
   }
   StepMeasures measures(size_t entry) {
-    Words words{std::span<int64_t>(words_).subspan(entry * row_ + 2 * mask_words_)};
+    Words words{std::span<int64_t>(words_).subspan(entry * row_ + measures_)};
     return measures_of(config_, words);
   }
 
@@ -163,15 +166,17 @@ class NodeTable {
       word = static_cast<int64_t>(static_cast<uint64_t>(word) | uint64_t{1} << (i % 64));
     };
     for (size_t i = 0; i < bad.size(); ++i) {
-      if (node.gradients[i].defined()) set(0, i);
-      if (bad[i] != 0) set(mask_words_, i);
+      if (node.gradients[i].defined() && context_ == 0) set(0, i);
+      if (bad[i] != 0) set(mask_words_ * (1 + static_cast<size_t>(context_)), i);
     }
-    Words words{std::span<int64_t>(words_).subspan(entry * row_ + 2 * mask_words_)};
+    if (context_ != 0) return;
+    Words words{std::span<int64_t>(words_).subspan(entry * row_ + measures_)};
     put_measures(node.measures, config_, words);
   }
 
   const model::ModelConfig& config_;
-  size_t mask_words_, row_;
+  size_t mask_words_, measures_, row_;  ///< words of a mask, in front of the measures, of all
+  int64_t context_;
   std::vector<Entry> entries_;
   std::vector<int64_t> words_;
 };
@@ -220,7 +225,7 @@ class Exchange {
     for (const std::vector<size_t>& bundle : optimizer_.ownership().bundles(messages)) {
       if (optimizer_.ownership().here(pieces_[bundle[0]])) {
         collect(bundle, leaves);
-      } else if (optimizer_.ownership().reads(pieces_[bundle[0]])) {
+      } else if (optimizer_.ownership().collects(pieces_[bundle[0]])) {
         send(bundle);
       }
       for (const size_t p : bundle) done_with(pieces_[p]);
@@ -374,7 +379,8 @@ StepMeasures sum_over_ranks(StepSums& sums,
     const auto bad = [&](size_t p) {
       if (ownership.stage_of(p) != place.pipeline) return false;
       for (size_t e = 0; e < count; ++e)
-        if (table.entries()[e].data == place.data && table.not_finite(e, p)) return true;
+        if (table.entries()[e].data == place.data && table.not_finite(e, place.context, p))
+          return true;
       return false;
     };
     for (size_t p = 0; p < parameters.size(); ++p) {

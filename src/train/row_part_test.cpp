@@ -117,7 +117,8 @@ Result accumulated(const model::Transformer& model, const Case& c, dist::Group& 
                                .numerics = c.numerics,
                                .count_clamps = true,
                                .recompute = c.recompute};
-  accumulate_parts(model, micro, group, counts, params, result.pieces, sums);
+  SharedRows shared{.group = group, .pieces = result.pieces};
+  accumulate_parts(model, micro, shared, counts, params, sums);
   const StepMeasures m = sums.finish();
   model.visit([&](const model::Parameter& p) {
     if (p.value.requires_grad()) result.names.push_back(p.name);

@@ -200,6 +200,7 @@ class Reader {
     if (!json_.has("mesh")) return;
     const JsonObject item = json_.object("mesh");
     config_.mesh.pipeline = item.integer_or("pipeline", 1, 1, 1 << 16);
+    config_.mesh.context = item.integer_or("context", 1, 1, 1 << 16);
     if (item.has("pipeline_layers")) {
       config_.pipeline_layers = item.integers("pipeline_layers", 1, 1 << 16);
       HADAL_INPUT_CHECK(std::ssize(config_.pipeline_layers) == config_.mesh.pipeline,

@@ -107,7 +107,14 @@ dist::Mesh checked_mesh(const RunConfig& config,
                         const model::ModelConfig& model_config,
                         const dist::Ranks& ranks) {
   stage_split(config, model_config);
+  const int64_t context = config.mesh.context;
+  HADAL_INPUT_CHECK(context == 1 || config.recompute.policy == RecomputePolicy::kUnset, config.path,
+                    ": mesh.context: no pass over a part of a row is planned: expected 1 beside "
+                    "\"recompute\", found ",
+                    context);
   try {
+    for (const Stage& stage : config.stages)
+      model::check_context(model_config, stage.row_length, context);
     return {ranks.size(), config.mesh};
   } catch (const InputError& error) {
     throw InputError(concat(config.path, ": ", error.what()));
@@ -125,9 +132,11 @@ void report_ranks(const Ownership& ownership,
             " MB at most, ",
             megabytes(static_cast<double>(load.total) / static_cast<double>(ranks.size())),
             " MB on average");
-  if (split.size() == 1) return;
-  log::info("train", "mesh: ", dist::describe(ownership.mesh()),
-            "; layers of the stages: ", join(split.layers()));
+  const dist::Mesh& mesh = ownership.mesh();
+  if (split.size() == 1 && mesh.shape().context == 1) return;
+  const std::string layers =
+      split.size() > 1 ? concat("; layers of the stages: ", join(split.layers())) : "";
+  log::info("train", "mesh: ", dist::describe(mesh), layers);
 }
 
 model::ModelConfig checked_model_config(const RunConfig& config) {

@@ -49,17 +49,23 @@ StepOutcome training_step(model::Transformer& model,
                           const StepRules& rules,
                           const StepShare& share,
                           dist::Ranks& ranks,
-                          Pipeline* pipeline) {
+                          Pipeline* pipeline,
+                          SharedRows* shared) {
   StepCounts counts;
-  // Every stage has the rows; the first one counts them.
-  if (pipeline == nullptr || pipeline->layers().first)
+  // Every stage has the rows, and every member that shares them; the first one counts them.
+  const bool counts_rows = (pipeline == nullptr || pipeline->layers().first) &&
+                           (shared == nullptr || shared->group.index() == 0);
+  if (counts_rows)
     for (const MicroBatch& batch : batches) counts.add(batch, model.config());
   sum_counts(counts, model.config(), ranks);
   HADAL_CHECK(counts.rows == share.total, "step: the ranks have ", counts.rows, " rows of ",
               share.total);
   StepSums sums(model, share.rows.begin);
   if (pipeline != nullptr) {
-    pipeline->accumulate(model, passes_of(batches), counts, rules.objective, sums);
+    pipeline->accumulate(model, passes_of(batches), counts, rules.objective, sums, shared);
+  } else if (shared != nullptr) {
+    for (const MicroBatch& batch : batches)
+      accumulate_parts(model, batch, *shared, counts, rules.objective, sums);
   } else {
     for (const MicroBatch& batch : batches) accumulate(model, batch, counts, rules.objective, sums);
   }

@@ -9,6 +9,7 @@
 #include "dist/ranks.h"
 #include "train/objective.h"
 #include "train/optimizer.h"
+#include "train/part_sums.h"
 #include "train/pipeline.h"
 #include "train/rank_sums.h"
 
@@ -38,12 +39,14 @@ StepOutcome training_step(model::Transformer& model,
 /// The same of a step whose rows are on several ranks: `batches` hold those of share.rows. All
 /// ranks move their models alike, by the bits that one rank with all rows would give.
 ///   pipeline  where this rank has the layers of one stage; null: all layers
+///   shared    where it has a part of every row; null: whole rows
 StepOutcome training_step(model::Transformer& model,
                           Optimizer& optimizer,
                           std::span<const MicroBatch> batches,
                           const StepRules& rules,
                           const StepShare& share,
                           dist::Ranks& ranks,
-                          Pipeline* pipeline = nullptr);
+                          Pipeline* pipeline = nullptr,
+                          SharedRows* shared = nullptr);
 
 }  // namespace hadal::train

@@ -62,6 +62,11 @@ struct Trainer::Impl {
     }
     optimizer = std::make_unique<Optimizer>(model, config.optimizer,
                                             Ownership(model, mesh, ranks.rank(), split));
+    if (mesh.shape().context > 1) {
+      shared = std::make_unique<SharedRows>(
+          dist::Group(ranks, mesh.context_group(ranks.rank()), dist::Axis::kContext),
+          collected_pieces(optimizer->ownership()));
+    }
     let_the_others_follow(ranks);
     check_that_ranks_agree(config, newest(config), ranks);
     if (!config.validation.source.empty()) {
@@ -325,8 +330,8 @@ struct Trainer::Impl {
                              : config.schedule.learning_rate.at(progress.tokens, step_tokens),
         .clip_norm = config.clip_norm,
         .router_bias_speed = config.router_bias_speed};
-    const StepOutcome outcome =
-        training_step(model, *optimizer, batches, rules, share, ranks, pipeline.get());
+    const StepOutcome outcome = training_step(model, *optimizer, batches, rules, share, ranks,
+                                              pipeline.get(), shared.get());
     compare_memory(rows);
     if (outcome.moved) {
       skipped_in_a_row = 0;
@@ -401,6 +406,7 @@ struct Trainer::Impl {
   RowPlan plan;
   model::Transformer model;
   std::unique_ptr<Pipeline> pipeline;  ///< null: this rank has all layers
+  std::unique_ptr<SharedRows> shared;  ///< null: this rank passes whole rows
   std::unique_ptr<Optimizer> optimizer;
   PackedRows validation;
   RunProgress progress;

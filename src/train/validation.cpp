@@ -45,7 +45,11 @@ Evaluation evaluate_rows(const model::Transformer& model,
                          const dist::Mesh& mesh,
                          Pipeline* pipeline) {
   const std::vector<PackedRows> parts = cut(rows, device.is_cpu() ? 1 : micro_rows);
-  const Span own = row_share(std::ssize(parts), mesh.data(), mesh.place(ranks.rank()).data);
+  // Members that share rows in training take whole ones here.
+  const dist::MeshPlace place = mesh.place(ranks.rank());
+  const int64_t sharing = mesh.shape().context;
+  const Span own =
+      row_share(std::ssize(parts), mesh.data() * sharing, place.data * sharing + place.context);
   std::vector<MicroBatch> batches;
   for (int64_t i = own.begin; i < own.end; ++i)
     batches.emplace_back(parts[static_cast<size_t>(i)], device);
