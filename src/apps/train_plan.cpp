@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/join.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "model/presets.h"
 #include "train/run_config.h"
 #include "train/train_plan.h"
@@ -41,6 +42,8 @@ Subject subject_of(const std::string& run) {
     return {.config = model::load_config(run),
             .params = {.step_tokens = kStepTokens, .row_length = kRowLength}};
   const train::RunConfig config = train::load_run_config(run);
+  if (config.mesh.pipeline > 1)
+    log::warn("train", run, ": mesh.pipeline: the plan takes every rank to have all layers");
   const train::Stage& last = config.stages.back();
   return {.config = model::load_config(config.model),
           .params = {.step_tokens = config.schedule.batch.back().tokens,
