@@ -117,30 +117,6 @@ TEST_F(TrainGoesOn, BatchesMayChange) {
   EXPECT_GE(steps, 2);
 }
 
-TEST_F(TrainGoesOn, ADamagedCheckpointNamesTheOneBeforeIt) {
-  ASSERT_EQ(train().code, 0);
-  const std::string state = newest();
-  const int64_t step = progress(state)["step"];
-  const fs::path file = folder_ / "out/checkpoints" / state / "state.safetensors";
-  const fs::path older = folder_ / "out/checkpoints" / ("step-" + std::to_string(step - 1));
-  for (const char* damaged : {"state.safetensors", "progress.json"}) {
-    const fs::path path = folder_ / "out/checkpoints" / state / damaged;
-    const std::string whole = slurp(path);
-    fs::resize_file(path, fs::file_size(path) / 2);
-    const CliResult refused = train();
-    EXPECT_EQ(refused.code, 2) << damaged;
-    EXPECT_NE(refused.error.find(damaged), std::string::npos) << refused.error;
-    EXPECT_NE(refused.error.find("to go on from " + older.string()), std::string::npos)
-        << refused.error;
-    EXPECT_NE(refused.error.find("remove " + file.parent_path().string()), std::string::npos)
-        << refused.error;
-    write(path.lexically_relative(folder_), whole);
-  }
-  fs::remove_all(file.parent_path());
-  EXPECT_EQ(train().code, 0) << "the named way";
-  EXPECT_EQ(newest(), state);
-}
-
 TEST_F(TrainGoesOn, ASourceIsText) {
   write("a.txt", "");
   expect_refused_with_log(train(), "source a: its files hold no text");

@@ -25,6 +25,8 @@ TEST_F(TrainPlanCli, PlansV4ProOn512RanksBelowTwoSeconds) {
   // 1.6 T parameters: two bytes of each on every rank, four and four of a 512th.
   EXPECT_NEAR(plan["memory_bytes"]["weights"].get<double>(), 3.2e12, 0.2e12);
   EXPECT_NEAR(plan["memory_bytes"]["masters"].get<double>(), 1.25e10, 0.1e10);
+  // A checkpoint's copy: eight bytes of a 512th, twelve of what AdamW moves, and the hash tables.
+  EXPECT_NEAR(plan["memory_bytes"]["checkpoint"].get<double>(), 2.5e10, 0.2e10);
   bool experts = false;
   for (const Json& parameter : plan["parameters"]) {
     const bool moved = parameter["rule"] != "none";

@@ -48,7 +48,8 @@ Subject subject_of(const std::string& run) {
   return {.config = model::load_config(config.model),
           .params = {.step_tokens = config.schedule.batch.back().tokens,
                      .row_length = last.row_length,
-                     .numerics = last.numerics}};
+                     .numerics = last.numerics,
+                     .copied_checkpoints = config.checkpoint.asynchronous}};
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -110,6 +111,7 @@ std::vector<Figure> memory_figures(const TrainPlan& plan) {
           {"moments", "moments of its own", m.moments},
           {"gradients", "gradients of its rows, sums of its own", m.gradients},
           {"activations", "streams between blocks, one row", m.activations},
+          {"checkpoint", "copy of its own for a checkpoint", m.checkpoint},
           {"total", "in all, without other activations", m.total()}};
 }
 

@@ -38,8 +38,8 @@ std::string generation_config(const RunConfig& config) {
 RunProgress export_run(const RunConfig& config,
                        const std::string& folder,
                        checkpoint::SaveFormat format) {
-  const std::vector<std::string> states = complete_states(config.out);
-  HADAL_INPUT_CHECK(!states.empty(), config.out, ": the run has no checkpoint to export");
+  const std::string state = newest_whole_state(config.out, false);
+  HADAL_INPUT_CHECK(!state.empty(), config.out, ": the run has no checkpoint to export");
   const model::ModelConfig model_config = trained_config(config);
   if (format == checkpoint::SaveFormat::kOfficial) model_config.check_released();
   model::Transformer model(model_config);
@@ -48,7 +48,7 @@ RunProgress export_run(const RunConfig& config,
                       at::kFloat);
   model::require_gradients(model);
   Optimizer optimizer(model, config.optimizer);
-  const RunProgress progress = load_state(states.back(), model, optimizer);
+  const RunProgress progress = load_state(state, model, optimizer);
   checkpoint::save_model(model, folder,
                          {.format = format,
                           .max_shard_bytes = config.export_shard_bytes,

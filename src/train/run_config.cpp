@@ -227,6 +227,7 @@ class Reader {
       config_.checkpoint.every_steps = item.integer_or("every_steps", 0, 0, kMaxTokens);
       config_.checkpoint.every_seconds = item.number_or("every_seconds", 300.0, 0.0, 1e9);
       config_.checkpoint.keep = item.integer_or("keep", 2, 1, 1000);
+      config_.checkpoint.asynchronous = item.boolean_or("asynchronous", true);
       item.expect_all_read();
     }
     config_.export_shard_bytes = json_.integer_or("export_shard_bytes", config_.export_shard_bytes,

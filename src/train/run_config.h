@@ -26,6 +26,8 @@ struct CheckpointSpec {
   int64_t every_steps = 0;     ///< 0: by time alone
   double every_seconds = 300;  ///< at least this long between two, counted after the last
   int64_t keep = 2;
+  /// Written by a thread from a copy while the run goes on; else between two steps, without a copy.
+  bool asynchronous = true;
 };
 
 struct RunConfig {

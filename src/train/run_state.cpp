@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
-#include <memory>
-#include <set>
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -14,12 +12,13 @@
 #include "base/json.h"
 #include "base/log.h"
 #include "checkpoint/safetensors.h"
+#include "train/state_copy.h"
+#include "train/state_manifest.h"
 
 namespace hadal::train {
 namespace {
 
 namespace fs = std::filesystem;
-constexpr const char* kFormat = "hadal training state 1";
 
 /// Complete checkpoints by step, ascending. Unfinished ones carry a temporary name.
 std::vector<std::pair<int64_t, std::string>> states(const std::string& out) {
@@ -40,52 +39,6 @@ std::vector<std::pair<int64_t, std::string>> states(const std::string& out) {
   return result;
 }
 
-/// Every tensor of the state, in the order of the file; of it what this rank has.
-std::vector<StateTensor> named_state(model::Transformer& model, const Optimizer& optimizer) {
-  std::vector<StateTensor> result;
-  size_t slot = 0;
-  model.visit([&](model::Parameter& parameter) {
-    if (slot < optimizer.slots().size() && optimizer.slots()[slot].parameter == &parameter)
-      return result.push_back(optimizer.masters(slot++));
-    // Moved by no gradient: every rank of its stage has it.
-    if (parameter.elsewhere) {
-      const auto type = parameter.kind == model::ParamKind::kHashTable ? at::kLong : at::kFloat;
-      const auto options = at::TensorOptions(at::kMeta).dtype(type);
-      return result.push_back({.name = parameter.name,
-                               .whole = at::empty(parameter.local_shape(), options),
-                               .parts = {}});
-    }
-    const at::Tensor value = parameter.value.detach();
-    result.push_back(
-        {.name = parameter.name, .whole = value.to(at::kMeta), .parts = {{0, value.view({-1})}}});
-  });
-  for (StateTensor& tensor : optimizer.state()) result.push_back(std::move(tensor));
-  return result;
-}
-
-/// What this rank writes; what all ranks of a stage have is the first one's of them to write.
-std::vector<checkpoint::NamedTensor> written_here(model::Transformer& model,
-                                                  const Optimizer& optimizer,
-                                                  const dist::Ranks& ranks) {
-  const dist::MeshPlace place = optimizer.ownership().mesh().place(ranks.rank());
-  const bool is_first = place.data == 0 && place.context == 0;
-  std::set<std::string> everywhere;
-  model.visit([&](const model::Parameter& parameter) {
-    if (update_rule(parameter) == UpdateRule::kNone) everywhere.insert(parameter.name);
-  });
-  std::vector<checkpoint::NamedTensor> result;
-  for (const StateTensor& state : named_state(model, optimizer)) {
-    checkpoint::NamedTensor tensor{.name = state.name, .tensor = state.whole};
-    if (ranks.size() == 1) {
-      tensor.tensor = state.parts.at(0).values.view(state.whole.sizes());
-    } else if (is_first || !everywhere.contains(state.name)) {
-      for (const auto& [begin, values] : state.parts) tensor.parts.push_back({begin, values});
-    }
-    result.push_back(std::move(tensor));
-  }
-  return result;
-}
-
 /// Two lists of one length: the stage of each part, and its tokens.
 StageParts parts_of(const JsonObject& json) {
   StageParts parts;
@@ -103,12 +56,10 @@ StageParts parts_of(const JsonObject& json) {
 
 }  // namespace
 
-namespace {
-
 std::string progress_json(const RunProgress& progress, const Optimizer& optimizer) {
   JsonWriter json;
   json.begin_object()
-      .field("format", kFormat)
+      .field("format", kStateFormat)
       .field("step", progress.step)
       .field("stage", progress.stage)
       .field("row", progress.row)
@@ -128,45 +79,8 @@ std::string progress_json(const RunProgress& progress, const Optimizer& optimize
   return json.str();
 }
 
-/// All ranks' parts of one file; whole when this returns.
-void write_together(const std::string& path,
-                    const std::vector<checkpoint::NamedTensor>& tensors,
-                    dist::Ranks& ranks) {
-  if (ranks.first()) checkpoint::create_safetensors(path, tensors);
-  ranks.barrier("checkpoint: the file is there");
-  HADAL_INPUT_CHECK(fs::exists(path), path, ": expected in a folder that all ranks see, not found ",
-                    "by rank ", ranks.rank());
-  checkpoint::fill_safetensors(path, tensors);
-  ranks.barrier("checkpoint: every rank has written");
-}
-
-}  // namespace
-
-void save_state(const std::string& out,
-                const RunProgress& progress,
-                int64_t keep,
-                model::Transformer& model,
-                Optimizer& optimizer,
-                dist::Ranks& ranks) {
-  const fs::path folder = fs::path(out) / "checkpoints";
-  if (ranks.first()) fs::create_directories(folder);
-  const std::string target = (folder / concat("step-", progress.step)).string();
-  // The first rank looks, so that all do the same.
-  std::unique_ptr<AtomicDirectory> directory;
-  if (ranks.first() && !fs::exists(target)) directory = std::make_unique<AtomicDirectory>(target);
-  const std::string temporary = ranks.broadcast(directory ? directory->temporary() : "");
-  if (!temporary.empty()) {
-    const auto tensors = written_here(model, optimizer, ranks);
-    const std::string path = temporary + "/state.safetensors";
-    ranks.size() == 1 ? checkpoint::write_safetensors(path, tensors)
-                      : write_together(path, tensors, ranks);
-  }
-  if (!ranks.first()) return;
-  if (directory) {
-    write_file_atomic(temporary + "/progress.json", progress_json(progress, optimizer));
-    directory->commit();
-  }
-  auto all = states(out);
+void remove_older_states(const std::string& out, int64_t keep) {
+  const auto all = states(out);
   for (size_t i = 0; i + static_cast<size_t>(keep) < all.size(); ++i) {
     std::error_code ignored;  // an old checkpoint too many is no reason to stop
     fs::remove_all(all[i].second, ignored);
@@ -195,27 +109,54 @@ void remove_leftovers(const std::string& out) {
   }
 }
 
-std::vector<std::string> complete_states(const std::string& out) {
-  std::vector<std::string> paths;
-  for (const auto& [step, path] : states(out)) paths.push_back(path);
-  return paths;
+std::string newest_state(const std::string& out) {
+  const auto all = states(out);
+  return all.empty() ? "" : all.back().second;
+}
+
+std::string newest_whole_state(const std::string& out, bool set_aside) {
+  const auto all = states(out);
+  std::vector<std::pair<std::string, std::string>> damaged;  // and what is wrong, newest first
+  for (auto state = all.rbegin(); state != all.rend(); ++state) {
+    const std::string& folder = state->second;
+    try {
+      if (!verify_state(folder))
+        log::info("train", folder, ": of an older version, has no checksums");
+    } catch (const InputError& error) {
+      damaged.emplace_back(folder, error.what());
+      continue;
+    }
+    for (const auto& [newer, why] : damaged) {
+      log::warn("train", newer, " is not whole (", why, "); going back to ", folder);
+      if (!set_aside) continue;
+      const std::string aside = newer + ".damaged";
+      fs::remove_all(aside);
+      fs::rename(newer, aside);
+    }
+    return folder;
+  }
+  HADAL_INPUT_CHECK(damaged.empty(), out, ": of its ", damaged.size(),
+                    " checkpoints none is whole; the newest: ", damaged[0].second,
+                    "; to begin anew, remove ", out, "/checkpoints");
+  return "";
 }
 
 StageParts load_parts(const std::string& folder) {
-  return parts_of(JsonObject::load(folder + "/progress.json"));
+  return parts_of(JsonObject::load(folder + concat("/", kProgressFile)));
 }
 
 model::Transformer open_masters(const std::string& folder, const model::ModelConfig& config) {
-  const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
+  const auto reader = checkpoint::TensorReader::open(folder + concat("/", kStateFile));
   model::Transformer model(config);
   model.visit([&](model::Parameter& parameter) { parameter.hold(reader.tensor(parameter.name)); });
   return model;
 }
 
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer) {
-  const JsonObject json = JsonObject::load(folder + "/progress.json");
-  HADAL_INPUT_CHECK(json.string("format") == kFormat, json.where("format"), ": expected \"",
-                    kFormat, "\", found \"", json.string("format"), "\"");
+  const JsonObject json = JsonObject::load(folder + concat("/", kProgressFile));
+  const std::string format = json.string("format");
+  HADAL_INPUT_CHECK(format == kStateFormat || format == kOldStateFormat, json.where("format"),
+                    ": expected \"", kStateFormat, "\", found \"", format, "\"");
   RunProgress progress;
   progress.step = json.integer("step", 0, INT64_MAX);
   progress.stage = json.integer("stage", 0, INT64_MAX);
@@ -227,9 +168,9 @@ RunProgress load_state(const std::string& folder, model::Transformer& model, Opt
     progress.plan.push_back(static_cast<uint64_t>(value));
   }
   progress.parts = parts_of(json);
-  const auto reader = checkpoint::TensorReader::open(folder + "/state.safetensors");
+  const auto reader = checkpoint::TensorReader::open(folder + concat("/", kStateFile));
   const auto targets = named_state(model, optimizer);
-  for (const StateTensor& target : targets) {
+  for (const auto& [target, unit, everywhere] : targets) {
     HADAL_INPUT_CHECK(reader.has(target.name), reader.path(), ": no tensor ", target.name);
     const at::Tensor stored = reader.tensor(target.name);
     HADAL_INPUT_CHECK(stored.sizes() == target.whole.sizes() &&

@@ -2,8 +2,9 @@
 // appears whole or not at all.
 //
 // `<out>/checkpoints/step-N` holds state.safetensors (FP32 masters by parameter name, optimizer
-// state by name and suffix) and progress.json. Data order, schedules and initialisation follow from
-// the configuration, so there is nothing else to keep.
+// state by name and suffix), progress.json and manifest.json (train/state_manifest.h); StateSaver
+// writes it. Data order, schedules and initialisation follow from the configuration, so there is
+// nothing else to keep.
 #pragma once
 
 #include <cstdint>
@@ -30,23 +31,24 @@ struct RunProgress {
   StageParts parts;            ///< tokens of the stages begun; checkpoints of old have none
 };
 
-/// Writes a checkpoint and removes the oldest beyond `keep`. Of several ranks each writes what it
-/// owns, into one file in a folder that all must see; the first makes it and gives it its name. The
-/// bytes are those that one rank would write. Errors: InputError where a rank does not see the
-/// folder.
-void save_state(const std::string& out,
-                const RunProgress& progress,
-                int64_t keep,
-                model::Transformer& model,
-                Optimizer& optimizer,
-                dist::Ranks& ranks);
+/// The content of progress.json.
+std::string progress_json(const RunProgress& progress, const Optimizer& optimizer);
+
+/// Removes the oldest checkpoints beyond `keep`.
+void remove_older_states(const std::string& out, int64_t keep);
 
 /// Removes what a process that was killed while it wrote has left below a run's folder: unfinished
 /// checkpoints, token files, metrics and models. Only for whoever holds the run's lock.
 void remove_leftovers(const std::string& out);
 
-/// The complete checkpoints below a run's folder, oldest first.
-std::vector<std::string> complete_states(const std::string& out);
+/// The newest checkpoint below a run's folder by its name; empty: none.
+std::string newest_state(const std::string& out);
+
+/// The newest checkpoint that is whole (verify_state); empty where there is no checkpoint at all.
+/// Newer ones are told in a warning that says what is wrong, and `set_aside` renames them to
+/// step-N.damaged: only for whoever holds the run's lock. Errors: InputError where there are
+/// checkpoints, but none is whole; nothing is renamed then.
+std::string newest_whole_state(const std::string& out, bool set_aside);
 
 /// RunProgress::parts alone.
 StageParts load_parts(const std::string& folder);
@@ -57,8 +59,8 @@ model::Transformer open_masters(const std::string& folder, const model::ModelCon
 
 /// Restores model and optimizer in place, of the optimizer's state what this rank owns, whatever
 /// the number of ranks that saved; before Optimizer::hold_for, while values are the masters.
-/// InputErrors name file and tensor where the checkpoint is of another model or damaged; nothing is
-/// changed then.
+/// InputErrors name file and tensor where the checkpoint is of another model; nothing is changed
+/// then. Checksums are newest_whole_state's. Of the old format, too.
 RunProgress load_state(const std::string& folder, model::Transformer& model, Optimizer& optimizer);
 
 }  // namespace hadal::train

@@ -113,7 +113,7 @@ class Maker {
       const double bytes = field.kind == model::ParamKind::kHashTable ? 8 : rounded(field) ? 2 : 4;
       plan_.fullest.weights += bytes * d(product(field.shape));
     }
-    std::vector<double> masters(num_ranks(), 0.0), moments = masters;
+    std::vector<double> masters(num_ranks(), 0.0), moments = masters, copies = masters;
     owned_ = masters;
     for (const PlanPiece& piece : plan_.zero.pieces) {
       const auto owner = static_cast<size_t>(piece.owner);
@@ -121,10 +121,17 @@ class Maker {
       owned_[owner] += d(piece.size());
       if (rounded(field)) masters[owner] += 4 * d(piece.size());
       moments[owner] += d(state_bytes(update_rule(field.kind)) - 4) * d(piece.size());
+      copies[owner] += d(state_bytes(update_rule(field.kind))) * d(piece.size());
     }
     RankMemory& memory = plan_.fullest;
     memory.masters = most(masters);
     memory.moments = most(moments);
+    if (params_.copied_checkpoints) memory.checkpoint = most(copies);
+    for (const Field& field : fields_) {  // moved by no gradient: every rank has it
+      if (!params_.copied_checkpoints || update_rule(field.kind) != UpdateRule::kNone) continue;
+      memory.checkpoint +=
+          (field.kind == model::ParamKind::kHashTable ? 8 : 4) * d(product(field.shape));
+    }
     memory.gradients = 4 * plan_.elements * d(plan_.gradient_sets);
     if (params_.ranks > 1) memory.gradients += 4 * most(owned_);
     const double bytes = params_.numerics == ops::Numerics::kIdeal ? 4 : 2;

@@ -19,8 +19,9 @@ struct TrainPlanParams {
   int64_t cap = 0;  ///< ranks that share the dense matrices; 0: dense_cap
   int64_t step_tokens = 0, row_length = 0;
   ops::Numerics numerics = ops::Numerics::kBf16;
-  double flops_per_second = 0.0;  ///< of a rank
-  double bytes_per_second = 0.0;  ///< into a rank, and out of it
+  bool copied_checkpoints = true;  ///< written beside the steps, from a copy
+  double flops_per_second = 0.0;   ///< of a rank
+  double bytes_per_second = 0.0;   ///< into a rank, and out of it
 };
 
 struct PlannedParameter {
@@ -40,7 +41,10 @@ struct RankMemory {
   double moments = 0.0;      ///< of what it owns
   double gradients = 0.0;    ///< the nodes of its rows, and the sums of what it owns
   double activations = 0.0;  ///< the streams between blocks of one row, the least that is kept
-  double total() const { return weights + masters + moments + gradients + activations; }
+  double checkpoint = 0.0;   ///< the copy of what it owns, while a checkpoint is written
+  double total() const {
+    return weights + masters + moments + gradients + activations + checkpoint;
+  }
 };
 
 struct TrainPlan {

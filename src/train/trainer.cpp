@@ -24,6 +24,8 @@
 #include "train/report.h"
 #include "train/row_plan.h"
 #include "train/run_setup.h"
+#include "train/state_copy.h"
+#include "train/state_saver.h"
 #include "train/step.h"
 #include "train/validation.h"
 
@@ -49,8 +51,12 @@ struct Trainer::Impl {
         device(training_device(config, ranks)),
         lock(ranks.first() ? std::make_unique<FileLock>(prepare_folder(config)) : nullptr),
         sources(open_sources(config)),
-        plan(config, sources, from_newest(config, load_parts)),
-        model(build_model(config, model_config, sources, place.pipeline)) {
+        plan(config, sources, begun_parts(config, ranks)),
+        model(build_model(config, model_config, sources, place.pipeline)),
+        saver({.out = config.out,
+               .keep = config.checkpoint.keep,
+               .beside = config.checkpoint.asynchronous},
+              ranks) {
     // Reductions inside LibTorch depend on its thread count; our own kernels do not.
     if (device.is_cpu()) at::set_num_threads(1);
     model::move_to(model, device);
@@ -68,7 +74,7 @@ struct Trainer::Impl {
           collected_pieces(optimizer->ownership()));
     }
     let_the_others_follow(ranks);
-    check_that_ranks_agree(config, newest(config), ranks);
+    check_that_ranks_agree(config, newest_state(config.out), ranks);
     if (!config.validation.source.empty()) {
       const auto index = static_cast<size_t>(config.source_index(config.validation.source));
       validation =
@@ -81,6 +87,15 @@ struct Trainer::Impl {
     metrics = std::make_unique<MetricsWriter>(config.out, progress.step);
     bar = std::make_unique<Progress>("train", plan.total_tokens(), "tokens");
     report_ranks(optimizer->ownership(), split, ranks);
+    report_copy();
+  }
+
+  /// What a checkpoint costs beside the memory of a step.
+  void report_copy() {
+    if (!config.checkpoint.asynchronous) return;
+    const int64_t bytes = state_bytes(named_state(model, *optimizer));
+    log::info("train", "checkpoints are written beside the steps, from a copy of ",
+              std::round(static_cast<double>(bytes) / 1e4) / 1e2, " MB");
   }
 
   static std::string prepare_folder(const RunConfig& config) {
@@ -95,25 +110,17 @@ struct Trainer::Impl {
     return config.out + "/lock";
   }
 
-  /// What `read` makes of the newest checkpoint; where that is damaged, the way on is named.
-  template <typename Read>
-  static auto from_newest(const RunConfig& config, Read read) -> decltype(read(std::string())) {
-    const std::vector<std::string> states = complete_states(config.out);
-    if (states.empty()) return {};
-    try {
-      return read(states.back());
-    } catch (const InputError& error) {
-      if (states.size() == 1) throw;
-      throw InputError(concat(error.what(), "; to go on from ", states[states.size() - 2],
-                              ", the checkpoint before it, remove ", states.back()));
-    }
+  /// Of the newest whole checkpoint, which the first rank finds before the others look.
+  static StageParts begun_parts(const RunConfig& config, const dist::Ranks& ranks) {
+    const std::string folder =
+        ranks.first() ? newest_whole_state(config.out, true) : newest_state(config.out);
+    return folder.empty() ? StageParts() : load_parts(folder);
   }
 
   void restore() {
-    const std::string folder = newest(config);
+    const std::string folder = newest_state(config.out);
     if (folder.empty()) return;
-    progress = from_newest(
-        config, [&](const std::string& state) { return load_state(state, model, *optimizer); });
+    progress = load_state(folder, model, *optimizer);
     HADAL_INPUT_CHECK(progress.stage <= static_cast<int64_t>(config.stages.size()) &&
                           progress.plan.size() <= config.stages.size(),
                       folder, ": the run was in stage ", progress.stage, ", but ", config.path,
@@ -147,11 +154,6 @@ struct Trainer::Impl {
       progress.parts[stage] = plan.parts(stage);
   }
 
-  static std::string newest(const RunConfig& config) {
-    const std::vector<std::string> states = complete_states(config.out);
-    return states.empty() ? "" : states.back();
-  }
-
   const Stage& stage() const { return config.stages[static_cast<size_t>(progress.stage)]; }
   bool finished() const { return progress.stage == static_cast<int64_t>(config.stages.size()); }
 
@@ -168,15 +170,17 @@ struct Trainer::Impl {
       }
       if (ranks.any(stop())) {
         save();
+        saver.finish();
         return RunOutcome::kStopped;
       }
       step();
       // What a step reports comes before its checkpoint: a run that goes on from there has all of
       // it, and one that goes on from an earlier checkpoint reports all of it again.
       if (progress.row == plan.num_rows(static_cast<size_t>(progress.stage))) end_stage();
-      if (save_is_due()) save();
+      save_is_due() ? save() : saver.poll();
     }
     save();
+    saver.finish();
     if (ranks.first()) {
       bar->finish();
       export_model();
@@ -203,7 +207,7 @@ struct Trainer::Impl {
     const bool quantised = model.config().quantized;
     // Of several ranks none has all masters: they are in the checkpoint that was just written.
     std::optional<model::Transformer> masters;
-    if (ranks.size() > 1) masters = open_masters(newest(config), model.config());
+    if (ranks.size() > 1) masters = open_masters(newest_state(config.out), model.config());
     checkpoint::save_model(
         masters ? *masters : model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
@@ -386,12 +390,12 @@ struct Trainer::Impl {
     const CheckpointSpec& spec = config.checkpoint;
     if (spec.every_steps > 0 && progress.step % spec.every_steps == 0) return true;
     // Clocks differ: the first rank's counts.
-    return spec.every_seconds > 0.0 &&
+    return spec.every_seconds > 0.0 && !saver.under_way() &&
            ranks.any(ranks.first() && seconds_since(last_save) >= spec.every_seconds);
   }
 
   void save() {
-    save_state(config.out, progress, config.checkpoint.keep, model, *optimizer, ranks);
+    saver.begin(progress, model, *optimizer);
     last_save = Clock::now();
   }
 
@@ -408,6 +412,7 @@ struct Trainer::Impl {
   std::unique_ptr<Pipeline> pipeline;  ///< null: this rank has all layers
   std::unique_ptr<SharedRows> shared;  ///< null: this rank passes whole rows
   std::unique_ptr<Optimizer> optimizer;
+  StateSaver saver;
   PackedRows validation;
   RunProgress progress;
   std::unique_ptr<MetricsWriter> metrics;  ///< the first rank's, like the bar
