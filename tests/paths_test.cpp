@@ -207,7 +207,8 @@ INSTANTIATE_TEST_SUITE_P(Numerics,
                                            PathCase{"tiny_bf16", false, Numerics::kBf16},
                                            PathCase{"small_ideal", true, Numerics::kIdeal},
                                            PathCase{"small_bf16", true, Numerics::kBf16},
-                                           PathCase{"small_released", true, Numerics::kReleased}),
+                                           PathCase{"small_released", true, Numerics::kReleased},
+                                           PathCase{"small_fp8", true, Numerics::kFp8}),
                          [](const auto& param_info) { return param_info.param.name; });
 
 }  // namespace

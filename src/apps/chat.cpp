@@ -86,7 +86,7 @@ std::function<int()> define_chat(CLI::App& app) {
                  "tokens of an answer at most; default: the model's, else 1024")
       ->check(above(0));
   app.add_option("--numerics", flags->numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_flag("--json", flags->json, "every answer as one line of JSON");
   app.add_flag("--no-history", flags->no_history, "do not keep the lines for the next time");
   app.add_flag("--recompute", flags->recompute,

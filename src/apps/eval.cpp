@@ -214,7 +214,7 @@ void define_selection(CLI::App& app, const std::shared_ptr<SelectionFlags>& flag
       ->capture_default_str();
   app.add_option("--field", flags->text.field, "of a .jsonl line: the text")->capture_default_str();
   app.add_option("--numerics", flags->text.numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
 }
 
 struct ToolCallFlags {
@@ -266,7 +266,7 @@ void define_tool_calls(CLI::App& app, const std::shared_ptr<ToolCallFlags>& flag
       ->check(above(0))
       ->capture_default_str();
   app.add_option("--numerics", flags->numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_flag("--json", flags->json, "print JSON");
 }
 
@@ -311,7 +311,7 @@ std::function<int()> define_eval(CLI::App& app) {
   perplexity->add_option("--max-documents", flags->max_documents, "score the first documents only")
       ->check(above(0));
   perplexity->add_option("--numerics", flags->numerics,
-                         "ideal, bf16 or released; default: by the checkpoint's scales");
+                         "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   perplexity->add_option("--step-tokens", flags->step_tokens, "tokens a forward pass, for memory")
       ->check(above(0))
       ->capture_default_str();

@@ -114,7 +114,7 @@ void add_common(CLI::App& app, std::string& model, std::string& numerics, bool& 
   app.add_option("--model", model,
                  "checkpoint folder with tokenizer.json; default: the shipped model");
   app.add_option("--numerics", numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_flag("--json", json, "print JSON, every line's result included");
 }
 

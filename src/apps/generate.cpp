@@ -114,7 +114,7 @@ std::function<int()> define_generate(CLI::App& app) {
   app.add_option("--max-tokens", flags->max_tokens, "tokens to generate at most")->check(above(0));
   flags->sampling.define(app);
   app.add_option("--numerics", flags->numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_flag("--json", flags->json, "one JSON object instead of a stream");
   return [flags, prompt] {
     flags->prompt_given = prompt->count() > 0;

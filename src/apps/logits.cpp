@@ -115,7 +115,7 @@ std::function<int()> define_logits(CLI::App& app) {
                  "safetensors file to write: logits [batch, tokens, vocab] F32")
       ->required();
   app.add_option("--numerics", flags->numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_option("--device", flags->device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();

@@ -182,7 +182,7 @@ std::function<int()> define_serve(CLI::App& app) {
   engine::LocalEngineOptions& engine = flags->engine;
   server::ServerOptions& server = flags->server;
   app.add_option("--model", flags->model, "checkpoint folder; default: the shipped model");
-  app.add_option("--numerics", flags->numerics, "released, bf16 or ideal; default: as stored");
+  app.add_option("--numerics", flags->numerics, "released, fp8, bf16 or ideal; default: as stored");
   app.add_option("--name", flags->names,
                  "model name in the APIs; given again: further names that it answers to; "
                  "default: the folder's")

@@ -26,7 +26,7 @@ std::function<int()> define_verify(CLI::App& app) {
       ->required();
   app.add_option("--expected", flags->options.expected, "another file of expected tensors");
   app.add_option("--numerics", flags->numerics,
-                 "ideal, bf16 or released; default: by the checkpoint's scales");
+                 "ideal, bf16, released or fp8; default: by the checkpoint's storage");
   app.add_flag("--gradients", flags->options.gradients, "also compare grad.safetensors");
   app.add_option("--max-abs", flags->max_abs, "largest error of *.logits and layers.*.out");
   app.add_option("--device", flags->device, "cpu or cuda")

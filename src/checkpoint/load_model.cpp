@@ -29,6 +29,21 @@ bool is_fp4(const CheckpointTensor& tensor) {
   return tensor.data.scalar_type() == at::kByte || tensor.data.scalar_type() == at::kChar;
 }
 bool is_coded(const CheckpointTensor& tensor) { return is_fp8(tensor) || is_fp4(tensor); }
+/// FP8 with FP32 scales, not all of them powers of two (power_scales()).
+bool has_factors(const CheckpointTensor& tensor) {
+  return tensor.scale.defined() && tensor.scale.scalar_type() == at::kFloat && is_coded(tensor);
+}
+
+/// FP32 scales as E8M0 bytes; nullopt unless all are powers of two from 2^-126 to 2^127.
+std::optional<at::Tensor> power_scales(const at::Tensor& scale) {
+  const at::Tensor bits = scale.contiguous().view(at::kInt);
+  const at::Tensor exponent =
+      bits.bitwise_right_shift(23);  // with the sign: 256 and more, or below 0
+  const at::Tensor fits =
+      bits.bitwise_and(0x7fffff).eq(0).logical_and(exponent.ge(1)).logical_and(exponent.le(254));
+  if (!fits.all().item<bool>()) return std::nullopt;
+  return exponent.to(at::kByte);
+}
 
 bool serves_packed(const Parameter& parameter) {
   return parameter.is_matrix() || parameter.kind == ParamKind::kHead;
@@ -40,7 +55,7 @@ bool serves_packed(const Parameter& parameter) {
 bool in_bf16(const Parameter& parameter, const CheckpointTensor& stored) {
   if (parameter.kind == ParamKind::kEmbedding) return true;
   return serves_packed(parameter) && stored.data.scalar_type() != at::kFloat &&
-         stored.data.scalar_type() != at::kHalf;
+         stored.data.scalar_type() != at::kHalf && !has_factors(stored);
 }
 
 /// Codes as the packing functions of ops take them.
@@ -123,6 +138,8 @@ class Loader {
     const std::vector<CheckpointTensor> tensors = stored(parameter);
     std::optional<Codes> codes;
     ops::WeightFormat format = ops::WeightFormat::kBf16;
+    // E8M0 scales that were made of F32 ones lie in no file.
+    if (is_coded(tensors[0]) && checkpoint_.storage() == Storage::kFp8F32Scales) return false;
     if (serves_packed(parameter) && reads_codes() && is_coded(tensors[0])) {
       codes = codes_of(tensors, parameter);
       format = is_fp8(tensors[0]) ? ops::WeightFormat::kFp8 : ops::WeightFormat::kFp4;
@@ -176,7 +193,7 @@ class Loader {
   /// On an accelerator the products of codes round their rows, as `released` alone does.
   bool reads_codes() const {
     return numerics_ == ops::Numerics::kReleased ||
-           (numerics_ == ops::Numerics::kBf16 && target_.held == Held::kPanels);
+           (numerics_ != ops::Numerics::kIdeal && target_.held == Held::kPanels);
   }
 
   /// [matrices, out, in] of wo_a, else the value itself.
@@ -203,7 +220,23 @@ class Loader {
     std::vector<CheckpointTensor> tensors;
     for (const std::string& name : stored_names(parameter))
       tensors.push_back(checkpoint_.get(name));
+    use_power_scales(tensors, parameter);
     return tensors;
+  }
+
+  /// FP32 scales become E8M0 where all of a parameter's allow it, which changes no value.
+  void use_power_scales(std::vector<CheckpointTensor>& tensors, const Parameter& parameter) const {
+    std::vector<at::Tensor> scales;
+    for (const CheckpointTensor& tensor : tensors) {
+      if (!has_factors(tensor)) return;
+      const std::optional<at::Tensor> powers = power_scales(tensor.scale);
+      HADAL_INPUT_CHECK(powers || target_.held != Held::kAccelerator, checkpoint_.reader().path(),
+                        ": the F32 scales of ", parameter.name,
+                        " are no powers of two, which the CPU alone multiplies by");
+      if (!powers) return;
+      scales.push_back(*powers);
+    }
+    for (size_t i = 0; i < tensors.size(); ++i) tensors[i].scale = scales[i];
   }
 
   static bool by_expert(const Parameter& parameter) {
@@ -282,7 +315,7 @@ class Loader {
     bool all_bf16 = true;
     for (const CheckpointTensor& tensor : tensors) {
       const at::Tensor value = dense_values(tensor.data, tensor.scale);
-      experts.push_back(is_coded(tensor) ? value.to(at::kBFloat16) : value);
+      experts.push_back(is_coded(tensor) && !has_factors(tensor) ? value.to(at::kBFloat16) : value);
       all_bf16 = all_bf16 && experts.back().scalar_type() == at::kBFloat16;
     }
     if (!all_bf16)
@@ -328,10 +361,29 @@ class LoadProgress {
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
+void check_fp8(const OfficialCheckpoint& checkpoint, const LoadTarget& target) {
+  checkpoint.config().check_fp8();
+  HADAL_INPUT_CHECK(checkpoint.storage() != Storage::kFp4, checkpoint.reader().path(),
+                    ": numerics fp8 has no FP4, but the experts are stored in it; expected "
+                    "numerics released or bf16");
+  HADAL_INPUT_CHECK(target.held != Held::kAccelerator, checkpoint.reader().path(),
+                    ": numerics fp8 is for the CPU; expected numerics released or bf16 on an "
+                    "accelerator");
+}
+
 }  // namespace
 
 ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint) {
-  return checkpoint.storage() == Storage::kBf16 ? ops::Numerics::kIdeal : ops::Numerics::kReleased;
+  switch (checkpoint.storage()) {
+    case Storage::kFp4:
+      return ops::Numerics::kReleased;
+    case Storage::kFp8:
+    case Storage::kFp8F32Scales:
+      return ops::Numerics::kFp8;
+    case Storage::kBf16:
+      break;
+  }
+  return ops::Numerics::kIdeal;
 }
 
 LoadTarget serving_target(at::Device device) {
@@ -353,10 +405,7 @@ void load_weights(model::Transformer& model,
   HADAL_CHECK(model.config() == checkpoint.config(),
               "load_weights: a model of another config than ", checkpoint.reader().path());
   if (numerics == ops::Numerics::kReleased) checkpoint.config().check_released();
-  HADAL_INPUT_CHECK(checkpoint.storage() != Storage::kFp8F32Scales, checkpoint.reader().path(),
-                    ": FP8 with F32 scales (a -Base checkpoint) cannot be run as it is: its values "
-                    "have no exact BF16 "
-                    "form");
+  if (numerics == ops::Numerics::kFp8) check_fp8(checkpoint, target);
   Loader loader(checkpoint, numerics, target);
   // What an upload reads is looked at on the way.
   if (!loader.uploads()) check_weights(checkpoint);

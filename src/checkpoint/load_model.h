@@ -8,7 +8,8 @@
 
 namespace hadal::checkpoint {
 
-/// `released` when the checkpoint has scales, else `ideal`.
+/// `released` when experts are stored in FP4, `fp8` when they are in FP8 (Base checkpoints),
+/// `ideal` without scales.
 ops::Numerics default_numerics(const OfficialCheckpoint& checkpoint);
 
 /// How the matrices of a loaded model are held.
@@ -30,11 +31,13 @@ LoadTarget serving_target(at::Device device);
 /// Fills a model with the checkpoint's values, none of them rounded: FP32 in `ideal`; otherwise
 /// matrices and head as BF16 values (exact for FP8 and FP4 with power-of-two scales), or FP32 where
 /// they are stored in F32 or F16, and everything else in FP32. Only the embedding is BF16 in every
-/// numerics but `ideal`: its rows are activations. The values, and the results on the CPU, do not
-/// depend on how they are held. In `ideal` nothing is held in codes. Matrices in codes for which
-/// the target has no exact form are held in BF16; for an accelerator a warning counts them.
-/// InputError when the widths do not allow the numerics, where values would have to be rounded (F32
-/// scales that are no powers of two), and for values that cannot be right (weight_checks.h).
+/// numerics but `ideal`: its rows are activations. FP8 whose F32 scales are no powers of two has no
+/// exact values: its codes are held beside them, or, in kDense, its values rounded once to FP32.
+/// The values, and the results on the CPU, do not depend on how they are held. In `ideal` nothing
+/// is held in codes. Matrices in codes for which the target has no exact form are held in BF16; for
+/// an accelerator a warning counts them. InputError when the widths do not allow the numerics, for
+/// FP4 experts in `fp8`, for `fp8` and such scales on an accelerator, and for values that cannot be
+/// right (weight_checks.h).
 model::Transformer load_model(const OfficialCheckpoint& checkpoint,
                               ops::Numerics numerics,
                               LoadTarget target = {});

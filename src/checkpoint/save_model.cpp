@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/file.h"
+#include "checkpoint/dequantise.h"
 #include "checkpoint/names.h"
 #include "checkpoint/quantise.h"
 #include "checkpoint/safetensors.h"
@@ -47,7 +48,10 @@ void add_tensor(ShardWriter& writer,
     const ops::StoredCodes quantised = stored.dtype == Dtype::kI8 ? quantise_fp4(value, spec.name)
                                                                   : quantise_fp8(value, spec.name);
     writer.add({.name = spec.name, .tensor = quantised.data});
-    writer.add({.name = scale_name(spec.name), .tensor = quantised.scale, .e8m0 = true});
+    const bool e8m0 = storage != Storage::kFp8F32Scales;
+    writer.add({.name = scale_name(spec.name),
+                .tensor = e8m0 ? quantised.scale : e8m0_to_float(quantised.scale),
+                .e8m0 = e8m0});
     return;
   }
   const at::Tensor plain = value.cpu().to(scalar_type(stored.dtype)).contiguous();
@@ -67,8 +71,8 @@ void save_model(const model::Transformer& model,
   config.drafter = {};
   if (options.trained_length >= 0) config.trained_length = options.trained_length;
   config.quantized = official;
-  config.expert_dtype = official ? model::ExpertDtype::kFp4 : model::ExpertDtype::kBf16;
-  if (official) config.check_released();
+  config.expert_dtype = official ? options.experts : model::ExpertDtype::kBf16;
+  if (official) config.check_stored();
   const Storage storage = storage_of(config);
   const std::map<std::string, at::Tensor> values = values_by_name(model);
   AtomicDirectory directory(folder);

@@ -239,13 +239,7 @@ void ModelConfig::validate() const {
                       vocab_size);
 }
 
-void ModelConfig::check_released() const {
-  HADAL_INPUT_CHECK(nope_head_dim() % 64 == 0,
-                    "released numerics need head_dim - qk_rope_head_dim ",
-                    "divisible by 64, found ", head_dim, " - ", rope_head_dim);
-  HADAL_INPUT_CHECK(index_head_dim % 32 == 0,
-                    "released numerics need index_head_dim divisible by 32, found ",
-                    index_head_dim);
+void ModelConfig::check_fp8(const char* numerics) const {
   const std::pair<const char*, int64_t> inputs[] = {
       {"hidden_size", dim},
       {"q_lora_rank", q_lora_rank},
@@ -253,8 +247,23 @@ void ModelConfig::check_released() const {
       {"o_groups * o_lora_rank", o_groups * o_lora_rank},
       {"moe_intermediate_size", moe_inter_dim}};
   for (const auto& [key, size] : inputs)
-    HADAL_INPUT_CHECK(size % kQuantBlock == 0, "released numerics need ", key, " divisible by ",
+    HADAL_INPUT_CHECK(size % kQuantBlock == 0, numerics, " numerics need ", key, " divisible by ",
                       kQuantBlock, ", found ", size);
+}
+
+void ModelConfig::check_released() const {
+  HADAL_INPUT_CHECK(nope_head_dim() % 64 == 0,
+                    "released numerics need head_dim - qk_rope_head_dim ",
+                    "divisible by 64, found ", head_dim, " - ", rope_head_dim);
+  HADAL_INPUT_CHECK(index_head_dim % 32 == 0,
+                    "released numerics need index_head_dim divisible by 32, found ",
+                    index_head_dim);
+  check_fp8("released");
+}
+
+void ModelConfig::check_stored() const {
+  if (expert_dtype == ExpertDtype::kFp8) return check_fp8();
+  check_released();
 }
 
 ModelConfig parse_config(const std::string& json_text, const std::string& origin) {
@@ -382,10 +391,10 @@ std::string to_config_json(const ModelConfig& c) {
         .begin_object()
         .field("activation_scheme", "dynamic")
         .field("fmt", "e4m3")
-        .field("quant_method", "fp8")
-        .field("scale_fmt", "ue8m0")
-        .field("weight_block_size", std::vector<int64_t>{kQuantBlock, kQuantBlock})
-        .end_object();
+        .field("quant_method", "fp8");
+    // Beside FP8 experts scales are F32, as in Base checkpoints.
+    if (c.expert_dtype == ExpertDtype::kFp4) out.field("scale_fmt", "ue8m0");
+    out.field("weight_block_size", std::vector<int64_t>{kQuantBlock, kQuantBlock}).end_object();
   }
   return out.end_object().str();
 }

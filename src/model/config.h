@@ -106,6 +106,10 @@ struct ModelConfig {
   /// divisible by 64, index_head_dim by 32, and the input size of every quantised matrix by 128
   /// (model.md 7).
   void check_released() const;
+  /// The last of these alone, which is what `fp8` asks for; `numerics` is named in the error.
+  void check_fp8(const char* numerics = "fp8") const;
+  /// The one of the two that a model with these experts is served in.
+  void check_stored() const;
 };
 
 /// Reads a config.json, official or as transformers writes it (config_forms.h). Missing required

@@ -16,6 +16,15 @@
 
 namespace hadal::model {
 
+Storage Parameter::storage_in(ops::Numerics numerics) const {
+  return numerics == ops::Numerics::kFp8 && storage == Storage::kFp4 ? Storage::kFp8 : storage;
+}
+
+ops::GemmRole Parameter::role_in(ops::Numerics numerics) const {
+  const bool fp8 = numerics == ops::Numerics::kFp8 && role == ops::GemmRole::kFp4;
+  return fp8 ? ops::GemmRole::kFp8 : role;
+}
+
 int64_t Parameter::local_units() const {
   if (shard.whole() || shard.axis != 0 || units == 1) return units;
   const int64_t rows = shape.at(0) / units;
@@ -67,7 +76,7 @@ at::Tensor Parameter::operand(ops::Numerics numerics) const {
   if (numerics == ops::Numerics::kIdeal || storage == Storage::kF32 || as_stored) return value;
   if (value.scalar_type() == at::kBFloat16) return value;
   if (numerics == ops::Numerics::kBf16) return value.to(at::kBFloat16);
-  return ops::straight_through(ops::official_rounding(value.detach(), storage), value);
+  return ops::straight_through(ops::official_rounding(value.detach(), storage_in(numerics)), value);
 }
 
 ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
@@ -119,9 +128,9 @@ at::Tensor trained_operand(const Parameter& w, ops::Numerics numerics) {
 
 at::Tensor apply_linear(const Parameter& w, const at::Tensor& x, ops::Numerics numerics) {
   if (trains(w, x)) {
-    const auto product = [role = w.role](const at::Tensor& rows, const at::Tensor& values,
-                                         const at::Tensor& master) {
-      return ops::trained_linear(rows, values, master, role);
+    const auto product = [role = w.role, numerics](const at::Tensor& rows, const at::Tensor& values,
+                                                   const at::Tensor& master) {
+      return ops::trained_linear(rows, values, master, role, numerics);
     };
     return ops::checkpointed(
         ops::recorded("product", product, x, trained_operand(w, numerics), w.value));
@@ -163,16 +172,17 @@ at::Tensor apply_experts(const Parameter& w,
                          const ops::Permutation& order,
                          ops::Numerics numerics) {
   if (trains(w, x)) {
-    const auto product = [role = w.role](const at::Tensor& rows, const at::Tensor& values,
-                                         const at::Tensor& master, const at::Tensor& offsets,
-                                         const at::Tensor& token) {
-      return ops::trained_grouped_linear(rows, values, master, offsets, token, role);
+    const auto product = [role = w.role_in(numerics), numerics](
+                             const at::Tensor& rows, const at::Tensor& values,
+                             const at::Tensor& master, const at::Tensor& offsets,
+                             const at::Tensor& token) {
+      return ops::trained_grouped_linear(rows, values, master, offsets, token, role, numerics);
     };
     return ops::checkpointed(ops::recorded("expert product", product, x,
                                            trained_operand(w, numerics), w.value, order.offsets,
                                            order.token));
   }
-  return ops::grouped_linear(x, w.product_operand(numerics), order.offsets, w.role);
+  return ops::grouped_linear(x, w.product_operand(numerics), order.offsets, w.role_in(numerics));
 }
 
 at::Tensor apply_groups(const Parameter& w,

@@ -73,6 +73,10 @@ struct Parameter {
   /// Moved by gradients of a language or indexer loss.
   bool trainable() const { return kind != ParamKind::kGateBias && kind != ParamKind::kHashTable; }
 
+  /// Storage and role in these numerics: its own, but `fp8` has E4M3 where the release has FP4.
+  Storage storage_in(ops::Numerics numerics) const;
+  ops::GemmRole role_in(ops::Numerics numerics) const;
+
   /// Shape and units of the shard. Error where it cuts through a unit of several rows.
   std::vector<int64_t> local_shape() const { return shard.of(shape); }
   int64_t local_units() const;
@@ -87,8 +91,8 @@ struct Parameter {
   /// Bytes in memory, kept panels included.
   int64_t num_bytes() const;
 
-  /// The dense operand: the values themselves in `ideal`; BF16 in `bf16`; in `released` the values
-  /// that the official storage would hold, with a straight-through gradient, when the values are
+  /// The dense operand: the values themselves in `ideal`; BF16 in `bf16`; in `released` and `fp8`
+  /// the values that storage_in() would hold, with a straight-through gradient, when the values are
   /// FP32 masters. A weight's values are made dense for the call.
   at::Tensor operand(ops::Numerics numerics) const;
   /// The same values as a product reads them: the weight that it holds, or its operand, for whose

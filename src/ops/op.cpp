@@ -106,15 +106,18 @@ const char* numerics_name(Numerics numerics) {
       return "bf16";
     case Numerics::kReleased:
       return "released";
+    case Numerics::kFp8:
+      return "fp8";
   }
   return "unknown";
 }
 
 Numerics parse_numerics(const std::string& name) {
-  for (const Numerics numerics : {Numerics::kIdeal, Numerics::kBf16, Numerics::kReleased}) {
+  for (const Numerics numerics :
+       {Numerics::kIdeal, Numerics::kBf16, Numerics::kReleased, Numerics::kFp8}) {
     if (name == numerics_name(numerics)) return numerics;
   }
-  throw InputError(concat("numerics: expected ideal, bf16 or released, found '", name, "'"));
+  throw InputError(concat("numerics: expected ideal, bf16, released or fp8, found '", name, "'"));
 }
 
 at::ScalarType compute_type(const at::Tensor& x) {

@@ -1,4 +1,4 @@
-// What every op shares: the three numerics, shape checks, dispatch to references, and the two
+// What every op shares: the four numerics, shape checks, dispatch to references, and the two
 // autograd idioms.
 //
 // An op is one public function. On a device and dtype for which a kernel is filled it runs the
@@ -19,11 +19,12 @@ namespace hadal::ops {
 
 /// ideal: FP32 (FP64 in tests) throughout, no round trips. bf16: BF16 weights and activations, no
 /// round trips. released: what the official checkpoints were trained for, with FP8/FP4 activation
-/// round trips.
-enum class Numerics { kIdeal, kBf16, kReleased };
+/// round trips. fp8: what Base checkpoints are trained in: bf16, but products of matrices and
+/// experts in E4M3, and no FP4 anywhere (docs/decisions/0033-fp8.md).
+enum class Numerics { kIdeal, kBf16, kReleased, kFp8 };
 
 const char* numerics_name(Numerics numerics);
-/// "ideal", "bf16" or "released"; throws InputError for anything else.
+/// "ideal", "bf16", "released" or "fp8"; throws InputError for anything else.
 Numerics parse_numerics(const std::string& name);
 
 /// FP64 stays FP64, everything else computes in FP32.

@@ -30,6 +30,19 @@ int64_t trained_length(const RunConfig& config, const RunProgress& progress) {
   return longest;
 }
 
+model::ExpertDtype exported_experts(const RunConfig& config,
+                                    const model::ModelConfig& trained,
+                                    const RunProgress* progress) {
+  size_t last = config.stages.size() - 1;
+  if (progress != nullptr) {
+    const int64_t stage = progress->stage - (progress->row == 0 && progress->stage > 0 ? 1 : 0);
+    last = std::min(last, static_cast<size_t>(stage));
+  }
+  const bool fp8 = trained.expert_dtype == model::ExpertDtype::kFp8 ||
+                   config.stages[last].numerics == ops::Numerics::kFp8;
+  return fp8 ? model::ExpertDtype::kFp8 : model::ExpertDtype::kFp4;
+}
+
 std::string generation_config(const RunConfig& config) {
   const auto path = std::filesystem::path(config.model).parent_path() / "generation_config.json";
   return std::filesystem::exists(path) ? path.string() : "";
@@ -41,7 +54,6 @@ RunProgress export_run(const RunConfig& config,
   const std::string state = newest_whole_state(config.out, false);
   HADAL_INPUT_CHECK(!state.empty(), config.out, ": the run has no checkpoint to export");
   const model::ModelConfig model_config = trained_config(config);
-  if (format == checkpoint::SaveFormat::kOfficial) model_config.check_released();
   model::Transformer model(model_config);
   // Values of the right shapes and types, all of which the checkpoint replaces.
   model::init_weights(model, {.seed = config.seed, .std = config.init_std, .token_counts = {}},
@@ -51,6 +63,7 @@ RunProgress export_run(const RunConfig& config,
   const RunProgress progress = load_state(state, model, optimizer);
   checkpoint::save_model(model, folder,
                          {.format = format,
+                          .experts = exported_experts(config, model_config, &progress),
                           .max_shard_bytes = config.export_shard_bytes,
                           .trained_length = trained_length(config, progress),
                           .tokenizer = config.tokenizer,

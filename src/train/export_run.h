@@ -17,6 +17,13 @@ model::ModelConfig trained_config(const RunConfig& config);
 /// it started from included.
 int64_t trained_length(const RunConfig& config, const RunProgress& progress);
 
+/// How experts of the exported model are stored where it is quantised: in FP8 where the config says
+/// so or the stage that was trained last computed in `fp8`, else in FP4. `progress` null: at the
+/// end of the run.
+model::ExpertDtype exported_experts(const RunConfig& config,
+                                    const model::ModelConfig& trained,
+                                    const RunProgress* progress);
+
 /// The settings of generation that lie beside the architecture; empty: none do.
 std::string generation_config(const RunConfig& config);
 

@@ -25,7 +25,7 @@ at::Tensor rounded(const Parameter& parameter, const at::Tensor& master, Numeric
   if (numerics == Numerics::kBf16 || !parameter.is_matrix()) return master.to(at::kBFloat16);
   std::vector<int64_t> shape = parameter.local_shape();
   shape[0] = -1;
-  return ops::official_rounding(master.view(shape), parameter.storage).view({-1});
+  return ops::official_rounding(master.view(shape), parameter.storage_in(numerics)).view({-1});
 }
 
 /// A leaf of autograd whose gradient is FP32, whatever its own type.

@@ -94,7 +94,7 @@ struct Case {
 model::Transformer make_model(const Case& c) {
   static std::mutex generator;
   const std::lock_guard<std::mutex> lock(generator);
-  const bool released = c.numerics == Numerics::kReleased;
+  const bool released = c.numerics == Numerics::kReleased || c.numerics == Numerics::kFp8;
   return testing::random_model(released ? testing::mini_config() : testing::tiny_config(), 4,
                                at::kFloat);
 }
@@ -231,7 +231,8 @@ INSTANTIATE_TEST_SUITE_P(Modes,
                                            std::tuple(AttentionMode::kIndexerWarmup,
                                                       Numerics::kIdeal),
                                            std::tuple(AttentionMode::kSparse, Numerics::kBf16),
-                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased)),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kFp8)),
                          [](const auto& c) {
                            return std::string(attention_mode_name(std::get<0>(c.param))) + "_" +
                                   ops::numerics_name(std::get<1>(c.param));
@@ -240,8 +241,8 @@ INSTANTIATE_TEST_SUITE_P(Modes,
 // Stages of other numerics: masters go apart from values, and come together again.
 TEST(RanksNumerics, MayChangeBetweenSteps) {
   const testing::OneAtenThread one_thread;
-  const std::vector<Numerics> order = {Numerics::kBf16, Numerics::kReleased, Numerics::kIdeal,
-                                       Numerics::kReleased};
+  const std::vector<Numerics> order = {Numerics::kBf16, Numerics::kReleased, Numerics::kFp8,
+                                       Numerics::kIdeal, Numerics::kReleased};
   const auto run = [&](dist::Ranks& ranks) {
     // The released formats ask for the larger of the two models from the start.
     World world({.numerics = Numerics::kReleased}, ranks);

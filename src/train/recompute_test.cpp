@@ -119,7 +119,8 @@ INSTANTIATE_TEST_SUITE_P(Passes,
                                                       Numerics::kReleased),
                                            std::tuple(AttentionMode::kSparse, Numerics::kIdeal),
                                            std::tuple(AttentionMode::kSparse, Numerics::kBf16),
-                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased)),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kFp8)),
                          [](const auto& pass) {
                            return concat(attention_mode_name(std::get<0>(pass.param)), '_',
                                          ops::numerics_name(std::get<1>(pass.param)));

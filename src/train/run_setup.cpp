@@ -62,6 +62,13 @@ at::Device training_device(const RunConfig& config, const dist::Ranks& ranks) {
   HADAL_INPUT_CHECK(ranks.size() == 1 || device.is_cpu(), config.path,
                     ": device: several ranks train on the CPU: expected \"cpu\", found \"",
                     config.device, "\"");
+  for (const Stage& stage : config.stages) {
+    HADAL_INPUT_CHECK(stage.numerics != ops::Numerics::kFp8 || device.is_cpu(), config.path,
+                      ": stage ", stage.name,
+                      ": numerics fp8 is trained on the CPU: device: "
+                      "expected \"cpu\", found \"",
+                      config.device, "\"");
+  }
   return device;
 }
 
@@ -147,16 +154,17 @@ model::ModelConfig checked_model_config(const RunConfig& config) {
               "exported model has none");
     result.drafter = {};
   }
-  if (const model::ModelConfig exported = trained_config(config); exported.quantized) {
+  if (model::ModelConfig exported = trained_config(config); exported.quantized) {
+    exported.expert_dtype = exported_experts(config, exported, nullptr);
     // Found at the start, not when the finished model cannot be written.
     try {
-      exported.check_released();
+      exported.check_stored();
     } catch (const InputError& error) {
       throw InputError(
           concat(config.init_checkpoint.empty() ? config.model : config.init_checkpoint,
-                 ": quantization_config asks for a model in FP8 and FP4 (without it the model is "
-                 "BF16): ",
-                 error.what()));
+                 ": quantization_config asks for a model in FP8 and ",
+                 exported.expert_dtype == model::ExpertDtype::kFp8 ? "FP8 experts" : "FP4",
+                 " (without it the model is BF16): ", error.what()));
     }
   }
   const auto check_length = [&](const std::string& where, int64_t row_length) {
@@ -166,6 +174,7 @@ model::ModelConfig checked_model_config(const RunConfig& config) {
   };
   for (const Stage& stage : config.stages) {
     if (stage.numerics == ops::Numerics::kReleased) result.check_released();
+    if (stage.numerics == ops::Numerics::kFp8) result.check_fp8();
     check_length(concat("stage ", stage.name), stage.row_length);
   }
   check_length("validation", config.validation.row_length);

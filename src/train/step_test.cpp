@@ -48,7 +48,7 @@ Named two_steps(const std::vector<int64_t>& sizes,
                 AttentionMode mode,
                 Numerics numerics,
                 int64_t row_length = 48) {
-  const bool released = numerics == Numerics::kReleased;
+  const bool released = numerics == Numerics::kReleased || numerics == Numerics::kFp8;
   model::Transformer model = testing::random_model(
       released ? testing::mini_config() : testing::tiny_config(), 4, at::kFloat);
   model::require_gradients(model);
@@ -119,7 +119,9 @@ INSTANTIATE_TEST_SUITE_P(Modes,
                                                       Numerics::kIdeal),
                                            std::tuple(AttentionMode::kSparse, Numerics::kIdeal),
                                            std::tuple(AttentionMode::kSparse, Numerics::kBf16),
-                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased)),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kReleased),
+                                           std::tuple(AttentionMode::kDense, Numerics::kFp8),
+                                           std::tuple(AttentionMode::kSparse, Numerics::kFp8)),
                          [](const auto& c) {
                            return std::string(attention_mode_name(std::get<0>(c.param))) + "_" +
                                   ops::numerics_name(std::get<1>(c.param));

@@ -211,6 +211,7 @@ struct Trainer::Impl {
     checkpoint::save_model(
         masters ? *masters : model, folder,
         {.format = quantised ? checkpoint::SaveFormat::kOfficial : checkpoint::SaveFormat::kBf16,
+         .experts = exported_experts(config, model.config(), &progress),
          .max_shard_bytes = config.export_shard_bytes,
          .trained_length = trained_length(config, progress),
          .tokenizer = config.tokenizer,

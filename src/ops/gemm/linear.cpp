@@ -52,7 +52,8 @@ struct LinearFp32 : torch::autograd::Function<LinearFp32> {
 }  // namespace
 
 bool quantises_input(GemmRole role, Numerics numerics) {
-  return numerics == Numerics::kReleased && (role == GemmRole::kFp8 || role == GemmRole::kFp4);
+  const bool rounds = numerics == Numerics::kReleased || numerics == Numerics::kFp8;
+  return rounds && (role == GemmRole::kFp8 || role == GemmRole::kFp4);
 }
 
 int64_t slab_length(GemmRole role) { return role == GemmRole::kFp4 ? 32 : 128; }
@@ -242,7 +243,11 @@ class Product {
         std::min(kBlockPanels, ceil_div(w_.out, kPanelWidth) - block * kBlockPanels);
     const uint8_t* weights = w_.data.const_data_ptr<uint8_t>() + run.matrix * w_.data.stride(0);
     const uint8_t* scales = nullptr;
-    if (w_.scales.defined()) {
+    const float* factors = nullptr;
+    if (w_.has_factors()) {
+      factors = w_.scales.const_data_ptr<float>() + run.matrix * w_.scales.stride(0) +
+                block * ceil_div(w_.in, 128);
+    } else if (w_.scales.defined()) {
       const int64_t per_block =
           w_.format == WeightFormat::kFp8 ? ceil_div(w_.in, 128) : w_.in / 32 * kBlockWidth;
       scales = w_.scales.const_data_ptr<uint8_t>() + run.matrix * w_.scales.stride(0) +
@@ -264,7 +269,8 @@ class Product {
         .format = w_.format,
         .x_type = run.x_type,
         .result = result_,
-        .exact = run.exact < 0 ? nullptr : reinterpret_cast<const uint16_t*>(packed + run.exact)};
+        .exact = run.exact < 0 ? nullptr : reinterpret_cast<const uint16_t*>(packed + run.exact),
+        .factors = factors};
   }
 
   const Panels& w_;

@@ -9,8 +9,8 @@
 
 namespace hadal::ops {
 
-/// What a matrix is for decides its arithmetic in `released`, whatever its storage (numerics
-/// contract, rule 4).
+/// What a matrix is for decides its arithmetic in `released` and `fp8`, whatever its storage
+/// (numerics contract, rule 4). `fp8` has no FP4: experts are kFp8 there (model::Parameter).
 enum class GemmRole {
   kFp32,  ///< lin32: FP32 result (router, compressor, head); no activation round trip
   kBf16,  ///< linbf: no activation round trip
@@ -18,13 +18,13 @@ enum class GemmRole {
   kFp4,   ///< lin4: activations through Q8_128, scale slabs of 32 along K (routed experts)
 };
 
-/// Whether `released` quantises the activations of this role.
+/// Whether these numerics quantise the activations of this role: `released` and `fp8` do.
 bool quantises_input(GemmRole role, Numerics numerics);
 
 /// Input channels between roundings of the accumulator into the output accumulator.
 int64_t slab_length(GemmRole role);
 
-/// The activation rounding of a role: Q8_128 where `released` asks for it, x itself otherwise.
+/// The activation rounding of a role: Q8_128 where quantises_input says so, x itself otherwise.
 /// Callers that feed one x to several matrices round once.
 at::Tensor quantise_input(const at::Tensor& x, GemmRole role, Numerics numerics);
 

@@ -452,6 +452,7 @@ void by_format(const GemmTask& t) {
     case WeightFormat::kBf16:
       return by_panels<cpu::Bf16Weights<Products>>(t);
     case WeightFormat::kFp8:
+      if (t.factors != nullptr) return by_panels<cpu::Fp8FactorWeights<Products>>(t);
       return by_panels<cpu::Fp8Weights<Products>>(t);
     case WeightFormat::kFp4:
       return by_panels<cpu::Fp4Weights<Products>>(t);

@@ -17,10 +17,13 @@
 // Where sums are exact in any order, a matrix unit that adds in another one gives the same bits and
 // is used instead (AMX, FP4 weights; RowPacking::exact).
 //
-// FP8 values are multiplied by their scale as they are decoded. FP4 multiplies the slab's sum as it
-// is added, which gives the bits of scaled weights: scales are powers of two between 2^-60 and
-// 2^60, and activations that went through Q8_128 are multiples of 2^-31, so nothing is flushed or
-// overflows on one way only. (For other activations this holds while no sum is below 2^-66.)
+// FP8 values are multiplied by their scale as they are decoded. Where scales are no powers of two
+// (`factors`), codes are decoded as they are and the slab's sum is multiplied as it is added, by
+// one fused multiply-add; powers of two give the same bits either way. FP4 multiplies the slab's
+// sum as it is added, which gives the bits of scaled weights: scales are powers of two between
+// 2^-60 and 2^60, and activations that went through Q8_128 are multiples of 2^-31, so nothing is
+// flushed or overflows on one way only. (For other activations this holds while no sum is below
+// 2^-66.)
 #pragma once
 
 #include <cstdint>
@@ -72,9 +75,10 @@ struct GemmTask {
   void* y;       ///< [rows, outputs]
   int64_t y_row;
   WeightFormat format;
-  ElementType x_type;     ///< FP32, or BF16 where gemm_row_form_cpu says so
-  ElementType result;     ///< of y: one rounding
-  const uint16_t* exact;  ///< RowPacking::exact, or null
+  ElementType x_type;              ///< FP32, or BF16 where gemm_row_form_cpu says so
+  ElementType result;              ///< of y: one rounding
+  const uint16_t* exact;           ///< RowPacking::exact, or null
+  const float* factors = nullptr;  ///< of FP8 in place of scales: [ceil(in / 128)]
 };
 
 extern CpuSlot<void(const GemmTask&)> gemm_cpu;

@@ -119,6 +119,68 @@ TEST_P(Linear, Fp4HasTheBitsOfItsDenseValuesAndOfTheTree) {
   }
 }
 
+/// FP32 scales beside FP8 codes; `power`: powers of two.
+at::Tensor factors_like(const at::Tensor& scale, bool power) {
+  if (power) return at::exp2(scale.to(at::kFloat) - 127.0f);
+  return (at::rand(scale.sizes()) + 0.5) * at::exp2(scale.to(at::kFloat) - 127.0f);
+}
+
+/// The tree of FP8 with FP32 scales: slab sums of codes, each times its scale by one fused
+/// multiply-add.
+at::Tensor factor_tree(const at::Tensor& x_any, const Stored& s, const at::Tensor& factors) {
+  const at::Tensor x = x_any.to(at::kFloat), codes = s.data.to(at::kFloat).to(at::kBFloat16);
+  const int64_t rows = x.size(0), out = codes.size(0), in = codes.size(1);
+  at::Tensor y = at::zeros({rows, out}, at::kFloat);
+  auto* py = y.data_ptr<float>();
+  for (int64_t k = 0; k < in; k += 128) {
+    const int64_t count = std::min<int64_t>(128, in - k);
+    const at::Tensor sums =
+        tree(x.narrow(1, k, count).contiguous(), codes.narrow(1, k, count).contiguous(), 128);
+    for (int64_t i = 0; i < rows * out; ++i) {
+      const float factor = factors[i % out / 128][k / 128].item<float>();
+      py[i] = std::fma(sums.const_data_ptr<float>()[i], factor, py[i]);
+    }
+  }
+  return y;
+}
+
+TEST_P(Linear, Fp8WithScalesOfAnyValueHasTheBitsOfItsTree) {
+  for (const int64_t out : {1, 40, 64, 200}) {
+    for (const int64_t in : {2, 77, 330}) {
+      const Stored s = make_fp8(out, in, 2);
+      const at::Tensor x = fp8_rows(13, in), factors = factors_like(s.scale, false);
+      const auto packed = pack_fp8({s.data}, {factors});
+      ASSERT_TRUE(packed.has_value());
+      const at::Tensor expected = factor_tree(x, s, factors).to(at::kBFloat16);
+      for (const int64_t rows : kRowCounts) {
+        const at::Tensor y = linear(x.narrow(0, 0, rows), *packed, GemmRole::kFp8);
+        EXPECT_TRUE(same_bits(y, expected.narrow(0, 0, rows))) << out << " " << in << " " << rows;
+      }
+      const auto powers = pack_fp8({s.data}, {factors_like(s.scale, true)});
+      EXPECT_TRUE(same_bits(linear(x, *powers, GemmRole::kFp8), linear(x, fp8(s), GemmRole::kFp8)));
+    }
+  }
+}
+
+TEST_P(Linear, Fp8ExpertsWithScalesOfAnyValue) {
+  std::vector<at::Tensor> data, scale;
+  for (int seed = 0; seed < 3; ++seed) {
+    const Stored s = make_fp8(136, 256, seed);
+    data.push_back(s.data);
+    scale.push_back(factors_like(s.scale, false));
+  }
+  const auto stack = pack_fp8(data, scale);
+  ASSERT_TRUE(stack.has_value());
+  const at::Tensor x = fp8_rows(20, 256), offsets = at::tensor({0, 7, 7, 20}, at::kLong);
+  const at::Tensor y = grouped_linear(x, *stack, offsets, GemmRole::kFp8);
+  for (const auto& [expert, begin, count] : {std::tuple{0, 0, 7}, {2, 7, 13}}) {
+    const auto i = static_cast<size_t>(expert);
+    const auto one = pack_fp8({data[i]}, {scale[i]});
+    EXPECT_TRUE(same_bits(y.narrow(0, begin, count),
+                          linear(x.narrow(0, begin, count), *one, GemmRole::kFp8)));
+  }
+}
+
 TEST_P(Linear, Fp8HasTheBitsOfItsDenseValuesAndOfTheTree) {
   for (const int64_t out : {1, 16, 40, 64, 100, 200}) {
     for (const int64_t in : {2, 77, 128, 330}) {

@@ -99,16 +99,17 @@ struct StoredBytes {
 StoredBytes stored_bytes(const std::vector<at::Tensor>& data,
                          const std::vector<at::Tensor>& scale,
                          int64_t scale_rows,
-                         int64_t scale_columns) {
+                         int64_t scale_columns,
+                         at::ScalarType scale_type) {
   HADAL_CHECK(!data.empty() && data.size() == scale.size(), "pack: ", data.size(),
               " matrices with ", scale.size(), " scales");
   StoredBytes result;
   for (size_t i = 0; i < data.size(); ++i) {
     check_shape(data[i], {data[0].size(0), data[0].size(1)}, "pack: data");
     check_shape(scale[i], {scale_rows, scale_columns}, "pack: scale");
-    HADAL_CHECK(scale[i].element_size() == 1 && data[i].element_size() == 1,
-                "pack: expected bytes, found ", data[i].scalar_type(), " with scales of ",
-                scale[i].scalar_type());
+    HADAL_CHECK(scale[i].scalar_type() == scale_type && data[i].element_size() == 1,
+                "pack: expected bytes with scales of ", scale_type, ", found ",
+                data[i].scalar_type(), " with scales of ", scale[i].scalar_type());
     result.kept.push_back(data[i].contiguous());
     result.data.push_back(static_cast<const uint8_t*>(result.kept.back().const_data_ptr()));
     result.kept.push_back(scale[i].contiguous());
@@ -117,7 +118,20 @@ StoredBytes stored_bytes(const std::vector<at::Tensor>& data,
   return result;
 }
 
+/// A scale of one 128 x 128 block where it belongs in a block of 64 outputs; false where the kernel
+/// does not take it.
+bool pack_scale(uint8_t* to, const uint8_t* from) {
+  *to = *from;
+  return in_range(*from);
+}
+bool pack_scale(float* to, const float* from) {
+  *to = *from;
+  const float magnitude = std::fabs(*from);
+  return magnitude == 0.0f || (magnitude >= 0x1p-60f && magnitude <= 0x1p60f);
+}
+
 /// FP8, 64 outputs: false when a scale or a value has no packed form.
+template <typename Scale>
 bool pack_fp8_block(const Panels& panels,
                     const uint8_t* data,
                     const uint8_t* scale,
@@ -145,12 +159,12 @@ bool pack_fp8_block(const Panels& panels,
                   std::memcpy(dst + 64, half[1], 4);
                 });
   bool fits = !nan && last > first;
-  uint8_t* scales = matrix_bytes(panels.scales, matrix) + block * columns;
+  Scale* scales =
+      panels.scales.mutable_data_ptr<Scale>() + matrix * panels.scales.stride(0) + block * columns;
+  const auto* stored = reinterpret_cast<const Scale*>(scale) + first / 128 * columns;
   for (int64_t column = 0; column < columns; ++column) {
-    const uint8_t s = scale[first / 128 * columns + column];
     if (used[static_cast<size_t>(column)] == 0) continue;  // zeros: any scale will do
-    fits &= in_range(s);
-    scales[column] = s;
+    fits &= pack_scale(scales + column, stored + column);
   }
   return fits;
 }
@@ -240,8 +254,9 @@ void unpack_dense_block(const Panels& panels, uint8_t* matrix, int64_t block, T*
                 });
 }
 
-/// The scale byte of input k of a row of FP8 or FP4 panels.
-uint8_t scale_of(const Panels& panels, const uint8_t* scales, int64_t row, int64_t k) {
+/// The scale of input k of a row of FP8 or FP4 panels, as it is held.
+template <typename Scale>
+Scale scale_of(const Panels& panels, const Scale* scales, int64_t row, int64_t k) {
   const int64_t block = row / kBlockWidth;
   if (panels.format == WeightFormat::kFp8)
     return scales[block * ceil_div(panels.in, 128) + k / 128];
@@ -264,11 +279,44 @@ void unpack_packed_block(const Panels& panels, int64_t matrix, int64_t block, c1
                 });
 }
 
+void unpack_factor_block(const Panels& panels, int64_t matrix, int64_t block, float* out) {
+  const float* scales = panels.scales.const_data_ptr<float>() + matrix * panels.scales.stride(0);
+  for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
+                [&](int64_t row, int64_t group, const uint8_t* lane) {
+                  const int64_t first = group * kGroupInputs,
+                                count = std::min(kGroupInputs, panels.in - first);
+                  const float factor = scale_of(panels, scales, row, first);
+                  for (int64_t i = 0; i < count; ++i)
+                    out[row * panels.in + first + i] =
+                        packed_value(panels.format, lane, i) * factor;
+                });
+}
+
+/// Scales of the codes of one matrix, a row for each 128 or, of FP4, each one: `of_one` is the
+/// scale of blocks that hold nothing but zeros.
+template <typename Scale>
+void unpack_scales(const Panels& panels, const Scale* scales, Scale of_one, Scale* out) {
+  const bool fp4 = panels.format == WeightFormat::kFp4;
+  const int64_t rows = fp4 ? panels.out : ceil_div(panels.out, 128);
+  const int64_t slabs = fp4 ? panels.in / 32 : ceil_div(panels.in, 128);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      Scale& scale = out[row * slabs + slab];
+      scale = scale_of(panels, scales, fp4 ? row : row * 128, slab * (fp4 ? 32 : 128));
+      // A block of 64 zeros has the scale of one; the other half of the 128 rows may have another.
+      if (!fp4 && scale == of_one && row * 128 + kBlockWidth < panels.out)
+        scale = scale_of(panels, scales, row * 128 + kBlockWidth, slab * 128);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t Panels::padded_in() const { return align_up(in, kGroupInputs); }
 int64_t Panels::blocks() const { return ceil_div(out, kBlockWidth); }
-int64_t Panels::num_bytes() const { return data.numel() + (scales.defined() ? scales.numel() : 0); }
+int64_t Panels::num_bytes() const {
+  return data.numel() + (scales.defined() ? static_cast<int64_t>(scales.nbytes()) : 0);
+}
 
 Panels pack_panels(const at::Tensor& w) {
   const at::Tensor all = (w.dim() == 2 ? w.unsqueeze(0) : w).detach().contiguous();
@@ -293,9 +341,13 @@ std::optional<Panels> pack_fp8(const std::vector<at::Tensor>& data,
                                const std::vector<at::Tensor>& scale) {
   HADAL_CHECK(!data.empty() && data[0].dim() == 2, "pack_fp8: no matrices");
   const int64_t out = data[0].size(0), in = data[0].size(1);
-  const StoredBytes stored = stored_bytes(data, scale, ceil_div(out, 128), ceil_div(in, 128));
-  return pack_stored(empty_panels(WeightFormat::kFp8, static_cast<int64_t>(data.size()), out, in),
-                     stored, pack_fp8_block);
+  const bool factors = scale.at(0).scalar_type() == at::kFloat;
+  const StoredBytes stored = stored_bytes(data, scale, ceil_div(out, 128), ceil_div(in, 128),
+                                          factors ? at::kFloat : at::kByte);
+  Panels panels = empty_panels(WeightFormat::kFp8, static_cast<int64_t>(data.size()), out, in);
+  if (!factors) return pack_stored(std::move(panels), stored, pack_fp8_block<uint8_t>);
+  panels.scales = at::ones(panels.scales.sizes(), at::kFloat);
+  return pack_stored(std::move(panels), stored, pack_fp8_block<float>);
 }
 
 std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
@@ -303,15 +355,15 @@ std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
   HADAL_CHECK(!data.empty() && data[0].dim() == 2, "pack_fp4: no matrices");
   const int64_t out = data[0].size(0), in = data[0].size(1) * 2;
   HADAL_CHECK(in % 32 == 0, "pack_fp4: ", in, " inputs, expected a multiple of 32");
-  const StoredBytes stored = stored_bytes(data, scale, out, in / 32);
+  const StoredBytes stored = stored_bytes(data, scale, out, in / 32, at::kByte);
   return pack_stored(empty_panels(WeightFormat::kFp4, static_cast<int64_t>(data.size()), out, in),
                      stored, pack_fp4_block);
 }
 
 at::Tensor unpack_panels(const Panels& panels) {
-  const at::Tensor out =
-      at::empty({panels.matrices, panels.out, panels.in},
-                panels.format == WeightFormat::kF32 ? at::kFloat : at::kBFloat16);
+  const at::Tensor out = at::empty(
+      {panels.matrices, panels.out, panels.in},
+      panels.format == WeightFormat::kF32 || panels.has_factors() ? at::kFloat : at::kBFloat16);
   for_each_block(panels, [&](int64_t matrix, int64_t block) {
     const int64_t offset = matrix * panels.out * panels.in;
     uint8_t* bytes = matrix_bytes(panels.data, matrix);
@@ -319,6 +371,8 @@ at::Tensor unpack_panels(const Panels& panels) {
       unpack_dense_block(panels, bytes, block, out.mutable_data_ptr<float>() + offset);
     } else if (panels.format == WeightFormat::kBf16) {
       unpack_dense_block(panels, bytes, block, out.mutable_data_ptr<c10::BFloat16>() + offset);
+    } else if (panels.has_factors()) {
+      unpack_factor_block(panels, matrix, block, out.mutable_data_ptr<float>() + offset);
     } else {
       unpack_packed_block(panels, matrix, block, out.mutable_data_ptr<c10::BFloat16>() + offset);
     }
@@ -332,10 +386,9 @@ StoredCodes panel_codes(const Panels& panels, int64_t matrix) {
   const int64_t out = panels.out, in = panels.in;
   const int64_t row_bytes = fp4 ? in / 2 : in, slabs = fp4 ? in / 32 : ceil_div(in, 128);
   const at::Tensor data = at::zeros({out, row_bytes}, at::kByte);
-  const at::Tensor scale = at::empty({fp4 ? out : ceil_div(out, 128), slabs}, at::kByte);
+  const at::Tensor scale = at::empty({fp4 ? out : ceil_div(out, 128), slabs},
+                                     panels.has_factors() ? at::kFloat : at::kByte);
   auto* codes = data.mutable_data_ptr<uint8_t>();
-  auto* bytes = scale.mutable_data_ptr<uint8_t>();
-  const uint8_t* scales = matrix_bytes(panels.scales, matrix);
   for (int64_t block = 0; block < panels.blocks(); ++block) {
     for_each_lane(panels, matrix_bytes(panels.data, matrix), block, 4,
                   [&](int64_t row, int64_t group, const uint8_t* lane) {
@@ -351,14 +404,12 @@ StoredCodes panel_codes(const Panels& panels, int64_t matrix) {
                     }
                   });
   }
-  for (int64_t row = 0; row < scale.size(0); ++row) {
-    for (int64_t slab = 0; slab < slabs; ++slab) {
-      uint8_t& byte = bytes[row * slabs + slab];
-      byte = scale_of(panels, scales, fp4 ? row : row * 128, slab * (fp4 ? 32 : 128));
-      // A block of 64 zeros has the scale of one; the other half of the 128 rows may have another.
-      if (!fp4 && byte == kScaleOfOne && row * 128 + kBlockWidth < out)
-        byte = scale_of(panels, scales, row * 128 + kBlockWidth, slab * 128);
-    }
+  if (panels.has_factors()) {
+    const float* factors = panels.scales.const_data_ptr<float>() + matrix * panels.scales.stride(0);
+    unpack_scales(panels, factors, 1.0f, scale.mutable_data_ptr<float>());
+  } else {
+    unpack_scales(panels, matrix_bytes(panels.scales, matrix), kScaleOfOne,
+                  scale.mutable_data_ptr<uint8_t>());
   }
   return {.data = fp4 ? data : data.view(at::kFloat8_e4m3fn), .scale = scale};
 }

@@ -17,31 +17,37 @@ namespace hadal::ops {
 struct Panels {
   WeightFormat format = WeightFormat::kBf16;
   int64_t matrices = 0, out = 0, in = 0;
-  at::Tensor data;    ///< [matrices, bytes] kByte
-  at::Tensor scales;  ///< [matrices, bytes] kByte, E8M0; undefined for FP32 and BF16
+  at::Tensor data;  ///< [matrices, bytes] kByte
+  /// [matrices, bytes] kByte, E8M0, or of FP8 alone [matrices, blocks * ceil(in / 128)] kFloat;
+  /// undefined for FP32 and BF16.
+  at::Tensor scales;
 
   int64_t padded_in() const;
   int64_t blocks() const;
   int64_t num_bytes() const;
+  /// FP8 whose scales are FP32 of any value.
+  bool has_factors() const { return scales.defined() && scales.scalar_type() == at::kFloat; }
 };
 
 /// Packs w [out, in] or [matrices, out, in], FP32 or BF16, on the CPU.
 Panels pack_panels(const at::Tensor& w);
 
 /// Packs matrices as official checkpoints store them (model.md 14.1, 14.4), all of one shape:
-///   FP8  data [out, in] kFloat8_e4m3fn, scale [ceil(out / 128), ceil(in / 128)] E8M0 bytes
+///   FP8  data [out, in] kFloat8_e4m3fn, scale [ceil(out / 128), ceil(in / 128)] E8M0 bytes, or
+///        FP32 of any value (Base checkpoints), all matrices alike
 ///   FP4  data [out, in / 2] bytes, the even element low, scale [out, in / 32] E8M0 bytes
-/// nullopt when the kernel has no packed form for the values: a scale outside 2^-60 to 2^60, or
-/// NaN.
+/// nullopt when the kernel has no packed form for the values: a scale whose magnitude is outside
+/// 2^-60 to 2^60 (zero is inside where it is FP32), or NaN.
 std::optional<Panels> pack_fp8(const std::vector<at::Tensor>& data,
                                const std::vector<at::Tensor>& scale);
 std::optional<Panels> pack_fp4(const std::vector<at::Tensor>& data,
                                const std::vector<at::Tensor>& scale);
 
-/// The values, [matrices, out, in]: FP32 for FP32 panels, else BF16.
+/// The values, [matrices, out, in]: FP32 for FP32 panels, FP32 too, rounded once, where scales are
+/// no powers of two, else BF16.
 at::Tensor unpack_panels(const Panels& panels);
 /// The codes of one matrix of FP8 or FP4 panels, as an official checkpoint stores them. Scales of
-/// zeros are those that the panels hold.
+/// zeros are those that the panels hold; FP32 ones come back as FP32.
 StoredCodes panel_codes(const Panels& panels, int64_t matrix);
 
 }  // namespace hadal::ops

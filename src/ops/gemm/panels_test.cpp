@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include "base/check.h"
+#include "ops/gemm/weight.h"
 #include "testing/kernel_checks.h"
 #include "testing/stored_weights.h"
 
@@ -45,6 +47,30 @@ TEST(Panels, RefuseValuesWithoutAPackedForm) {
   Stored nan = make_fp8(40, 200, 1);
   nan.data.view(at::kByte)[7][9] = 0xff;
   EXPECT_FALSE(pack_fp8({nan.data}, {nan.scale}).has_value());
+}
+
+TEST(Panels, TakeFp8ScalesOfAnyValue) {
+  at::manual_seed(3);
+  const Stored s = make_fp8(200, 300, 4);
+  at::Tensor scale = at::rand({2, 3}) * 0.01 - 0.002;
+  scale[0][1] = 0.0;
+  const auto panels = pack_fp8({s.data}, {scale});
+  ASSERT_TRUE(panels.has_value());
+  EXPECT_TRUE(panels->has_factors());
+  EXPECT_EQ(panels->num_bytes(), 208 * 304 + 4 * 3 * 4);
+  const at::Tensor spread =
+      scale.repeat_interleave(128, 0).repeat_interleave(128, 1).narrow(0, 0, 200).narrow(1, 0, 300);
+  EXPECT_TRUE(at::equal(unpack_panels(*panels)[0], s.data.to(at::kFloat) * spread));
+  const StoredCodes codes = panel_codes(*panels, 0);
+  EXPECT_TRUE(at::equal(codes.data.view(at::kByte), s.data.view(at::kByte)));
+  EXPECT_TRUE(at::equal(codes.scale, scale));
+  EXPECT_FALSE(Weight(*panels).to_sm90(OfficialStorage::kFp8).has_value());
+  for (const float bad : {0x1p-61f, 0x1p61f, -0x1p61f}) {
+    at::Tensor wide = scale.clone();
+    wide[1][2] = bad;
+    EXPECT_FALSE(pack_fp8({s.data}, {wide}).has_value()) << bad;
+  }
+  EXPECT_THROW(pack_fp8({s.data, s.data}, {scale, s.scale}), Error);
 }
 
 TEST(Panels, GiveTheirCodesBack) {

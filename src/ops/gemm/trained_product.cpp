@@ -12,6 +12,7 @@
 #include "base/parallel.h"
 #include "ops/gemm/linear_cpu.h"
 #include "ops/gemm/panels.h"
+#include "ops/quant/e4m3_operands.h"
 #include "ops/sum_tree.h"
 
 namespace hadal::ops {
@@ -308,11 +309,13 @@ struct TrainedProduct : torch::autograd::Function<TrainedProduct> {
                             const std::optional<at::Tensor>& offsets,
                             const std::optional<at::Tensor>& places,
                             Form form,
-                            GemmRole role) {
+                            GemmRole role,
+                            bool e4m3) {
     context->save_for_backward(
         {x, values, offsets.value_or(at::Tensor()), places.value_or(at::Tensor())});
     context->set_materialize_grads(false);  // no gradient stays none
     context->saved_data["form"] = static_cast<int64_t>(form);
+    context->saved_data["e4m3"] = e4m3;
     context->saved_data["shape"] = master.sizes();
     const Panels panels = pack_panels(values);
     switch (form) {
@@ -327,23 +330,32 @@ struct TrainedProduct : torch::autograd::Function<TrainedProduct> {
   }
 
   static variable_list backward(AutogradContext* context, variable_list grad_outputs) {
-    variable_list grads(7);
+    variable_list grads(8);
     if (!grad_outputs[0].defined()) return grads;
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &x = saved[0], &values = saved[1], &offsets = saved[2];
     const at::Tensor dy = grad_outputs[0].contiguous();
     const auto form = static_cast<Form>(context->saved_data["form"].toInt());
+    const bool e4m3 = context->saved_data["e4m3"].toBool();
     if (context->needs_input_grad(0)) {
-      const Panels panels = transposed_panels(values, dy);
+      // Slabs of 128 outputs, in `fp8` each with one scale of dy.
+      const at::Tensor rows = e4m3 ? e4m3_rows(dy, 128) : dy;
+      const Panels panels = transposed_panels(values, rows);
       at::Tensor dx;
-      if (form == Form::kDense) dx = linear(dy, panels, GemmRole::kBf16);
-      if (form == Form::kGrouped) dx = grouped_linear(dy, panels, offsets, GemmRole::kBf16);
-      if (form == Form::kGroups) dx = group_linear(dy, panels);
+      if (form == Form::kDense) dx = linear(rows, panels, GemmRole::kBf16);
+      if (form == Form::kGrouped) dx = grouped_linear(rows, panels, offsets, GemmRole::kBf16);
+      if (form == Form::kGroups) dx = group_linear(rows, panels);
       grads[0] = dx.to(x.scalar_type());
     }
     if (context->needs_input_grad(1)) {
       const int64_t matrices = form == Form::kDense ? 1 : values.size(0);
-      grads[1] = weight_gradients(dy, x, matrices, offsets, saved[3])
+      const at::Tensor& places = saved[3];
+      std::vector<int64_t> groups;
+      if (e4m3) groups = e4m3_groups(dy.size(0), offsets, places);
+      const auto operand = [&](const at::Tensor& of) {
+        return e4m3 ? e4m3_columns(of, groups) : of;
+      };
+      grads[1] = weight_gradients(operand(dy), operand(x), matrices, offsets, places)
                      .reshape(context->saved_data["shape"].toIntVector());
     }
     return grads;
@@ -356,7 +368,9 @@ at::Tensor apply(const at::Tensor& x,
                  const at::Tensor& offsets,
                  const at::Tensor& places,
                  Form form,
-                 GemmRole role) {
+                 GemmRole role,
+                 Numerics numerics = Numerics::kBf16) {
+  const bool e4m3 = numerics == Numerics::kFp8 && quantises_input(role, numerics);
   HADAL_CHECK(use_cpu_kernel(x) && use_cpu_kernel(values),
               "trained product: x and values are FP32 or BF16 on the CPU");
   HADAL_CHECK(master.numel() == values.numel(), "trained product: ", master.numel(), " masters of ",
@@ -365,7 +379,7 @@ at::Tensor apply(const at::Tensor& x,
     return t.defined() ? std::optional(t.contiguous()) : std::nullopt;
   };
   return TrainedProduct::apply(x, master, values.detach(), optional(offsets), optional(places),
-                               form, role);
+                               form, role, e4m3);
 }
 
 }  // namespace
@@ -373,10 +387,11 @@ at::Tensor apply(const at::Tensor& x,
 at::Tensor trained_linear(const at::Tensor& x,
                           const at::Tensor& values,
                           const at::Tensor& master,
-                          GemmRole role) {
+                          GemmRole role,
+                          Numerics numerics) {
   check_shape(x, {-1, -1}, "trained_linear: x");
   check_shape(values, {-1, x.size(1)}, "trained_linear: values");
-  return apply(x, values, master, {}, {}, Form::kDense, role);
+  return apply(x, values, master, {}, {}, Form::kDense, role, numerics);
 }
 
 at::Tensor trained_grouped_linear(const at::Tensor& x,
@@ -384,12 +399,13 @@ at::Tensor trained_grouped_linear(const at::Tensor& x,
                                   const at::Tensor& master,
                                   const at::Tensor& offsets,
                                   const at::Tensor& places,
-                                  GemmRole role) {
+                                  GemmRole role,
+                                  Numerics numerics) {
   check_shape(x, {-1, -1}, "trained_grouped_linear: x");
   check_shape(values, {-1, -1, x.size(1)}, "trained_grouped_linear: values");
   check_shape(offsets, {values.size(0) + 1}, "trained_grouped_linear: offsets");
   if (places.defined()) check_shape(places, {x.size(0)}, "trained_grouped_linear: places");
-  return apply(x, values, master, offsets, places, Form::kGrouped, role);
+  return apply(x, values, master, offsets, places, Form::kGrouped, role, numerics);
 }
 
 at::Tensor trained_group_linear(const at::Tensor& x,
@@ -405,6 +421,24 @@ at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::
   check_shape(x, {dy.size(0), -1}, "weight_gradient: x");
   if (places.defined()) check_shape(places, {dy.size(0)}, "weight_gradient: places");
   return weight_gradients(dy, x, 1, {}, places)[0];
+}
+
+std::vector<int64_t> e4m3_groups(int64_t rows,
+                                 const at::Tensor& offsets,
+                                 const at::Tensor& places) {
+  const int64_t* place = places.defined() ? places.const_data_ptr<int64_t>() : nullptr;
+  const int64_t* bounds = offsets.defined() ? offsets.const_data_ptr<int64_t>() : nullptr;
+  const int64_t matrices = bounds != nullptr ? offsets.size(0) - 1 : 1;
+  std::vector<int64_t> groups = {0};
+  for (int64_t m = 0; m < matrices; ++m) {
+    Sum sum{.dy = {}, .x = {}, .leaves = {}, .out = nullptr};
+    cut(sum, bounds != nullptr ? bounds[m] : 0, bounds != nullptr ? bounds[m + 1] : rows, place);
+    for (const Leaf& leaf : sum.leaves) {
+      for (int64_t first = 0; first < leaf.count; first += kSumChunk)
+        groups.push_back(leaf.begin + std::min(first + kSumChunk, leaf.count));
+    }
+  }
+  return groups;
 }
 
 at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& w) {

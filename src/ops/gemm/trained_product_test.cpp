@@ -1,5 +1,7 @@
 #include "ops/gemm/trained_product.h"
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -8,6 +10,9 @@
 #include <gtest/gtest.h>
 
 #include "base/check.h"
+#include "ops/quant/e4m3_operands.h"
+#include "ops/quant/official_storage.h"
+#include "ops/quant/round_trip.h"
 #include "ops/sum_tree.h"
 #include "testing/kernel_checks.h"
 
@@ -184,6 +189,177 @@ TEST(TrainedLinear, WideGradientsOfNarrowRows) {
   EXPECT_TRUE(testing::same_bits(grads[1], weight_gradient(dy, wide)));
   EXPECT_TRUE(testing::same_bits(
       grads[0], input_gradient(dy, w.to(at::kBFloat16).to(at::kFloat)).to(at::kBFloat16)));
+}
+
+// --- products of E4M3 operands (`fp8`)
+
+/// sum over k of a[k] b[k] as the kernel adds BF16 values: slabs of 128, pairs, the odd one first.
+float scalar_dot(const float* a, const float* b, int64_t count) {
+  const auto add = [&](int64_t k, float acc) {
+    return k < count ? std::fma(a[k], b[k], acc) : acc;
+  };
+  float total = 0;
+  for (int64_t slab = 0; slab < count; slab += 128) {
+    float sum = 0;
+    for (int64_t k = slab; k < std::min(count, slab + 128); k += 2)
+      sum = k + 1 < std::min(count, slab + 128) ? add(k, add(k + 1, sum)) : add(k, sum);
+    total += sum;
+  }
+  return total;
+}
+
+/// a [m, k] times b [n, k] by scalar_dot.
+at::Tensor scalar_product(const at::Tensor& a_any, const at::Tensor& b_any) {
+  const at::Tensor a = a_any.to(at::kFloat).contiguous(), b = b_any.to(at::kFloat).contiguous();
+  at::Tensor y = at::empty({a.size(0), b.size(0)}, at::kFloat);
+  for (int64_t i = 0; i < a.size(0); ++i) {
+    for (int64_t j = 0; j < b.size(0); ++j)
+      y[i][j] = scalar_dot(a.const_data_ptr<float>() + i * a.size(1),
+                           b.const_data_ptr<float>() + j * b.size(1), a.size(1));
+  }
+  return y;
+}
+
+struct Fp8Case {
+  at::Tensor x, w, dy;  ///< rounded rows, rounded weights, gradients of many sizes
+  Fp8Case(int64_t rows, int64_t out, int64_t in) {
+    at::manual_seed(9);
+    x = fp8_round_trip(at::randn({rows, in}).to(at::kBFloat16), 128);
+    w = official_rounding(at::randn({out, in}) * 0.05, OfficialStorage::kFp8);
+    dy = (at::randn({rows, out}) * at::exp2(at::randint(-40, -20, {rows, 1}).to(at::kFloat)))
+             .to(at::kBFloat16);
+  }
+  /// dx, dw, y
+  std::vector<at::Tensor> gradients(Numerics numerics = Numerics::kFp8) const {
+    const auto run = [&](const std::vector<at::Tensor>& in) {
+      const at::AutoGradMode enable(true);
+      const at::Tensor leaf = in[0].detach().requires_grad_(true);
+      const at::Tensor master = in[1].detach().to(at::kFloat).requires_grad_(true);
+      const at::Tensor y = trained_linear(leaf, in[1], master, GemmRole::kFp8, numerics);
+      std::vector<at::Tensor> grads = torch::autograd::grad({y}, {leaf, master}, {in[2]});
+      grads.push_back(y.detach());
+      return grads;
+    };
+    return testing::expect_machine_independent(run, {x, w, dy});
+  }
+};
+
+TEST(TrainedFp8, HasTheBitsOfTheScalarTree) {
+  const Fp8Case c(2 * kSumChunk + 44, 160, 128);
+  const std::vector<at::Tensor> found = c.gradients();
+  // y and dx: slabs of 128; the second of the outputs is short.
+  EXPECT_TRUE(testing::same_bits(found[2], scalar_product(c.x, c.w).to(at::kBFloat16)));
+  EXPECT_TRUE(testing::same_bits(
+      found[0],
+      scalar_product(reference::e4m3_rows(c.dy, 128), c.w.t().contiguous()).to(at::kBFloat16)));
+  // dw: chunks of 128 rows, each with scales of its own; then ((0 1) 2).
+  std::vector<at::Tensor> chunks;
+  for (int64_t first = 0; first < c.x.size(0); first += kSumChunk) {
+    const int64_t count = std::min(kSumChunk, c.x.size(0) - first);
+    const auto operand = [&](const at::Tensor& rows) {
+      const at::Tensor mine = rows.narrow(0, first, count);
+      return reference::e4m3_columns(mine, {0, count}).t();
+    };
+    chunks.push_back(scalar_product(operand(c.dy), operand(c.x)));
+  }
+  EXPECT_TRUE(testing::same_bits(found[1], (chunks[0] + chunks[1]) + chunks[2]));
+  // And not those of BF16 operands.
+  const std::vector<at::Tensor> bf16 = c.gradients(Numerics::kReleased);
+  EXPECT_TRUE(testing::same_bits(found[2], bf16[2]));
+  EXPECT_FALSE(testing::same_bits(found[0], bf16[0]));
+  EXPECT_FALSE(testing::same_bits(found[1], bf16[1]));
+}
+
+// Each operand is off by 2^-4 of itself at most, or by half the least code of its group.
+TEST(TrainedFp8, IsNearTheProductInFp64) {
+  const Fp8Case c(300, 256, 384);
+  const std::vector<at::Tensor> found = c.gradients();
+  const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
+  const at::Tensor dx = at::mm(wide(c.dy), wide(c.w)), dw = at::mm(wide(c.dy).t(), wide(c.x));
+  const at::Tensor dx_bound = at::mm(wide(c.dy).abs(), wide(c.w).abs());
+  EXPECT_LE(((wide(found[0]) - dx).abs() / dx_bound).max().item<double>(), 0x1p-4 + 0x1p-8);
+  // Along tokens sizes differ by 2^20: the small ones fall below the least code.
+  const double largest = at::mm(wide(c.dy).abs().t(), wide(c.x).abs()).max().item<double>();
+  EXPECT_LE((wide(found[1]) - dw).abs().max().item<double>(), 0x1p-3 * largest);
+  EXPECT_LE((wide(found[1]) - dw).norm().item<double>(), 0.04 * dw.norm().item<double>());
+  EXPECT_LE((wide(found[0]) - dx).norm().item<double>(), 0.04 * dx.norm().item<double>());
+}
+
+TEST(TrainedFp8, GradientsFarBelowTheFloorOfActivationsKeepTheirBits) {
+  const Fp8Case c(200, 128, 128);
+  Fp8Case tiny = c;
+  tiny.dy = c.dy * 0x1p-30;
+  const std::vector<at::Tensor> a = c.gradients(), b = tiny.gradients();
+  EXPECT_GT(a[1].abs().max().item<float>(), 0.0f);
+  EXPECT_TRUE(testing::same_bits(a[1] * 0x1p-30, b[1]));
+  EXPECT_TRUE(testing::same_bits(a[0] * 0x1p-30, b[0]));
+}
+
+TEST(TrainedFp8, GroupsOfScalesAreChunksOfPlaces) {
+  const Rows rows;
+  for (int64_t e = 0; e < 4; ++e) {
+    const int64_t begin = rows.offsets[e].item<int64_t>(),
+                  end = rows.offsets[e + 1].item<int64_t>();
+    const std::vector<int64_t> groups = e4m3_groups(460, rows.offsets, rows.places);
+    for (int64_t r = begin + 1; r < end; ++r) {
+      const bool cut = rows.places[r].item<int64_t>() / kSumChunk !=
+                       rows.places[r - 1].item<int64_t>() / kSumChunk;
+      EXPECT_EQ(std::ranges::find(groups, r) != groups.end(), cut) << r;
+    }
+    EXPECT_NE(std::ranges::find(groups, end), groups.end());
+  }
+  EXPECT_EQ(e4m3_groups(300, {}, {}), (std::vector<int64_t>{0, 128, 256, 300}));
+  // Several rows a place: 128 of them share a scale at most.
+  const at::Tensor four = at::arange(600).div(4, "floor");
+  EXPECT_EQ(e4m3_groups(600, {}, four), (std::vector<int64_t>{0, 128, 256, 384, 512, 600}));
+}
+
+TEST(TrainedFp8, ExpertsAreCutByPlaceAndTheirChunksAreSubtrees) {
+  const Rows rows;
+  at::manual_seed(4);
+  const at::Tensor x = fp8_round_trip(at::randn({460, 128}).to(at::kBFloat16), 128);
+  const at::Tensor w = official_rounding(at::randn({4, 128, 128}), OfficialStorage::kFp8);
+  const at::Tensor dy = at::randn({460, 128}).to(at::kBFloat16);
+  const auto gradients = [&](const at::Tensor& of_x, const at::Tensor& of_w,
+                             const at::Tensor& of_dy, const at::Tensor& offsets,
+                             const at::Tensor& places) {
+    const at::Tensor leaf = of_x.detach().requires_grad_(true);
+    const at::Tensor master = of_w.detach().to(at::kFloat).requires_grad_(true);
+    const at::Tensor y =
+        trained_grouped_linear(leaf, of_w, master, offsets, places, GemmRole::kFp8, Numerics::kFp8);
+    return torch::autograd::grad({y}, {leaf, master}, {of_dy});
+  };
+  const auto all = gradients(x, w, dy, rows.offsets, rows.places);
+  at::Tensor sum = at::full_like(all[1], kNoSum);
+  for (const bool late : {false, true}) {
+    for (int64_t e = 0; e < 4; ++e) {
+      const int64_t begin = rows.offsets[e].item<int64_t>(),
+                    count = rows.offsets[e + 1].item<int64_t>() - begin;
+      const at::Tensor mine =
+          ((rows.places.narrow(0, begin, count) >= 512) == late).nonzero().flatten() + begin;
+      if (mine.size(0) == 0) continue;
+      const auto part = gradients(
+          x.index_select(0, mine), w[e].unsqueeze(0), dy.index_select(0, mine),
+          at::tensor({int64_t{0}, mine.size(0)}, at::kLong), rows.places.index_select(0, mine));
+      sum[e] += part[1][0];
+      EXPECT_TRUE(testing::same_bits(part[0], all[0].index_select(0, mine)));
+    }
+  }
+  EXPECT_TRUE(testing::same_bits(all[1], sum));
+}
+
+TEST(TrainedFp8, WhatIsNotFiniteReachesTheGradients) {
+  for (const double bad : {NAN, INFINITY}) {
+    Fp8Case c(130, 128, 128);
+    c.dy[129][5] = bad;
+    const std::vector<at::Tensor> dy = c.gradients();
+    EXPECT_TRUE(dy[0][129].isnan().all().item<bool>());
+    EXPECT_TRUE(dy[1][5].isnan().all().item<bool>());
+    EXPECT_FALSE(dy[1][6].isnan().any().item<bool>());
+    Fp8Case rows(130, 128, 128);
+    rows.x[3][7] = bad;
+    EXPECT_TRUE(rows.gradients()[1].select(1, 7).isnan().all().item<bool>());
+  }
 }
 
 }  // namespace

@@ -239,7 +239,7 @@ std::optional<Weight> Weight::to_sm90(OfficialStorage storage, GemmRole role) co
   const bool widened = role == GemmRole::kBf16;
   if (form() == WeightForm::kPanels) {
     const WeightFormat format = panels().format;
-    if (format == WeightFormat::kF32) return std::nullopt;
+    if (format == WeightFormat::kF32 || panels().has_factors()) return std::nullopt;
     packed = pack_sm90(panels(), widened);
   } else if (storage == OfficialStorage::kBf16) {
     if (dense().scalar_type() != at::kBFloat16) return std::nullopt;

@@ -73,11 +73,12 @@ class Weight {
   std::shared_ptr<const Panels> kernel_panels() const;
 
   /// The values of one matrix, [out, in], on the weight's device, and of all, [matrices, out, in]:
-  /// dense ones as they are, those of panels FP32 or BF16, those of sm90 BF16.
+  /// dense ones as they are, those of panels FP32 or BF16, those of sm90 BF16. FP8 panels whose
+  /// scales are no powers of two have no exact values: theirs are rounded to FP32.
   at::Tensor values(int64_t matrix) const;
   at::Tensor values() const;
 
-  /// The same values in another form, exactly.
+  /// The same values in another form, exactly (as values() where panels have FP32 scales).
   Weight to_dense() const;
   /// Error unless the values are FP32 or BF16 on the CPU; sm90 becomes BF16 panels.
   Weight to_panels() const;

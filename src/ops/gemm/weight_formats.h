@@ -132,9 +132,10 @@ struct Fp8Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
   static constexpr bool kDecodes = true;
 
-  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k) {
+  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k) : Fp8Weights(t.scales[k / 128]) {}
+  HADAL_INLINE explicit Fp8Weights(uint8_t scale) {
     const __m512i exponent =
-        _mm512_set1_epi16(static_cast<short>((static_cast<int>(t.scales[k / 128]) - 127) << 7));
+        _mm512_set1_epi16(static_cast<short>((static_cast<int>(scale) - 127) << 7));
     for (int half = 0; half < 2; ++half) {
       __m256i low[2], high[2];
       for (int i = 0; i < 2; ++i) {
@@ -255,8 +256,9 @@ template <typename Products>
 struct Fp8Weights : Products {
   static constexpr int64_t kBytes = group_bytes(WeightFormat::kFp8);
   static constexpr bool kDecodes = true;
-  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k)
-      : scale_(bits_float(static_cast<uint32_t>(t.scales[k / 128]) << 23)) {}
+  HADAL_INLINE Fp8Weights(const GemmTask& t, int64_t k) : Fp8Weights(t.scales[k / 128]) {}
+  HADAL_INLINE explicit Fp8Weights(uint8_t scale)
+      : scale_(bits_float(static_cast<uint32_t>(scale) << 23)) {}
   HADAL_INLINE FloatPair pair(const uint8_t* group, int64_t j) const {
     const uint8_t* half = group + j / 2 * 64;
     const int shift = static_cast<int>(j % 2 * 8);
@@ -293,5 +295,16 @@ struct Fp4Weights : Products {
 };
 
 #endif
+
+/// Codes as they are, and a factor of any value for the slab's sum.
+template <typename Products>
+struct Fp8FactorWeights : Fp8Weights<Products> {
+  HADAL_INLINE Fp8FactorWeights(const GemmTask& t, int64_t k)
+      : Fp8Weights<Products>(uint8_t{127}), factor_(t.factors[k / 128]) {}
+  HADAL_INLINE F16 scaled(F16 y, F16 slab, int64_t) const { return fma(slab, splat(factor_), y); }
+
+ private:
+  float factor_;
+};
 
 }  // namespace hadal::ops::cpu::HADAL_ISA

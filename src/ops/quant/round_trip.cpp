@@ -34,7 +34,10 @@ Groups scale_groups(const at::Tensor& x, int64_t group, float largest, float flo
   shape.push_back(group);
   Groups result;
   result.values = x.detach().to(at::kFloat).reshape(shape);
-  const at::Tensor amax = result.values.abs().amax(-1, /*keepdim=*/true).clamp_min(floor);
+  // A NaN stays one and leaves the others alone.
+  const at::Tensor amax = at::where(result.values.isnan(), 0.0, result.values.abs())
+                              .amax(-1, /*keepdim=*/true)
+                              .clamp_min(floor);
   result.scale = power_of_two_above(amax * (1.0f / largest));
   return result;
 }

@@ -10,6 +10,8 @@
 
 namespace hadal::ops {
 
+/// NaN stays NaN where it is; a group with infinity is NaN throughout (on the CPU).
+///
 /// Q8_g: E4M3 with one scale 2^ceil(log2(amax / 448)) per `group` channels, amax floored at 1e-4.
 ///   x  [..., dim], dim divisible by group; result has x's dtype
 at::Tensor fp8_round_trip(const at::Tensor& x, int64_t group);

@@ -65,7 +65,8 @@ void round_trip_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
       const F16 divisor = cpu::splat(scale), limit = cpu::splat(largest);
       cpu::for_lanes(p.group, [&](int64_t i, int64_t n) {
         const F16 value = cpu::load_n(x + first + i, n);
-        const F16 magnitude = cpu::min(cpu::abs(value) / divisor, limit);
+        // The second operand of min is what NaN leaves: it stays NaN.
+        const F16 magnitude = cpu::min(limit, cpu::abs(value) / divisor);
         const F16 rounded = (kFp4 ? round_e2m1(magnitude) : round_e4m3(magnitude)) * divisor;
         cpu::store_n(out + first + i,
                      cpu::if_less(value, cpu::splat(0.0f), cpu::splat(0.0f) - rounded, rounded), n);
