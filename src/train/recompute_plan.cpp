@@ -102,6 +102,10 @@ int64_t bytes_of(const PassMemory::Prediction& pass, const PassPlace& place) {
   return (place.under_way - 1) * pass.kept_bytes + pass.peak_bytes;
 }
 
+/// A prediction may be short by some hundredths; a budget is one of bytes that are really held. So
+/// the chooser counts this part of a pass more than is predicted.
+constexpr int64_t kMargin = 32;
+
 /// Chooses functions by the bytes that a second of running them again frees.
 class Chooser {
  public:
@@ -315,7 +319,11 @@ RecomputePlan plan_recompute(const model::Transformer& model,
     });
   } else if (spec.policy == RecomputePolicy::kAuto) {
     const Chooser chooser(
-        pass, [&](const auto& each) { return memory.peak(bytes_of(each, place)); },
+        pass,
+        [&](const auto& each) {
+          const int64_t bytes = bytes_of(each, place);
+          return memory.peak(bytes + bytes / kMargin);
+        },
         spec.budget_bytes);
     int64_t least = 0;
     const auto taken = chooser.choose(least);
