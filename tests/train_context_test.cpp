@@ -9,7 +9,7 @@
 namespace hadal {
 namespace {
 
-class TrainContext : public TrainCli {
+class TrainContext : public TrainSharedCli {
  protected:
   void SetUp() override {
     TrainCli::SetUp();
@@ -23,7 +23,7 @@ class TrainContext : public TrainCli {
   }
 
   /// Three stages of a few rows of 512 tokens; three rows a step in the first, two in the others.
-  Json base(const std::string& name) const {
+  Json shared_run(const std::string& name) const override {
     Json run = run_json(name);
     run["model"] = "context.json";
     run["batch"] = Json::parse(
@@ -34,15 +34,6 @@ class TrainContext : public TrainCli {
     }
     run["checkpoint"]["keep"] = 100;
     return run;
-  }
-  std::string config_of(const std::string& name, const Json& mesh) const {
-    Json run = base(name);
-    if (!mesh.is_null()) run["mesh"] = mesh;
-    return write_run(run, name);
-  }
-  void train_whole() {
-    const CliResult whole = train(config_of("whole", {}), "--threads 2");
-    ASSERT_EQ(whole.code, 0) << whole.error;
   }
 };
 
@@ -99,7 +90,7 @@ TEST_F(TrainContext, WhatDoesNotFitIsNamed) {
     EXPECT_EQ(result.code, 2) << result.error;
     EXPECT_NE(result.error.find(part), std::string::npos) << result.error;
   };
-  Json run = base("wrong");
+  Json run = shared_run("wrong");
   run["mesh"] = {{"context", 2}};
   expect(run, 3, "context 2");
   run["mesh"] = {{"context", 8}};

@@ -210,4 +210,30 @@ class TrainCli : public CliFixture {
   }
 };
 
+/// Runs that several ranks share; all checkpoints are kept.
+class TrainSharedCli : public TrainCli {
+ protected:
+  /// Three stages of a few steps each, five rows a step in the first and two in the others.
+  virtual Json shared_run(const std::string& name) const {
+    Json run = run_json(name);
+    run["batch"][0]["tokens"] = 160;
+    run["stages"][0]["tokens"] = 480;
+    run["stages"][2]["tokens"] = 320;
+    run["checkpoint"]["keep"] = 100;
+    return run;
+  }
+  /// The run's file; `mesh` null: without one.
+  std::string config_of(const std::string& name, const Json& mesh = {}) const {
+    Json run = shared_run(name);
+    if (!mesh.is_null()) run["mesh"] = mesh;
+    return write_run(run, name);
+  }
+  /// The run on one rank, as `whole`.
+  void train_whole() {
+    const CliResult whole = train(config_of("whole"), "--threads 2");
+    ASSERT_EQ(whole.code, 0) << whole.error;
+    ASSERT_GE(newest_step(out("whole")), 6);
+  }
+};
+
 }  // namespace hadal

@@ -9,27 +9,7 @@
 namespace hadal {
 namespace {
 
-class TrainPipeline : public TrainCli {
- protected:
-  /// Three stages of a few steps each, five rows a step in the first and two in the others.
-  Json base(const std::string& name) const {
-    Json run = run_json(name);
-    run["batch"][0]["tokens"] = 160;
-    run["stages"][0]["tokens"] = 480;
-    run["stages"][2]["tokens"] = 320;
-    run["checkpoint"]["keep"] = 100;
-    return run;
-  }
-  std::string config_of(const std::string& name, const Json& mesh) const {
-    Json run = base(name);
-    if (!mesh.is_null()) run["mesh"] = mesh;
-    return write_run(run, name);
-  }
-  void train_whole() {
-    const CliResult whole = train(config_of("whole", {}), "--threads 2");
-    ASSERT_EQ(whole.code, 0) << whole.error;
-  }
-};
+class TrainPipeline : public TrainSharedCli {};
 
 TEST_F(TrainPipeline, EndsWithTheBitsOfOneRank) {
   train_whole();
@@ -75,7 +55,7 @@ TEST_F(TrainPipeline, SavedOnOneMeshTheRunGoesOnOnAnother) {
 TEST_F(TrainPipeline, StartsFromACheckpointAndRecomputes) {
   train_whole();
   const auto run = [&](const std::string& name, const Json& mesh, const char* policy) {
-    Json json = base(name);
+    Json json = shared_run(name);
     json["init"] = {{"checkpoint", "whole/model"}};
     if (!mesh.is_null()) json["mesh"] = mesh;
     if (policy != nullptr) json["recompute"] = {{"policy", policy}};

@@ -16,29 +16,8 @@
 namespace hadal {
 namespace {
 
-class TrainRanks : public TrainCli {
+class TrainRanks : public TrainSharedCli {
  protected:
-  /// Three stages of a few steps each, five rows a step in the first and two in the others.
-  Json ranks_run(const std::string& name) const {
-    Json run = run_json(name);
-    run["batch"][0]["tokens"] = 160;
-    run["stages"][0]["tokens"] = 480;
-    run["stages"][2]["tokens"] = 320;
-    run["checkpoint"]["keep"] = 100;
-    return run;
-  }
-  std::string config_of(const std::string& name, int micro_batch_tokens = 64) const {
-    Json run = ranks_run(name);
-    run["micro_batch_tokens"] = micro_batch_tokens;
-    return write_run(run, name);
-  }
-  /// The run on one rank, all its checkpoints kept.
-  void train_whole() {
-    const CliResult whole = train(config_of("whole"), "--threads 2");
-    ASSERT_EQ(whole.code, 0) << whole.error;
-    ASSERT_GE(newest_step(out("whole")), 6);
-  }
-
   static int free_port() {
     const int file = ::socket(AF_INET, SOCK_STREAM, 0);
     sockaddr_in address = {};
@@ -69,7 +48,9 @@ TEST_F(TrainRanks, AnyNumberOfThemEndsWithTheBitsOfOne) {
   train_whole();
   for (const auto& [ranks, micro] : std::vector<std::pair<int, int>>{{2, 32}, {4, 160}}) {
     const std::string name = concat("ranks", ranks);
-    const CliResult result = train(config_of(name, micro), concat("--ranks ", ranks));
+    Json run = shared_run(name);
+    run["micro_batch_tokens"] = micro;
+    const CliResult result = train(write_run(run, name), concat("--ranks ", ranks));
     ASSERT_EQ(result.code, 0) << result.error;
     EXPECT_EQ(result.out.rfind("trained on ", 0), 0U) << result.out;
     EXPECT_NE(result.error.find(concat(ranks, " ranks; masters and moments a rank: ")),
@@ -171,7 +152,7 @@ TEST_F(TrainRanks, WhatDoesNotFitIsRefusedByName) {
           "--ranks: this process is one of several ranks already");
   refused("--ranks 0", "", "--ranks: expected");
   // Found by the first rank, told once.
-  Json run = ranks_run("refused");
+  Json run = shared_run("refused");
   run["tokenizer"] = "absent.json";
   const CliResult result = train(write_run(run, "refused"), "--ranks 2");
   EXPECT_EQ(result.code, 2) << result.error;

@@ -42,9 +42,9 @@ std::vector<std::vector<Range>> messages_to(int64_t member,
   };
   for (size_t node = 0; node < nodes.size(); ++node) {
     if (!nodes[node].gradient.defined()) continue;
-    for (const CollectedPiece& piece : pieces)
-      if (piece.parameter == nodes[node].parameter && piece.member == member)
-        add(node, piece.begin, piece.end);
+    for (const CollectedPiece& piece :
+         std::ranges::equal_range(pieces, nodes[node].parameter, {}, &CollectedPiece::parameter))
+      if (piece.member == member) add(node, piece.begin, piece.end);
   }
   return messages;
 }

@@ -31,7 +31,8 @@ struct PartNode {
 
 /// Of every piece that is this member's, the sum of all members' nodes by the row's tree, in the
 /// node's memory. What it holds of other pieces is left over, for nobody to read. All members call
-/// it with the same pieces and the same nodes defined; else Error naming a parameter's number.
+/// it with the same pieces, by parameter, and the same nodes defined; else Error naming a
+/// parameter's number.
 void collect_whole(dist::Group& group,
                    std::span<const CollectedPiece> pieces,
                    std::vector<PartNode>& nodes);

@@ -18,12 +18,17 @@ HeadUse* use_of(AutogradContext* context) {
   return reinterpret_cast<HeadUse*>(context->saved_data["use"].toInt());
 }
 
+/// x, for whose backward pass the context knows the use.
+at::Tensor with_use(AutogradContext* context, const at::Tensor& x, HeadUse* use) {
+  context->saved_data["use"] = reinterpret_cast<int64_t>(use);
+  context->set_materialize_grads(false);
+  return x.view_as(x);
+}
+
 /// x; keeps its gradient as the factor and passes on a one.
 struct KeepFactor : torch::autograd::Function<KeepFactor> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, HeadUse* use) {
-    context->saved_data["use"] = reinterpret_cast<int64_t>(use);
-    context->set_materialize_grads(false);
-    return x.view_as(x);
+    return with_use(context, x, use);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     if (!grads[0].defined()) return variable_list(2);
@@ -35,9 +40,7 @@ struct KeepFactor : torch::autograd::Function<KeepFactor> {
 /// x; multiplies its gradient by the factor that KeepFactor met.
 struct ApplyFactor : torch::autograd::Function<ApplyFactor> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, HeadUse* use) {
-    context->saved_data["use"] = reinterpret_cast<int64_t>(use);
-    context->set_materialize_grads(false);
-    return x.view_as(x);
+    return with_use(context, x, use);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     if (!grads[0].defined()) return variable_list(2);

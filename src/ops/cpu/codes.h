@@ -1,5 +1,5 @@
-// E4M3 and E2M1 codes to floats, for kernels of one instruction set; like vec.h everything lives in
-// a namespace named after the set.
+// E4M3 and E2M1 codes to floats, and floats to E4M3 values, for kernels of one instruction set;
+// like vec.h everything lives in a namespace named after the set.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,29 @@ HADAL_INLINE float bits_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+HADAL_INLINE uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+/// Nearest multiple of 2^step, ties to even, by adding and subtracting 1.5 * 2^(23 + step).
+HADAL_INLINE F16 round_to_step(F16 x, F16 magic) { return (x + magic) - magic; }
+
+/// Nearest E4M3 value, ties to even, of |x| <= 448: four significant bits, steps of 2^-9 below
+/// 2^-6. NaN stays.
+HADAL_INLINE F16 round_e4m3(F16 x) {
+  // The step is 2^(exponent of x - 3), so 1.5 * 2^(exponent + 20) rounds to it.
+  float v[16], m[16];
+  to_array(v, x);
+  for (int i = 0; i < 16; ++i) {
+    uint32_t exponent = float_bits(v[i]) >> 23 & 0xffu;
+    if (exponent < 121u) exponent = 121u;  // 2^-6: below it steps no longer shrink
+    if (exponent > 136u) exponent = 136u;  // of NaN
+    m[i] = bits_float(((exponent + 20u) << 23) | 0x400000u);
+  }
+  return round_to_step(x, load(m));
 }
 
 #if defined(HADAL_ISA_avx512)

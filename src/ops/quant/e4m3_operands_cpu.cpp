@@ -1,5 +1,6 @@
 #include "ops/quant/e4m3_operands_cpu.h"
 
+#include "ops/cpu/codes.h"
 #include "ops/cpu/isa.h"
 #include "ops/cpu/vec.h"
 
@@ -14,21 +15,10 @@ constexpr float kLargest = 448.0f;
 constexpr float kFloor = 448.0f * 0x1p-117f;
 constexpr float kNan = __builtin_nanf("");
 
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
 /// 2^ceil(log2(amax / 448)), amax floored. 448 is 1.75 * 2^8.
 float scale_of(float amax) {
-  const uint32_t bits = to_bits(amax > kFloor ? amax : kFloor);
-  return from_bits(((bits >> 23) - 8u + ((bits & 0x7fffffu) > 0x600000u ? 1u : 0u)) << 23);
+  const uint32_t bits = cpu::float_bits(amax > kFloor ? amax : kFloor);
+  return cpu::bits_float(((bits >> 23) - 8u + ((bits & 0x7fffffu) > 0x600000u ? 1u : 0u)) << 23);
 }
 
 /// Scale and its reciprocal of each lane's group; NaN where the group is not finite.
@@ -48,25 +38,9 @@ Scales lane_scales(F16 amax, F16 poison) {
   return {cpu::load(scale), cpu::load(inverse)};
 }
 
-/// Nearest E4M3 value, ties to even, of |x| <= 448 with the sign of x.
-F16 round_e4m3(F16 x) {
-  // The step is 2^(exponent - 3), at least 2^-9: adding and subtracting 1.5 * 2^(exponent + 20)
-  // rounds to it.
-  float v[16], m[16];
-  cpu::to_array(v, x);
-  for (int i = 0; i < 16; ++i) {
-    uint32_t exponent = to_bits(v[i]) >> 23 & 0xffu;
-    if (exponent < 121u) exponent = 121u;
-    if (exponent > 136u) exponent = 136u;
-    m[i] = from_bits(((exponent + 20u) << 23) | 0x400000u);
-  }
-  const F16 magic = cpu::load(m);
-  return (x + magic) - magic;
-}
-
 F16 round_trip(F16 x, const Scales& s) {
   const F16 limit = cpu::splat(kLargest), least = cpu::splat(-kLargest);
-  const F16 rounded = round_e4m3(cpu::max(least, cpu::min(limit, x * s.inverse))) * s.scale;
+  const F16 rounded = cpu::round_e4m3(cpu::max(least, cpu::min(limit, x * s.inverse))) * s.scale;
   // One NaN on every machine: which of two a product keeps is not said.
   return cpu::if_less(cpu::splat(0.0f), s.scale, rounded, cpu::splat(kNan));
 }

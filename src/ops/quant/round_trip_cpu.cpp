@@ -1,5 +1,6 @@
 #include "ops/quant/round_trip_cpu.h"
 
+#include "ops/cpu/codes.h"
 #include "ops/cpu/isa.h"
 #include "ops/cpu/vec.h"
 
@@ -9,48 +10,23 @@ namespace {
 namespace cpu = ops::cpu::HADAL_ISA;
 using cpu::F16;
 
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 /// 2^ceil(log2 r) for positive normal r.
 float power_of_two_above(float r) {
-  uint32_t bits;
-  std::memcpy(&bits, &r, 4);
-  return from_bits(((bits >> 23) + ((bits & 0x7fffffu) != 0 ? 1u : 0u)) << 23);
-}
-
-/// Nearest multiple of 2^step, ties to even, by adding and subtracting 1.5 * 2^(23 + step).
-F16 round_to_step(F16 x, F16 magic) { return (x + magic) - magic; }
-
-/// Nearest E4M3 magnitude of 0 <= x <= 448: four significant bits, steps of 2^-9 below 2^-6.
-F16 round_e4m3(F16 x) {
-  // The step is 2^(exponent of x - 3), so 1.5 * 2^(exponent + 20) rounds to it.
-  float v[16], m[16];
-  cpu::to_array(v, x);
-  for (int i = 0; i < 16; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &v[i], 4);
-    uint32_t exponent = bits >> 23;
-    if (exponent < 121u) exponent = 121u;  // 2^-6: below it steps no longer shrink
-    m[i] = from_bits(((exponent + 20u) << 23) | 0x400000u);
-  }
-  return round_to_step(x, cpu::load(m));
+  const uint32_t bits = cpu::float_bits(r);
+  return cpu::bits_float(((bits >> 23) + ((bits & 0x7fffffu) != 0 ? 1u : 0u)) << 23);
 }
 
 /// Nearest E2M1 magnitude of 0 <= x <= 6: steps of 1/2 below 2, 1 below 4, 2 above.
 F16 round_e2m1(F16 x) {
   const F16 coarse =
       cpu::if_less(x, cpu::splat(4.0f), cpu::splat(12582912.0f), cpu::splat(25165824.0f));
-  return round_to_step(x, cpu::if_less(x, cpu::splat(2.0f), cpu::splat(6291456.0f), coarse));
+  return cpu::round_to_step(x, cpu::if_less(x, cpu::splat(2.0f), cpu::splat(6291456.0f), coarse));
 }
 
 template <typename T, bool kFp4>
 void round_trip_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
   const float largest = kFp4 ? 6.0f : 448.0f;
-  const float floor = kFp4 ? 6.0f * from_bits(1u << 23) : 1e-4f;
+  const float floor = kFp4 ? 6.0f * cpu::bits_float(1u << 23) : 1e-4f;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.x) + row * p.stride;
     T* out = static_cast<T*>(p.out) + row * p.stride;
@@ -67,7 +43,7 @@ void round_trip_rows(const RoundTripCpuParams& p, int64_t begin, int64_t end) {
         const F16 value = cpu::load_n(x + first + i, n);
         // The second operand of min is what NaN leaves: it stays NaN.
         const F16 magnitude = cpu::min(limit, cpu::abs(value) / divisor);
-        const F16 rounded = (kFp4 ? round_e2m1(magnitude) : round_e4m3(magnitude)) * divisor;
+        const F16 rounded = (kFp4 ? round_e2m1(magnitude) : cpu::round_e4m3(magnitude)) * divisor;
         cpu::store_n(out + first + i,
                      cpu::if_less(value, cpu::splat(0.0f), cpu::splat(0.0f) - rounded, rounded), n);
       });
