@@ -11,6 +11,8 @@ namespace {
 
 class TrainContext : public TrainSharedCli {
  protected:
+  static constexpr int64_t kSteps = 4;  ///< or more: one a stage, and one that goes on in a stage
+
   void SetUp() override {
     TrainCli::SetUp();
     model::ModelConfig config = train_config();
@@ -38,7 +40,7 @@ class TrainContext : public TrainSharedCli {
 };
 
 TEST_F(TrainContext, EndsWithTheBitsOfOneRank) {
-  train_whole();
+  train_whole(kSteps);
   const CliResult two = train(config_of("two", {{"context", 2}}), "--ranks 2");
   ASSERT_EQ(two.code, 0) << two.error;
   EXPECT_NE(two.error.find("mesh: context 2"), std::string::npos) << two.error;
@@ -49,7 +51,7 @@ TEST_F(TrainContext, EndsWithTheBitsOfOneRank) {
 }
 
 TEST_F(TrainContext, WithTheOtherAxesToo) {
-  train_whole();
+  train_whole(kSteps);
   const CliResult data = train(config_of("data", {{"context", 2}}), "--ranks 4");
   ASSERT_EQ(data.code, 0) << data.error;
   EXPECT_NE(data.error.find("mesh: data 2 x context 2"), std::string::npos) << data.error;
@@ -62,7 +64,7 @@ TEST_F(TrainContext, WithTheOtherAxesToo) {
 }
 
 TEST_F(TrainContext, SavedOnOneMeshTheRunGoesOnOnAnother) {
-  train_whole();
+  train_whole(kSteps);
   struct Part {
     Json mesh;
     int ranks;

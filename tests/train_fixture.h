@@ -228,11 +228,11 @@ class TrainSharedCli : public TrainCli {
     if (!mesh.is_null()) run["mesh"] = mesh;
     return write_run(run, name);
   }
-  /// The run on one rank, as `whole`.
-  void train_whole() {
+  /// The run on one rank, as `whole`, of at least so many steps.
+  void train_whole(int64_t steps = 6) {
     const CliResult whole = train(config_of("whole"), "--threads 2");
     ASSERT_EQ(whole.code, 0) << whole.error;
-    ASSERT_GE(newest_step(out("whole")), 6);
+    ASSERT_GE(newest_step(out("whole")), steps);
   }
 };
 
