@@ -122,8 +122,8 @@ ops::BlockView compress_samples(const Compressor& compressor,
                           const at::Tensor& x, const at::Tensor& weight, const at::Tensor& angles) {
     return finished_rows(x, weight, angles, rings, config, type, numerics, places);
   };
-  const at::Tensor rows =
-      checkpointed(recorded("block rows", finish, pooled, compressor.norm.value, cos_sin));
+  const at::Tensor rows = checkpointed(
+      recorded("block rows", finish, pooled, compressor.norm.values_in(context.numerics), cos_sin));
   return context.part != nullptr ? gather_blocks(rows, ratio, *context.part)
                                  : ops::step_blocks(rows, batch, ratio);
 }
@@ -165,15 +165,15 @@ ops::BlockView compress_step(const Compressor& compressor,
       ops::serves_cache_rows_sm90(result.pooled, cos_sin, blocks.view.format)) {
     if (blocks.numbers.defined())
       ops::cache_rows_sm90({.x = result.pooled,
-                            .weight = compressor.norm.value,
+                            .weight = compressor.norm.values_in(context.numerics),
                             .eps = config.norm_eps,
                             .cos_sin = cos_sin},
                            blocks.view.format, blocks.numbers, blocks.view.rows);
   } else {
     at::Tensor rows = result.pooled;
     if (any) {
-      rows = finished_rows(rows, compressor.norm.value, cos_sin, rings, config, type,
-                           context.numerics);
+      rows = finished_rows(rows, compressor.norm.values_in(context.numerics), cos_sin, rings,
+                           config, type, context.numerics);
     }
     blocks.view = context.kv->append_blocks(block, rings.blocks, rows);
   }
@@ -339,8 +339,10 @@ WindowRows make_window(const Attention& attn,
   const ops::RowFormat& format = window.history.format;
   if (places != nullptr && ops::serves_latents_sm90(format) &&
       ops::serves_cache_rows_sm90(product, cos_sin, format)) {
-    const ops::CacheRows rows{
-        .x = product, .weight = attn.kv_norm.value, .eps = config.norm_eps, .cos_sin = cos_sin};
+    const ops::CacheRows rows{.x = product,
+                              .weight = attn.kv_norm.values_in(context.numerics),
+                              .eps = config.norm_eps,
+                              .cos_sin = cos_sin};
     // Few tokens overwrite nothing that the first of them still sees.
     const ops::Batch& batch = *context.batch;
     if (batch.max_length() + config.window_size - 1 <= window.history.ring) {
@@ -403,7 +405,7 @@ at::Tensor window_latents(const Attention& attn,
     const at::Tensor rows = ops::rope(ops::rms_norm(x, weight, config.norm_eps), angles);
     return quantise_latent(rows, config.rope_head_dim, numerics);
   };
-  return checkpointed(recorded("window", make, product, attn.kv_norm.value, cos_sin));
+  return checkpointed(recorded("window", make, product, attn.kv_norm.values_in(numerics), cos_sin));
 }
 
 void keep_window_latents(const Attention& attn,
@@ -444,7 +446,7 @@ AttentionOutput attention_forward(const Attention& attn,
   rows_beside.run(
       [&] { window = make_window(attn, config, block, low_rank[1], cos_sin, context); });
   const ops::ProductInput q_rank = ops::normalised_input(
-      low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
+      low_rank[0], attn.q_norm.values_in(numerics), config.norm_eps, numerics, {.bf16 = false});
   std::vector<const Parameter*> of_q = {&attn.wq_b};
   if (asks) of_q.push_back(&attn.indexer->wq_b);
   const auto queries = apply_linears(of_q, q_rank);

@@ -50,7 +50,8 @@ BlockOutput block_around(const Block& block,
   const auto enter = [&](const HyperConnection& hc, const Parameter& norm, ops::OperandKinds kinds,
                          ops::SideBranch& comb_beside) {
     return ops::hc_pre_normalised(streams, hc.fn.value, hc.base.value, hc.scale.value, params,
-                                  norm.value, context.numerics, kinds, comb_beside);
+                                  norm.values_in(context.numerics), context.numerics, kinds,
+                                  comb_beside);
   };
   // What carries the streams past a sub-layer is made beside it.
   ops::SideBranch attn_comb(1), ffn_comb(1);
@@ -71,7 +72,8 @@ BlockOutput block_around(const Block& block,
 at::Tensor collapse(const at::Tensor& streams,
                     const HyperConnection& head,
                     const Parameter& norm,
-                    const ModelConfig& config) {
+                    const ModelConfig& config,
+                    ops::Numerics numerics) {
   const auto mix = [params = hc_params(config)](const at::Tensor& x, const at::Tensor& fn,
                                                 const at::Tensor& base, const at::Tensor& scale) {
     return ops::hc_head(x, fn, base, scale, params);
@@ -81,7 +83,7 @@ at::Tensor collapse(const at::Tensor& streams,
   const auto normalise = [eps = config.norm_eps](const at::Tensor& x, const at::Tensor& weight) {
     return ops::rms_norm(x, weight, eps);
   };
-  return checkpointed(recorded("norm", normalise, mixed, norm.value));
+  return checkpointed(recorded("norm", normalise, mixed, norm.values_in(numerics)));
 }
 
 }  // namespace hadal::model

@@ -59,6 +59,7 @@ ops::HcParams hc_params(const ModelConfig& config);
 at::Tensor collapse(const at::Tensor& streams,
                     const HyperConnection& head,
                     const Parameter& norm,
-                    const ModelConfig& config);
+                    const ModelConfig& config,
+                    ops::Numerics numerics);
 
 }  // namespace hadal::model

@@ -29,7 +29,7 @@ at::Tensor list_attention(const Attention& attn,
                           DraftTrace* trace) {
   const auto low_rank = apply_linears({&attn.wq_a, &attn.wkv}, x);
   const ops::ProductInput q_rank = ops::normalised_input(
-      low_rank[0], attn.q_norm.value, config.norm_eps, numerics, {.bf16 = false});
+      low_rank[0], attn.q_norm.values_in(numerics), config.norm_eps, numerics, {.bf16 = false});
   const at::Tensor product = apply_linear(attn.wq_b, q_rank);
   const at::Tensor q =
       ops::norm_rotate_heads(product.reshape({product.size(0), config.n_heads, config.head_dim}),
@@ -67,8 +67,8 @@ ops::ProductInput draft_input(const Drafter& drafter,
   const DrafterStage& first = drafter.stages.front();
   const at::Tensor projected =
       apply_linear(first.main_proj, ops::ProductInput(target_means, numerics));
-  return ops::normalised_input(projected, first.main_norm.value, config.norm_eps, numerics,
-                               {.bf16 = false});
+  return ops::normalised_input(projected, first.main_norm.values_in(numerics), config.norm_eps,
+                               numerics, {.bf16 = false});
 }
 
 DraftPlan plan_draft(const DraftBlocks& blocks,

@@ -79,6 +79,13 @@ at::Tensor Parameter::operand(ops::Numerics numerics) const {
   return ops::straight_through(ops::official_rounding(value.detach(), storage_in(numerics)), value);
 }
 
+at::Tensor Parameter::values_in(ops::Numerics numerics) const {
+  HADAL_CHECK(value.defined(), "parameter ", name, " has no value");
+  const bool from_files = numerics == ops::Numerics::kReleased || numerics == ops::Numerics::kFp8;
+  if (!from_files || storage != Storage::kBf16 || as_stored) return value;
+  return ops::straight_through(value.detach().to(at::kBFloat16).to(value.scalar_type()), value);
+}
+
 ops::Weight Parameter::product_operand(ops::Numerics numerics) const {
   if (weight.defined()) {
     // The kernels that read these codes on a GPU round rows to E4M3, which `released` alone does.

@@ -95,8 +95,13 @@ struct Parameter {
   /// the values that storage_in() would hold, with a straight-through gradient, when the values are
   /// FP32 masters. A weight's values are made dense for the call.
   at::Tensor operand(ops::Numerics numerics) const;
-  /// The same values as a product reads them: the weight that it holds, or its operand, for whose
-  /// panels the CPU's kernel keeps a place where the operand is the constant master itself.
+  /// What a pass reads of a parameter that no product multiplies by (norms, sinks, mHC factors,
+  /// `ape`): the values themselves; in `released` and `fp8`, whose models are served from official
+  /// files, those that such files hold in BF16 (norms) rounded to it, in the values' own type and
+  /// with a straight-through gradient, when they are masters.
+  at::Tensor values_in(ops::Numerics numerics) const;
+  /// The operand's values as a product reads them: the weight that it holds, or its operand, for
+  /// whose panels the CPU's kernel keeps a place where the operand is the constant master itself.
   ops::Weight product_operand(ops::Numerics numerics) const;
 };
 

@@ -48,6 +48,33 @@ TEST(Parameter, MastersUnderTrainingKeepNoPanels) {
   EXPECT_EQ(p.kept_panels->num_bytes(), 0);
 }
 
+TEST(Parameter, NormsAreReadAsFilesHoldThem) {
+  Parameter norm;
+  norm.name = "norm.weight";
+  norm.kind = ParamKind::kNorm;
+  norm.shape = {4};
+  // 1 + 2^-8 is a tie between 1 and 1 + 2^-7, and goes to the even one.
+  norm.hold(at::tensor({1.0F, 1.0F + 0x1p-8F, 1.0F + 0x1.8p-7F, -0x1.008p-3F}));
+  norm.value.requires_grad_(true);
+  const at::Tensor rounded = at::tensor({1.0F, 1.0F, 1.0F + 0x1p-6F, -0x1p-3F});
+  const at::Tensor factor = at::tensor({3.0F, 5.0F, 0x1.000002p0F, -7.0F});
+  for (const Numerics numerics : {Numerics::kReleased, Numerics::kFp8}) {
+    const at::Tensor read = norm.values_in(numerics);
+    EXPECT_EQ(read.scalar_type(), at::kFloat);
+    EXPECT_TRUE(at::equal(read, rounded)) << ops::numerics_name(numerics);
+    norm.value.mutable_grad().reset();
+    read.mul(factor).sum().backward();
+    EXPECT_TRUE(at::equal(norm.value.grad(), factor)) << "unrounded, in FP32";
+  }
+  for (const Numerics numerics : {Numerics::kIdeal, Numerics::kBf16})
+    EXPECT_TRUE(norm.values_in(numerics).is_same(norm.value));
+  norm.as_stored = true;  // a checkpoint's own FP32
+  EXPECT_TRUE(norm.values_in(Numerics::kReleased).is_same(norm.value));
+  norm.as_stored = false;
+  norm.storage = Storage::kF32;  // sinks, mHC, `ape`
+  EXPECT_TRUE(norm.values_in(Numerics::kReleased).is_same(norm.value));
+}
+
 TEST(Parameter, HoldsAMasterOrAWeight) {
   const at::Tensor values = at::randn({64, 128}).to(at::kBFloat16);
   Parameter p = matrix(values);

@@ -44,6 +44,7 @@ at::Tensor random_value(const Parameter& parameter, const ModelConfig& config, a
 void fill_random_packed(Transformer& model, at::Device device, uint64_t seed) {
   model.visit([&](Parameter& parameter) {
     // What no form but FP32 holds, an FP32 product multiplies (`hc_*` are no matrices).
+    parameter.as_stored = true;  // they stand for a checkpoint's
     if (!parameter.is_matrix() && parameter.kind != ParamKind::kHead)
       return parameter.hold(random_value(parameter, model.config(), device));
     const WeightFormat format = packed_format(parameter);

@@ -125,8 +125,8 @@ ForwardOutput Transformer::forward(const at::Tensor& ids, ForwardContext& contex
   return output;
 }
 
-at::Tensor Transformer::head_input(const at::Tensor& streams, ops::Numerics) const {
-  return collapse(streams, parameters_.hc_head, parameters_.norm, config_);
+at::Tensor Transformer::head_input(const at::Tensor& streams, ops::Numerics numerics) const {
+  return collapse(streams, parameters_.hc_head, parameters_.norm, config_, numerics);
 }
 
 at::Tensor Transformer::logits(const at::Tensor& head_input, ops::Numerics numerics) const {
@@ -180,7 +180,8 @@ DraftedBlocks Transformer::draft(const DraftBlocks& blocks,
                                          embed(plan.ids, numerics), blocks, numerics, trace);
   const Parameter& norm = parameters_.drafter.stages.back().norm;
   return {.hidden = hidden,
-          .logits = logits(ops::rms_norm(hidden, norm.value, config_.norm_eps), numerics)};
+          .logits =
+              logits(ops::rms_norm(hidden, norm.values_in(numerics), config_.norm_eps), numerics)};
 }
 
 }  // namespace hadal::model
